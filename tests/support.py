@@ -1,0 +1,467 @@
+"""What the tests share: real processes, patience with a limit, and plain clients.
+
+    with start_master("--alert", "cpu>50") as master:           # ports picked freely
+        with PlainAgent(master.port) as agent:
+            agent.send({"cpu": 15.5, "ram": 40.2})
+            row = eventually(lambda: nodes(master.page)[0])
+
+Nothing here sleeps to wait: `eventually` polls, `stays` watches.  Whatever was started ends,
+also when a test fails or is interrupted, and is found by its pid, never by its name.
+
+SENTINEL_TEST_PYTHON  the interpreter that runs the tools (this one by default)
+SENTINEL_TEST_ALL=1   what cannot be tested for want of something fails; else it is skipped
+"""
+
+import atexit
+import collections
+import http.client
+import importlib.util
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import unittest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PYTHON = os.environ.get("SENTINEL_TEST_PYTHON") or sys.executable
+HOST = "127.0.0.1"
+PATIENCE = 20           # seconds that a busy machine may take for what takes a fraction of one
+STOP_LIMIT = 20         # seconds to end after SIGTERM; then SIGKILL, which a test can see
+POLL = 0.05             # seconds between two looks
+
+if ROOT not in sys.path:
+    sys.path.insert(0, ROOT)
+
+
+# ==========================================================================================
+# Patience: eventually, stays
+# ==========================================================================================
+
+def _look(check):
+    """(value, text): a check that raises is one that does not hold yet."""
+    try:
+        value = check()
+        return value, repr(value)
+    except (AssertionError, LookupError, OSError, TypeError, ValueError,
+            http.client.HTTPException) as error:
+        return None, "%s: %s" % (type(error).__name__, error)
+
+
+def eventually(check, seconds=PATIENCE, what=""):
+    """Call `check` until it is truthy and return that; past the limit, fail with its last value."""
+    start = time.monotonic()
+    while True:
+        late = time.monotonic() - start > seconds
+        value, text = _look(check)
+        if value:
+            return value
+        if late:
+            raise AssertionError("not within %.1f s%s; last seen: %.2000s"
+                                 % (seconds, what and ": " + what, text))
+        time.sleep(POLL)
+
+
+def stays(check, seconds, what=""):
+    """Watch for that long that `check` is truthy every time."""
+    start = time.monotonic()
+    while time.monotonic() - start < seconds:
+        value, text = _look(check)
+        if not value:
+            raise AssertionError("held for %.1f of %.1f s only%s; then: %.2000s" % (
+                time.monotonic() - start, seconds, what and ": " + what, text))
+        time.sleep(POLL)
+
+
+# ==========================================================================================
+# Processes: start, start_master, run, Tool, alive, descendants
+# ==========================================================================================
+
+def _command(argv, python):
+    """A tool's name stands for its path; anything else ("-c", "-m", a path) goes as it is."""
+    words = [str(word) for word in argv]
+    if not os.path.isabs(words[0]) and os.path.exists(os.path.join(ROOT, words[0])):
+        words[0] = os.path.join(ROOT, words[0])
+    return [python or PYTHON] + words
+
+
+def _environment(changes):
+    """This one without what would change a tool's defaults; a None in `changes` removes a name."""
+    env = {name: value for name, value in os.environ.items()
+           if not name.startswith(("SENTINEL_", "SLURM"))}
+    env.update(changes or {})
+    return {name: str(value) for name, value in env.items() if value is not None}
+
+
+def run(*argv, python=None, env=None, stdin="", seconds=60, **more):
+    """Run a tool to its end: a CompletedProcess whose stdout and stderr are text."""
+    return subprocess.run(
+        _command(argv, python), env=_environment(env), input=stdin, timeout=seconds,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, **more)
+
+
+def start(*argv, python=None, env=None, **more):
+    """Start a tool: start("agent.py", "--port", 13579).  Close what comes back, or use `with`."""
+    return Tool(_command(argv, python), _environment(env), **more)
+
+
+def start_master(*flags, python=None, env=None, **more):
+    """Start a master on free ports and wait for them: .port for agents, .page for browsers."""
+    argv = ["master_server.py"]
+    for flag in ("--port", "--dashboard-port"):
+        argv += [] if flag in flags else [flag, "0"]
+    master = start(*(argv + list(flags)), python=python, env=env, **more)
+    try:
+        master.port, master.page = master.listening("collector"), master.listening("dashboard")
+    except BaseException:
+        master.stop()
+        raise
+    return master
+
+
+class Tool:
+    """A running tool, the leader of a process group of its own.
+
+    .pid  .log (stderr so far)  .out (stdout so far)  .code (None while it runs)
+    """
+
+    _running = set()
+
+    def __init__(self, command, env, **more):
+        for stream, default in (("stdin", subprocess.DEVNULL), ("stdout", subprocess.PIPE),
+                                ("stderr", subprocess.PIPE)):
+            more.setdefault(stream, default)
+        self.command = command
+        self.process = subprocess.Popen(command, env=env, start_new_session=True, **more)
+        Tool._running.add(self)
+        self.pid = self.process.pid
+        self._chunks = {"out": [], "log": []}
+        self._readers = [
+            threading.Thread(target=self._read, args=(pipe, name), daemon=True)
+            for pipe, name in ((self.process.stdout, "out"), (self.process.stderr, "log")) if pipe]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, pipe, name):
+        with pipe:
+            for chunk in iter(lambda: os.read(pipe.fileno(), 65536), b""):
+                self._chunks[name].append(chunk)
+
+    def _text(self, name):
+        return b"".join(self._chunks[name]).decode("utf-8", "replace")
+
+    @property
+    def log(self):
+        return self._text("log")
+
+    @property
+    def out(self):
+        return self._text("out")
+
+    @property
+    def code(self):
+        return self.process.poll()
+
+    def listening(self, role="", seconds=PATIENCE):
+        """The port that the tool names: "listening on HOST:PORT", of that role if one is given."""
+        line = r"%s *listening on (?:http://)?(?:\[[^]]*\]|[^\s:]*):(\d+)" % re.escape(role)
+        return int(self.logged(line, seconds).group(1))
+
+    def logged(self, pattern, seconds=PATIENCE):
+        """Wait until the log holds the pattern; returns the match."""
+        def look():
+            found = re.search(pattern, self.log)
+            if not found and self.code is not None:
+                self._finish_reading()
+                found = re.search(pattern, self.log)
+                if not found:
+                    raise EnvironmentError("ended with %s" % self.code)
+            return found
+        try:
+            return eventually(look, seconds, "%r in the log" % pattern)
+        except AssertionError as error:
+            raise AssertionError("%s\n%s" % (error, self.log)) from None
+
+    def send_signal(self, number, group=False):
+        """Send a signal to the tool, or to all of its group as a terminal's Ctrl-C does."""
+        if group:
+            os.killpg(self.pid, number)
+        else:
+            self.process.send_signal(number)
+
+    def wait(self, seconds=PATIENCE):
+        """The exit code, once it has ended by itself."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError("still running after %s s: %s\n%s" % (
+                seconds, " ".join(self.command), self.log)) from None
+        self._finish_reading()
+        return self.process.returncode
+
+    def stop(self, number=signal.SIGTERM, seconds=STOP_LIMIT):
+        """Ask it to end, see to it that its whole group has; returns the exit code."""
+        if self.code is None:
+            self.process.send_signal(number)
+            try:
+                self.process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                pass
+        self.kill()
+        return self.process.returncode
+
+    def kill(self):
+        """SIGKILL to whatever is left of the group, stopped or not."""
+        if self in Tool._running:
+            Tool._running.discard(self)
+            try:
+                os.killpg(self.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            self.process.wait()
+            self._finish_reading()
+
+    def _finish_reading(self):
+        for reader in self._readers:
+            reader.join(5)      # a grandchild may hold the pipe
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+
+@atexit.register
+def _kill_all():
+    for tool in list(Tool._running):
+        tool.kill()
+
+
+def _stat(pid):
+    """(state, parent's pid) of /proc/PID/stat; the name in front may hold blanks and ")"."""
+    with open("/proc/%d/stat" % pid) as file:
+        fields = file.read().rpartition(")")[2].split()
+    return fields[0], int(fields[1])
+
+
+def alive(pid):
+    """Does it run (or is it stopped)?  One that only waits to be reaped does not."""
+    try:
+        return _stat(pid)[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def descendants(pid):
+    """The pids of its children, their children and so on that are alive."""
+    children = collections.defaultdict(list)
+    for name in os.listdir("/proc"):
+        try:
+            state, parent = _stat(int(name))
+        except (OSError, ValueError):
+            continue
+        if state not in "ZX":
+            children[parent].append(int(name))
+    found = list(children[pid])
+    for child in found:
+        found += children[child]
+    return found
+
+
+# ==========================================================================================
+# Shared memory: shm_names, shm_of
+# ==========================================================================================
+
+def shm_names():
+    """What there is in /dev/shm."""
+    return set(os.listdir("/dev/shm"))
+
+
+def shm_of(pid):
+    """What a process and its descendants have mapped of /dev/shm: segments and semaphores."""
+    names = set()
+    for each in [pid] + descendants(pid):
+        try:
+            with open("/proc/%d/maps" % each) as file:
+                names.update(re.findall(r" /dev/shm/(.+)$", file.read(), re.M))
+        except OSError:
+            continue
+    return {name for name in names if not name.endswith(" (deleted)")}
+
+
+# ==========================================================================================
+# Clients: PlainAgent, get, nodes, events, closed_port
+# ==========================================================================================
+
+class PlainAgent:
+    """The plan's five-line agent: connects, writes pickles, need not read."""
+
+    def __init__(self, port, host=HOST, source=None):
+        self.socket = socket.create_connection((host, port), PATIENCE, source)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.address = self.socket.getsockname()[:2]
+        self._unread = b""
+
+    def send(self, sample, protocol=2):
+        self.socket.sendall(pickle.dumps(sample, protocol))
+
+    def send_bytes(self, data, step=None):
+        """Raw bytes, in segments of `step` bytes if it is given."""
+        for at in range(0, len(data), step or len(data) or 1):
+            self.socket.sendall(data[at:at + step] if step else data)
+
+    def read_line(self, seconds=PATIENCE):
+        """The master's next line without its end; "" when it has closed the connection."""
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._unread and self._receive(deadline):
+            pass
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line.decode("utf-8")
+
+    def read_to_end(self, seconds=PATIENCE):
+        """Everything until the master closes the connection; fails if it does not."""
+        deadline = time.monotonic() + seconds
+        while self._receive(deadline):
+            pass
+        text, self._unread = self._unread, b""
+        return text.decode("utf-8")
+
+    def _receive(self, deadline):
+        self.socket.settimeout(max(deadline - time.monotonic(), 0.001))
+        try:
+            chunk = self.socket.recv(65536)
+        except socket.timeout:
+            raise AssertionError("no answer in time; so far: %r" % self._unread) from None
+        except ConnectionResetError:
+            chunk = b""
+        finally:
+            self.socket.settimeout(PATIENCE)
+        self._unread += chunk
+        return chunk
+
+    def reset(self):
+        """Close with RST, as a machine that was restarted does."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        self.socket.close()
+
+    def close(self):
+        self.socket.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+Answer = collections.namedtuple("Answer", "status headers text")
+
+
+def get(port, path="/", method="GET", headers=None, seconds=PATIENCE, host=HOST):
+    """One HTTP request: an Answer whose headers are an email.message.Message."""
+    connection = http.client.HTTPConnection(host, port, timeout=seconds)
+    try:
+        connection.request(method, path, headers=headers or {})
+        response = connection.getresponse()
+        return Answer(response.status, response.msg, response.read().decode("utf-8"))
+    finally:
+        connection.close()
+
+
+def _json(port, path, key):
+    answer = get(port, path)
+    if answer.status != 200:
+        raise AssertionError("GET %s: %s %s" % (path, answer.status, answer.text))
+    return json.loads(answer.text)[key]
+
+
+def nodes(port):
+    """The rows of /api/nodes."""
+    return _json(port, "/api/nodes", "nodes")
+
+
+def events(port, kind=None):
+    """The entries of /api/events, of one kind if it is given."""
+    return [event for event in _json(port, "/api/events", "events")
+            if kind in (None, event["kind"])]
+
+
+def closed_port(host=HOST):
+    """A port on which nothing listens (a moment ago it was free)."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+# ==========================================================================================
+# Needs: requires, pythons
+# ==========================================================================================
+
+def pythons(first=(3, 6), last=(3, 13)):
+    """{(3, 6): path, ...} of the interpreters on PATH and under ~/.pyenv that really start."""
+    found = {}
+    pyenv = os.path.expanduser("~/.pyenv/versions")
+    here = [os.path.join(pyenv, name, "bin", "python")
+            for name in (sorted(os.listdir(pyenv)) if os.path.isdir(pyenv) else ())]
+    names = [shutil.which("python3.%d" % minor) for minor in range(first[1], last[1] + 1)]
+    for path in [sys.executable] + here + [name for name in names if name]:
+        probe = "import sys; print(*sys.version_info[:2])"
+        try:
+            out = subprocess.check_output([path, "-c", probe], stderr=subprocess.DEVNULL)
+        except (OSError, subprocess.CalledProcessError):
+            continue        # a pyenv shim without its version, for one
+        version = tuple(int(number) for number in out.split())
+        if first <= version <= last:
+            found.setdefault(version, path)
+    return found
+
+
+def _have(thing):
+    """A command; or "root", a "/path", "module NAME", "python 3.6"."""
+    kind, _, name = thing.partition(" ")
+    if thing == "root":
+        return os.geteuid() == 0
+    if thing.startswith("/"):
+        return os.path.exists(thing)
+    if kind == "module":
+        return importlib.util.find_spec(name) is not None
+    if kind == "python":
+        return tuple(int(number) for number in name.split(".")) in pythons()
+    path = os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"
+    return shutil.which(thing, path=path) is not None
+
+
+def requires(*things):
+    """Decorate a test or a TestCase: skipped, with the name, where one of the things is missing.
+
+    With SENTINEL_TEST_ALL=1 it fails instead.
+    """
+    missing = [thing for thing in things if not _have(thing)]
+    reason = "missing here: " + ", ".join(missing)
+    if not missing:
+        return lambda test: test
+    if os.environ.get("SENTINEL_TEST_ALL") != "1":
+        return unittest.skip(reason)
+
+    def fail(*_):
+        raise AssertionError(reason)
+
+    def decorate(test):
+        if isinstance(test, type):
+            test.setUpClass = classmethod(fail)
+            return test
+        fail.__name__, fail.__doc__ = test.__name__, test.__doc__
+        return fail
+    return decorate
+
+
+if __name__ == "__main__":      # .ci/run asks: which interpreters are there?
+    for version, interpreter in sorted(pythons().items()):
+        print("%d.%d" % version, interpreter)
