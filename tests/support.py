@@ -176,17 +176,17 @@ class Tool:
     def logged(self, pattern, seconds=PATIENCE):
         """Wait until the log holds the pattern; returns the match."""
         def look():
-            found = re.search(pattern, self.log)
-            if not found and self.code is not None:
-                self._finish_reading()
-                found = re.search(pattern, self.log)
-                if not found:
-                    raise EnvironmentError("ended with %s" % self.code)
-            return found
+            if self.code is None:
+                return re.search(pattern, self.log)
+            self._finish_reading()
+            return re.search(pattern, self.log) or "ended"
         try:
-            return eventually(look, seconds, "%r in the log" % pattern)
+            found = eventually(look, seconds, "%r in the log" % pattern)
         except AssertionError as error:
             raise AssertionError("%s\n%s" % (error, self.log)) from None
+        if found == "ended":
+            raise AssertionError("ended with %s before %r:\n%s" % (self.code, pattern, self.log))
+        return found
 
     def send_signal(self, number, group=False):
         """Send a signal to the tool, or to all of its group as a terminal's Ctrl-C does."""
