@@ -14,6 +14,7 @@ SENTINEL_TEST_ALL=1   what cannot be tested for want of something fails; else it
 
 import atexit
 import collections
+import html
 import http.client
 import importlib.util
 import json
@@ -23,6 +24,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -35,6 +37,7 @@ HOST = "127.0.0.1"
 PATIENCE = 20           # seconds that a busy machine may take for what takes a fraction of one
 STOP_LIMIT = 20         # seconds to end after SIGTERM; then SIGKILL, which a test can see
 POLL = 0.05             # seconds between two looks
+MAX_SLOTS = 1024        # what the master has without --max-agents
 
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
@@ -111,12 +114,37 @@ def start(*argv, python=None, env=None, **more):
     return Tool(_command(argv, python), _environment(env), **more)
 
 
-def start_master(*flags, python=None, env=None, **more):
-    """Start a master on free ports and wait for them: .port for agents, .page for browsers."""
+_PATCHED = """\
+import multiprocessing, sys
+sys.path.insert(0, %r)
+import master_server
+multiprocessing.set_start_method("fork")
+%s
+sys.exit(master_server.main(sys.argv[1:]))
+"""
+_BY_METHOD = """\
+import multiprocessing, runpy, sys
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv.pop(1))
+    sys.argv[0] = %r
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start_master(*flags, patch="", method="", **more):
+    """Start a master on free ports and wait for them: .port for agents, .page for browsers.
+
+    patch: statements that change the module (a limit, say) before it runs, by fork.
+    method: multiprocessing's start method, set before the file runs as the main program.
+    """
     argv = ["master_server.py"]
+    if patch:
+        argv = ["-c", _PATCHED % (ROOT, patch)]
+    elif method:
+        argv = ["-c", _BY_METHOD % os.path.join(ROOT, "master_server.py"), method]
     for flag in ("--port", "--dashboard-port"):
         argv += [] if flag in flags else [flag, "0"]
-    master = start(*(argv + list(flags)), python=python, env=env, **more)
+    master = start(*(argv + list(flags)), **more)
     try:
         master.port, master.page = master.listening("collector"), master.listening("dashboard")
     except BaseException:
@@ -276,7 +304,7 @@ def descendants(pid):
 
 
 # ==========================================================================================
-# Shared memory: shm_names, shm_of
+# Shared memory: shm_names, shm_of, slots
 # ==========================================================================================
 
 def shm_names():
@@ -296,8 +324,16 @@ def shm_of(pid):
     return {name for name in names if not name.endswith(" (deleted)")}
 
 
+def slots(name):
+    """{address: (slot id, cpu, ram)}, read from offset 0 as the plan lays it out."""
+    with open("/dev/shm/" + name, "rb") as file:
+        data = file.read(MAX_SLOTS * struct.calcsize("i64sff"))
+    return {address.rstrip(b"\0").decode(): (number, cpu, ram)
+            for number, address, cpu, ram in struct.iter_unpack("i64sff", data) if number}
+
+
 # ==========================================================================================
-# Clients: PlainAgent, get, nodes, events, closed_port
+# Clients: PlainAgent, get, nodes, row_of, events, page_text, closed_port
 # ==========================================================================================
 
 class PlainAgent:
@@ -387,10 +423,24 @@ def nodes(port):
     return _json(port, "/api/nodes", "nodes")
 
 
+def row_of(page, **wanted):
+    """The one row of /api/nodes with these values, or None."""
+    rows = [row for row in nodes(page)
+            if all(row.get(key) == value for key, value in wanted.items())]
+    assert len(rows) <= 1, rows
+    return rows[0] if rows else None
+
+
 def events(port, kind=None):
     """The entries of /api/events, of one kind if it is given."""
     return [event for event in _json(port, "/api/events", "events")
             if kind in (None, event["kind"])]
+
+
+def page_text(port, path="/"):
+    """What a reader sees of a page: without tags, styles and scripts, with single blanks."""
+    page = re.sub(r"(?s)<(style|script)\b.*?</\1>|<[^>]*>", " ", get(port, path).text)
+    return re.sub(r"\s+", " ", html.unescape(page))
 
 
 def closed_port(host=HOST):
@@ -398,6 +448,50 @@ def closed_port(host=HOST):
     with socket.socket() as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]
+
+
+# ==========================================================================================
+# MasterTest
+# ==========================================================================================
+
+class MasterTest(unittest.TestCase):
+    """Tests that share one master, started with `flags`, `patch` and `env`."""
+
+    flags = ()
+    patch = ""
+    env = None
+
+    @classmethod
+    def setUpClass(cls):
+        cls.master = start_master(*cls.flags, patch=cls.patch, env=cls.env)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.master.stop()
+        log = cls.master.log
+        assert "Traceback" not in log and "resource_tracker" not in log, log
+
+    def agent(self, **more):
+        agent = PlainAgent(self.master.port, **more)
+        self.addCleanup(agent.close)
+        return agent
+
+    def real_agent(self, *flags, **more):
+        agent = start("agent.py", "--port", self.master.port, *flags, **more)
+        self.addCleanup(agent.stop)
+        return agent
+
+    def row(self, seconds=PATIENCE, **wanted):
+        return eventually(lambda: row_of(self.master.page, **wanted), seconds, str(wanted))
+
+    def gone(self, seconds=PATIENCE, **wanted):
+        return eventually(lambda: row_of(self.master.page, **wanted) is None, seconds,
+                          "%s is gone" % wanted)
+
+    def event(self, kind, node, seconds=PATIENCE):
+        """The last event of that kind about that node, once there is one."""
+        return eventually(lambda: [event for event in events(self.master.page, kind)
+                                   if event["node"] == node], seconds, "%s %s" % (kind, node))[-1]
 
 
 # ==========================================================================================

@@ -1,0 +1,394 @@
+"""The master as a set of processes: how it ends, what it leaves, what it survives."""
+
+import contextlib
+import os
+import pickle
+import random
+import re
+import signal
+import socket
+import threading
+import time
+import unittest
+
+import support
+from support import (
+    HOST, PlainAgent, alive, descendants, eventually, events, get, nodes, requires, row_of,
+    stays)
+
+BACK = 5                # seconds until a killed role answers again on the same port
+SHOWN = 10              # seconds until the agents are shown again
+# what a tool must never say, whatever was done to it
+NOISE = "Traceback|resource_tracker|leaked|Exception ignored|Warning:|Error\\b"
+
+
+def role_pid(master, role):
+    """The pid of the role's latest process; its start is a line in the log."""
+    return int(re.findall(r"%s started, pid (\d+)" % role, master.log)[-1])
+
+
+class SenderLoop:
+    """Agents that send ten times a second and connect again whenever they lose the master."""
+
+    def __init__(self, port, count):
+        self.port, self.ended = port, threading.Event()
+        self.names = {"load%d" % number for number in range(count)}
+        self.threads = [threading.Thread(target=self.run, args=(name,)) for name in self.names]
+        for thread in self.threads:
+            thread.start()
+
+    def run(self, name):
+        while not self.ended.wait(0.05):
+            with contextlib.suppress(OSError), PlainAgent(self.port) as agent:
+                while not self.ended.wait(0.1):
+                    agent.send({"cpu": 50, "ram": 50, "node": name})
+
+    def shown(self, page):
+        rows = nodes(page)
+        return {row["node"] for row in rows if row["age"] < 2} == self.names and len(
+            rows) == len(self.names)
+
+    def close(self):
+        self.ended.set()
+        for thread in self.threads:
+            thread.join()
+
+
+class Start(unittest.TestCase):
+    def assertOneError(self, tool, reason):
+        self.assertEqual(tool.wait(), 1)
+        self.assertRegex(tool.log, r"\Aerror: [^\n]*%s[^\n]*\n\Z" % reason)
+
+    def test_a_port_in_use_is_one_line_and_nothing_is_half_started(self):
+        with socket.socket() as taken:
+            taken.bind((HOST, 0))
+            taken.listen(1)
+            busy, free = taken.getsockname()[1], support.closed_port()
+            for flags in (("--port", busy, "--dashboard-port", free),
+                          ("--port", free, "--dashboard-port", busy)):
+                with self.subTest(flags), support.start("master_server.py", *flags) as master:
+                    self.assertOneError(master, r"%d.*use.*port" % busy)
+                    self.assertNotIn("sentinel_%d" % flags[1], support.shm_names())
+                    with self.assertRaises(ConnectionRefusedError):
+                        PlainAgent(free)
+
+    def test_two_masters_on_one_machine_and_a_name_that_is_taken(self):
+        with support.start_master("--shm-name", "sentinel_of_%d" % os.getpid()) as first, \
+                support.start_master() as second:
+            for number, master in enumerate((first, second)):
+                with PlainAgent(master.port) as agent:
+                    agent.send({"cpu": number, "ram": 1})
+                    self.assertEqual(eventually(lambda m=master: nodes(m.page))[0]["cpu"], number)
+            with support.start("master_server.py", "--port", 0, "--dashboard-port", 0,
+                               "--shm-name", "sentinel_of_%d" % os.getpid()) as third:
+                self.assertOneError(third, r"pid %d.*--shm-name" % first.pid)
+            self.assertEqual(get(first.page, "/healthz").status, 200)
+            self.assertIn("sentinel_of_%d" % os.getpid(), support.shm_names())
+
+    def test_a_name_of_shared_memory_that_something_else_uses_is_respected(self):
+        name = "sentinel_other_%d" % os.getpid()
+        path = "/dev/shm/" + name
+        with open(path, "wb") as file:
+            file.write(b"somebody else's" * 1000)
+        self.addCleanup(os.unlink, path)
+        with support.start("master_server.py", "--port", 0, "--dashboard-port", 0,
+                           "--shm-name", name) as master:
+            self.assertOneError(master, "--shm-name")
+        with open(path, "rb") as file:
+            self.assertEqual(file.read(), b"somebody else's" * 1000)
+
+    def test_it_says_what_it_listens_on_and_where_to_look(self):
+        with support.start_master() as master:
+            self.assertRegex(master.log, r"collector listening on 127\.0\.0\.1:%d" % master.port)
+            self.assertRegex(master.log, r"dashboard listening on 127\.0\.0\.1:%d" % master.page)
+            self.assertIn("http://localhost:%d" % master.page, master.log)
+            self.assertIn("Ctrl-C", master.log)
+            self.assertEqual(master.out, "")
+
+    @requires("python 3.6", "python 3.7")
+    def test_an_old_python_is_told_what_is_needed_and_how_to_get_it(self):
+        for version in ((3, 6), (3, 7)):
+            for tool in ("master_server.py", "test_reader.py"):
+                with self.subTest(tool=tool, version=version):
+                    done = support.run(tool, python=support.pythons()[version])
+                    self.assertEqual((done.returncode, done.stdout), (1, ""))
+                    self.assertRegex(done.stderr, r"\Aerror: .*3\.8.*%d\.%d.*python3\.11.*"
+                                     r"module load python.*\n\Z" % version)
+
+    def test_it_works_on_ipv6_too(self):
+        try:
+            socket.socket(socket.AF_INET6).bind(("::1", 0))
+        except OSError:
+            self.skipTest("no IPv6 here")
+        with support.start_master("--host", "::1", "--dashboard-host", "::1") as master, \
+                PlainAgent(master.port, "::1") as agent:
+            agent.send({"cpu": 1, "ram": 1})
+            row = eventually(lambda: support.json.loads(get(
+                master.page, "/api/nodes", host="::1").text)["nodes"])[0]
+            self.assertEqual(row["address"], "('::1', %d)" % agent.address[1])
+
+
+class End(unittest.TestCase):
+    """Nothing is left after any ordinary end."""
+
+    def end(self, how, method=""):
+        """Start, use it, end it by `how`, and look for what it left."""
+        with support.start_master(method=method) as master, PlainAgent(master.port) as agent:
+            agent.send({"cpu": 1, "ram": 1})
+            eventually(lambda: nodes(master.page))
+            children, segments = descendants(master.pid), support.shm_of(master.pid)
+            self.assertIn("sentinel_%d" % master.port, segments)
+            self.assertGreaterEqual(len(children), 2)
+            how(master)
+            self.assertEqual(master.wait(), 0, master.log)
+            eventually(lambda: not any(map(alive, children)), 3, "no process left")
+            self.assertEqual(segments & support.shm_names(), set())
+            self.assertNotRegex(master.log, NOISE)
+            for port in (master.port, master.page):
+                with self.assertRaises(ConnectionRefusedError):
+                    PlainAgent(port)
+        return master
+
+    def test_sigint_and_sigterm_end_it_with_0_and_nothing_is_left(self):
+        for method in ("fork", "forkserver", "spawn"):
+            for number in (signal.SIGINT, signal.SIGTERM):
+                with self.subTest(method=method, signal=number.name):
+                    self.end(lambda master, n=number: master.send_signal(n), method)
+
+    def test_ctrl_c_in_a_terminal_reaches_all_processes_at_once(self):
+        for method in ("fork", "forkserver", "spawn"):
+            with self.subTest(method=method):
+                self.end(lambda master: master.send_signal(signal.SIGINT, group=True), method)
+
+    def test_a_second_signal_while_it_stops_changes_nothing(self):
+        def insist(master):
+            for _ in range(200):
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    with contextlib.suppress(ProcessLookupError):
+                        master.send_signal(number, group=True)
+                if master.code is not None:
+                    return
+                time.sleep(0.002)
+        self.end(insist)
+
+    def test_a_signal_during_the_start_ends_it_as_well(self):
+        for delay in (0.0, 0.01, 0.03, 0.1):
+            with self.subTest(delay=delay):
+                master = support.start("master_server.py", "--port", 0, "--dashboard-port", 0)
+                with master:
+                    master.logged("collector listening")
+                    stays(lambda: True, delay)
+                    name = "sentinel_%d" % master.listening("collector")
+                    master.send_signal(signal.SIGTERM)
+                    self.assertEqual(master.wait(), 0)
+                    self.assertNotIn(name, support.shm_names())
+                    self.assertNotRegex(master.log, NOISE)
+
+    def test_it_ends_in_time_with_a_hundred_agents_and_open_requests(self):
+        with support.start_master() as master, contextlib.ExitStack() as stack:
+            for _ in range(100):
+                agent = stack.enter_context(PlainAgent(master.port))
+                agent.send({"cpu": 1, "ram": 1})
+            for _ in range(20):
+                stack.enter_context(PlainAgent(master.page)).send_bytes(b"GET / HT")
+            eventually(lambda: len(nodes(master.page)) == 100)
+            start = time.monotonic()
+            self.assertEqual(master.stop(), 0)
+            self.assertLess(time.monotonic() - start, 5)
+            self.assertNotRegex(master.log, NOISE)
+
+    def test_a_master_that_was_told_to_stop_starts_again_on_the_same_ports_at_once(self):
+        with support.start_master() as first, PlainAgent(first.port) as agent:
+            agent.send({"cpu": 1, "ram": 1})
+            eventually(lambda: nodes(first.page))
+            self.assertEqual(first.stop(), 0)
+            ports = ("--port", first.port, "--dashboard-port", first.page)
+            with support.start_master(*ports) as again:
+                self.assertEqual(get(again.page, "/healthz").status, 200)
+
+
+class Killed(unittest.TestCase):
+    """kill -9 of any process."""
+
+    def test_a_segment_left_by_kill_9_of_everything_is_replaced_at_the_next_start(self):
+        for method in ("fork", "spawn"):
+            with self.subTest(method=method), support.start_master(method=method) as first:
+                with PlainAgent(first.port) as agent:
+                    agent.send({"cpu": 1, "ram": 1, "node": "before"})
+                    eventually(lambda m=first: nodes(m.page))
+                    first.send_signal(signal.SIGKILL, group=True)
+                    first.wait()
+                name = "sentinel_%d" % first.port
+                self.assertIn(name, support.shm_names())
+                done = support.run("test_reader.py", "--port", first.port)
+                self.assertEqual((done.returncode, done.stdout), (1, ""))
+                ports = ("--port", first.port, "--dashboard-port", first.page)
+                with support.start_master(*ports) as second, PlainAgent(second.port) as agent:
+                    self.assertEqual(nodes(second.page), [])
+                    agent.send({"cpu": 1, "ram": 1, "node": "after"})
+                    eventually(lambda m=second: row_of(m.page, node="after"))
+                    self.assertEqual(second.stop(), 0)
+                self.assertNotIn(name, support.shm_names())
+                self.assertNotRegex(second.log, NOISE)
+
+    def test_a_killed_role_is_back_within_5_s_on_the_same_port_and_agents_within_10(self):
+        for method in ("fork", "forkserver", "spawn"):
+            with support.start_master(method=method) as master, \
+                    support.start("agent.py", "--port", master.port, "--name", "real"):
+                eventually(lambda m=master: row_of(m.page, node="real"))
+                for role in ("collector", "dashboard", "collector"):
+                    with self.subTest(role=role, method=method):
+                        self.kill_and_watch(master, role)
+                master.stop()
+                self.assertNotRegex(master.log, NOISE)
+
+    def kill_and_watch(self, master, role):
+        pid, start = role_pid(master, role), time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: role_pid(master, role) != pid and alive(role_pid(master, role)), BACK)
+        eventually(lambda: get(master.page, "/healthz").status == 200, BACK)
+        with PlainAgent(master.port) as agent:
+            agent.send({"cpu": 1, "ram": 1, "ack": True})
+            self.assertEqual(agent.read_line(BACK), "ok")
+        eventually(lambda: row_of(master.page, node="real")
+                   and row_of(master.page, node="real")["age"] < time.monotonic() - start, SHOWN)
+        stays(lambda: len(nodes(master.page)) <= 2, 0.5, "one row, not two")
+
+    def test_both_roles_killed_at_once_come_back(self):
+        with support.start_master() as master, \
+                support.start("agent.py", "--port", master.port, "--name", "real"):
+            eventually(lambda: row_of(master.page, node="real"))
+            for role in ("collector", "dashboard"):
+                os.kill(role_pid(master, role), signal.SIGKILL)
+            start = time.monotonic()
+            eventually(lambda: (row_of(master.page, node="real") or {"age": 99})["age"]
+                       < time.monotonic() - start, SHOWN)
+            eventually(lambda: get(master.page, "/healthz").status == 200, BACK)
+
+    def test_the_children_of_a_killed_supervisor_end_within_5_s(self):
+        for method in ("fork", "forkserver", "spawn"):
+            with self.subTest(method=method), support.start_master(
+                    "--with-agent", method=method) as master, PlainAgent(master.port) as agent:
+                agent.send({"cpu": 1, "ram": 1})
+                eventually(lambda m=master: len(nodes(m.page)) == 2)
+                children = descendants(master.pid)
+                self.assertGreaterEqual(len(children), 3)
+                master.send_signal(signal.SIGKILL)
+                eventually(lambda c=children: not any(map(alive, c)), 5)
+                self.assertNotRegex(master.log, NOISE)
+                with support.start_master("--port", master.port,
+                                          "--dashboard-port", master.page) as again:
+                    self.assertEqual(get(again.page, "/healthz").status, 200)
+
+    def test_a_stopped_collector_is_told_by_healthz_and_by_the_page(self):
+        with support.start_master() as master, PlainAgent(master.port) as agent:
+            agent.send({"cpu": 1, "ram": 1, "node": "n", "interval": 60})
+            eventually(lambda: row_of(master.page, node="n"))
+            os.kill(role_pid(master, "collector"), signal.SIGSTOP)
+            answer = eventually(lambda: get(master.page, "/healthz").status == 503
+                                and get(master.page, "/healthz"), 10)
+            self.assertRegex(answer.text, "collector")
+            self.assertRegex(support.page_text(master.page), r"(?i)collector has \w+")
+            os.kill(role_pid(master, "collector"), signal.SIGCONT)
+            eventually(lambda: get(master.page, "/healthz").status == 200, 5)
+            self.assertTrue(row_of(master.page, node="n"))
+            self.assertEqual(master.stop(), 0)
+
+    def test_twenty_kills_at_random_moments_under_load_are_survived(self):
+        seed = int(os.environ.get("SENTINEL_TEST_SEED", "1"))
+        chance = random.Random(seed)
+        with support.start_master(patch="master_server.MAX_BACKOFF = 0.2") as master:
+            load = SenderLoop(master.port, 20)
+            self.addCleanup(load.close)
+            for number in range(20):
+                eventually(lambda: load.shown(master.page), SHOWN, "seed %d.%d" % (seed, number))
+                stays(lambda: True, chance.uniform(0, 0.2))
+                role = chance.choice(("collector", "dashboard"))
+                pid = role_pid(master, role)
+                os.kill(pid, signal.SIGKILL)
+                eventually(lambda r=role, p=pid: role_pid(master, r) != p, BACK)
+            eventually(lambda: load.shown(master.page), SHOWN)
+            self.assertEqual(master.stop(), 0)
+        self.assertNotRegex(master.log, NOISE)
+
+
+# A sample of the node "dies" kills the collector inside the table's lock, half written; a
+# request for a path with "dies" kills the dashboard while it copies.
+DIE_INSIDE = """
+import os, signal
+copy, writing = master_server.Table._copy, master_server.Table.writing
+write = master_server.Table.write
+
+def deadly_write(self, index, address, sample, *more):
+    if sample.get("node") == "dies":
+        with self.writing():
+            master_server.SLOT.pack_into(self.buf, index * 76, 99, b"half a row", 1.0, 1.0)
+            os.kill(os.getpid(), signal.SIGKILL)
+    return write(self, index, address, sample, *more)
+
+def deadly_copy(self):
+    if self.lock and os.path.exists(os.environ["DIES"]):
+        os.unlink(os.environ["DIES"])
+        os.kill(os.getpid(), signal.SIGKILL)
+    return copy(self)
+
+master_server.Table.write, master_server.Table._copy = deadly_write, deadly_copy
+"""
+
+
+class LockHolder(unittest.TestCase):
+    """A SIGKILLed holder leaves the lock locked for ever."""
+
+    def setUp(self):
+        self.trigger = "/tmp/sentinel-test-dies-%d" % os.getpid()
+        self.master = support.start_master(patch=DIE_INSIDE, env={"DIES": self.trigger})
+        self.addCleanup(self.master.stop)
+        agent = support.start("agent.py", "--port", self.master.port, "--name", "real")
+        self.addCleanup(agent.stop)
+        eventually(lambda: row_of(self.master.page, node="real"))
+
+    def assertRecovered(self, pids):
+        """New processes, a new lock, clean slots; agents are back and old events stay."""
+        eventually(lambda: role_pid(self.master, "collector") != pids[0]
+                   and role_pid(self.master, "dashboard") != pids[1], 8, "both started again")
+        start = time.monotonic()
+        eventually(lambda: (row_of(self.master.page, node="real") or {"age": 99})["age"]
+                   < time.monotonic() - start, SHOWN)
+        self.assertEqual([row["node"] for row in nodes(self.master.page)], ["real"])
+        self.assertEqual(get(self.master.page, "/healthz").status, 200)
+        self.assertGreaterEqual(len([event for event in events(self.master.page, "connected")
+                                     if event["node"] == "real"]), 2, "events stay")
+        self.assertEqual(self.master.stop(), 0)
+        self.assertNotRegex(self.master.log, NOISE)
+
+    def test_a_collector_killed_in_the_middle_of_a_write_is_recovered_from(self):
+        pids = role_pid(self.master, "collector"), role_pid(self.master, "dashboard")
+        with PlainAgent(self.master.port) as agent:
+            agent.send({"cpu": 1, "ram": 1, "node": "dies"})
+            self.assertRecovered(pids)
+
+    def test_a_dashboard_killed_while_it_copies_is_recovered_from(self):
+        pids = role_pid(self.master, "collector"), role_pid(self.master, "dashboard")
+        with open(self.trigger, "w"):
+            pass
+        with contextlib.suppress(OSError, support.http.client.HTTPException):
+            get(self.master.page)
+        self.assertRecovered(pids)
+
+
+class NeverReads(unittest.TestCase):
+    def test_an_agent_that_never_reads_is_served_all_the_same(self):
+        with support.start_master(patch="master_server.MAX_RATE = 1e9") as master, \
+                socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            deaf.settimeout(support.PATIENCE)
+            deaf.connect((HOST, master.port))
+            sample = pickle.dumps({"cpu": 1, "ram": 1, "node": "deaf", "ack": True}, 2)
+            for _ in range(200):
+                deaf.sendall(sample * 500)
+            deaf.sendall(pickle.dumps({"cpu": 2.5, "ram": 1, "node": "deaf"}))
+            eventually(lambda: row_of(master.page, node="deaf", cpu=2.5), 60)
+
+
+if __name__ == "__main__":
+    unittest.main()
