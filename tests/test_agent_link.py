@@ -1,0 +1,360 @@
+"""The agent's link: what a real agent.py process does to a server that the test plays.
+
+Where a wait of the contract is long (10 s without an answer), the agent runs with that constant
+made smaller, and one test has the real one.
+"""
+
+import hashlib
+import hmac
+import os
+import pickle
+import signal
+import socket
+import stat
+import tempfile
+import threading
+import time
+import unittest
+
+import support
+from support import eventually
+
+PATCHED = "import sys\nsys.path.insert(0, %r)\nimport agent\n%s\nsys.exit(agent.main(sys.argv[1:]))"
+PATIENT = "agent.ANSWER_SECONDS = 1.0; agent.SILENT_SECONDS = 4.0"
+
+
+def start_agent(*flags, patch="", **more):
+    """Start an agent; `patch` is statements that change its module before it runs."""
+    argv = ("-c", PATCHED % (support.ROOT, patch)) if patch else ("agent.py",)
+    return support.start(*(argv + flags), **more)
+
+
+class DummyServer:
+    """The plan's dummy server: takes connections, keeps what it is sent, answers as told.
+
+    .samples  [(monotonic time, dict)] of all connections; .connections  how many there were
+    """
+
+    def __init__(self, port=0, answer=b"", greeting=b"", family=socket.AF_INET):
+        self.answer, self.greeting = answer, greeting
+        self.samples, self.sockets, self.ended = [], [], []
+        self.listener = socket.socket(family)
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.listener.bind(("::1" if family == socket.AF_INET6 else "127.0.0.1", port))
+        self.listener.listen(16)
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            try:
+                sock = self.listener.accept()[0]
+            except OSError:
+                return
+            self.sockets.append(sock)
+            threading.Thread(target=self.serve, args=(sock,), daemon=True).start()
+
+    def serve(self, sock):
+        try:
+            sock.sendall(self.greeting)
+            with sock.makefile("rb") as stream:
+                while True:
+                    sample = pickle.load(stream)
+                    self.samples.append((time.monotonic(), sample))
+                    if self.answer:
+                        sock.sendall(self.answer)
+        except EOFError:
+            self.ended.append("FIN")
+        except OSError as error:
+            self.ended.append(type(error).__name__)
+        sock.close()
+
+    @property
+    def dicts(self):
+        return [sample for _, sample in list(self.samples)]
+
+    @property
+    def connections(self):
+        return len(self.sockets)
+
+    def close(self):
+        for sock in [self.listener] + self.sockets:
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+            sock.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+class Checkpoint(unittest.TestCase):
+    """The plan's Checkpoint 1, at the real interval."""
+
+    def test_a_dummy_server_gets_a_dictionary_with_cpu_and_ram_every_two_seconds(self):
+        with DummyServer() as server, start_agent("--port", server.port) as agent:
+            started = time.monotonic()
+            eventually(lambda: len(server.samples) >= 4, 12)
+            times = [when for when, _ in server.samples]
+            self.assertLess(times[0] - started, 1.5)     # 1 s and the interpreter's start
+            for sample in server.dicts:
+                self.assertIs(type(sample["cpu"]), float)
+                self.assertIs(type(sample["ram"]), float)
+                self.assertTrue(0 <= sample["cpu"] <= 100 and 0 < sample["ram"] < 100)
+                self.assertEqual(sample["interval"], 2)
+                self.assertIs(sample["ack"], True)
+                self.assertNotIn("job", sample)
+            for earlier, later in zip(times[1:], times[2:]):
+                self.assertAlmostEqual(later - earlier, 2.0, delta=0.15)
+            self.assertIn("connected to 127.0.0.1:%d\n" % server.port, agent.log)
+            self.assertEqual(agent.stop(), 0)
+            self.assertEqual(agent.out, "")
+
+    def test_consecutive_samples_have_the_same_length(self):
+        with DummyServer(answer=b"ok\n") as server, \
+                start_agent("--port", server.port, "--interval", "0.1"):
+            eventually(lambda: len(server.samples) >= 10)
+            lengths = {len(pickle.dumps(sample, protocol=4)) for sample in server.dicts[3:]}
+            self.assertEqual(len(lengths), 1)
+
+    def test_the_cadence_does_not_drift(self):
+        with DummyServer(answer=b"ok\n") as server, \
+                start_agent("--port", server.port, "--interval", "0.1"):
+            eventually(lambda: len(server.samples) >= 61)
+            times = [when for when, _ in server.samples]
+            late = [(when - times[0]) / 0.1 - number for number, when in enumerate(times)]
+            # the least late of each ten: a busy machine delays one sample, not all that follow
+            self.assertLess(max(min(late[at:at + 10]) for at in range(0, 60, 10)), 0.5)
+
+
+class Goodbye(unittest.TestCase):
+    def test_a_signal_is_a_goodbye_with_its_name_and_exit_0(self):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            with self.subTest(number.name), DummyServer(answer=b"ok\n") as server, \
+                    start_agent("--port", server.port, "--interval", "30") as agent:
+                eventually(lambda: server.samples)
+                agent.send_signal(number)
+                self.assertEqual(agent.wait(2), 0)
+                self.assertEqual(eventually(lambda: server.ended), ["FIN"])
+                self.assertEqual(server.dicts[-1]["bye"], number.name)
+                self.assertNotIn("Traceback", agent.log)
+
+    def test_two_signals_in_a_row_are_one_goodbye(self):
+        with DummyServer() as server, start_agent("--port", server.port) as agent:
+            eventually(lambda: server.samples)
+            for _ in range(5):
+                agent.send_signal(signal.SIGTERM)
+            self.assertEqual(agent.wait(3), 0)
+            self.assertEqual([s for s in server.dicts if "bye" in s], [{"bye": "SIGTERM"}])
+
+    def test_without_a_master_a_signal_ends_it_as_fast(self):
+        with start_agent("--port", support.closed_port()) as agent:
+            agent.logged("cannot reach")
+            agent.send_signal(signal.SIGTERM)
+            self.assertEqual(agent.wait(2), 0)
+
+    def test_it_ends_when_nobody_reads_its_stdout_any_more(self):
+        reader, writer = os.pipe()
+        with DummyServer() as server:
+            agent = start_agent("--port", server.port, "--interval", "30", stdout=writer)
+            os.close(writer)
+            with agent:
+                eventually(lambda: server.samples)
+                os.close(reader)
+                self.assertEqual(agent.wait(3), 0)
+                self.assertEqual(server.dicts[-1], {"bye": "finished"})
+
+    def test_nohup_holds_against_a_hangup(self):
+        with DummyServer() as server, start_agent(
+                "--port", server.port,
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as agent:
+            eventually(lambda: server.samples)
+            agent.send_signal(signal.SIGHUP)
+            eventually(lambda: len(server.samples) >= 3)
+            self.assertEqual(agent.stop(), 0)
+            self.assertEqual(server.dicts[-1], {"bye": "SIGTERM"})
+
+
+class Reconnect(unittest.TestCase):
+    def test_a_server_that_goes_away_and_returns_is_found_again(self):
+        with DummyServer(answer=b"ok\n") as server, \
+                start_agent("--port", server.port, "--interval", "0.5") as agent:
+            eventually(lambda: len(server.samples) >= 2)
+            server.close()
+            agent.logged(r"lost the master at 127.0.0.1:\d+ \(.*\): retrying in \d+ s")
+            with DummyServer(server.port, answer=b"ok\n") as again:
+                eventually(lambda: len(again.samples) >= 2, 10)
+                self.assertEqual(agent.log.count("connected to"), 2)
+                self.assertEqual(agent.log.count("lost the master"), 1)
+
+    def test_it_waits_for_a_server_that_starts_later_and_says_so_once(self):
+        port = support.closed_port()
+        with start_agent("--port", port, "--interval", "0.5") as agent:
+            agent.logged("cannot reach the master .*Connection refused.*: retrying in")
+            support.stays(lambda: agent.log.count("\n") == 1, 2)
+            with DummyServer(port) as server:
+                eventually(lambda: server.samples, 10)
+                self.assertEqual(agent.log.count("\n"), 2)
+
+    def test_a_server_that_stops_answering_is_left_with_a_word(self):
+        with DummyServer(answer=b"ok\n") as server, \
+                start_agent("--port", server.port, "--interval", "0.2", patch=PATIENT) as agent:
+            eventually(lambda: len(server.samples) >= 3)
+            server.answer = b""
+            agent.logged("no answer for 1 s")
+            eventually(lambda: {"bye": "reconnecting"} in server.dicts)
+            eventually(lambda: server.connections >= 3, 10)     # its patience stays the same
+            server.answer = b"ok\n"
+            eventually(lambda: agent.log.count("connected to") >= 2)
+
+    def test_a_server_that_never_answers_is_asked_again_less_and_less_often(self):
+        with DummyServer() as server, \
+                start_agent("--port", server.port, "--interval", "0.2", patch=PATIENT) as agent:
+            began = eventually(lambda: server.samples)[0][0]
+            eventually(lambda: server.dicts.count({"bye": "reconnecting"}) >= 3, 20)
+            byes = [when - began for when, sample in server.samples if "bye" in sample]
+            first, second, third = byes[0], byes[1] - byes[0], byes[2] - byes[1]
+            self.assertAlmostEqual(first, 1.2, delta=0.5)
+            self.assertGreater(second, first + 0.7)
+            self.assertGreater(third, second + 1.2)
+            self.assertLess(agent.log.count("\n"), 8)
+
+    def test_ten_seconds_without_an_answer_are_the_real_limit(self):
+        with DummyServer() as server, start_agent("--port", server.port) as agent:
+            began = eventually(lambda: server.samples)[0][0]
+            eventually(lambda: {"bye": "reconnecting"} in server.dicts, 16)
+            waited = [when for when, sample in server.samples if "bye" in sample][0] - began
+            self.assertTrue(9.5 < waited < 13, waited)
+            self.assertIn("no answer for 10 s", agent.log)
+
+    def test_a_server_that_accepts_and_closes_is_backed_off_from(self):
+        with DummyServer(greeting=b"error the house is full \x1b[31m\n") as server, \
+                start_agent("--port", server.port, "--interval", "0.2") as agent:
+            agent.logged("the house is full")
+            for sock in server.sockets:
+                sock.close()
+            began = time.monotonic()
+            eventually(lambda: server.connections >= 3)
+            self.assertGreater(time.monotonic() - began, 1.5)
+            self.assertEqual(agent.log.count("the house is full"), 1)
+            self.assertNotIn("\x1b", agent.log)
+
+    def test_a_server_that_reads_nothing_holds_nothing_up(self):
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        self.addCleanup(listener.close)
+        patch = ("import socket; dial = agent.dial\n"
+                 "def small(*a):\n"
+                 "    s = dial(*a); s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)\n"
+                 "    return s\nagent.dial = small\n")
+        with start_agent("--port", listener.getsockname()[1], "--interval", "0.1", "--verbose",
+                         patch=patch) as agent:
+            eventually(lambda: agent.log.count("'cpu'") > 60, 15)
+            sock = listener.accept()[0]
+            with sock, sock.makefile("rb") as stream:
+                for _ in range(20):         # whole samples, none cut short by the full pipe
+                    self.assertIn("cpu", pickle.load(stream))
+            agent.send_signal(signal.SIGTERM)
+            self.assertEqual(agent.wait(3), 0)
+
+
+class Candidates(unittest.TestCase):
+    def test_candidates_are_tried_in_turn(self):
+        with DummyServer(answer=b"ok\n") as server, start_agent(
+                "--host", "127.0.0.1:%d,127.0.0.1" % support.closed_port(),
+                "--port", server.port) as agent:
+            eventually(lambda: server.samples, 3)
+            self.assertIn("connected to 127.0.0.1:%d" % server.port, agent.log)
+
+    def test_a_candidate_that_takes_the_call_and_hangs_up_does_not_keep_it(self):
+        with DummyServer(greeting=b"error not here\n") as first, \
+                DummyServer(answer=b"ok\n") as second, start_agent(
+                    "--host", "127.0.0.1:%d,127.0.0.1:%d" % (first.port, second.port)):
+            eventually(lambda: second.samples, 6)
+
+    def test_an_ipv6_candidate_is_written_in_brackets(self):
+        try:
+            server = DummyServer(family=socket.AF_INET6)
+        except OSError:
+            self.skipTest("no IPv6 loopback here")
+        with server, start_agent("--host", "[::1]:%d" % server.port) as agent:
+            eventually(lambda: server.samples, 3)
+            agent.logged(r"connected to \[::1\]:%d" % server.port)
+
+    def test_the_environment_gives_the_defaults(self):
+        with DummyServer() as server, start_agent(
+                env={"SENTINEL_HOST": "localhost", "SENTINEL_PORT": server.port}):
+            eventually(lambda: server.samples, 3)
+
+    def test_a_name_that_does_not_resolve_is_said_and_holds_nothing_up(self):
+        with start_agent("--host", "no-such-host.invalid", "--verbose") as agent:
+            eventually(lambda: agent.log.count("'cpu'") >= 2, 5)
+            agent.send_signal(signal.SIGTERM)
+            self.assertEqual(agent.wait(3), 0)
+
+
+class Secret(unittest.TestCase):
+    NONCE = b"a1b2c3"
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.path = os.path.join(folder.name, "secret")
+        self.write(b"open sesame\n")
+
+    def write(self, content, mode=0o600):
+        with open(self.path, "wb") as file:
+            file.write(content)
+        os.chmod(self.path, mode)
+
+    def test_a_challenge_is_answered_before_anything_else_is_sent(self):
+        with DummyServer(greeting=b"challenge " + self.NONCE + b"\n", answer=b"ok\n") as server, \
+                start_agent("--port", server.port, "--secret-file", self.path):
+            eventually(lambda: len(server.samples) >= 2, 5)
+            proof = hmac.new(b"open sesame", self.NONCE, hashlib.sha256).hexdigest()
+            self.assertEqual(server.dicts[0], {"auth": proof})
+            self.assertIn("cpu", server.dicts[1])
+
+    def test_without_a_challenge_it_sends_nothing_and_says_the_cure(self):
+        with DummyServer() as server, start_agent(
+                "--port", server.port, "--secret-file", self.path,
+                patch="agent.CONNECT_SECONDS = 0.5") as agent:
+            agent.logged("--secret-file")
+            eventually(lambda: server.connections >= 2)
+            self.assertEqual(server.samples, [])
+
+    def test_another_word_instead_of_a_challenge_is_no_challenge(self):
+        for greeting in (b"ok\n", b"challenge \n", b"challenge", b"\0" * 5000, b"HTTP/1.1 400\r\n"):
+            with self.subTest(greeting[:20]), DummyServer(greeting=greeting) as server, \
+                    start_agent("--port", server.port, "--secret-file", self.path,
+                                patch="agent.CONNECT_SECONDS = 0.5") as agent:
+                agent.logged("cannot reach the master")
+                self.assertEqual(server.samples, [])
+
+    def test_a_challenge_to_an_agent_without_a_secret_logs_what_the_master_says(self):
+        with DummyServer(greeting=b"challenge %s\nerror start the agent with --secret-file\n"
+                         % self.NONCE) as server, start_agent("--port", server.port) as agent:
+            agent.logged("start the agent with --secret-file")
+
+    def test_a_secret_that_is_not_kept_is_refused(self):
+        for content, mode, words in ((b"x", 0o644, "chmod 600"), (b"x", 0o640, "chmod 600"),
+                                     (b" \n", 0o600, "empty")):
+            with self.subTest(words):
+                self.write(content, mode)
+                done = support.run("agent.py", "--secret-file", self.path, seconds=5)
+                self.assertEqual(done.returncode, 1)
+                self.assertRegex(done.stderr, r"\Aerror: .*%s.*\n\Z" % words)
+        os.remove(self.path)
+        done = support.run("agent.py", env={"SENTINEL_SECRET_FILE": self.path}, seconds=5)
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stderr, r"\Aerror: .*No such file.*\n\Z")
+
+
+if __name__ == "__main__":
+    unittest.main()
