@@ -12,9 +12,10 @@ import argparse
 import os
 import sys
 import time
+from typing import List, Optional
 
 
-def parse_arguments(argv):
+def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="test_reader.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,7 +33,7 @@ def parse_arguments(argv):
     return options
 
 
-def main(argv=None):
+def main(argv: Optional[List[str]] = None) -> int:
     """Print the table once, or again and again: the exit code."""
     options = parse_arguments(argv)
     if sys.version_info < (3, 8):
