@@ -159,17 +159,17 @@ class Bridge:
 # ==================================== command line ====================================
 def parse_port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port (0 to 65535)")
+        raise argparse.ArgumentTypeError(f"{text!r} is no port (1 to 65535; 0: any that is free)")
     return int(text)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="port_forward.py", usage=argparse.SUPPRESS)
-    parser.add_argument("--host", default="0.0.0.0", help="listen here (%(default)s)")
-    parser.add_argument("--local-port", default=13580, type=parse_port, help="(%(default)s)")
-    parser.add_argument("--remote-host", default="127.0.0.1", help="carry to (%(default)s)")
-    parser.add_argument("--remote-port", default=13579, type=parse_port, help="(%(default)s)")
-    options, unknown = parser.parse_known_args(argv)
+    parser.add_argument("--host", default="0.0.0.0", help="listen here; default %(default)s")
+    parser.add_argument("--local-port", default=13580, type=parse_port, help="default %(default)s")
+    parser.add_argument("--remote-host", default="127.0.0.1", help="go there; default %(default)s")
+    parser.add_argument("--remote-port", default=13579, type=parse_port, help="default %(default)s")
+    args, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(f"{unknown[0]}: not --host, --local-port, --remote-host, --remote-port")
     wake, waker = socket.socketpair()
@@ -178,9 +178,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)      # `wake` has recorded it
     resource.setrlimit(resource.RLIMIT_NOFILE, resource.getrlimit(resource.RLIMIT_NOFILE)[1:] * 2)
-    ends = (options.host, options.local_port), (options.remote_host, options.remote_port)
-    if ends[1] == (options.host.replace("0.0.0.0", "127.0.0.1"), options.local_port):
-        parser.error("--remote-port is --local-port: this would connect to itself")
+    ends = (args.host, args.local_port), (args.remote_host, args.remote_port)
+    if 0 in ends[1] or ends[1] == (args.host.replace("0.0.0.0", "127.0.0.1"), args.local_port):
+        parser.error("--remote-port: 1 to 65535, and not the port that it listens on itself")
     try:
         near, far = [min(socket.getaddrinfo(*end, type=socket.SOCK_STREAM)) for end in ends]
         listener = socket.socket(near[0])
@@ -188,7 +188,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         listener.bind(near[4])
         listener.listen(BACKLOG)
     except (socket.gaierror, UnicodeError) as error:
-        parser.error(f"--host {ends[0][0]}, --remote-host {ends[1][0]}: {error}")
+        parser.error(f"--host {args.host!r}, --remote-host {args.remote_host!r}: {error}")
     except OSError as error:
         parser.exit(1, "error: cannot listen on {}:{}: {}\n".format(*ends[0], error.strerror))
     log("listening on {}:{}, carrying to {}:{}".format(*listener.getsockname()[:2], *far[4][:2]))

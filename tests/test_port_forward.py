@@ -1,0 +1,468 @@
+"""The bridge: real processes over loopback, every byte compared."""
+
+import contextlib
+import os
+import random
+import resource
+import select
+import signal
+import socket
+import subprocess
+import threading
+import time
+import unittest
+
+import support
+from support import HOST, PATIENCE, eventually
+
+import port_forward     # found by way of support
+
+MIB = 1 << 20
+PATCHED = """\
+import sys; sys.path.insert(0, %r)
+import port_forward
+%%s
+sys.exit(port_forward.main())
+"""
+
+
+def start_bridge(remote_port, *flags, patch="", **more):
+    """A bridge to that port of this machine; .port is where it listens."""
+    words = ["-c", PATCHED % support.ROOT % patch] if patch else ["port_forward.py"]
+    words += ["--host", HOST, "--local-port", "0", "--remote-port", remote_port]
+    bridge = support.start(*words, *flags, **more)
+    bridge.port = bridge.listening()
+    return bridge
+
+
+def connect(port):
+    return socket.create_connection((HOST, port), PATIENCE)
+
+
+def receive(sock, size=1 << 62):
+    """All that comes until the end, or `size` bytes of it."""
+    received = bytearray()
+    while len(received) < size:
+        chunk = sock.recv(min(MIB, size - len(received)))
+        if not chunk:
+            break
+        received += chunk
+    return bytes(received)
+
+
+def send_in_pieces(sock, data, seed):
+    """Everything, in pieces of 1 byte to 300 kB, then the end."""
+    pieces, at = random.Random(seed), 0
+    while at < len(data):
+        size = pieces.choice((1, 10, 1000, 100000, 300000))
+        sock.sendall(data[at:at + size])
+        at += size
+    sock.shutdown(socket.SHUT_WR)
+
+
+def together(*calls):
+    """Run them on threads of their own; the list of what they returned."""
+    results = [None] * len(calls)
+
+    def run(index):
+        results[index] = calls[index]()
+    threads = [threading.Thread(target=run, args=(index,), daemon=True)
+               for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(4 * PATIENCE)
+    return results
+
+
+def reset(sock):
+    """Close with RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    sock.close()
+
+
+def cpu_seconds(pid):
+    with open("/proc/%d/schedstat" % pid) as file:
+        return int(file.read().split()[0]) / 1e9
+
+
+class BridgeTest(unittest.TestCase):
+    """Each test has a far side, `self.far`, and a bridge to it."""
+
+    patch = ""
+
+    def setUp(self):
+        self.far = socket.socket()
+        self.addCleanup(self.far.close)
+        self.far.bind((HOST, 0))
+        self.far.listen(1024)
+        self.far.settimeout(PATIENCE)
+        self.bridge = start_bridge(self.far.getsockname()[1], patch=self.patch)
+        self.addCleanup(self.bridge.stop)
+
+    def pair(self):
+        """A near socket and the far one that it is connected to."""
+        near = connect(self.bridge.port)
+        self.addCleanup(near.close)
+        far = self.far.accept()[0]
+        self.addCleanup(far.close)
+        far.settimeout(PATIENCE)
+        return near, far
+
+    def descriptors(self):
+        return len(os.listdir("/proc/%d/fd" % self.bridge.pid))
+
+
+class Bytes(BridgeTest):
+    def test_random_pieces_arrive_as_they_were_sent_both_ways_at_once(self):
+        near, far = self.pair()
+        out, back = os.urandom(3 * MIB + 17), os.urandom(2 * MIB + 1)
+        _, _, at_far, at_near = together(
+            lambda: send_in_pieces(near, out, 1), lambda: send_in_pieces(far, back, 2),
+            lambda: receive(far), lambda: receive(near))
+        self.assertTrue(at_far == out and at_near == back, "not what was sent")
+
+    def test_64_mib_both_ways_at_once_are_byte_exact(self):
+        near, far = self.pair()
+        out, back = os.urandom(MIB + 3) * 64, os.urandom(MIB + 5) * 64
+        _, _, at_far, at_near = together(
+            lambda: (near.sendall(out), near.shutdown(socket.SHUT_WR)),
+            lambda: (far.sendall(back), far.shutdown(socket.SHUT_WR)),
+            lambda: receive(far), lambda: receive(near))
+        self.assertTrue(at_far == out and at_near == back, "not what was sent")
+
+    def test_small_samples_arrive_at_once_and_one_by_one(self):
+        near, far = self.pair()
+        for number in range(200):
+            near.sendall(b"%d" % number)
+            self.assertEqual(far.recv(100), b"%d" % number)
+            far.sendall(b"ok\n")
+            self.assertEqual(near.recv(100), b"ok\n")
+
+    def test_300_connections_at_once_each_get_their_own_bytes(self):
+        nears = [connect(self.bridge.port) for _ in range(300)]
+        for near in nears:
+            self.addCleanup(near.close)
+            near.sendall(b"from %5d" % near.getsockname()[1])
+        fars = []
+        for _ in nears:
+            fars.append(self.far.accept()[0])
+            self.addCleanup(fars[-1].close)
+            fars[-1].sendall(receive(fars[-1], 10).replace(b"from", b"to"))
+        for near in nears:
+            self.assertEqual(receive(near, 8), b"to %5d" % near.getsockname()[1])
+
+    def test_a_slow_reader_makes_the_writer_wait_and_gets_everything(self):
+        near, far = self.pair()
+        before = self.memory()
+        near.setblocking(False)
+        data, sent = os.urandom(MIB) * 64, 0
+        while select.select([], [near], [], 0.5)[1]:        # until the whole way is full
+            sent += near.send(data[sent:])
+        self.assertLess(sent, len(data), "nothing ever waited")
+        self.assertLess(self.memory() - before, 4 * MIB, "the bridge keeps what the kernel should")
+        near.setblocking(True)
+        rest, received = together(
+            lambda: (near.sendall(data[sent:]), near.shutdown(socket.SHUT_WR)),
+            lambda: receive(far))
+        self.assertTrue(received == data, "not what was sent")
+
+    def memory(self):
+        with open("/proc/%d/statm" % self.bridge.pid) as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+
+
+class Ends(BridgeTest):
+    def test_a_half_close_is_passed_on_after_the_bytes_before_it(self):
+        for name in ("near", "far"):
+            with self.subTest("the %s side ends first" % name):
+                first, second = self.pair() if name == "near" else self.pair()[::-1]
+                data, answer = os.urandom(5 * MIB), os.urandom(5 * MIB)
+                sender = threading.Thread(target=send_in_pieces, args=(first, data, 3))
+                sender.start()
+                self.assertTrue(receive(second) == data, "not what was sent")
+                sender.join()
+                second.sendall(answer[:1])
+                self.assertEqual(receive(first, 1), answer[:1])     # the other way still lives
+                sender = threading.Thread(target=send_in_pieces, args=(second, answer[1:], 4))
+                sender.start()
+                self.assertTrue(receive(first) == answer[1:], "not what was sent")
+                sender.join()
+
+    def test_both_sockets_are_closed_once_both_sides_have_ended(self):
+        before = self.descriptors()
+        near, far = self.pair()
+        near.close()
+        self.assertEqual(receive(far), b"")
+        self.assertEqual(self.descriptors(), before + 2)
+        far.close()
+        eventually(lambda: self.descriptors() == before)
+
+    def test_a_reset_on_one_side_closes_the_other_with_one_line_in_the_log(self):
+        for name, host in (("far", r"127\.0\.0\.1:%d" % self.far.getsockname()[1]),
+                           ("near", r"127\.0\.0\.1")):
+            with self.subTest(name):
+                near, far = self.pair()
+                gone, left = (near, far) if name == "near" else (far, near)
+                reset(gone)
+                with contextlib.suppress(ConnectionResetError):
+                    self.assertEqual(receive(left), b"")
+                self.bridge.logged(r"(?m)^[\d:]+ %s: Connection reset by peer$" % host)
+
+    def test_what_the_far_side_sent_before_it_vanished_still_arrives(self):
+        near, far = self.pair()
+        far.sendall(b"error no such thing\n")
+        self.assertEqual(receive(near, 5), b"error")        # it has reached the near side
+        reset(far)
+        self.assertEqual(receive(near), b" no such thing\n")
+
+    def test_writing_to_a_side_that_has_gone_ends_the_writer_too(self):
+        near, far = self.pair()
+        far.close()
+        self.assertEqual(receive(near), b"")
+        with self.assertRaises(OSError):
+            for _ in range(1000):
+                near.sendall(b"sample" * 1000)
+                time.sleep(0.001)
+
+    def test_the_far_side_ending_while_the_near_one_does_not_read_burns_nothing(self):
+        near, far = self.pair()
+        near.shutdown(socket.SHUT_WR)
+        self.assertEqual(receive(far), b"")
+        data, sent = os.urandom(MIB) * 32, 0
+        far.setblocking(False)
+        while select.select([], [far], [], 0.5)[1]:
+            sent += far.send(data[sent:])
+        far.close()             # near has unread bytes and the bridge some more
+        before = cpu_seconds(self.bridge.pid)
+        time.sleep(1)           # the time over which it is measured
+        self.assertLess(cpu_seconds(self.bridge.pid) - before, 0.1)
+        self.assertTrue(receive(near) == data[:sent], "not what was sent")
+
+    def test_a_killed_bridge_ends_both_sides_and_its_port_is_free_again_at_once(self):
+        near, far = self.pair()
+        self.bridge.stop(signal.SIGKILL)
+        for side in (near, far):
+            with contextlib.suppress(ConnectionResetError):
+                self.assertEqual(receive(side), b"")
+        with support.start("port_forward.py", "--host", HOST, "--local-port", self.bridge.port,
+                           "--remote-port", self.far.getsockname()[1]) as again:
+            self.assertEqual(again.listening(), self.bridge.port)
+
+    def test_keepalive_is_on_for_both_sides(self):
+        one, other = self.pair()
+        port_forward.Pump(one, other, "", 0.0)
+        for level, option, value in ((socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+                                     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
+                                     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+                                     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)):
+            self.assertEqual(one.getsockopt(level, option), value)
+        with open("/proc/net/tcp") as file:     # column 6 is "02:...": a keepalive timer runs
+            rows = [line.split() for line in file.readlines()[1:]]
+        ports = ("%04X" % self.bridge.port, "%04X" % self.far.getsockname()[1])
+        timers = [row[5][:2] for row in rows if row[3] == "01" and
+                  (row[1].endswith(ports[0]) or row[2].endswith(ports[1]))]
+        self.assertEqual(timers, ["02", "02"])
+
+
+class Limits(unittest.TestCase):
+    def far_side(self):
+        far = socket.socket()
+        self.addCleanup(far.close)
+        far.bind((HOST, 0))
+        far.listen(1024)
+        far.settimeout(PATIENCE)
+        return far
+
+    def bridge(self, far, **more):
+        bridge = start_bridge(far.getsockname()[1] if isinstance(far, socket.socket) else far,
+                              **more)
+        self.addCleanup(bridge.stop)
+        return bridge
+
+    def test_a_refused_far_side_closes_the_near_one_and_repeats_are_one_line_with_a_count(self):
+        bridge = self.bridge(support.closed_port(), patch="port_forward.TICK = 2")
+        for _ in range(50):
+            with connect(bridge.port) as near, contextlib.suppress(ConnectionResetError):
+                self.assertEqual(receive(near), b"")
+        bridge.logged(r"127\.0\.0\.1:\d+: Connection refused \(\d+ more in 2 s\)")
+        lines = [line for line in bridge.log.splitlines() if "refused" in line]
+        counts = [int(line.rpartition("(")[2].split()[0]) for line in lines if "more in" in line]
+        self.assertLessEqual(len(lines), 4)
+        self.assertEqual(len(lines) - len(counts) + sum(counts), 50)
+
+    def test_a_silent_connection_is_closed_after_the_idle_limit_and_a_live_one_is_not(self):
+        far = self.far_side()
+        bridge = self.bridge(far, patch="port_forward.IDLE_LIMIT, port_forward.TICK = 1.5, 0.2")
+        live, live_far = connect(bridge.port), far.accept()[0]
+        silent, silent_far = connect(bridge.port), far.accept()[0]
+        for sock in (live, live_far, silent, silent_far):
+            self.addCleanup(sock.close)
+        start = time.monotonic()
+        while not select.select([silent], [], [], 0.5)[0]:
+            live.sendall(b"sample")
+            self.assertLess(time.monotonic() - start, PATIENCE)
+        self.assertGreater(time.monotonic() - start, 1.3)
+        self.assertEqual(receive(silent) + receive(silent_far), b"")
+        bridge.logged("closed, silent for 1.5 s")
+        live.sendall(b"the end")
+        live.shutdown(socket.SHUT_WR)
+        self.assertTrue(receive(live_far).endswith(b"samplethe end"))
+
+    def test_the_idle_limit_is_out_of_reach_of_the_slowest_agent(self):
+        self.assertGreater(port_forward.IDLE_LIMIT, 2 * 60)
+
+    def test_out_of_descriptors_is_one_line_and_those_who_wait_are_served_later(self):
+        far = self.far_side()
+        bridge = self.bridge(far, patch="import resource; resource.setrlimit("
+                                        "resource.RLIMIT_NOFILE, (30, 30))")
+        nears = [connect(bridge.port) for _ in range(40)]
+        for near in nears:
+            self.addCleanup(near.close)
+            near.sendall(b"x")
+        bridge.logged("cannot take new connections: Too many open files")
+        before = cpu_seconds(bridge.pid)
+        time.sleep(0.5)         # the time over which it is measured
+        self.assertLess(cpu_seconds(bridge.pid) - before, 0.1)
+        served = 0
+        while served < len(nears):
+            far_end = far.accept()[0]
+            self.assertEqual(far_end.recv(1), b"x")
+            far_end.close()
+            nears[served].close()
+            served += 1
+        self.assertEqual(bridge.log.count("Too many open files"), 1)
+        with connect(bridge.port) as near:
+            near.sendall(b"again")
+            with far.accept()[0] as far_end:
+                self.assertEqual(receive(far_end, 5), b"again")
+
+    def test_the_limit_of_descriptors_is_raised_as_far_as_allowed(self):
+        far = self.far_side()
+        bridge = self.bridge(far, patch="import resource; resource.setrlimit("
+                                        "resource.RLIMIT_NOFILE, (30, 300))")
+        with contextlib.ExitStack() as sockets:
+            for _ in range(100):
+                sockets.enter_context(connect(bridge.port))
+                sockets.enter_context(far.accept()[0])
+        self.assertNotIn("Too many", bridge.log)
+
+    def test_idle_connections_cost_nothing(self):
+        far = self.far_side()
+        bridge = self.bridge(far)
+        with contextlib.ExitStack() as sockets:
+            for _ in range(200):
+                sockets.enter_context(connect(bridge.port))
+                sockets.enter_context(far.accept()[0])
+            before = cpu_seconds(bridge.pid)
+            time.sleep(1)       # the time over which it is measured
+            self.assertLess(cpu_seconds(bridge.pid) - before, 0.01)
+
+    def test_only_changes_are_logged(self):
+        far = self.far_side()
+        bridge = self.bridge(far)
+        for _ in range(20):
+            with connect(bridge.port), far.accept()[0]:
+                pass
+        self.assertEqual(len(bridge.log.splitlines()), 1, bridge.log)
+
+
+class CommandLine(unittest.TestCase):
+    def test_a_busy_port_is_one_line_and_exit_1(self):
+        with socket.socket() as other:
+            other.bind((HOST, 0))
+            other.listen(1)
+            port = other.getsockname()[1]
+            done = support.run("port_forward.py", "--host", HOST, "--local-port", port)
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertRegex(done.stderr, r"^error: cannot listen on 127\.0\.0\.1:%d: Address already "
+                                      r"in use[^\n]*\n$" % port)
+
+    def test_a_mistake_is_one_line_with_what_is_allowed_and_exit_2(self):
+        for flags, says in (
+                (["--local-port", "65536"], r"--local-port: '65536' is no port \(.*65535"),
+                (["--local-port", "-1"], "--local-port"),
+                (["--local-port", "ssh"], "--local-port: 'ssh' is no port"),
+                (["--remote-port", "0"], "--remote-port: 1 to 65535"),
+                (["--remote-port", "9" * 5000], "--remote-port"),
+                (["--remote-port"], "--remote-port: expected one argument"),
+                (["--port", "1"], "--port: not --host, --local-port, --remote-host, --remote-port"),
+                (["more"], "more: not --host, --local-port, --remote-host, --remote-port"),
+                (["--host", "no host"], "--host 'no host'.* not known|--host"),
+                (["--remote-host", ""], "--remote-host ''"),
+                (["--remote-host", "a..b"], "--remote-host 'a..b'"),
+                (["--host", "a\x1b[31m"], r"--host 'a\\x1b"),
+                (["--local-port", "7", "--remote-port", "7"], "not the port that it listens on")):
+            with self.subTest(" ".join(flags)[:80]):
+                done = support.run("port_forward.py", *flags)
+                self.assertEqual((done.returncode, done.stdout), (2, ""), done.stderr)
+                self.assertEqual(len(done.stderr.splitlines()), 1, done.stderr)
+                self.assertRegex(done.stderr, says)
+
+    def test_an_address_of_another_machine_is_one_line_and_exit_1(self):
+        done = support.run("port_forward.py", "--host", "192.0.2.1", "--local-port", "0")
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stderr, r"^error: cannot listen on 192\.0\.2\.1:0: [^\n]+\n$")
+
+    def test_sigint_and_sigterm_end_it_with_0_also_in_the_midst_of_traffic(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with self.subTest(signal.Signals(number).name), socket.socket() as listener:
+                listener.bind((HOST, 0))
+                listener.listen(1)
+                with start_bridge(listener.getsockname()[1]) as bridge, \
+                        connect(bridge.port) as near, listener.accept()[0]:
+                    near.sendall(b"x" * MIB)
+                    start = time.monotonic()
+                    bridge.send_signal(number)
+                    self.assertEqual(bridge.wait(), 0)
+                    self.assertLess(time.monotonic() - start, 2)
+                    self.assertNotIn("Traceback", bridge.log)
+
+    def test_it_carries_to_and_from_ipv6_where_there_is_some(self):
+        listener = socket.socket(socket.AF_INET6)
+        self.addCleanup(listener.close)
+        try:
+            listener.bind(("::1", 0))
+        except OSError:
+            self.skipTest("missing here: IPv6")
+        listener.listen(1)
+        with start_bridge(listener.getsockname()[1], "--remote-host", "::1") as bridge, \
+                connect(bridge.port) as near, listener.accept()[0] as far:
+            near.sendall(b"six")
+            self.assertEqual(receive(far, 3), b"six")
+
+    def test_it_works_from_standard_input_and_ends_when_nobody_reads_it_any_more(self):
+        for end in ("pipe", "socket"):          # sshd has either, as it was built
+            for stream in ("stdout", "stderr"):
+                with self.subTest("%s is a %s" % (stream, end)):
+                    ours, theirs = ([sock.detach() for sock in socket.socketpair()]
+                                    if end == "socket" else os.pipe())
+                    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+                    streams[stream] = theirs
+                    with open(os.path.join(support.ROOT, "port_forward.py")) as script, \
+                            support.start("-", "--host", HOST, "--local-port", "0",
+                                          stdin=script, **streams) as bridge:
+                        os.close(theirs)
+                        eventually(lambda bridge=bridge: self.listens(bridge.pid))
+                        os.close(ours)
+                        self.assertEqual(bridge.wait(5), 0)
+
+    def test_a_log_in_a_file_ends_nothing(self):
+        with open(os.devnull, "w") as log, \
+                support.start("port_forward.py", "--host", HOST, "--local-port", "0",
+                              stdout=log, stderr=log) as bridge:
+            eventually(lambda: self.listens(bridge.pid))
+            support.stays(lambda: bridge.code is None, 0.5)
+
+    @staticmethod
+    def listens(pid):
+        """Whether one of its sockets is a TCP listener."""
+        folder = "/proc/%d/fd/" % pid
+        links = [os.readlink(folder + fd) for fd in os.listdir(folder)]
+        with open("/proc/net/tcp") as file:
+            rows = [line.split() for line in file.readlines()[1:]]
+        return any("socket:[%s]" % row[9] in links for row in rows if row[3] == "0A")
+
+
+if __name__ == "__main__":
+    unittest.main()
