@@ -266,6 +266,10 @@ class Tool:
         self.stop()
 
 
+# a terminated test run unwinds as an interrupted one does, and so ends what it started
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 @atexit.register
 def _kill_all():
     for tool in list(Tool._running):

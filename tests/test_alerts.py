@@ -58,11 +58,11 @@ class AlertCommand(AlertMasterTest):
 
     def test_an_alert_fires_once_and_resolves_once(self):
         self.samples("once", 50, 51, 99, 51, 50, 49, 46, 51, 45.5)
-        self.assertEqual(len(self.told_of("once")), 1, "5 points below before it is resolved")
         self.samples("twice", 60, 60, 45, 45, 60, 60)
         kinds = [kind for kind, _ in eventually(
             lambda: len(self.told_of("twice")) == 3 and self.told_of("twice"))]
         self.assertEqual(kinds, ["alert", "resolved", "alert"])
+        self.assertEqual(len(self.told_of("once")), 1, "5 points below before it is resolved")
         self.assertRegex(self.told_of("twice")[0][1], r"cpu.*60.*cpu>50")
         lines = re.findall("CRITICAL WARNING: .*twice.*", self.master.log)
         self.assertEqual(len(lines), 2, lines)

@@ -70,37 +70,37 @@ def bad_samples():
     for key in ("cpu", "ram"):
         for value in (-1, -0.1, 100.1, 101, 2 ** 62, "50", None, True, float("nan"), float("inf"),
                       float("-inf")):
-            yield "%s is %r" % (key, value), dumped(**{key: value}), r"%s|finite" % key
+            yield "%s is %r" % (key, value), dumped(**{key: value}), r"(%s|finite)" % key
     yield "65 keys", pickle.dumps({"k%d" % n: 1 for n in range(65)}), "64"
     yield "63 keys, cpu and ram", dumped(**{"k%d" % n: 1 for n in range(63)}), "64"
     for protocol in (2, 4):
         yield "text of 256", dumped(protocol, node="x" * 256), "255"
         yield "256 bytes of é", dumped(protocol, node="é" * 128), "255"
         yield "a key of 256", dumped(protocol, **{"k" * 256: 1}), "255"
-        yield "65 bits", dumped(protocol, x=2 ** 64), "64|opcode"
-        yield "-65 bits", dumped(protocol, x=-2 ** 63 - 1), "64|opcode"
-        yield "3,000 bits", dumped(protocol, x=1 << 3000), "64|opcode"
+        yield "65 bits", dumped(protocol, x=2 ** 64), "(64|opcode)"
+        yield "-65 bits", dumped(protocol, x=-2 ** 63 - 1), "(64|opcode)"
+        yield "3,000 bits", dumped(protocol, x=1 << 3000), "(64|opcode)"
         yield "an infinite extra", dumped(protocol, load1=float("inf")), "finite"
         yield "an unknown NaN", dumped(protocol, whatever=float("nan")), "finite"
-        yield "a nested dict", dumped(protocol, x={"y": 1}), "flat|opcode"
-        yield "a list", dumped(protocol, x=[1]), "flat|opcode"
-        yield "bytes", dumped(protocol, x=b"1"), "flat|opcode"
+        yield "a nested dict", dumped(protocol, x={"y": 1}), "(flat|opcode)"
+        yield "a list", dumped(protocol, x=[1]), "(flat|opcode)"
+        yield "bytes", dumped(protocol, x=b"1"), "(flat|opcode)"
         yield "a lone surrogate", dumped(protocol, node="\ud800"), "UTF-8"
-        yield "a list alone", pickle.dumps([1, 2], protocol), "flat|opcode"
-        yield "a number alone", pickle.dumps(1, protocol), "flat|opcode"
-        yield "numbers as keys", pickle.dumps({1: 2}, protocol), "key|string"
-        yield "code", pickle.dumps(os.getpid, protocol), "flat|opcode"
+        yield "a list alone", pickle.dumps([1, 2], protocol), "(flat|opcode)"
+        yield "a number alone", pickle.dumps(1, protocol), "(flat|opcode)"
+        yield "numbers as keys", pickle.dumps({1: 2}, protocol), "(key|string)"
+        yield "code", pickle.dumps(os.getpid, protocol), "(flat|opcode)"
     yield "protocol 0", dumped(0), "protocol"
     yield "protocol 1", dumped(1), "protocol"
     yield "protocol 6", b"\x80\x06" + dumped(4)[2:], "protocol"
-    yield "17 KiB", dumped(**{"k%d" % n: "x" * 255 for n in range(62)}) + b"", "16384|bytes"
-    yield "4 GiB announced", bytes.fromhex("80025d72000000102e"), "flat|opcode"
-    yield "a frame of 2 EiB", b"\x80\x04\x95" + b"\xff" * 7 + b"\x1f", "16384|bytes"
+    yield "17 KiB", dumped(**{"k%d" % n: "%0255d" % n for n in range(62)}), "16384"
+    yield "4 GiB announced", bytes.fromhex("80025d72000000102e"), "(flat|opcode)"
+    yield "a frame of 2 EiB", b"\x80\x04\x95" + b"\xff" * 7 + b"\x1f", "(16384|FRAME)"
     yield "HTTP", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "HTTP"
     yield "TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "TLS"
     yield "text", b"hello, is this the master?\n", "pickle"
     yield "zeros", bytes(64), "pickle"
-    yield "a pickle that only pads", b"\x80\x02}" + b"q\x00" * 9000, "bytes|opcodes"
+    yield "a pickle that only pads", b"\x80\x02}" + b"q\x00" * 9000, "(16384|opcode)"
 
 
 class BadRequests(MasterTest):
@@ -285,12 +285,12 @@ class BadFlags(unittest.TestCase):
                 (["--port", "1", "--shm-name", "x"], "not allowed")):
             self.check("test_reader.py", flags, reason)
 
-    def test_help_names_every_flag_and_its_default(self):
+    def test_help_is_a_result_and_names_the_default_port(self):
         for tool in ("master_server.py", "agent.py", "port_forward.py", "test_reader.py"):
             with self.subTest(tool):
                 done = support.run(tool, "--help")
                 self.assertEqual((done.returncode, done.stderr), (0, ""))
-                self.assertIn("default", done.stdout)
+                self.assertIn("13579", done.stdout)
 
 
 if __name__ == "__main__":

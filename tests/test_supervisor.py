@@ -116,10 +116,11 @@ class Start(unittest.TestCase):
                                      r"module load python.*\n\Z" % version)
 
     def test_it_works_on_ipv6_too(self):
-        try:
-            socket.socket(socket.AF_INET6).bind(("::1", 0))
-        except OSError:
-            self.skipTest("no IPv6 here")
+        with socket.socket(socket.AF_INET6) as probe:
+            try:
+                probe.bind(("::1", 0))
+            except OSError:
+                self.skipTest("no IPv6 here")
         with support.start_master("--host", "::1", "--dashboard-host", "::1") as master, \
                 PlainAgent(master.port, "::1") as agent:
             agent.send({"cpu": 1, "ram": 1})
@@ -371,8 +372,12 @@ class LockHolder(unittest.TestCase):
         pids = role_pid(self.master, "collector"), role_pid(self.master, "dashboard")
         with open(self.trigger, "w"):
             pass
-        with contextlib.suppress(OSError, support.http.client.HTTPException):
-            get(self.master.page)
+
+        def dies():
+            with contextlib.suppress(OSError, support.http.client.HTTPException):
+                get(self.master.page)
+            return not os.path.exists(self.trigger)
+        eventually(dies)
         self.assertRecovered(pids)
 
 
