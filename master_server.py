@@ -19,14 +19,12 @@ import hashlib
 import heapq
 import hmac
 import html
-import itertools
 import json
 import logging
 import math
 import multiprocessing
 import multiprocessing.connection
 import os
-import pickletools
 import queue
 import re
 import resource
@@ -39,12 +37,11 @@ import sys
 import threading
 import time
 import urllib.parse
-from multiprocessing import resource_tracker
 from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
                     Tuple, Union)
 
 try:
-    from multiprocessing import shared_memory
+    from multiprocessing import resource_tracker, shared_memory
 except ImportError:                     # Python 3.6 and 3.7: main() says what is needed
     shared_memory = None  # type: ignore[assignment]
 
@@ -63,10 +60,12 @@ RATE_SECONDS = 5.0                      # seconds
 RECEIVE_SIZE = 2048                     # bytes; a blocked read holds this much memory
 STACK_SIZE = 128 * 1024                 # bytes of stack for each thread
 BACKLOG = 4096                          # connections that may wait for accept()
+MAX_ACCEPTS = 256                       # of them at a time, between two heartbeats
 SOURCE_SHARE = 7 / 8                    # of the slots, for one address other than loopback
 MAX_WAITING = 1024                      # agents that have not sent a sample yet
 REFUSAL_SECONDS = 10.0                  # seconds for which refusals of one source are counted
-MAX_SOURCES = 256                       # sources whose refusals are counted apart
+MAX_REFUSAL_SECONDS = 3600.0            # that long when it does not end: it doubles
+MAX_SOURCES = 8                         # sources whose refusals are counted apart
 EVENTS = 128                            # events kept in the ring
 GONE_SECONDS = 600.0                    # how long a node that left is remembered
 LOCK_SECONDS = 2.0                      # to wait for the table's lock
@@ -76,6 +75,7 @@ STALE_SECONDS = 3.0                     # without a heartbeat: the collector has
 STOP_SECONDS = 3.0                      # from SIGTERM to SIGKILL of a role
 MAX_BACKOFF = 2.0                       # seconds before a role is started again
 EXIT_LOCK = 75                          # exit code of a role that could not get the lock
+LINGER_SECONDS = 0.5                    # for a peer to read why it is sent away
 COMMAND_SECONDS = 30.0                  # for one run of --alert-command
 GATHER_SECONDS = 1.0                    # quiet time that ends an alert storm
 STORM_SECONDS = 5.0                     # the longest that an alert waits for others of its kind
@@ -149,8 +149,20 @@ DETAIL_CODES = tuple((m.key, m.code) for m in DETAILS)
 # Wire: bytes -> sample.  Bounded, one error type, and nothing that unpickles.
 # ============================================================================
 
+# What pickletools lists and a flat dict of None, bool, int, float and str needs: the opcode, its
+# name and its argument; for the last three that is the size of what follows.
+OPCODES = {code: (name, struct.Struct(layout)) for code, name, layout in (
+    (0x80, "PROTO", "B"), (0x95, "FRAME", "<Q"), (0x2e, "STOP", ""), (0x7d, "EMPTY_DICT", ""),
+    (0x28, "MARK", ""), (0x73, "SETITEM", ""), (0x75, "SETITEMS", ""), (0x94, "MEMOIZE", ""),
+    (0x71, "BINPUT", "B"), (0x72, "LONG_BINPUT", "<I"), (0x68, "BINGET", "B"),
+    (0x6a, "LONG_BINGET", "<I"), (0x4e, "NONE", ""), (0x88, "NEWTRUE", ""), (0x89, "NEWFALSE", ""),
+    (0x4b, "BININT1", "B"), (0x4d, "BININT2", "<H"), (0x4a, "BININT", "<i"),
+    (0x47, "BINFLOAT", ">d"), (0x8a, "LONG1", "B"), (0x8c, "SHORT_BINUNICODE", "B"),
+    (0x58, "BINUNICODE", "<I"))}
+SIZES = {"LONG1": 8, "SHORT_BINUNICODE": MAX_TEXT, "BINUNICODE": MAX_TEXT}   # at most, in bytes
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-SCALARS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
+SCALARS = {"BININT1", "BININT2", "BININT", "BINFLOAT", "LONG1", "SHORT_BINUNICODE", "BINUNICODE"}
+PUTS, GETS = {"MEMOIZE", "BINPUT", "LONG_BINPUT"}, {"BINGET", "LONG_BINGET"}
 Shape = NamedTuple("Shape", [("layout", struct.Struct), ("fixed", Tuple[bytes, ...]),
                              ("keys", Tuple[str, ...]), ("base", Message)])
 
@@ -162,62 +174,79 @@ class WireError(Exception):
 def parse_pickle(data: bytes) -> Optional[Tuple[Message, int, Optional[Shape]]]:
     """Read the pickled flat dict (protocols 2 to 5) that data begins with: (dict, size, shape).
 
-    None while it is incomplete; WireError as soon as it cannot become one.  pickletools only
-    names opcodes and their arguments; those that a flat dict does not need are refused, and
-    data is short, so that no length that a peer claims is ever believed.
+    None while it is incomplete; WireError as soon as it cannot become one.  Nothing is built
+    but that dict, and no length that a peer claims is believed: it is compared with its limit.
     """
     if data[0] != 0x80:
         raise WireError(foreign_reason(data))
     result: Message = {}
     items: List[Any] = []               # keys and values that are not in the dict yet
-    memo: List[Any] = []
+    memo: Dict[int, Any] = {}
     floats: List[Tuple[int, Any]] = []  # where they are, and their keys
     begun = marked = False
+    for name, arg, start, end in read_opcodes(data[:MAX_SAMPLE]):
+        if name in SCALARS or name in CONSTANTS:
+            if name == "BINFLOAT":
+                floats.append((start, items[-1] if items else None))
+            items.append(CONSTANTS.get(name, arg))
+        elif name in PUTS:
+            memo[len(memo) if arg is None else arg] = items[-1] if items else memo
+        elif name in GETS and type(memo.get(arg)) is str:
+            items.append(memo[arg])     # picklers memoize strings alone
+        elif name == "EMPTY_DICT" and not begun:
+            begun = True
+        elif name == "MARK" and begun and not marked and not items:
+            marked = True
+        elif name == "SETITEMS" and marked or name == "SETITEM" and not marked:
+            set_items(result, items)
+            items, marked = [], False
+        elif name == "STOP" and begun and not items and not marked:
+            return result, end, make_shape(data[:end], result, floats)
+        elif not (name == "PROTO" and end == 2 or name == "FRAME"):
+            raise WireError("pickle opcode %s here; a sample is one flat dict" % name)
+    if len(data) < MAX_SAMPLE:
+        return None
+    raise WireError("a sample of more than %d bytes" % MAX_SAMPLE)
+
+
+def read_opcodes(data: bytes) -> Iterator[Tuple[str, Any, int, int]]:
+    """(name, argument, where that begins, where it ends) of each opcode that is whole."""
+    end = 0
+    for _ in range(MAX_OPCODES):
+        if end == len(data):
+            return
+        if data[end] not in OPCODES:
+            raise WireError("pickle opcode 0x%02x; a sample is one flat dict of None, bool, int,"
+                            " float and str" % data[end])
+        name, layout = OPCODES[data[end]]
+        start, end = end + 1, end + 1 + layout.size
+        if end > len(data):
+            return
+        arg, = layout.unpack_from(data, start) or (None,)
+        if name in SIZES:
+            if arg > SIZES[name]:
+                raise WireError("pickle opcode %s of %d bytes; at most %d are allowed"
+                                % (name, arg, SIZES[name]))
+            start, end = end, end + arg
+            if end > len(data):
+                return
+            arg = read_sized(name, data[start:end])
+        elif (name == "PROTO" and not 2 <= arg <= 5 or name == "FRAME" and arg > MAX_SAMPLE
+                or name == "BINFLOAT" and not math.isfinite(arg)):
+            raise WireError("%s %s; pickle protocols 2 to 5, frames of at most %d bytes and finite"
+                            " floats are allowed" % (name, arg, MAX_SAMPLE))
+        yield name, arg, start, end
+    raise WireError("a sample of more than %d opcodes" % MAX_OPCODES)
+
+
+def read_sized(name: str, raw: bytes) -> Union[int, str]:
+    """The value of an integer's or a string's bytes."""
+    if name == "LONG1":
+        return int.from_bytes(raw, "little", signed=True)
     try:
-        opcodes: Any = itertools.islice(pickletools.genops(data), MAX_OPCODES)
-        for name, arg, pos in ((op.name, arg, pos) for op, arg, pos in opcodes):
-            if name in SCALARS or name in CONSTANTS:
-                if name == "BINFLOAT":
-                    floats.append((pos + 1, items[-1] if items else None))
-                items.append(CONSTANTS[name] if name in CONSTANTS else check_scalar(arg))
-            elif name == "MEMOIZE" or name in ("BINPUT", "LONG_BINPUT") and arg == len(memo):
-                memo.append(items[-1] if items else memo)
-            elif name in ("BINGET", "LONG_BINGET") and memo[arg:] and memo[arg] is not memo:
-                items.append(memo[arg])
-            elif name == "EMPTY_DICT" and not begun:
-                begun = True
-            elif name == "MARK" and begun and not marked and not items:
-                marked = True
-            elif name == "SETITEMS" and marked or name == "SETITEM" and not marked:
-                set_items(result, items)
-                items, marked = [], False
-            elif name == "STOP" and begun and not items and not marked:
-                if pos >= MAX_SAMPLE:
-                    break
-                return result, pos + 1, make_shape(data[:pos + 1], result, floats)
-            elif not (name == "PROTO" and 2 <= arg <= 5 or name == "FRAME" and arg < MAX_SAMPLE):
-                raise WireError("pickle opcode %s here; a flat dict of None, bool, int, float and"
-                                " str in protocol 2 to 5 is allowed" % name)
-    except ValueError as error:         # genops: the end of data, or an opcode that nobody knows
-        if len(data) < MAX_SAMPLE and "unknown" not in str(error):
-            return None
-    raise WireError("no pickle of at most %d bytes and %d opcodes" % (MAX_SAMPLE, MAX_OPCODES))
-
-
-def check_scalar(value: Any) -> Any:
-    """The value, if it is within the limits."""
-    if type(value) is int and not -1 << 63 <= value < 1 << 63:
-        raise WireError("an int of more than 64 bits")
-    if type(value) is float and not math.isfinite(value):
-        raise WireError("a float that is not finite")
-    if type(value) is str:
-        try:
-            size = len(value.encode())
-        except UnicodeEncodeError:
-            raise WireError("text that is not UTF-8") from None
-        if size > MAX_TEXT:
-            raise WireError("text of %d bytes; at most %d are allowed" % (size, MAX_TEXT))
-    return value
+        return raw.decode()
+    except UnicodeDecodeError:
+        raise WireError("text that is not UTF-8") from None
 
 
 def set_items(result: Message, items: List[Any]) -> None:
@@ -424,8 +453,7 @@ class Table:
         size += -size % PAGE
         try:
             with untracked():
-                if os.path.exists("/dev/shm/" + name) or not os.path.exists("/dev/shm"):
-                    cls.discard(name)
+                cls.discard(name)
                 table = cls(shared_memory.SharedMemory(name, create=True, size=size))
             # tmpfs promises room that it may not have: a write would then end in SIGBUS
             getattr(os, "posix_fallocate", lambda *args: None)(table.shm._fd, 0, size)
@@ -595,16 +623,18 @@ class Rule(NamedTuple):
 
 
 def parse_rule(text: str) -> Union[Rule, str]:
-    """'cpu>90' or 'ram>95 for 30' -> Rule, 'lost' and 'no-lost' as they are; ValueError."""
+    """An argparse type: 'cpu>90' or 'ram>95 for 30' -> Rule; 'lost' and 'no-lost' as they are."""
     if text in ("lost", "no-lost"):
         return text
     match = RULE.fullmatch(text)
     if not match:
-        raise ValueError("%r is no rule; METRIC>NUMBER and METRIC<NUMBER are, with ' for SECONDS'"
-                         " behind if you like, and lost and no-lost" % text)
+        raise argparse.ArgumentTypeError(
+            "%r is no rule; METRIC>NUMBER and METRIC<NUMBER are, with ' for SECONDS' behind if you"
+            " like, and lost and no-lost" % text)
     metric, op, threshold, seconds = match.groups()
     if metric not in NUMBERS:
-        raise ValueError("%r in %r is no metric; there are %s" % (metric, text, ", ".join(NUMBERS)))
+        raise argparse.ArgumentTypeError("%r in %r is no metric; there are %s" % (
+            metric, text, ", ".join(NUMBERS)))
     return Rule(metric, op, float(threshold), float(seconds or 0))
 
 
@@ -653,7 +683,7 @@ class CommandRunner:
             for group in self.gather():
                 try:
                     self.call(group)
-                except OSError as error:
+                except Exception as error:      # this thread has to go on, whatever it was
                     log.error("alert command failed: %s", error)
 
     def gather(self) -> List[List[Alert]]:
@@ -672,24 +702,25 @@ class CommandRunner:
     def call(self, group: List[Alert]) -> None:
         """Run the command for alerts of one kind; at its limit, kill it and all it started.
 
-        The facts are in the environment, never in the command's text.
+        The facts are in the environment, never in the command's text.  The shell that kills it
+        is in its own process group, so that the limit outlives a collector that dies meanwhile.
         """
         facts: Dict[str, Any] = dict(group[0]._asdict(), count=len(group))
         for key in ("node", "job"):
             names = list(dict.fromkeys(getattr(alert, key) for alert in group))
             facts[key] = " ".join(names[:20] + ["..."] * (len(names) > 20))
-        env = {"SENTINEL_" + key.upper(): str(value) for key, value in facts.items()}
-        process = subprocess.Popen(self.command, shell=True, env=dict(os.environ, **env),
-                                   stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)
-        try:
-            code = process.wait(COMMAND_SECONDS)
-        except subprocess.TimeoutExpired:
+        env = dict(os.environb)         # bytes: no locale can object to a name
+        env.update((b"SENTINEL_" + key.upper().encode(), str(value).encode())
+                   for key, value in facts.items())
+        watched = '(sleep %g; kill -9 -$$) >/dev/null 2>&1 & eval "$0"' % COMMAND_SECONDS
+        process = subprocess.Popen(["/bin/sh", "-c", watched, self.command], stdout=2,
+                                   stdin=subprocess.DEVNULL, env=env, start_new_session=True)
+        code = process.wait()
+        with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            log.error("alert command failed: killed after %g s", COMMAND_SECONDS)
-        else:
-            if code:
-                log.error("alert command failed: exit code %d", code)
+        if code:
+            log.error("alert command failed: %s", "exit code %d" % code if code > 0
+                      else "killed after %g s" % COMMAND_SECONDS)
 
 
 # ============================================================================
@@ -738,35 +769,36 @@ class Waiting:
 
 
 class Refusals:
-    """Tells refusals so that a flood pushes nothing useful out: one a source and 10 s."""
+    """Tells refusals so that a flood pushes nothing useful out: one a source and 10 s, or more."""
 
     def __init__(self, tell: Callable[[str, str], None]) -> None:
         self.tell, self.lock = tell, threading.Lock()
-        self.sources: Dict[str, Tuple[float, int, str]] = {}
+        self.sources: Dict[str, List[Any]] = {}     # [since, seconds, count, reason]
 
     def add(self, source: str, reason: str) -> None:
         """Count a refusal; the first of a source is told at once."""
         with self.lock:
             if len(self.sources) >= MAX_SOURCES and source not in self.sources:
                 source = "other addresses"
-            since, count, _ = self.sources.get(source, (time.monotonic(), -1, ""))
-            self.sources[source] = since, count + 1, reason
-        if count < 0:
+            first = source not in self.sources
+            entry = self.sources.setdefault(source, [time.monotonic(), REFUSAL_SECONDS, -1, ""])
+            entry[2:] = entry[2] + 1, reason
+        if first:
             self.tell(source, reason)
 
     def flush(self) -> None:
         """Tell what was counted, for each source whose time is over."""
         now = time.monotonic()
         with self.lock:
-            over = [(source, entry) for source, entry in self.sources.items()
-                    if now - entry[0] >= REFUSAL_SECONDS]
-            for source, (_, count, reason) in over:
+            over = [(source, list(entry)) for source, entry in self.sources.items()
+                    if now - entry[0] >= entry[1]]
+            for source, (_, seconds, count, reason) in over:
                 del self.sources[source]
                 if count:
-                    self.sources[source] = now, 0, reason
-        for source, (_, count, reason) in over:
+                    self.sources[source] = [now, min(2 * seconds, MAX_REFUSAL_SECONDS), 0, reason]
+        for source, (_, seconds, count, reason) in over:
             if count:
-                self.tell(source, "%s (%d in %g s)" % (reason, count, REFUSAL_SECONDS))
+                self.tell(source, "%s (and %d more in %g s)" % (reason, count, seconds))
 
 
 class Silence(Exception):
@@ -902,7 +934,7 @@ class Collector:
                 self.refuse(peer, text)
             if peer.slot >= 0:
                 self.leave(peer, kind, text)
-            peer.sock.close()
+            close_gently(peer.sock)
 
     def converse(self, peer: Peer) -> Tuple[str, str]:
         """Take samples until the peer says goodbye or closes: how it ended, (kind, text)."""
@@ -934,12 +966,12 @@ class Collector:
             peer.alerts = " ".join(str(rule).replace(" ", "_")
                                    for rule, since in peer.state.items() if since is None)
         self.table.write(peer.slot, peer.address, sample, peer.since, peer.alerts)
-        if message.get("ack"):
-            peer.say("ok")
         if new:
             self.welcome(peer)
         for kind, rule, value in changes:
             self.tell(kind, peer, "%s is %g (%s)" % (rule.metric, value, str(rule)), rule, value)
+        if message.get("ack"):
+            peer.say("ok")
         log.debug("%s sent %s", peer, message)
 
     def enter(self, peer: Peer) -> None:
@@ -1005,6 +1037,17 @@ class Collector:
         self.table.add_event("refused", reason, {"node": source})
 
 
+def close_gently(sock: socket.socket) -> None:
+    """Close so that what was written arrives: unread input would turn the close into a reset."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_WR)
+        sock.settimeout(LINGER_SECONDS)
+        for _ in range(MAX_SAMPLE // RECEIVE_SIZE):
+            if not sock.recv(RECEIVE_SIZE):
+                break
+    sock.close()
+
+
 def accept_loop(listener: socket.socket, start: Callable[[socket.socket, Any], None],
                 beat: Optional[Callable[[], None]] = None) -> None:
     """Hand each new connection to start(socket, address) until the supervisor is gone."""
@@ -1015,11 +1058,11 @@ def accept_loop(listener: socket.socket, start: Callable[[socket.socket, Any], N
             beat()
         multiprocessing.connection.wait([listener, parent.sentinel], BEAT_SECONDS)
         try:
-            for _ in range(BACKLOG):
+            for _ in range(MAX_ACCEPTS):
                 sock, address = listener.accept()
+                told = False
                 sock.setblocking(True)
                 start(sock, address)
-            told = False
         except (BlockingIOError, ConnectionError):
             pass
         except OSError as error:        # out of descriptors or memory: this passes
@@ -1326,19 +1369,40 @@ def run_role(name: str, listener: socket.socket, lock: Any, options: argparse.Na
     role(listener, Table.attach(options.shm_name, lock), options).run()
 
 
-class Supervisor:
-    """Starts the roles, starts again what ends, and stops all on SIGINT or SIGTERM.
+class AgentProcess(subprocess.Popen):  # type: ignore[type-arg]
+    """agent.py as a child, under the names that a multiprocessing.Process has.
 
-    With --with-agent it does so for agent.py, too: a program of its own, whose stdout is a pipe
-    that ends with it, and by which it sees that the supervisor has ended.
+    Its stdout is a pipe: it ends with the agent, and tells it when the supervisor has ended.
     """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        command = [sys.executable, beside("agent.py"), "--host", reachable(options.host),
+                   "--port", str(options.port)]
+        if options.secret_file:
+            command += ["--secret-file", options.secret_file]
+        super().__init__(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        self.sentinel = self.stdout
+
+    @property
+    def exitcode(self) -> Optional[int]:
+        """The exit code, or minus the signal; None while it runs."""
+        return self.poll()
+
+    def join(self, timeout: Optional[float] = None) -> None:
+        """Wait for its end, so many seconds at most."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(timeout)
+
+
+class Supervisor:
+    """Starts the roles (and the agent), starts again what ends, stops all on SIGINT or SIGTERM."""
 
     def __init__(self, listeners: Dict[str, socket.socket], table: Table,
                  options: argparse.Namespace) -> None:
         self.listeners, self.table, self.options = listeners, table, options
         self.names = list(listeners) + ["agent"] * options.with_agent
         self.lock: Any = None
-        self.running: Dict[str, Tuple[Any, Any]] = {}  # process, what ends with it
+        self.running: Dict[str, Any] = {}                       # name -> process
         self.signals: List[int] = []
         self.started = dict.fromkeys(self.names, -math.inf)     # time.monotonic()
         self.delay = dict.fromkeys(self.names, 0.0)             # seconds from then to the next
@@ -1356,7 +1420,7 @@ class Supervisor:
                 self.start_missing()
                 waits = [self.delay[name] for name in self.names if name not in self.running]
                 multiprocessing.connection.wait(
-                    [wakeup] + [sentinel for _, sentinel in self.running.values()],
+                    [wakeup] + [process.sentinel for process in self.running.values()],
                     min(waits) if waits else None)
                 self.reap()
         finally:
@@ -1382,27 +1446,22 @@ class Supervisor:
             except OSError as error:
                 log.error("cannot start the %s for now: %s", name, error.strerror)
             else:
-                log.info("%s started, pid %d", name, self.running[name][0].pid)
+                log.info("%s started, pid %d", name, self.running[name].pid)
 
-    def start(self, name: str) -> Tuple[Any, Any]:
-        """Start a role or the agent: (process, what becomes readable when it ends)."""
-        if name != "agent":
-            role = multiprocessing.Process(target=run_role, name=name, args=(
-                name, self.listeners[name], self.lock, self.options))
-            role.start()
-            return role, role.sentinel
-        command = [sys.executable, beside("agent.py"), "--host", reachable(self.options.host),
-                   "--port", str(self.options.port)]
-        if self.options.secret_file:
-            command += ["--secret-file", self.options.secret_file]
-        agent = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-        return agent, agent.stdout
+    def start(self, name: str) -> Any:
+        """Start a role or the agent."""
+        if name == "agent":
+            return AgentProcess(self.options)
+        role = multiprocessing.Process(target=run_role, name=name, args=(
+            name, self.listeners[name], self.lock, self.options))
+        role.start()
+        return role
 
     def reap(self) -> None:
         """Take note of what has ended; one that could not get the lock takes all roles along."""
-        ended = [name for name, (_, sentinel) in self.running.items()
-                 if multiprocessing.connection.wait([sentinel], 0)]
-        if self.signals:
+        ended = [name for name, process in self.running.items()
+                 if multiprocessing.connection.wait([process.sentinel], 0)]
+        if self.signals or not ended:
             return
         codes = self.stop(ended)
         for name, code in zip(ended, codes):
@@ -1414,17 +1473,15 @@ class Supervisor:
 
     def stop(self, names: Iterable[str]) -> List[int]:
         """End processes, by SIGTERM, a deadline and SIGKILL: their exit codes."""
-        processes = [self.running.pop(name)[0] for name in names if name in self.running]
+        processes = [self.running.pop(name) for name in names if name in self.running]
         for process in processes:
             process.terminate()
-        deadline, codes = time.monotonic() + STOP_SECONDS, []
+        deadline = time.monotonic() + STOP_SECONDS
         for process in processes:
-            popen = getattr(process, "_popen", process)     # of a Process or the agent's own
-            while popen.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.01)
+            process.join(max(0.0, deadline - time.monotonic()))
             process.kill()
-            codes.append(popen.wait())
-        return codes
+            process.join()
+        return [process.exitcode for process in processes]
 
 
 def beside(name: str) -> str:
@@ -1453,14 +1510,6 @@ def number(kind: Any, low: float, high: float, what: str) -> Callable[[str], Any
             return value
         raise argparse.ArgumentTypeError("%r is no %s from %g to %g" % (text, what, low, high))
     return parse
-
-
-def rule_argument(text: str) -> Union[Rule, str]:
-    """An argparse type: an alert rule."""
-    try:
-        return parse_rule(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def shm_argument(text: str) -> str:
@@ -1509,7 +1558,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="how many agents may send at once")
     add("--timeout", type=number(float, 0.5, 3600, "number of seconds"), default=5.0,
         metavar="SECONDS", help="silence after which an agent is lost")
-    add("--alert", type=rule_argument, action="append", metavar="RULE", default=argparse.SUPPRESS,
+    add("--alert", type=parse_rule, action="append", metavar="RULE", default=argparse.SUPPRESS,
         help="alert on METRIC>NUMBER or METRIC<NUMBER, with ' for SECONDS' behind if you like,"
         " instead of on %s; may be repeated; no-lost: lost nodes are no alert" % rules)
     add("--alert-command", metavar="CMD", default=argparse.SUPPRESS,
@@ -1525,11 +1574,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def too_old() -> bool:
+    """Whether this Python has no shared memory; says so."""
+    if shared_memory is None:
+        print("error: %s needs Python 3.8 or newer, and this is %d.%d; try python3.11 or 'module"
+              " load python'" % ((os.path.basename(sys.argv[0]),) + sys.version_info[:2]),
+              file=sys.stderr)
+    return shared_memory is None
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the master: its exit code."""
-    if shared_memory is None:
-        print("error: master_server.py needs Python 3.8 or newer, and this is %d.%d; try python3.11"
-              " or 'module load python'" % sys.version_info[:2], file=sys.stderr)
+    if too_old():
         return 1
     parser = build_parser()
     options = parser.parse_args(argv)

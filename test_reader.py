@@ -15,37 +15,33 @@ import time
 from typing import List, Optional
 
 
-def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="test_reader.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--port", type=int, default=13579,
-                       help="the master's port for agents (13579)")
-    which.add_argument("--shm-name", metavar="NAME",
-                       help="name of the shared memory (sentinel_PORT)")
-    parser.add_argument("--json", action="store_true", help="print what /api/nodes holds")
-    parser.add_argument("--watch", action="store_true",
-                        help="print again every 2 s, in place on a terminal, until Ctrl-C")
-    options = parser.parse_args(argv)
-    if not 0 < options.port < 65536:
-        parser.error("argument --port: %d is no port; 1 to 65535 are" % options.port)
-    return options
-
-
 def main(argv: Optional[List[str]] = None) -> int:
     """Print the table once, or again and again: the exit code."""
-    options = parse_arguments(argv)
-    if sys.version_info < (3, 8):
-        print("error: test_reader.py needs Python 3.8 or newer, this is %d.%d; try python3.11 or"
-              " 'module load python'" % sys.version_info[:2], file=sys.stderr)
-        return 1
     try:
         import master_server
     except ImportError:
         print("error: test_reader.py needs master_server.py beside it; copy it there",
               file=sys.stderr)
         return 1
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--port", type=master_server.number(int, 1, 65535, "port"), default=13579,
+                       help="the master's port for agents (default: 13579)")
+    which.add_argument("--shm-name", type=master_server.shm_argument, metavar="NAME",
+                       help="name of the shared memory (default: sentinel_PORT)")
+    parser.add_argument("--json", action="store_true", help="print what /api/nodes holds")
+    parser.add_argument("--watch", action="store_true",
+                        help="print again every 2 s, in place on a terminal, until Ctrl-C")
+    options = parser.parse_args(argv)
+    if master_server.too_old():
+        return 1
+    return run(options)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Attach and print: the exit code."""
+    import master_server
     render = master_server.render_nodes_json if options.json else master_server.render_nodes_text
     try:
         table = master_server.Table.attach(options.shm_name or "sentinel_%d" % options.port)
