@@ -122,7 +122,7 @@ class Bridge:
             self.complain(f"{pump.name}: {error.strerror}")
             pump.ended, pump.twin.ended, pump.twin.rest = True, True, b""
         for one in (pump, pump.twin):
-            if one.ended and not one.rest:
+            if one.ended:                       # so nothing waits: else it had not been read
                 with suppress(OSError):         # again does no harm
                     one.sink.shutdown(socket.SHUT_WR)
             mask = (0 if one.rest or one.ended else IN) | (OUT if one.twin.rest else 0) or NOTHING
