@@ -14,6 +14,7 @@ SENTINEL_TEST_ALL=1   what cannot be tested for want of something fails; else it
 
 import atexit
 import collections
+import functools
 import html
 import http.client
 import importlib.util
@@ -502,23 +503,30 @@ class MasterTest(unittest.TestCase):
 # Needs: requires, pythons
 # ==========================================================================================
 
+@functools.lru_cache()
 def pythons(first=(3, 6), last=(3, 13)):
-    """{(3, 6): path, ...} of the interpreters on PATH and under ~/.pyenv that really start."""
-    found = {}
+    """{(3, 6): path, ...} of the interpreters under ~/.pyenv and on PATH that really start."""
+    found = {sys.version_info[:2]: sys.executable}
     pyenv = os.path.expanduser("~/.pyenv/versions")
-    here = [os.path.join(pyenv, name, "bin", "python")
-            for name in (sorted(os.listdir(pyenv)) if os.path.isdir(pyenv) else ())]
-    names = [shutil.which("python3.%d" % minor) for minor in range(first[1], last[1] + 1)]
-    for path in [sys.executable] + here + [name for name in names if name]:
-        probe = "import sys; print(*sys.version_info[:2])"
-        try:
-            out = subprocess.check_output([path, "-c", probe], stderr=subprocess.DEVNULL)
-        except (OSError, subprocess.CalledProcessError):
-            continue        # a pyenv shim without its version, for one
-        version = tuple(int(number) for number in out.split())
-        if first <= version <= last:
-            found.setdefault(version, path)
-    return found
+    for name in sorted(os.listdir(pyenv)) if os.path.isdir(pyenv) else ():
+        found.setdefault(_version(os.path.join(pyenv, name, "bin", "python")),
+                         os.path.join(pyenv, name, "bin", "python"))
+    for minor in range(first[1], last[1] + 1):
+        path = shutil.which("python3.%d" % minor)
+        if path and (3, minor) not in found and _version(path):
+            found[3, minor] = path
+    return {version: path for version, path in found.items()
+            if version and first <= version <= last}
+
+
+def _version(path):
+    """(3, 11), or None if it does not start, as a shim without its version."""
+    try:
+        out = subprocess.check_output(
+            [path, "-c", "import sys; print(*sys.version_info[:2])"], stderr=subprocess.DEVNULL)
+        return tuple(int(number) for number in out.split())
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return None
 
 
 def _have(thing):

@@ -233,11 +233,12 @@ class Killed(unittest.TestCase):
                 self.assertNotRegex(second.log, NOISE)
 
     def test_a_killed_role_is_back_within_5_s_on_the_same_port_and_agents_within_10(self):
-        for method in ("fork", "forkserver", "spawn"):
+        for method, roles in (("fork", ("collector", "dashboard", "collector")),
+                              ("forkserver", ("dashboard",)), ("spawn", ("collector",))):
             with support.start_master(method=method) as master, \
                     support.start("agent.py", "--port", master.port, "--name", "real"):
                 eventually(lambda m=master: row_of(m.page, node="real"))
-                for role in ("collector", "dashboard", "collector"):
+                for role in roles:
                     with self.subTest(role=role, method=method):
                         self.kill_and_watch(master, role)
                 master.stop()
@@ -381,18 +382,29 @@ class LockHolder(unittest.TestCase):
         self.assertRecovered(pids)
 
 
+# Accepted sockets inherit the listener's send buffer: a few thousand answers fill this one.
+SMALL_BUFFERS = """
+import socket
+open_listener = master_server.open_listener
+
+def open_small(*arguments):
+    listener = open_listener(*arguments)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+    return listener
+
+master_server.open_listener, master_server.MAX_RATE = open_small, 1e9
+"""
+
+
 class NeverReads(unittest.TestCase):
     def test_an_agent_that_never_reads_is_served_all_the_same(self):
-        with support.start_master(patch="master_server.MAX_RATE = 1e9") as master, \
-                socket.socket() as deaf:
+        with support.start_master(patch=SMALL_BUFFERS) as master, socket.socket() as deaf:
             deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             deaf.settimeout(support.PATIENCE)
             deaf.connect((HOST, master.port))
-            sample = pickle.dumps({"cpu": 1, "ram": 1, "node": "deaf", "ack": True}, 2)
-            for _ in range(200):
-                deaf.sendall(sample * 500)
+            deaf.sendall(6000 * pickle.dumps({"cpu": 1, "ram": 1, "ack": True}, 2))
             deaf.sendall(pickle.dumps({"cpu": 2.5, "ram": 1, "node": "deaf"}))
-            eventually(lambda: row_of(master.page, node="deaf", cpu=2.5), 60)
+            eventually(lambda: row_of(master.page, node="deaf", cpu=2.5))
 
 
 if __name__ == "__main__":
