@@ -41,14 +41,21 @@ class BadSamples(MasterTest):
         self.master.logged(r"refused.*127\.0\.0\.1")
         eventually(lambda: events(self.master.page, "refused"))
 
-    def test_a_bad_sample_after_good_ones_ends_that_agent_alone(self):
-        agent, other = self.agent(), self.agent()
-        for each, name in ((agent, "turns-bad"), (other, "stays-good")):
-            each.send({"cpu": 1, "ram": 1, "node": name})
-            self.row(node=name)
-        agent.send({"cpu": 101, "ram": 1})
-        self.assertRegex(agent.read_to_end(), "^error cpu .*0 to 100")
-        self.gone(1.5, node="turns-bad")
+    def test_a_bad_sample_after_good_ones_of_the_same_shape_ends_that_agent_alone(self):
+        other = self.agent()
+        other.send({"cpu": 1.5, "ram": 1.5, "node": "stays-good", "interval": 60})
+        good = {"cpu": 1.5, "ram": 2.5, "node": "turns-bad", "load1": 0.5}
+        for number, change in enumerate((
+                {"cpu": 100.5}, {"ram": -0.5}, {"cpu": float("nan")}, {"load1": float("inf")},
+                {"cpu": float("inf"), "ram": float("-inf")}, {"ram": 1e308, "load1": 1e308},
+                {"cpu": True}, {"cpu": "1.5"}, {"node": "x" * 256})):
+            with self.subTest(change), PlainAgent(self.master.port) as agent:
+                for cpu in (1.5, 2.5, number + 0.25):
+                    agent.send(dict(good, cpu=cpu))
+                self.row(node="turns-bad", cpu=number + 0.25)
+                agent.send(dict(good, **change))
+                self.assertRegex(agent.read_to_end(3), "^error [^\n]+\n$")
+                self.gone(1.5, node="turns-bad")
         self.row(node="stays-good")
 
     def test_half_a_sample_and_the_end_leaves_nothing(self):
