@@ -1,0 +1,254 @@
+#!/usr/bin/env python3
+"""load.py sends what a thousand agents would, from one process that costs little itself.
+
+    python3 tests/load.py PORT COUNT [--pace even|burst] [--interval 2] [--churn 5] [--ramp 10]
+
+An agent here is a socket and a place in a heap of due times. Its samples are pickled once, and only
+its name, cpu and ram are written into the bytes of each; --samples names a JSON list of samples
+(of the real agent, say) to take in turn. Even: one after another, spread over the interval. Burst:
+all of them at once, every interval. Once a second a line of JSON tells on stdout how it goes, see
+`Load.report`. Every sample reads the answer to the one before, so an agent that the master dropped
+is noticed within an interval. It ends on SIGTERM or SIGINT, or when nobody reads its stdout.
+"""
+
+import argparse
+import gc
+import heapq
+import itertools
+import json
+import os
+import pickle
+import random
+import resource
+import signal
+import socket
+import struct
+import sys
+import time
+
+PLAIN = [{"cpu": 15.5, "ram": 40.2, "version": "1.0", "ack": True}]
+NAME = "node-%05d"              # all of one length: a name is written over another
+TICK = 0.001                    # seconds: a shorter sleep costs more than it spreads
+REPORT_SECONDS = 1.0
+VALUES = 1024                   # different values of cpu and ram
+LOWEST, HIGHEST = 5.0, 85.0     # percent: nothing that would fire an alert
+CONNECT_SECONDS = 10.0
+ANSWER_BYTES = 4096
+RESET = struct.pack("ii", 1, 0)             # SO_LINGER: close() sends RST, as a crash does
+WAYS = ("goodbye", "reset", "close")        # how agents leave under churn, in turn
+
+
+# ==========================================================================================
+# Samples: pickled once, written over for each agent
+# ==========================================================================================
+
+class Template:
+    """The bytes of one sample, and where name, cpu and ram stand in them."""
+
+    def __init__(self, sample):
+        sample = dict(sample, node=NAME % 0)
+        self.data = bytearray(pickle.dumps(sample, protocol=4))
+        self.name = self.data.index((NAME % 0).encode())
+        self.floats = [self.find_float(key) for key in ("cpu", "ram")]
+
+    def find_float(self, key):
+        """Where the 8 bytes of a key's value are."""
+        lead = b"\x8c" + bytes([len(key)]) + key.encode() + b"\x94G"    # text, memoize, float
+        return self.data.index(lead) + len(lead)
+
+    def fill(self, name, cpu, ram):
+        """The bytes with another name (bytes) and values (8 bytes each)."""
+        data = self.data
+        data[self.name:self.name + len(name)] = name
+        for at, value in zip(self.floats, (cpu, ram)):
+            data[at:at + 8] = value
+        return data
+
+
+def read_samples(path):
+    """The samples in a JSON file, PLAIN without one; cpu and ram are floats."""
+    if not path:
+        return PLAIN
+    with open(path, encoding="utf-8") as file:
+        return [dict(sample, cpu=0.0, ram=0.0) for sample in json.load(file)]
+
+
+# ==========================================================================================
+# Pacing
+# ==========================================================================================
+
+def first_due(index, count, ramp):
+    """Seconds after the start at which an agent connects: one after another over the ramp."""
+    return index * ramp / count
+
+
+def next_due(due, interval, pace):
+    """The time of the sample after the one at `due`: an interval later, or with all others."""
+    if pace == "even":
+        return due + interval
+    return (due // interval + 1) * interval
+
+
+# ==========================================================================================
+# Load
+# ==========================================================================================
+
+class Load:
+    """All the agents of this process."""
+
+    def __init__(self, options):
+        self.options = options
+        self.templates = [dict(sample, interval=options.interval) for sample in
+                          read_samples(options.samples)]
+        self.templates = itertools.cycle([Template(sample) for sample in self.templates])
+        self.values = itertools.cycle([struct.pack(">d", round(random.uniform(LOWEST, HIGHEST), 1))
+                                       for _ in range(VALUES)])
+        self.socks, self.names = {}, itertools.count()      # index: socket; names are never reused
+        self.name_of, self.due = {}, []
+        self.sent = self.answered = self.lost = self.left = 0
+        self.late, self.reasons, self.stopping = 0.0, {}, []
+
+    def run(self):
+        """Send until told to stop."""
+        start = time.monotonic()
+        count, ramp = self.options.count, self.options.ramp
+        self.due = [(start + first_due(i, count, ramp), i) for i in range(count)]
+        heapq.heapify(self.due)
+        report_at = change_at = start + REPORT_SECONDS
+        while not self.stopping and self.due:
+            now = time.monotonic()
+            while self.due[0][0] <= now and not self.stopping:
+                self.serve(now)
+                if not self.due:
+                    break
+            if now >= report_at:
+                report_at = now + REPORT_SECONDS
+                self.report()
+            if self.options.churn and now >= change_at and now - start > ramp:
+                change_at = now + 1.0 / self.options.churn
+                self.replace(random.choice(list(self.socks)))
+            time.sleep(max(TICK, self.due[0][0] - time.monotonic()) if self.due else 0)
+        self.report()
+
+    def serve(self, now):
+        """Let the agent that is due send, and say when it is due again."""
+        due, index = self.due[0]
+        self.late = max(self.late, now - due)
+        if self.talk(index):
+            later = next_due(due, self.options.interval, self.options.pace)
+            heapq.heapreplace(self.due, (max(later, now), index))
+        else:
+            heapq.heappop(self.due)
+
+    def talk(self, index):
+        """Read the last answer, send a sample; False when the master dropped this agent."""
+        try:
+            sock = self.socks.get(index) or self.connect(index)
+            if index in self.name_of and not self.hear(sock):
+                raise ConnectionError("closed by the master")
+            name = self.name_of.setdefault(index, (NAME % next(self.names)).encode())
+            sock.send(next(self.templates).fill(name, next(self.values), next(self.values)))
+            self.sent += 1
+            return True
+        except OSError as error:
+            self.lost += 1
+            text = str(error.strerror or error)
+            self.reasons[text] = self.reasons.get(text, 0) + 1
+            if index in self.socks:
+                self.socks.pop(index).close()
+            return False
+
+    def connect(self, index):
+        """A new connection."""
+        sock = socket.create_connection((self.options.host, self.options.port), CONNECT_SECONDS)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setblocking(False)
+        self.socks[index] = sock
+        return sock
+
+    def hear(self, sock):
+        """Take what the master wrote; False at the end, ConnectionError with its reason."""
+        try:
+            text = sock.recv(ANSWER_BYTES)
+        except BlockingIOError:
+            return True
+        if text == b"ok\n":         # nearly always
+            self.answered += 1
+            return True
+        self.answered += text.count(b"ok\n")
+        if b"error " in text:
+            raise ConnectionError(text[text.index(b"error "):].decode("utf-8", "replace").strip())
+        return bool(text)
+
+    def replace(self, index):
+        """One agent leaves, in one way or another; the next sample is of a new one's."""
+        sock = self.socks.pop(index)
+        self.name_of.pop(index)
+        way = WAYS[self.left % len(WAYS)]
+        self.left += 1
+        try:
+            if way == "goodbye":
+                sock.send(pickle.dumps({"bye": "finished"}, protocol=4))
+            elif way == "reset":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        except OSError:
+            pass                    # the next sample of a dropped one would have told
+        sock.close()
+
+    def report(self):
+        """One line: agents now, samples, answers, agents dropped (and why), worst delay, CPU."""
+        print(json.dumps({
+            "agents": len(self.socks), "sent": self.sent, "answered": self.answered,
+            "lost": self.lost, "left": self.left, "reasons": self.reasons,
+            "late": round(self.late, 4), "cpu": round(time.process_time(), 3)}), flush=True)
+        self.late = 0.0
+
+
+# ==========================================================================================
+# Command line
+# ==========================================================================================
+
+def raise_limit(need):
+    """Have that many descriptors, if the system allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < need:
+        top = hard if hard == resource.RLIM_INFINITY else max(need, hard)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (need, top))
+        except (ValueError, OSError):       # only root may pass the hard limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(need, hard), hard))
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    add = parser.add_argument
+    add("port", type=int)
+    add("count", type=int)
+    add("--host", default="127.0.0.1")
+    add("--pace", choices=("even", "burst"), default="even")
+    add("--interval", type=float, default=2.0, help="seconds between samples of one agent")
+    add("--ramp", type=float, help="seconds in which all connect (one per thousand, at least 2)")
+    add("--churn", type=float, default=0.0, help="agents replaced by new ones each second")
+    add("--samples", help="JSON file: list of samples to send in turn")
+    return parser
+
+
+def main(argv=None):
+    options = build_parser().parse_args(argv)
+    if options.ramp is None:
+        options.ramp = max(options.interval, options.count / 1000.0)
+    options.ramp = max(1, round(options.ramp / options.interval)) * options.interval
+    raise_limit(options.count + 100)
+    load = Load(options)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda caught, _: load.stopping.append(caught))
+    gc.disable()                    # no cycles here, and a pause would be a burst
+    try:
+        load.run()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
