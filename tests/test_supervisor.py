@@ -157,7 +157,7 @@ class End(unittest.TestCase):
                     self.end(lambda master, n=number: master.send_signal(n), method)
 
     def test_ctrl_c_in_a_terminal_reaches_all_processes_at_once(self):
-        for method in ("fork", "forkserver", "spawn"):
+        for method in ("fork", "spawn"):
             with self.subTest(method=method):
                 self.end(lambda master: master.send_signal(signal.SIGINT, group=True), method)
 
