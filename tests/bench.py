@@ -1,0 +1,1002 @@
+#!/usr/bin/env python3
+"""bench.py measures what Cluster Sentinel costs, beside what others cost, on this machine.
+
+    python3 tests/bench.py                      everything, about 20 minutes
+    python3 tests/bench.py --only page          one measurement (--list names them)
+    python3 tests/bench.py --quick              under 3 minutes; exit 1 when far over a bound
+    python3 tests/bench.py --json FILE          the figures as JSON as well
+
+The real tools and their peers run as processes on loopback, until they are steady. CPU is that of
+whole process trees: utime and stime of /proc/PID/stat, taken from the same counter in nanoseconds
+where the clock of a process can be read (clock_getcpuclockid(3)), and that of the children it
+has reaped. Memory is PSS (/proc/PID/smaps_rollup). Two things that are compared run side by side,
+or in turns when they would disturb each other, so that a busy machine slows both.
+
+What a measurement needs and does not find (gcc, nginx, prometheus, socat, iperf3, node_exporter,
+collectd) is named and skipped. Exit codes: 0 every bound holds (--quick: within a third), 1 not.
+"""
+
+import argparse
+import collections
+import contextlib
+import http.client
+import json
+import math
+import mmap
+import os
+import pickle
+import platform
+import random
+import selectors
+import shutil
+import signal
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import support
+
+INTERVAL = 2.0              # seconds between two samples, and between two scrapes
+TOLERANCE = 4 / 3           # how far over its bound a row may be in --quick
+SAMPLES = 6                 # samples of the real agent that the load takes in turn
+SETTLE_SECONDS = 1.0        # length of the windows that must agree
+SETTLE_LIMIT = 30.0
+SETTLED = 0.2               # how far apart, of the larger
+START_LIMIT = 90.0          # seconds for 10,000 agents to be connected and answered
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+KIB, MIB = 1024.0, 1024.0 ** 2
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+PATH = os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"
+
+
+# ==========================================================================================
+# Rows: what was measured, its bound, the table
+# ==========================================================================================
+
+class Row(collections.namedtuple("Row", "what value unit bound sense note")):
+    """One figure. bound is None for one that is only told; sense says which side is good."""
+
+    @property
+    def holds(self):
+        return self.within(1.0)
+
+    def within(self, tolerance):
+        """Is the value within the bound, or over it by less than that factor?"""
+        if self.bound is None:
+            return True
+        if self.sense == "<=":
+            return self.value <= self.bound * tolerance
+        return self.value * tolerance >= self.bound
+
+    def cells(self):
+        """The table's columns: what, measured, bound, holds."""
+        measured = show(self.value, self.unit) + (" (%s)" % self.note if self.note else "")
+        if self.bound is None:
+            return self.what, measured, "", ""
+        return (self.what, measured, "%s %s" % (self.sense, show(self.bound, self.unit)),
+                "yes" if self.holds else "NO")
+
+
+def at_most(what, value, unit, bound, note=""):
+    return Row(what, value, unit, bound, "<=", note)
+
+
+def at_least(what, value, unit, bound, note=""):
+    return Row(what, value, unit, bound, ">=", note)
+
+
+def told(what, value, unit, note=""):
+    return Row(what, value, unit, None, "", note)
+
+
+def show(value, unit):
+    """A value with three digits that count, and its unit."""
+    digits = 0 if value == int(value) or abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    if 0 < abs(value) < 0.1:
+        digits = 1 - math.floor(math.log10(abs(value)))
+    return ("%.*f %s" % (digits, value, unit)).strip()
+
+
+def render_table(rows):
+    """A Markdown table that can be read as it is."""
+    lines = [("what", "measured", "bound", "holds")] + [row.cells() for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, tuple("-" * width for width in widths))
+    return "\n".join("| %s |" % " | ".join(
+        cell.ljust(width) for cell, width in zip(line, widths)) for line in lines)
+
+
+def percentile(values, percent):
+    """The smallest value that so many percent of the values do not exceed (nearest rank)."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100.0) - 1)]
+
+
+def fit_exponent(points):
+    """The exponent k of the least-squares fit cost = c * n ** k through [(n, cost)], by logs."""
+    xs = [math.log(n) for n, _ in points]
+    ys = [math.log(cost) for _, cost in points]
+    x, y = statistics.mean(xs), statistics.mean(ys)
+    return (sum((a - x) * (b - y) for a, b in zip(xs, ys))
+            / sum((a - x) ** 2 for a in xs))
+
+
+# ==========================================================================================
+# Measuring: CPU, memory, steady state
+# ==========================================================================================
+
+def cpu_seconds(*pids):
+    """CPU seconds so far of the processes, their descendants, and the children they reaped."""
+    total = 0.0
+    for pid in sum(([pid] + support.descendants(pid) for pid in pids), []):
+        with open("/proc/%d/stat" % pid) as file:
+            fields = [int(word) for word in file.read().rpartition(")")[2].split()[11:15]]
+        try:
+            own = time.clock_gettime((~pid << 3) | 2)   # MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED)
+        except OSError:
+            own = (fields[0] + fields[1]) / CLOCK_TICKS
+        total += own + (fields[2] + fields[3]) / CLOCK_TICKS
+    return total
+
+
+def pss_bytes(*pids):
+    """Proportional set size of the processes and their descendants, proc(5)."""
+    total = 0
+    for pid in sum(([pid] + support.descendants(pid) for pid in pids), []):
+        with open("/proc/%d/smaps_rollup" % pid) as file:
+            words = file.read().split()
+        total += int(words[words.index("Pss:") + 1]) * 1024
+    return total
+
+
+def cpu_share(seconds, *groups):
+    """The share of one core that each group of pids takes, over the same so many seconds."""
+    start, before = time.monotonic(), [cpu_seconds(*pids) for pids in groups]
+    time.sleep(seconds)
+    after, end = [cpu_seconds(*pids) for pids in groups], time.monotonic()
+    return [(late - early) / (end - start) for early, late in zip(before, after)]
+
+
+def settle(*pids):
+    """Wait until two windows in a row show the same CPU share, or the limit is over."""
+    deadline, last = time.monotonic() + SETTLE_LIMIT, math.inf
+    while time.monotonic() < deadline:
+        share, = cpu_share(max(SETTLE_SECONDS, INTERVAL), pids)
+        if abs(share - last) <= SETTLED * max(share, last):
+            return
+        last = share
+
+
+def busy_share(seconds=1.0):
+    """The share of all cores that was busy for that long: how quiet is this machine?"""
+    def look():
+        with open("/proc/stat") as file:
+            ticks = [int(word) for word in file.readline().split()[1:9]]
+        return ticks[3] + ticks[4], sum(ticks)
+    idle, total = look()
+    time.sleep(seconds)
+    later = look()
+    return 1.0 - (later[0] - idle) / max(1, later[1] - total)
+
+
+def describe_machine():
+    """What the figures depend on."""
+    with open("/proc/cpuinfo") as file:
+        models = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    return {"cores": os.cpu_count(), "cpu": models[0] if models else platform.machine(),
+            "kernel": platform.release(), "python": platform.python_version(),
+            "time": time.strftime("%Y-%m-%d %H:%M"), "busy_before": round(busy_share(), 3)}
+
+
+# ==========================================================================================
+# Needs
+# ==========================================================================================
+
+class Missing(Exception):
+    """What a measurement needs is not here; the text names it."""
+
+
+def need(*names):
+    """The path of the first of these commands that is here; Missing when none is."""
+    for name in names:
+        path = shutil.which(name, path=PATH)
+        if path:
+            return path
+    raise Missing(names[0])
+
+
+def free_port():
+    return support.closed_port()
+
+
+def run_peer(*command):
+    """Start a program that is none of ours; like a tool, it ends with this process."""
+    return support.Tool([str(word) for word in command], dict(os.environ, PATH=PATH))
+
+
+def fetch(port, path="/", seconds=10):
+    """(status, body, seconds it took) of one GET."""
+    start = time.monotonic()
+    connection = http.client.HTTPConnection(support.HOST, port, timeout=seconds)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        body = response.read()
+        return response.status, body, time.monotonic() - start
+    finally:
+        connection.close()
+
+
+# ==========================================================================================
+# Agents: a sink for them, samples of a real one
+# ==========================================================================================
+
+class Sink:
+    """Answers "ok" to whatever comes and counts it, on a thread."""
+
+    def __init__(self):
+        self.listener = socket.create_server((support.HOST, 0), backlog=1024)
+        self.port = self.listener.getsockname()[1]
+        self.count, self.socks, self.stopping = 0, set(), False
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(self.listener, selectors.EVENT_READ)
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self):
+        while not self.stopping:
+            for key, _ in self.selector.select(0.2):
+                if key.fileobj is self.listener:
+                    sock = self.listener.accept()[0]
+                    self.socks.add(sock)
+                    self.selector.register(sock, selectors.EVENT_READ)
+                else:
+                    self.answer(key.fileobj)
+
+    def answer(self, sock):
+        try:
+            if sock.recv(65536):
+                self.count += 1
+                sock.send(b"ok\n")
+                return
+        except OSError:
+            pass
+        self.selector.unregister(sock)
+        self.socks.discard(sock)
+        sock.close()
+
+    def close(self):
+        self.stopping = True
+        self.thread.join()
+        for sock in self.socks | {self.listener}:
+            sock.close()
+        self.selector.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def record_samples(count=SAMPLES):
+    """Samples that a real agent sent on this machine, dicts; they announce INTERVAL."""
+    with socket.create_server((support.HOST, 0)) as listener:
+        listener.settimeout(support.PATIENCE)
+        with support.start("agent.py", "--port", listener.getsockname()[1], "--interval", "0.5"):
+            sock = listener.accept()[0]
+            sock.settimeout(support.PATIENCE)
+            with sock, sock.makefile("rb") as stream:
+                samples = []
+                for _ in range(count):
+                    samples.append(dict(pickle.load(stream), interval=INTERVAL))
+                    sock.sendall(b"ok\n")
+    return samples[1:]          # the first has no rates yet
+
+
+# ==========================================================================================
+# Fleet: a master, and a load that is N agents
+# ==========================================================================================
+
+class Fleet:
+    """A master with N agents that send; entered, it is steady."""
+
+    def __init__(self, stage, count, pace="even", bridge=False, patch="", churn=0):
+        self.count, self.samples = count, stage.samples_file()
+        self.options = ["--pace", pace, "--churn", churn, "--samples", self.samples]
+        self.bridged, self.patch = bridge, patch
+
+    def __enter__(self):
+        self.stack = contextlib.ExitStack()
+        with self.stack:
+            self.start()
+            self.stack = self.stack.pop_all()
+        return self
+
+    def start(self):
+        self.master = support.start_master("--max-agents", self.count + 100, patch=self.patch)
+        self.stack.callback(self.master.kill)
+        self.empty_pss = pss_bytes(self.master.pid)
+        port, self.bridge = self.master.port, None
+        if self.bridged:
+            self.bridge = self.stack.enter_context(start_bridge(port))
+            port = self.bridge.port
+        self.load = support.start("tests/load.py", port, self.count, *self.options)
+        self.stack.callback(self.load.kill)
+        support.eventually(lambda: self.report()["agents"] == self.count, START_LIMIT, "connect")
+        self.until_answered()
+        settle(self.master.pid)
+
+    def until_answered(self):
+        """Wait until answers keep up with the samples."""
+        def keeps_up():
+            report = self.report()
+            return report["answered"] >= 0.9 * report["sent"] - self.count
+        support.eventually(keeps_up, START_LIMIT, "answers")
+
+    def report(self):
+        """What load.py said last."""
+        return json.loads(self.load.out.strip().rpartition("\n")[2])
+
+    def __exit__(self, *_):
+        self.master.stop()      # first, or it would tell of every agent that it is lost
+        self.stack.close()
+
+
+def start_bridge(port):
+    """A running port_forward.py to that port: .port is its own."""
+    bridge = support.start("port_forward.py", "--host", support.HOST, "--local-port", 0,
+                           "--remote-port", port)
+    bridge.port = bridge.listening()
+    return bridge
+
+
+# ==========================================================================================
+# Prometheus and the targets that it scrapes
+# ==========================================================================================
+
+NGINX = """
+daemon off; master_process off; pid %(folder)s/nginx.pid; error_log %(folder)s/error.log crit;
+worker_rlimit_nofile 8192;
+events { worker_connections 4096; }
+http { access_log off; default_type text/plain; keepalive_requests 1000000;
+       client_body_temp_path %(folder)s; proxy_temp_path %(folder)s;
+       fastcgi_temp_path %(folder)s; uwsgi_temp_path %(folder)s; scgi_temp_path %(folder)s;
+       server { listen 127.0.0.1:%(port)d; root %(folder)s/www; } }
+"""
+PROMETHEUS = """
+global: { scrape_interval: %(interval)gs, scrape_timeout: %(interval)gs }
+scrape_configs:
+  - job_name: sentinel
+    file_sd_configs: [ files: [ "%(folder)s/targets.json" ] ]
+"""
+
+
+class Prometheus:
+    """Prometheus scraping N targets with as many values as a sample has; entered, it is steady.
+
+    nginx serves the targets: one file, rewritten every second with the values of another sample.
+    All of it is in Prometheus's favour: no HELP, no labels, few connections, a young database.
+    """
+
+    def __init__(self, stage, count):
+        self.count, self.samples = count, stage.samples()
+        self.programs = need("prometheus"), need("nginx")
+        self.values = len(exposition(self.samples[0]).splitlines())
+
+    def __enter__(self):
+        self.stack = contextlib.ExitStack()
+        with self.stack:
+            self.start(self.stack.enter_context(tempfile.TemporaryDirectory()))
+            self.stack = self.stack.pop_all()
+        return self
+
+    def start(self, folder):
+        prometheus, nginx = self.programs
+        port, self.port = free_port(), free_port()
+        self.stop_writing = threading.Event()
+        os.mkdir(folder + "/www")
+        writer = threading.Thread(target=self.write_values, args=(folder,))
+        writer.start()
+        self.stack.callback(writer.join)
+        self.stack.callback(self.stop_writing.set)
+        targets = [{"targets": ["%s:%d" % (support.HOST, port)],
+                    "labels": {"instance": "node-%05d" % i}} for i in range(self.count)]
+        facts = {"folder": folder, "port": port, "interval": INTERVAL}
+        for name, text in (("nginx.conf", NGINX % facts), ("prometheus.yml", PROMETHEUS % facts),
+                           ("targets.json", json.dumps(targets))):
+            with open(os.path.join(folder, name), "w") as file:
+                file.write(text)
+        self.nginx = self.stack.enter_context(
+            run_peer(nginx, "-p", folder, "-c", folder + "/nginx.conf"))
+        self.tool = self.stack.enter_context(run_peer(
+            prometheus, "--config.file", folder + "/prometheus.yml", "--storage.tsdb.path",
+            folder + "/data", "--web.listen-address", "%s:%d" % (support.HOST, self.port),
+            "--log.level", "error"))
+        support.eventually(lambda: self.scraped() >= 2 * self.count * self.values, START_LIMIT,
+                           "scrapes")
+        settle(self.tool.pid)
+
+    def write_values(self, folder):
+        turn = 0
+        while not self.stop_writing.is_set():
+            with open(folder + "/new", "w") as file:
+                file.write(exposition(self.samples[turn % len(self.samples)]))
+            os.rename(folder + "/new", folder + "/www/metrics")
+            turn += 1
+            self.stop_writing.wait(1.0)
+
+    def scraped(self):
+        """Values that Prometheus stored so far, as it says itself."""
+        for line in fetch(self.port, "/metrics")[1].decode().splitlines():
+            if line.startswith("prometheus_tsdb_head_samples_appended_total"):
+                return float(line.split()[-1])
+        raise ValueError("Prometheus does not tell how much it stored")
+
+    def __exit__(self, *_):
+        self.stack.close()
+
+
+def exposition(sample):
+    """A sample's numbers as a target of Prometheus."""
+    return "".join("sentinel_%s %r\n" % (key, float(value)) for key, value in sample.items()
+                   if isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+# ==========================================================================================
+# Benches.  Each yields rows; its docstring says how it is measured.
+# ==========================================================================================
+
+BENCHES = collections.OrderedDict()     # name: (function, in --quick)
+
+
+def bench(quick=False):
+    """Register a function of a Stage that yields rows."""
+    def register(function):
+        BENCHES[function.__name__] = function, quick
+        return function
+    return register
+
+
+class Stage:
+    """One run: its length, what benches share, and what they found out for one another."""
+
+    def __init__(self, quick, folder):
+        self.quick, self.folder, self.recorded = quick, folder, None
+        self.growth = collections.defaultdict(list)     # cost: [(agents, how much)]
+
+    def seconds(self, full, quick):
+        return quick if self.quick else full
+
+    def samples(self):
+        if self.recorded is None:
+            self.recorded = record_samples()
+        return self.recorded
+
+    def samples_file(self):
+        path = os.path.join(self.folder, "samples.json")
+        if not os.path.exists(path):
+            with open(path, "w") as file:
+                json.dump(self.samples(), file)
+        return path
+
+
+# ---- The agent ---------------------------------------------------------------------------
+
+C_LOOP = r"""
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <netinet/tcp.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+int main(int argc, char **argv)                 /* c_loop PORT SECONDS < SAMPLE */
+{
+    static char sample[4096], buffer[4096];
+    ssize_t size = read(0, sample, sizeof sample);
+    int one = 1, sock = socket(AF_INET, SOCK_STREAM, 0);
+    struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(atoi(argv[1]))};
+    struct timespec beat;
+    inet_pton(AF_INET, "127.0.0.1", &to.sin_addr);
+    setsockopt(sock, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    if (argc < 3 || connect(sock, (struct sockaddr *)&to, sizeof to))
+        return 1;
+    int ticks = open("/proc/stat", O_RDONLY), memory = open("/proc/meminfo", O_RDONLY);
+    clock_gettime(CLOCK_MONOTONIC, &beat);
+    for (;;) {
+        if (pread(ticks, buffer, 256, 0) < 0 || pread(memory, buffer, 2048, 0) < 0)
+            return 1;
+        recv(sock, buffer, sizeof buffer, MSG_DONTWAIT);
+        if (send(sock, sample, size, MSG_NOSIGNAL) != size)
+            return 1;
+        beat.tv_sec += atoi(argv[2]);
+        clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &beat, 0);
+    }
+}
+"""
+CPU_AND_RAM_ONLY = """
+import sys
+sys.path.insert(0, %r)
+import agent
+start = agent.Sampler.__init__
+def restricted(self, *args, **named):
+    start(self, *args, **named)
+    self.readers, self.slow_readers = [self.read_cpu, self.read_memory], []
+agent.Sampler.__init__ = restricted
+agent.Sampler.refresh_for_ever = lambda self: None
+sys.exit(agent.main(sys.argv[1:]))
+""" % support.ROOT
+
+
+def compile_c_loop(folder):
+    """Compile C_LOOP; its path."""
+    path = os.path.join(folder, "c_loop")
+    subprocess.run([need("gcc", "cc"), "-O2", "-x", "c", "-", "-o", path], check=True,
+                   input=C_LOOP.encode(), timeout=60)
+    return path
+
+
+def per_sample(tools, sink, before):
+    """CPU seconds for each sample since `before`, which is this function's second result."""
+    now = cpu_seconds(*(tool.pid for tool in tools)), sink.count
+    return (now[0] - before[0]) / max(1, now[1] - before[1]), now
+
+
+@bench(quick=True)
+def agent_c(stage):
+    """Ten agents that read cpu and ram alone beside ten C loops, every 2 s, CPU per sample.
+
+    The C loop makes the same two reads, takes the same answer and sends a sample of the same
+    bytes; it parses nothing and packs nothing.
+    """
+    path = compile_c_loop(stage.folder)
+    sample = pickle.dumps({key: stage.samples()[0][key] for key in (
+        "node", "user", "version", "interval", "ack", "cpus", "cpu", "ram", "mem_total",
+        "mem_used") if key in stage.samples()[0]}, protocol=4)
+    with Sink() as ours, Sink() as theirs, contextlib.ExitStack() as stack:
+        agents = [stack.enter_context(support.start(
+            "-c", CPU_AND_RAM_ONLY, "--port", ours.port)) for _ in range(10)]
+        loops = []
+        for _ in range(10):
+            loops.append(stack.enter_context(support.Tool(
+                [path, str(theirs.port), "%d" % INTERVAL], {}, stdin=subprocess.PIPE)))
+            loops[-1].process.stdin.write(sample)
+            loops[-1].process.stdin.close()
+        support.eventually(lambda: min(ours.count, theirs.count) >= 30)
+        _, start = per_sample(agents, ours, (0, 0))
+        _, c_start = per_sample(loops, theirs, (0, 0))
+        time.sleep(stage.seconds(40, 12))
+        cost, c_cost = (per_sample(agents, ours, start)[0], per_sample(loops, theirs, c_start)[0])
+    yield at_most("agent, cpu and ram only: CPU per sample / C loop", cost / c_cost, "x", 2.5,
+                  "%.0f / %.0f us" % (cost * 1e6, c_cost * 1e6))
+
+
+@bench(quick=True)
+def agent_full(stage):
+    """Ten agents with everything on, every 2 s; then the memory of one that is alone."""
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "bench", "SLURM_NODEID": "0",
+           "SLURM_JOB_CPUS_PER_NODE": "1", "SLURM_CPUS_ON_NODE": "1"}
+    with Sink() as sink, contextlib.ExitStack() as stack:
+        agents = [stack.enter_context(support.start("agent.py", "--port", sink.port, env=job))
+                  for _ in range(10)]
+        support.eventually(lambda: sink.count >= 30)
+        share, = cpu_share(stage.seconds(60, 15), [agent.pid for agent in agents])
+        for agent in agents[1:]:
+            agent.stop()
+        memory = pss_bytes(agents[0].pid)
+    yield at_most("agent, everything on, every 2 s: CPU", 100 * share / 10, "% of a core", 0.06,
+                  "%.0f us a sample" % (share / 10 * INTERVAL * 1e6))
+    yield at_most("agent, everything on: memory (PSS)", memory / MIB, "MiB", 14)
+
+
+# ---- The master, nobody watching ---------------------------------------------------------
+
+def measure_fleet(stage, fleet, seconds, peers=()):
+    """(share of a core, bytes, shares of the peers) over the time; notes growth, checks losses."""
+    before = fleet.report()
+    shares = cpu_share(seconds, [fleet.master.pid], *([pid] for pid in peers))
+    memory, report = pss_bytes(fleet.master.pid), fleet.report()
+    expected = fleet.count * seconds / INTERVAL
+    if report["sent"] - before["sent"] < 0.8 * expected:
+        print("  the load could not keep up: %d of %d samples" % (
+            report["sent"] - before["sent"], expected), file=sys.stderr)
+    return shares[0], memory, shares[1:]
+
+
+def against_prometheus(stage, count, paces, seconds, cpu_bound=None, memory_bound=None):
+    """A fleet of each pace beside one Prometheus: rows of CPU and memory."""
+    with Prometheus(stage, count) as peer:
+        for pace in paces:
+            with Fleet(stage, count, pace) as fleet:
+                share, memory, (theirs,) = measure_fleet(stage, fleet, seconds, [peer.tool.pid])
+                lost = fleet.report()["lost"]
+            their_memory = pss_bytes(peer.tool.pid)
+            if pace == "even":
+                stage.growth["CPU"].append((count, share))
+                stage.growth["memory"].append((count, memory - fleet.empty_pss))
+            what = "master, %s agents at 2 s, %s" % (format(count, ","), pace)
+            yield Row(what + ": CPU / Prometheus", share / theirs, "x", cpu_bound,
+                      "<=" if cpu_bound else "", "%.1f / %.1f %% of a core, %d values" % (
+                          100 * share, 100 * theirs, peer.values))
+            if pace == "even":
+                yield Row(what + ": memory / Prometheus", memory / their_memory, "x",
+                          memory_bound, "<=" if memory_bound else "",
+                          "%.0f / %.0f MiB" % (memory / MIB, their_memory / MIB))
+            if lost:
+                yield at_most(what + ": false lost", lost, "", 0)
+
+
+@bench(quick=True)
+def master_200(stage):
+    """200 agents and Prometheus with 200 targets of as many values, both every 2 s, at once."""
+    paces = ["even"] if stage.quick else ["even", "burst"]
+    return against_prometheus(stage, 200, paces, stage.seconds(40, 14), cpu_bound=0.4)
+
+
+@bench()
+def master_1000(stage):
+    """The same with 1,000."""
+    return against_prometheus(stage, 1000, ["even", "burst"], 30)
+
+
+@bench()
+def master_5000(stage):
+    """The same with 5,000."""
+    return against_prometheus(stage, 5000, ["even", "burst"], 40, 2 / 3.0, 1 / 2.0)
+
+
+@bench()
+def master_10000(stage):
+    """10,000 agents at 2 s for 60 s, evenly and then all of them at once every 2 s."""
+    for pace in ("even", "burst"):
+        with Fleet(stage, 10000, pace) as fleet:
+            share, memory, _ = measure_fleet(stage, fleet, 60)
+            report = fleet.report()
+        if pace == "even":
+            stage.growth["CPU"].append((10000, share))
+            stage.growth["memory"].append((10000, memory - fleet.empty_pss))
+            yield at_most("master, 10,000 agents: memory (PSS) an agent",
+                          memory / 10000 / KIB, "KiB", 48, "%.0f MiB in all" % (memory / MIB))
+        yield at_most("master, 10,000 agents at 2 s, %s: CPU" % pace, 100 * share,
+                      "% of a core", 60, "%.0f us a sample" % (share * INTERVAL / 10000 * 1e6))
+        yield at_most("master, 10,000 agents at 2 s, %s: false lost in 60 s" % pace,
+                      report["lost"], "", 0, " ".join(report["reasons"]))
+
+
+@bench()
+def growth(stage):
+    """The exponent of each cost of the master over the number of agents, from the benches above."""
+    for cost, points in stage.growth.items():
+        if len(points) >= 3:
+            yield told("growth of the master's %s with agents: exponent" % cost,
+                       fit_exponent(points), "", ", ".join("%d" % n for n, _ in points))
+
+
+# ---- The page ----------------------------------------------------------------------------
+
+@bench(quick=True)
+def page(stage):
+    """The page of 1,000 nodes while 1,000 agents send: a request about every 50 ms, one by one."""
+    with Fleet(stage, 1000) as fleet:
+        times, sizes = [], []
+        for _ in range(stage.seconds(400, 120)):
+            status, body, took = fetch(fleet.master.page)
+            if status != 200:
+                raise ValueError("the page answered %d" % status)
+            times.append(1000 * took)
+            sizes.append(len(body))
+            time.sleep(random.uniform(0, 0.1))
+    note = "p50 %.0f ms, %.0f KiB" % (percentile(times, 50), statistics.mean(sizes) / KIB)
+    yield at_most("page of 1,000 nodes while 1,000 agents send: p99", percentile(times, 99), "ms",
+                  100, note)
+
+
+LOCK_PATCH = """
+import mmap, time
+import multiprocessing
+held = mmap.mmap(open(%r, "r+b").fileno(), 0)
+counts = memoryview(held).cast("Q")
+class TimedLock:
+    def __init__(self, lock):
+        self.lock, self.since = lock, 0.0
+    def acquire(self, *args):
+        got = self.lock.acquire(*args)
+        if got:
+            self.since = time.perf_counter()
+        return got
+    def release(self):
+        counts[min(len(counts) - 1, int((time.perf_counter() - self.since) * 1e5))] += 1
+        self.lock.release()
+plain = multiprocessing.Lock
+multiprocessing.Lock = lambda: TimedLock(plain())
+"""
+
+
+@bench(quick=True)
+def lock(stage):
+    """How long the table's lock is held with 1,000 agents and a page every 100 ms, p99.9.
+
+    The lock of a running master is wrapped: each release notes how long it was held, in a file.
+    """
+    path = os.path.join(stage.folder, "held")
+    with open(path, "wb") as file:
+        file.write(bytes(8 * 100000))               # one counter for each 10 us
+    with Fleet(stage, 1000, patch=LOCK_PATCH % path) as fleet:
+        deadline = time.monotonic() + stage.seconds(20, 8)
+        while time.monotonic() < deadline:
+            fetch(fleet.master.page)
+            time.sleep(0.1)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
+        counts = [n for n, in struct.iter_unpack("=Q", held)]
+    total, seen, high = sum(counts), 0, 0
+    for bucket, count in enumerate(counts):
+        seen += count
+        if seen >= 0.999 * total:
+            high = bucket
+            break
+    yield at_most("the table's lock with 1,000 agents: held, p99.9", high / 100.0, "ms", 1,
+                  "%d times" % total)
+
+
+# ---- The bridge --------------------------------------------------------------------------
+
+def throughput(port, streams, seconds):
+    """Bits a second that iperf3 gets to its server through that port."""
+    done = subprocess.run([need("iperf3"), "-c", support.HOST, "-p", str(port), "-P", str(streams),
+                           "-t", str(seconds), "-J"], stdout=subprocess.PIPE, timeout=60)
+    answer = json.loads(done.stdout.decode())
+    if "error" in answer:
+        raise ValueError("iperf3: " + answer["error"])
+    return answer["end"]["sum_received"]["bits_per_second"]
+
+
+@bench(quick=True)
+def bridge_throughput(stage):
+    """iperf3 through port_forward.py and through socat, in turns; the median of each."""
+    iperf, socat = need("iperf3"), need("socat")
+    target, port = free_port(), free_port()
+    rounds = stage.seconds(5, 3)
+    with run_peer(iperf, "-s", "-B", support.HOST, "-p", target), start_bridge(target) as ours, \
+            run_peer(socat, "TCP-LISTEN:%d,bind=%s,fork,reuseaddr,backlog=128" % (
+                port, support.HOST), "TCP:%s:%d" % (support.HOST, target)):
+        support.eventually(lambda: socket.create_connection((support.HOST, port), 1).close() or 1)
+        for streams, bound in ((1, 1.3), (50, None)):
+            speeds = [(throughput(ours.port, streams, 2), throughput(port, streams, 2))
+                      for _ in range(rounds)]
+            mine, theirs = (statistics.median(column) for column in zip(*speeds))
+            yield Row("bridge, %d stream%s: throughput / socat" % (streams, "s"[:streams > 1]),
+                      mine / theirs, "x", bound, ">=" if bound else "",
+                      "%.1f / %.1f Gbit/s" % (mine / 1e9, theirs / 1e9))
+            if stage.quick:
+                break
+
+
+@bench(quick=True)
+def bridge_idle(stage):
+    """1,000 connections through the bridge on which nothing is said."""
+    with Sink() as sink, start_bridge(sink.port) as bridge, contextlib.ExitStack() as stack:
+        for _ in range(1000):
+            stack.enter_context(socket.create_connection((support.HOST, bridge.port), 10))
+        support.eventually(lambda: len(sink.socks) == 1000)
+        settle(bridge.pid)
+        share, = cpu_share(stage.seconds(30, 10), [bridge.pid])
+        memory = pss_bytes(bridge.pid)
+    yield at_most("bridge, 1,000 idle agents: CPU", 100 * share, "% of a core", 0.1,
+                  "%.1f MiB" % (memory / MIB))
+
+
+@bench()
+def bridge_agents(stage):
+    """1,000 agents at 2 s through the bridge: what they cost there."""
+    with Fleet(stage, 1000, bridge=True) as fleet:
+        share, = cpu_share(20, [fleet.bridge.pid])
+        memory = pss_bytes(fleet.bridge.pid)
+    yield told("bridge, 1,000 agents at 2 s: CPU", 100 * share, "% of a core",
+               "%.1f MiB" % (memory / MIB))
+
+
+# ---- Time --------------------------------------------------------------------------------
+
+@bench(quick=True)
+def detection(stage):
+    """Twenty nodes send, then fall silent at odd moments; until each has left the table."""
+    trials, last, gone, beats = 20, {}, {}, [0.0] * 20
+    with support.start_master() as master, contextlib.ExitStack() as stack:
+        agents = [stack.enter_context(support.PlainAgent(master.port)) for _ in range(trials)]
+        stops = [time.monotonic() + random.uniform(1, 3) for _ in agents]
+        while len(gone) < trials:
+            now = time.monotonic()
+            for i, agent in enumerate(agents):
+                if beats[i] <= now < stops[i]:
+                    agent.send({"cpu": 15.5, "ram": 40.2})
+                    last[i], beats[i] = time.monotonic(), now + random.uniform(0.2, 0.6)
+            here = support.slots("sentinel_%d" % master.port)
+            for i, agent in enumerate(agents):
+                if now > stops[i] and i not in gone and repr(agent.address) not in here:
+                    gone[i] = time.monotonic() - last[i]
+            if now > max(stops) + 20:
+                raise ValueError("a silent node stays in the table")
+            time.sleep(0.01)
+    yield at_most("a killed node leaves the table after its last sample: worst of %d" % trials,
+                  max(gone.values()), "s", 5.5,
+                  "median %.2f s" % statistics.median(gone.values()))
+
+
+def time_to_page():
+    """Seconds from the start of a master to its first page, served."""
+    port, start = free_port(), time.monotonic()
+
+    def served():
+        with contextlib.suppress(ConnectionError):
+            return fetch(port)[0] == 200
+        return False
+    with support.start("master_server.py", "--port", 0, "--dashboard-port", port):
+        while not served():
+            if time.monotonic() - start > support.PATIENCE:
+                raise ValueError("no page from the master")
+            time.sleep(0.005)
+        return time.monotonic() - start
+
+
+@bench(quick=True)
+def startup(stage):
+    """From the start of master_server.py to the first page, served: the median of five."""
+    times = [1000 * time_to_page() for _ in range(5)]
+    yield told("from `python3 master_server.py` to a served page", statistics.median(times), "ms",
+               "worst %.0f ms" % max(times))
+
+
+# ---- Other agents ------------------------------------------------------------------------
+
+COLLECTD = """
+Interval %(interval)g
+BaseDir "%(folder)s"
+PIDFile "%(folder)s/pid"
+LoadPlugin cpu
+LoadPlugin memory
+LoadPlugin load
+LoadPlugin swap
+LoadPlugin uptime
+LoadPlugin interface
+LoadPlugin disk
+LoadPlugin df
+LoadPlugin network
+<Plugin network>
+  Server "127.0.0.1" "%(port)d"
+</Plugin>
+"""
+
+
+def beside_agent(seconds, pid, ask=None):
+    """(cpu, memory) of an agent with everything on and of a peer, at the same time."""
+    with Sink() as sink, support.start("agent.py", "--port", sink.port) as agent:
+        support.eventually(lambda: sink.count >= 3)
+        stop = threading.Event()
+
+        def scrape():
+            while ask and not stop.wait(INTERVAL):
+                ask()
+        scraper = threading.Thread(target=scrape)
+        scraper.start()
+        settle(pid)
+        shares = cpu_share(seconds, [agent.pid], [pid])
+        stop.set()
+        scraper.join()
+        return (shares[0], pss_bytes(agent.pid)), (shares[1], pss_bytes(pid))
+
+
+def compare(name, ours, theirs):
+    """The rows of an agent beside another one."""
+    yield told("agent, everything on: CPU / %s" % name, ours[0] / theirs[0], "x",
+               "%.3f / %.3f %% of a core" % (100 * ours[0], 100 * theirs[0]))
+    yield told("agent, everything on: memory / %s" % name, ours[1] / theirs[1], "x",
+               "%.1f / %.1f MiB" % (ours[1] / MIB, theirs[1] / MIB))
+
+
+@bench()
+def node_exporter(stage):
+    """An agent beside Prometheus's node_exporter with its defaults, scraped every 2 s."""
+    port = free_port()
+    with run_peer(need("prometheus-node-exporter", "node_exporter"),
+                  "--web.listen-address", "%s:%d" % (support.HOST, port)) as peer:
+        support.eventually(lambda: fetch(port, "/metrics")[0] == 200)
+        yield from compare("node_exporter", *beside_agent(
+            60, peer.pid, lambda: fetch(port, "/metrics")))
+
+
+@bench()
+def collectd(stage):
+    """An agent beside collectd, which reads as much every 2 s and sends it by UDP."""
+    program = need("collectd")
+    with tempfile.TemporaryDirectory() as folder, socket.socket(type=socket.SOCK_DGRAM) as sink:
+        sink.bind((support.HOST, 0))
+        path = os.path.join(folder, "collectd.conf")
+        with open(path, "w") as file:
+            file.write(COLLECTD % {"interval": INTERVAL, "folder": folder,
+                                   "port": sink.getsockname()[1]})
+        with run_peer(program, "-f", "-C", path) as peer:
+            yield from compare("collectd", *beside_agent(60, peer.pid))
+
+
+# ==========================================================================================
+# Command line
+# ==========================================================================================
+
+def run_benches(names, stage):
+    """Run them in order: (rows with the bench they are of, what was skipped or failed)."""
+    rows, skipped, failed = [], {}, {}
+    for name in names:
+        start = time.monotonic()
+        print("%s ..." % name, file=sys.stderr, flush=True)
+        try:
+            for row in BENCHES[name][0](stage):
+                rows.append((name, row))
+                print("  " + "  ".join(cell for cell in row.cells() if cell), file=sys.stderr)
+        except Missing as error:
+            skipped[name] = "missing here: %s" % error
+        except (AssertionError, ArithmeticError, LookupError, OSError, ValueError,
+                http.client.HTTPException, subprocess.SubprocessError) as error:
+            failed[name] = "%s: %.500s" % (type(error).__name__, error)
+        for text in (skipped.get(name), failed.get(name)):
+            if text:
+                print("  " + text, file=sys.stderr)
+        print("  %.0f s" % (time.monotonic() - start), file=sys.stderr, flush=True)
+    return rows, skipped, failed
+
+
+def write_json(path, machine, rows, skipped, failed):
+    """Every figure, for programs."""
+    with open(path, "w") as file:
+        json.dump({"machine": machine, "skipped": skipped, "failed": failed,
+                   "rows": [dict(row._asdict(), bench=name, holds=row.holds)
+                            for name, row in rows]}, file, indent=1)
+        file.write("\n")
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--only", metavar="NAME", action="append", choices=list(BENCHES),
+        help="this measurement; may be repeated")
+    add("--quick", action="store_true", help="for CI: less of it, for less long")
+    add("--json", metavar="FILE", help="write the figures there, too")
+    add("--list", action="store_true", help="name and explain the measurements")
+    return parser
+
+
+def main(argv=None):
+    options = build_parser().parse_args(argv)
+    if options.list:
+        for name, (function, _) in BENCHES.items():
+            print("%-18s %s" % (name, function.__doc__.partition("\n")[0]))
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # and so the tools end, too
+    machine = describe_machine()
+    names = options.only or [name for name, (_, quick) in BENCHES.items()
+                             if quick or not options.quick]
+    with tempfile.TemporaryDirectory(prefix="sentinel-bench-") as folder:
+        rows, skipped, failed = run_benches(names, Stage(options.quick, folder))
+    print("%(cores)d cores of %(cpu)s, Linux %(kernel)s, Python %(python)s, %(time)s" % machine)
+    if machine["busy_before"] > 0.1:
+        print("busy with something else when this began (%.0f %%): do not trust the figures"
+              % (100 * machine["busy_before"]))
+    print(render_table([row for _, row in rows]))
+    for title, names in (("skipped", skipped), ("failed", failed)):
+        for name, text in names.items():
+            print("%s: %s: %s" % (title, name, text))
+    if options.json:
+        write_json(options.json, machine, rows, skipped, failed)
+    tolerance = TOLERANCE if options.quick else 1.0
+    return 1 if failed or not all(row.within(tolerance) for _, row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
