@@ -115,7 +115,7 @@ def start(*argv, python=None, env=None, **more):
     return Tool(_command(argv, python), _environment(env), **more)
 
 
-_PATCHED = """\
+PATCHED = """\
 import multiprocessing, sys
 sys.path.insert(0, %r)
 import master_server
@@ -140,7 +140,7 @@ def start_master(*flags, patch="", method="", **more):
     """
     argv = ["master_server.py"]
     if patch:
-        argv = ["-c", _PATCHED % (ROOT, patch)]
+        argv = ["-c", PATCHED % (ROOT, patch)]
     elif method:
         argv = ["-c", _BY_METHOD % os.path.join(ROOT, "master_server.py"), method]
     for flag in ("--port", "--dashboard-port"):
@@ -309,7 +309,7 @@ def descendants(pid):
 
 
 # ==========================================================================================
-# Shared memory: shm_names, shm_of, slots
+# Shared memory: shm_names, shm_of, unlink_shm, slots
 # ==========================================================================================
 
 def shm_names():
@@ -327,6 +327,13 @@ def shm_of(pid):
         except OSError:
             continue
     return {name for name in names if not name.endswith(" (deleted)")}
+
+
+def unlink_shm(names):
+    """Clean up behind a process that was not given the time to."""
+    for name in names:
+        if os.path.exists("/dev/shm/" + name):
+            os.unlink("/dev/shm/" + name)
 
 
 def slots(name):

@@ -103,8 +103,7 @@ class Reader(MasterTest):
                 name = "sentinel_odd_%d" % self.master.port
                 with open("/dev/shm/" + name, "wb") as file:
                     file.write(content)
-                self.addCleanup(lambda path="/dev/shm/" + name:
-                                support.os.path.exists(path) and support.os.unlink(path))
+                self.addCleanup(support.unlink_shm, [name])
                 done = support.run("test_reader.py", "--shm-name", name)
                 self.assertEqual((done.returncode, done.stdout), (1, ""))
                 self.assertRegex(done.stderr, r"\Aerror: [^\n]+\n\Z")

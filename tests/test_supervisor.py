@@ -54,6 +54,19 @@ class SenderLoop:
             thread.join()
 
 
+SIGNAL_AT_ONCE = """
+import os
+create = master_server.Table.create
+
+def create_and_be_told(*arguments):
+    table = create(*arguments)
+    os.kill(os.getpid(), %d)
+    return table
+
+master_server.Table.create = create_and_be_told
+"""
+
+
 class Start(unittest.TestCase):
     def assertOneError(self, tool, reason):
         self.assertEqual(tool.wait(), 1)
@@ -90,7 +103,7 @@ class Start(unittest.TestCase):
         path = "/dev/shm/" + name
         with open(path, "wb") as file:
             file.write(b"somebody else's" * 1000)
-        self.addCleanup(os.unlink, path)
+        self.addCleanup(support.unlink_shm, [name])
         with support.start("master_server.py", "--port", 0, "--dashboard-port", 0,
                            "--shm-name", name) as master:
             self.assertOneError(master, "--shm-name")
@@ -185,6 +198,17 @@ class End(unittest.TestCase):
                     self.assertNotIn(name, support.shm_names())
                     self.assertNotRegex(master.log, NOISE)
 
+    def test_a_signal_just_after_the_segment_was_made_leaves_nothing(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            name = "sentinel_early_%d" % os.getpid()
+            self.addCleanup(support.unlink_shm, [name])
+            with self.subTest(number.name), support.start(
+                    "-c", support.PATCHED % (support.ROOT, SIGNAL_AT_ONCE % number), "--port", 0,
+                    "--dashboard-port", 0, "--shm-name", name) as master:
+                self.assertEqual(master.wait(), 0)
+                self.assertNotIn(name, support.shm_names())
+                self.assertNotRegex(master.log, NOISE)
+
     def test_it_ends_in_time_with_a_hundred_agents_and_open_requests(self):
         with support.start_master() as master, contextlib.ExitStack() as stack:
             for _ in range(100):
@@ -217,6 +241,7 @@ class Killed(unittest.TestCase):
                 with PlainAgent(first.port) as agent:
                     agent.send({"cpu": 1, "ram": 1, "node": "before"})
                     eventually(lambda m=first: nodes(m.page))
+                    self.addCleanup(support.unlink_shm, support.shm_of(first.pid))
                     first.send_signal(signal.SIGKILL, group=True)
                     first.wait()
                 name = "sentinel_%d" % first.port
@@ -275,6 +300,7 @@ class Killed(unittest.TestCase):
                 eventually(lambda m=master: len(nodes(m.page)) == 2)
                 children = descendants(master.pid)
                 self.assertGreaterEqual(len(children), 3)
+                self.addCleanup(support.unlink_shm, support.shm_of(master.pid))
                 master.send_signal(signal.SIGKILL)
                 eventually(lambda c=children: not any(map(alive, c)), 5)
                 self.assertNotRegex(master.log, NOISE)
