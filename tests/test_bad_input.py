@@ -29,12 +29,13 @@ class BadSamples(MasterTest):
 
     def test_each_is_refused_with_a_reason_and_others_go_on(self):
         good = self.agent()
-        good.send({"cpu": 1, "ram": 1, "node": "good", "ack": True})
+        sample = {"ram": 1, "node": "good", "ack": True, "interval": 60}
+        good.send(dict(sample, cpu=1))
         self.assertEqual(good.read_line(), "ok")
         for number, (what, data, reason) in enumerate(bad_samples()):
             with self.subTest(what):
                 self.refused(data, reason)
-                good.send({"cpu": number % 100, "ram": 1, "node": "good", "ack": True})
+                good.send(dict(sample, cpu=number % 100))
                 self.assertEqual(good.read_line(), "ok")
         row = self.row(node="good")
         self.assertEqual([row["address"] for row in nodes(self.master.page)], [row["address"]])
@@ -97,6 +98,10 @@ def bad_samples():
         yield "a number alone", pickle.dumps(1, protocol), "(flat|opcode)"
         yield "numbers as keys", pickle.dumps({1: 2}, protocol), "(key|string)"
         yield "code", pickle.dumps(os.getpid, protocol), "(flat|opcode)"
+    for key, value in (("bye", 1), ("bye", None), ("auth", "x"), ("auth", None)):
+        reason = "(cpu|%s)" % key
+        yield "%s: %r and cpu 5000" % (key, value), dumped(cpu=5000, **{key: value}), reason
+        yield "%s is %r alone" % (key, value), pickle.dumps({key: value}), reason
     yield "protocol 0", dumped(0), "protocol"
     yield "protocol 1", dumped(1), "protocol"
     yield "protocol 6", b"\x80\x06" + dumped(4)[2:], "protocol"
@@ -200,6 +205,7 @@ class BadRequests(MasterTest):
         self.assertEqual(row["node"], "no" + hostile, "JSON has it as it is")
 
     def test_control_characters_are_replaced_on_arrival(self):
+        self.agent().send({"cpu": 1, "ram": 1, "node": "in vain: \x1b[31m", "bye": 1, "auth": 2})
         agent = self.agent()
         agent.send({"cpu": 1, "ram": 1, "node": "a\x1b[31mb\nc\x00d\u202ee\x9bf"})
         row = self.row(address=str(agent.address))
