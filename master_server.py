@@ -723,12 +723,18 @@ class CommandRunner:
         watched = '(sleep %g; kill -9 -$$) >/dev/null 2>&1 & eval "$0"' % COMMAND_SECONDS
         process = subprocess.Popen(["/bin/sh", "-c", watched, self.command], stdout=2,
                                    stdin=subprocess.DEVNULL, env=env, start_new_session=True)
-        code = process.wait()
+        begin, code = time.monotonic(), process.wait()
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
-        if code:
-            log.error("alert command failed: %s", "exit code %d" % code if code > 0
-                      else "killed after %g s" % COMMAND_SECONDS)
+        if code < 0 and time.monotonic() - begin >= COMMAND_SECONDS:
+            log.error("alert command failed: killed after %g s", COMMAND_SECONDS)
+        elif code:
+            log.error("alert command failed: %s", describe_exit(code))
+
+
+def describe_exit(code: int) -> str:
+    """How a process ended, by its exit code or minus its signal."""
+    return "signal %d" % -code if code < 0 else "exit code %d" % code
 
 
 # ============================================================================
@@ -1484,8 +1490,7 @@ class Supervisor:
             return
         codes = self.stop(ended)
         for name, code in zip(ended, codes):
-            log.error("%s ended (%s); starting it again", name,
-                      "signal %d" % -code if code < 0 else "exit code %d" % code)
+            log.error("%s ended (%s); starting it again", name, describe_exit(code))
         if EXIT_LOCK in codes:
             self.stop(self.listeners)
             self.new_lock()
