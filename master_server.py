@@ -1452,8 +1452,11 @@ class Supervisor:
             self.stop(self.names)
 
     def new_lock(self) -> None:
-        """A fresh lock and clean slots, for when no role runs."""
-        self.lock = multiprocessing.Lock()
+        """A fresh lock and clean slots, for when no role runs; StartError."""
+        try:
+            self.lock = multiprocessing.Lock()
+        except OSError as error:
+            raise StartError("no lock: %s; free some of /dev/shm" % error.strerror) from None
         self.table.load()
         self.table.reset()
 
@@ -1468,8 +1471,8 @@ class Supervisor:
             self.started[name] = now
             try:
                 self.running[name] = self.start(name)
-            except OSError as error:
-                log.error("cannot start the %s for now: %s", name, error.strerror)
+            except (OSError, StartError) as error:
+                log.error("cannot start the %s for now: %s", name, error)
             else:
                 log.info("%s started, pid %d", name, self.running[name].pid)
 
@@ -1477,6 +1480,8 @@ class Supervisor:
         """Start a role or the agent."""
         if name == "agent":
             return AgentProcess(self.options)
+        if not self.lock:
+            self.new_lock()
         role = multiprocessing.Process(target=run_role, name=name, args=(
             name, self.listeners[name], self.lock, self.options))
         role.start()
@@ -1493,7 +1498,7 @@ class Supervisor:
             log.error("%s ended (%s); starting it again", name, describe_exit(code))
         if EXIT_LOCK in codes:
             self.stop(self.listeners)
-            self.new_lock()
+            self.lock = None
 
     def stop(self, names: Iterable[str]) -> List[int]:
         """End processes, by SIGTERM, a deadline and SIGKILL: their exit codes."""
