@@ -1,0 +1,720 @@
+"""Whatever dies or stalls, the rest goes on, and the picture is right again within seconds.
+
+What must happen.  "the others": every agent that has nothing to do with the victim.
+
+            SIGKILL                     SIGSTOP for 10 s, SIGCONT       killed inside the lock
+  -----------------------------------------------------------------------------------------------
+  supervisor  its roles and a hanging   nothing: samples, page and      it never holds it; as
+            command end; a new master   alerts go on; then it super-    SIGKILL, whoever holds it
+            takes ports and segment     vises again                     then
+  collector  started again in 5 s; the  /healthz is 503 and the page    the others give up in 2 s,
+            page answers all the time;  says so; then the same process  the supervisor makes a new
+            agents back in 10 s; its    goes on, nobody is lost         lock, clean slots and
+            command does not outlive                                    starts both; events stay,
+            its limit                                                   agents come back
+  dashboard  started again in 5 s; no   no page; no agent notices;      the same
+            agent notices               then it answers
+  command   a line with the reason;     killed at its limit; the next   it never holds it; as
+            the next alert is told      alert is told                   SIGKILL
+  agent     lost at once; the others    lost in 5.5 s; then resolved    it never holds it; as
+            do not notice                                               SIGKILL
+  bridge    its agents are lost, and    its agents are lost in 5.5 s,   it never holds it; as
+            back with a new bridge      then back; the others do not    SIGKILL
+                                        notice
+
+A role that is stopped inside the lock is as good as killed: it is replaced.  And the machine:
+/dev/shm full, no descriptors, no threads, the clock set back: one clear line each, no wrong
+number, recovery when it passes.
+"""
+
+import contextlib
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import tempfile
+import threading
+import time
+import unittest
+
+import support
+from support import (
+    HOST, PlainAgent, alive, descendants, eventually, events, get, nodes, page_text, requires,
+    row_of, stays)
+
+import master_server
+from test_trust import Witness
+
+SEED = int(os.environ.get("SENTINEL_TEST_SEED", "1"))
+BACK = 8                # seconds until a killed role answers again; 5 on an idle machine
+SHOWN = 15              # seconds until agents are shown again; 10 on an idle machine
+FRESH = 4.0             # seconds: an older row of a live agent is a stale one
+STOPPED = 10            # seconds from SIGSTOP to SIGCONT
+LIMIT = 4.0             # seconds that an alert command gets here, instead of 30
+NOISE = "Traceback|resource_tracker|leaked|Exception ignored|Warning:|a defect"
+
+
+class World:
+    """A master, a real agent, one through a bridge, a witness; and the pid of each part."""
+
+    def __init__(self, *flags, patch="", bridge=False, **more):
+        self.stack = contextlib.ExitStack()
+        self.folder = self.stack.enter_context(tempfile.TemporaryDirectory())
+        command = 'echo "$SENTINEL_NODE $$" >> "$TOLD/pids"; sleep 600 & sleep 600; wait'
+        self.master = self.add(support.start_master(
+            "--alert", "gpu>95", "--alert-command", command, *flags,
+            patch="master_server.COMMAND_SECONDS = %s\n%s" % (LIMIT, patch),
+            env={"TOLD": self.folder}, **more))
+        self.agent = self.add(support.start(
+            "agent.py", "--port", self.master.port, "--name", "direct", "--interval", "0.5"))
+        if bridge:
+            self.bridge_port = 0
+            self.start_bridge()
+            self.bridged = self.add(support.start(
+                "agent.py", "--port", self.bridge_port, "--name", "bridged", "--interval", "0.5"))
+        self.names = {"direct", "bridged"} if bridge else {"direct"}
+        eventually(self.shown)
+
+    def add(self, tool):
+        self.stack.callback(tool.kill)
+        return tool
+
+    def start_bridge(self):
+        self.bridge = self.add(support.start(
+            "port_forward.py", "--host", HOST, "--local-port", self.bridge_port,
+            "--remote-port", self.master.port))
+        self.bridge_port = self.bridge.listening()
+
+    def close(self):
+        for pid in [int(pid) for _, pid in self.commands()]:
+            with contextlib.suppress(OSError):
+                os.killpg(pid, signal.SIGKILL)      # whatever a failed test has left
+        self.stack.close()
+
+    def pid(self, role):
+        """The pid of a role's latest process."""
+        return int(re.findall(r"%s started, pid (\d+)" % role, self.master.log)[-1])
+
+    def row(self, node):
+        return row_of(self.master.page, node=node)
+
+    def shown(self, *names):
+        """Whether each of its agents has one row, and a fresh one."""
+        rows = [row for row in nodes(self.master.page) if row["node"] in self.names]
+        wanted = set(names) or self.names
+        return (sorted(row["node"] for row in rows) == sorted({row["node"] for row in rows})
+                and wanted <= {row["node"] for row in rows if row["age"] < FRESH})
+
+    def healthy(self):
+        return get(self.master.page, "/healthz", seconds=3).status == 200
+
+    def recovered(self, what=""):
+        eventually(lambda: self.healthy() and self.shown(), SHOWN, what)
+
+    def commands(self):
+        """[(node, pid)] of the alert commands so far."""
+        try:
+            with open(os.path.join(self.folder, "pids")) as file:
+                return [line.split() for line in file.read().splitlines()]
+        except OSError:
+            return []
+
+    def alert(self, node):
+        """Have the node cross the rule; returns the pid of the command that is told of it."""
+        with PlainAgent(self.master.port) as agent:
+            agent.send({"cpu": 1, "ram": 1, "gpu": 99, "node": node, "ack": True})
+            assert agent.read_line() == "ok"
+        return int(eventually(lambda: dict(self.commands()).get(node), LIMIT + SHOWN,
+                              "the command is told of " + node))
+
+    def events(self, kind, node):
+        return [event for event in events(self.master.page, kind) if event["node"] == node]
+
+    def end(self):
+        """Stop the master; it must have been an ordinary end."""
+        code = self.master.stop()
+        assert code == 0, self.master.log
+        assert not re.search(NOISE, self.master.log), self.master.log
+
+
+def signalled(pid, number):
+    """Send a signal to a process that may have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+@contextlib.contextmanager
+def stopped(pid):
+    """SIGSTOP for ten seconds, counted from the begin; then SIGCONT."""
+    start = time.monotonic()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+        time.sleep(max(0.0, STOPPED - (time.monotonic() - start)))
+    finally:
+        signalled(pid, signal.SIGCONT)
+
+
+def no_answer(port):
+    """Whether the dashboard takes no notice of a request for half a second."""
+    try:
+        get(port, "/healthz", seconds=0.5)
+    except OSError:
+        return True
+    return False
+
+
+# ==========================================================================================
+# The table: one function for each pair
+# ==========================================================================================
+
+def kill_supervisor(world):
+    command = world.alert("hot")
+    roles = [pid for pid in descendants(world.master.pid) if pid != command]
+    family = [command, *descendants(command)]
+    world.master.send_signal(signal.SIGKILL)
+    eventually(lambda: not any(map(alive, roles)), BACK, "the roles end")
+    eventually(lambda: not any(map(alive, family)), LIMIT + BACK, "the command ends")
+    world.master.kill()
+    ports = ("--port", world.master.port, "--dashboard-port", world.master.page)
+    world.master = world.add(support.start_master(*ports))
+    eventually(world.shown, SHOWN + 15, "agents come back by themselves")
+    world.end()
+
+
+def kill_collector(world):
+    answers, ended = [], threading.Event()
+
+    def ask():
+        while not ended.wait(0.05):
+            answers.append(get(world.master.page, "/healthz").status)
+    asking = threading.Thread(target=ask)
+    asking.start()
+    command = world.alert("hot")
+    family, dashboard = [command, *descendants(command)], world.pid("dashboard")
+    before = world.pid("collector")
+    os.kill(before, signal.SIGKILL)
+    eventually(lambda: world.pid("collector") != before, BACK)
+    world.recovered()
+    eventually(lambda: not any(map(alive, family)), LIMIT + BACK, "the command ends")
+    ended.set()
+    asking.join()
+    assert set(answers) <= {200, 503} and len(answers) > 20, answers
+    assert world.pid("dashboard") == dashboard
+    world.alert("hot-again")
+    world.end()
+
+
+def kill_dashboard(world):
+    with Witness(world.master.port) as witness:
+        eventually(lambda: world.row("witness"))
+        since, before = world.row("direct")["since"], world.pid("dashboard")
+        os.kill(before, signal.SIGKILL)
+        eventually(lambda: world.pid("dashboard") != before and world.healthy(), BACK)
+        assert world.row("direct")["since"] == since and world.shown()
+        witness.check()
+        assert not events(world.master.page, "lost")
+    world.end()
+
+
+def kill_command(world):
+    os.kill(world.alert("hot"), signal.SIGKILL)
+    world.master.logged("alert command failed: .*signal 9", LIMIT)
+    os.kill(world.alert("hot-again"), signal.SIGKILL)
+    world.end()
+
+
+def kill_agent(world):
+    with Witness(world.master.port) as witness:
+        world.agent.send_signal(signal.SIGKILL)
+        eventually(lambda: not world.row("direct") and world.events("lost", "direct"), 3)
+        witness.check()
+    world.end()
+
+
+def kill_bridge(world):
+    with Witness(world.master.port) as witness:
+        world.bridge.kill()
+        eventually(lambda: not world.row("bridged") and world.events("lost", "bridged"), 3)
+        assert world.shown("direct")
+        world.start_bridge()
+        eventually(lambda: world.shown("bridged"), SHOWN, "back with a new bridge")
+        assert not world.events("lost", "direct")
+        witness.check()
+    world.end()
+
+
+def stop_supervisor(world):
+    with Witness(world.master.port) as witness:
+        with stopped(world.master.pid):
+            world.alert("hot")
+            stays(lambda: world.shown() and world.healthy(), 5)
+        witness.check()
+    before = world.pid("dashboard")
+    os.kill(before, signal.SIGKILL)
+    eventually(lambda: world.pid("dashboard") != before and world.healthy(), BACK)
+    world.end()
+
+
+def stop_collector(world):
+    before = world.pid("collector")
+    with stopped(before):
+        answer = eventually(lambda: not world.healthy() and get(world.master.page, "/healthz"), 8)
+        assert answer.status == 503 and "collector" in answer.text, answer
+        assert re.search(r"(?i)collector has \w+", page_text(world.master.page))
+        stays(lambda: not world.healthy(), 1)
+        assert all(row["age"] > 2 for row in nodes(world.master.page)), "old numbers have an age"
+    world.recovered()
+    assert not re.search(r"(?i)collector has \w+", page_text(world.master.page))
+    world.end()
+
+
+def stop_dashboard(world):
+    with Witness(world.master.port) as witness:
+        eventually(lambda: world.row("witness"))
+        since = world.row("direct")["since"]
+        with stopped(world.pid("dashboard")):
+            eventually(lambda: no_answer(world.master.page), 3)
+        eventually(world.healthy, BACK)
+        eventually(world.shown, 3)
+        assert world.row("direct")["since"] == since
+        assert not events(world.master.page, "lost")
+        witness.check()
+    world.end()
+
+
+def stop_command(world):
+    command = world.alert("hot")
+    family = [command, *descendants(command)]
+    with stopped(command):
+        world.master.logged("alert command failed: killed after 4 s", LIMIT + 5)
+        eventually(lambda: not any(map(alive, family)), 3)
+        world.alert("hot-again")
+    world.end()
+
+
+def stop_agent(world):
+    with Witness(world.master.port) as witness:
+        with stopped(world.agent.pid):
+            eventually(lambda: not world.row("direct") and world.events("lost", "direct"), 8)
+        eventually(lambda: world.shown() and world.events("resolved", "direct"), SHOWN)
+        witness.check()
+    world.end()
+
+
+def stop_bridge(world):
+    with Witness(world.master.port) as witness:
+        with stopped(world.bridge.pid):
+            eventually(lambda: not world.row("bridged") and world.events("lost", "bridged"), 8)
+            assert world.shown("direct")
+        eventually(lambda: world.shown("bridged", "direct"), SHOWN + 10)
+        assert not world.events("lost", "direct")
+        witness.check()
+    world.end()
+
+
+class Table(unittest.TestCase):
+    """The first two columns; each pair has a world of its own, several side by side."""
+
+    def side_by_side(self, *scenarios):
+        failures = {}
+
+        def play(scenario):
+            try:
+                world = World(bridge="bridge" in scenario.__name__)
+            except BaseException as error:
+                failures[scenario.__name__] = error
+                return
+            try:
+                scenario(world)
+            except BaseException as error:
+                failures[scenario.__name__] = AssertionError("%s: %s\n%s" % (
+                    type(error).__name__, error, world.master.log[-3000:]))
+            finally:
+                world.close()
+        threads = [threading.Thread(target=play, args=(scenario,)) for scenario in scenarios]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for scenario in scenarios:
+            with self.subTest(scenario.__name__):
+                if scenario.__name__ in failures:
+                    raise failures[scenario.__name__]
+
+    def test_a_killed_process_is_replaced_and_nobody_else_notices(self):
+        self.side_by_side(kill_supervisor, kill_collector, kill_dashboard, kill_command,
+                          kill_agent, kill_bridge)
+
+    def test_a_process_that_is_stopped_for_ten_seconds_goes_on_afterwards(self):
+        self.side_by_side(stop_supervisor, stop_collector, stop_dashboard, stop_command,
+                          stop_agent, stop_bridge)
+
+
+# ==========================================================================================
+# The third column: inside the lock
+# ==========================================================================================
+
+# Writing a slot, and the begin of a copy, take up to 40 ms, all of it inside the lock: a random
+# moment is mostly one at which it is held.
+SLOW_LOCK = """
+import random, time
+
+class Slow:
+    def __init__(self, layout, slow):
+        self.layout, self.slow = layout, slow
+
+    def __getattr__(self, name):
+        value = getattr(self.layout, name)
+        if name != self.slow:
+            return value
+
+        def slowly(*args):
+            time.sleep(random.random() * 0.04)
+            return value(*args)
+        return slowly
+
+master_server.SLOT = Slow(master_server.SLOT, "pack_into")
+master_server.COUNTS = Slow(master_server.COUNTS, "unpack_from")
+master_server.LOCK_SECONDS = master_server.MAX_BACKOFF = 0.5
+master_server.STOP_SECONDS = 1.0
+master_server.FRESH_SECONDS = 0.01
+"""
+
+
+class InsideTheLock(unittest.TestCase):
+    """Ends at random moments of a master that is inside the lock most of the time."""
+
+    def setUp(self):
+        self.world = World(patch=SLOW_LOCK)
+        self.addCleanup(self.world.close)
+        self.chance = random.Random(SEED)
+        self.ended = threading.Event()
+        asking = threading.Thread(target=self.ask)
+        asking.start()
+        self.addCleanup(asking.join)
+        self.addCleanup(self.ended.set)
+
+    def ask(self):
+        """Keep the dashboard busy with copies, and wrong rows noticed."""
+        while not self.ended.wait(0.01):
+            with contextlib.suppress(OSError, support.http.client.HTTPException):
+                for row in nodes(self.world.master.page):
+                    if row["node"] not in self.known or not 0 <= row["cpu"] <= 100:
+                        self.wrong = row
+
+    known = ("direct", "direct-hot", "witness", "load0", "load1", "load2")
+    wrong = None
+
+    def stuck(self):
+        return self.world.master.log.count("exit code 75")
+
+    def strike(self, role, number, rounds):
+        """Signal the role at random moments; how often the lock was found stuck."""
+        before = self.stuck()
+        for turn in range(rounds):
+            with Witness(self.world.master.port):
+                time.sleep(self.chance.uniform(0.05, 0.3))
+                pid = self.world.pid(role)
+                signalled(pid, number)
+                time.sleep(1.5 if number == signal.SIGSTOP else 0)
+                signalled(pid, signal.SIGCONT)
+            self.world.recovered("seed %d, %s, turn %d" % (SEED, role, turn))
+            self.assertIsNone(self.wrong)
+            self.assertTrue(self.world.events("connected", "direct"), "events stay")
+        return self.stuck() - before
+
+    def test_roles_that_are_killed_or_stopped_inside_the_lock_are_recovered_from(self):
+        for role in ("collector", "dashboard"):
+            with self.subTest(role, how="killed"):
+                self.assertGreater(self.strike(role, signal.SIGKILL, 4), 0, self.world.master.log)
+            with self.subTest(role, how="stopped"):
+                self.strike(role, signal.SIGSTOP, 2)
+        self.world.end()
+
+    def test_who_never_holds_the_lock_leaves_it_alone_at_any_moment(self):
+        agents = {"load%d" % number: support.start(
+            "agent.py", "--port", self.world.master.port, "--name", "load%d" % number,
+            "--interval", "0.1") for number in range(3)}
+        for name, agent in agents.items():
+            self.addCleanup(agent.kill)
+            eventually(lambda n=name: self.world.row(n))
+            time.sleep(self.chance.uniform(0, 0.2))
+            agent.send_signal(signal.SIGKILL)
+            eventually(lambda n=name: not self.world.row(n), 3)
+        os.kill(self.world.alert("direct-hot"), signal.SIGKILL)
+        self.assertEqual(self.stuck(), 0)
+        children = descendants(self.world.master.pid)
+        time.sleep(self.chance.uniform(0, 0.2))
+        self.world.master.send_signal(signal.SIGKILL)
+        eventually(lambda: not any(map(alive, children)), LIMIT + BACK)
+
+
+# ==========================================================================================
+# The machine: /dev/shm, descriptors, threads, the clock
+# ==========================================================================================
+
+IN_SMALL_SHM = """
+import os, sys
+os.execvp("unshare", ["unshare", "-m", "sh", "-c",
+    'mount -t tmpfs -o size=%s tmpfs /dev/shm && exec "$@"', "sh", sys.executable] + sys.argv[1:])
+"""
+
+
+@requires("root", "unshare")
+class SharedMemoryFull(unittest.TestCase):
+    """/dev/shm of a few KiB, in a mount namespace of the test's own."""
+
+    def start(self, size, *flags):
+        """A master whose /dev/shm has that size."""
+        tool = support.start("-c", IN_SMALL_SHM % size,
+                             os.path.join(support.ROOT, "master_server.py"),
+                             "--port", 0, "--dashboard-port", 0, *flags)
+        self.addCleanup(tool.stop)
+        return tool
+
+    def test_too_little_room_at_the_start_is_one_line_that_names_the_cure(self):
+        for size in ("16k", "64k", "512k"):
+            with self.subTest(size):
+                tool = self.start(size)
+                self.assertEqual(tool.wait(), 1, tool.log)
+                self.assertRegex(tool.log, r"\Aerror: [^\n]*/dev/shm[^\n]*--max-agents[^\n]*\n\Z")
+
+    def test_every_size_from_too_little_to_enough_is_an_error_or_a_master(self):
+        """Between the two there is room for the table, and none for a semaphore."""
+        results = []
+        for size in range(76, 92, 4):
+            tool = self.start("%dk" % size, "--max-agents", "16")
+            try:
+                eventually(lambda t=tool: t.code is not None or "dashboard started" in t.log)
+            finally:
+                code = tool.stop()
+            results.append(code)
+            self.assertNotRegex(tool.log, NOISE)
+            if code:
+                self.assertRegex(tool.log, r"(?m)^error: [^\n]*/dev/shm[^\n]*$")
+        self.assertEqual((results[0], results[-1]), (1, 0), results)
+
+    def test_a_table_that_was_made_has_its_room_for_good(self):
+        tool = self.start("2m", "--max-agents", "64")
+        port, page = tool.listening("collector"), tool.listening("dashboard")
+        shm = "/proc/%d/root/dev/shm/" % tool.pid
+        filler = open(shm + "filler", "wb", 0)
+        self.addCleanup(filler.close)
+        with contextlib.suppress(OSError):
+            while True:
+                filler.write(b"x" * 4096)
+        with contextlib.ExitStack() as stack:
+            for number in range(64):
+                agent = stack.enter_context(PlainAgent(port))
+                agent.send({"cpu": number, "ram": 1, "node": "n%d" % number, "ack": True})
+                self.assertEqual(agent.read_line(), "ok")
+            self.assertEqual({row["cpu"] for row in nodes(page)}, set(range(64)))
+            collector = int(re.findall(r"collector started, pid (\d+)", tool.log)[-1])
+            os.kill(collector, signal.SIGKILL)
+            eventually(lambda: tool.log.count("collector started") > 1
+                       and get(page, "/healthz").status == 200, BACK, "without any new room")
+        self.assertEqual(tool.stop(), 0)
+        self.assertNotRegex(tool.log, NOISE)
+
+    def test_a_new_lock_for_which_there_is_no_room_is_told_and_made_later(self):
+        tool = self.start("2m", "--max-agents", "64")
+        port, page = tool.listening("collector"), tool.listening("dashboard")
+        tool.logged("collector started")
+        shm = "/proc/%d/root/dev/shm/" % tool.pid
+        with open(shm + "filler", "wb", 0) as filler, contextlib.suppress(OSError):
+            while True:
+                filler.write(b"x" * 4096)
+        pids = dict(re.findall(r"(\w+) started, pid (\d+)", tool.log))
+        self.assertTrue(hold_lock(int(pids["collector"]), port), "stopped inside the lock")
+        eventually(lambda: no_answer(page) and "exit code 75" in tool.log, BACK)
+        tool.logged(r"(?i)cannot .*(No space|/dev/shm)", BACK)
+        os.unlink(shm + "filler")
+        eventually(lambda: get(page, "/healthz").status == 200, SHOWN)
+        with PlainAgent(port) as agent:
+            agent.send({"cpu": 1, "ram": 1, "ack": True})
+            self.assertEqual(agent.read_line(), "ok")
+        self.assertEqual(tool.stop(), 0)
+        self.assertNotRegex(tool.log, NOISE)
+
+
+def hold_lock(pid, port):
+    """Stop a collector at random moments until it is inside the lock; then leave it stopped."""
+    data = support.pickle.dumps({"cpu": 1, "ram": 1, "node": "load"}, 2)
+    shm = "/proc/%d/root/dev/shm/sentinel_%d" % (pid, port)
+    ended = threading.Event()
+
+    def flood():
+        while not ended.is_set():
+            with contextlib.suppress(OSError), PlainAgent(port) as agent:
+                for _ in range(450):
+                    agent.send_bytes(data)
+    floods = [threading.Thread(target=flood) for _ in range(2)]
+    for each in floods:
+        each.start()
+    try:
+        for _ in range(3000):
+            os.kill(pid, signal.SIGSTOP)
+            eventually(lambda: support._stat(pid)[0] == "T", 2)
+            with open(shm, "rb") as file:
+                file.seek(-(master_server.SEQUENCE.size + master_server.COUNTS.size), os.SEEK_END)
+                if file.read(1)[0] % 2:         # odd: a write is under way, under the lock
+                    return True
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(random.random() / 500)
+        return False
+    finally:
+        ended.set()
+        for each in floods:
+            each.join()
+
+
+class Descriptors(unittest.TestCase):
+    """Out of file descriptors: told once each time, those who are in go on, then others get in."""
+
+    def run_out(self, port, count=120):
+        stack = contextlib.ExitStack()
+        for _ in range(count):
+            stack.enter_context(PlainAgent(port))
+        return stack
+
+    def test_no_descriptors_for_agents_or_for_browsers_is_one_line_each_time(self):
+        with support.start_master("--timeout", "60", preexec_fn=lambda: resource.setrlimit(
+                resource.RLIMIT_NOFILE, (48, 48))) as master, Witness(master.port) as witness:
+            eventually(lambda: row_of(master.page, node="witness"))
+            line = "cannot take new connections for now: Too many open files"
+            for turn in (1, 2):
+                with self.subTest(turn), self.run_out(master.port):
+                    eventually(lambda t=turn: master.log.count(line) == t)
+                    self.assertEqual(get(master.page, "/healthz").status, 200)
+                    stays(lambda t=turn: master.log.count(line) == t, 1.5, "one line")
+                with PlainAgent(master.port) as agent:
+                    agent.send({"cpu": 1, "ram": 1, "ack": True})
+                    self.assertEqual(agent.read_line(), "ok", "recovered")
+            before = master.log.count(line)
+            with self.run_out(master.page):
+                eventually(lambda: master.log.count(line) == before + 1)
+                stays(lambda: master.log.count(line) == before + 1, 1)
+            self.assertEqual(get(master.page, "/healthz").status, 200)
+            self.assertTrue(row_of(master.page, node="witness")["age"] < FRESH)
+            witness.check()
+            self.assertEqual(master.stop(), 0)
+            self.assertNotRegex(master.log, NOISE)
+
+
+PIDS = "/sys/fs/cgroup/pids"
+
+
+@requires("root", PIDS)
+class Threads(unittest.TestCase):
+    """Out of threads and processes, by a pids cgroup of the test's own."""
+
+    def setUp(self):
+        self.group = os.path.join(PIDS, "sentinel-test-%d" % os.getpid())
+        os.mkdir(self.group)
+        self.addCleanup(self.remove)
+
+    def remove(self):
+        eventually(lambda: os.rmdir(self.group) is None, 5)
+
+    def limit(self, spare):
+        """Let the group have so many more threads than it has; "max" for no limit."""
+        with open(os.path.join(self.group, "pids.current")) as file:
+            current = int(file.read())
+        with open(os.path.join(self.group, "pids.max"), "w") as file:
+            file.write(spare if spare == "max" else str(current + spare))
+
+    def enter(self):
+        with open(os.path.join(self.group, "cgroup.procs"), "w") as file:
+            file.write(str(os.getpid()))
+
+    def test_no_threads_is_told_to_those_who_come_and_recovers(self):
+        with support.start_master(preexec_fn=self.enter) as master, \
+                Witness(master.port) as witness:
+            eventually(lambda: row_of(master.page, node="witness") and get(
+                master.page, "/healthz").status == 200)
+            time.sleep(0.5)                         # that request's thread ends
+            self.limit(0)
+            for _ in range(50):
+                with PlainAgent(master.port) as agent:
+                    agent.send({"cpu": 1, "ram": 1})
+                    self.assertRegex(agent.read_to_end(), "^error .*threads")
+            for _ in range(50):
+                with contextlib.suppress(OSError, support.http.client.HTTPException):
+                    get(master.page, "/healthz", seconds=5)
+            self.assertLessEqual(len(re.findall("no more threads", master.log)), 4, "coalesced")
+            before = int(re.findall(r"dashboard started, pid (\d+)", master.log)[-1])
+            os.kill(before, signal.SIGKILL)
+            self.limit(0)
+            master.logged("cannot start the dashboard for now", BACK)
+            self.limit("max")
+            eventually(lambda: get(master.page, "/healthz").status == 200, BACK)
+            with PlainAgent(master.port) as agent:
+                agent.send({"cpu": 1, "ram": 1, "ack": True})
+                self.assertEqual(agent.read_line(), "ok")
+            witness.check()
+            self.assertEqual(master.stop(), 0)
+            self.assertNotRegex(master.log, NOISE)
+
+
+# The wall clock of a whole program is the real one plus the number in the file $SHIFT.
+SHIFTED = """
+import os, time
+real_time = time.time
+
+def shifted_time():
+    with open(os.environ["SHIFT"]) as file:
+        return real_time() + float(file.read() or 0)
+
+time.time = shifted_time
+"""
+
+
+class Clock(unittest.TestCase):
+    """The wall clock is set back, and forth: no age, deadline or alert depends on it."""
+
+    def shift(self, seconds):
+        with open(self.path + ".new", "w") as file:
+            file.write(str(seconds))
+        os.replace(self.path + ".new", self.path)
+
+    def test_the_clock_set_back_or_forth_by_hours_changes_no_age_and_no_deadline(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        self.path = os.path.join(folder, "shift")
+        self.shift(0)
+        env = {"SHIFT": self.path}
+        agent_main = "%s\nimport sys\nsys.path.insert(0, %r)\nimport agent\nsys.exit(agent.main())"
+        with support.start_master("--timeout", "2", "--alert", "cpu>50 for 1", patch=SHIFTED,
+                                  env=env) as master, \
+                Witness(master.port) as witness, \
+                support.start("-c", agent_main % (SHIFTED, support.ROOT), "--port", master.port,
+                              "--name", "real", "--interval", "0.5", env=env):
+            eventually(lambda: row_of(master.page, node="real"))
+            eventually(lambda: row_of(master.page, node="witness"))
+            for seconds in (-7200, 7200, -86400 * 400):
+                with self.subTest(seconds):
+                    self.shift(seconds)
+                    stays(lambda: all(0 <= row["age"] < FRESH for row in nodes(master.page))
+                          and len(nodes(master.page)) == 2
+                          and get(master.page, "/healthz").status == 200, 1)
+                    self.assertLessEqual({event["node"] for event in events(master.page, "lost")},
+                                         {"silent"})
+                    self.silence_is_noticed_in_time(master)
+                    self.assertEqual(get(master.page).status, 200)
+            witness.check()
+            self.assertEqual(master.stop(), 0)
+            self.assertNotRegex(master.log, NOISE)
+
+    def silence_is_noticed_in_time(self, master):
+        with PlainAgent(master.port) as agent:
+            start = time.monotonic()
+            agent.send({"cpu": 1, "ram": 1, "node": "silent"})
+            self.assertIn("no sample for 2 s", agent.read_to_end(5))
+            self.assertAlmostEqual(time.monotonic() - start, 2, delta=1.2)
+
+
+if __name__ == "__main__":
+    unittest.main()
