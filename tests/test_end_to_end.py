@@ -336,7 +336,7 @@ class Timeline:
         self.table = master_server.Table.attach("sentinel_%d" % master.port)
         self.tracks, self.stall, self.failure = {}, 0.0, None
         self.ended = threading.Event()
-        self.thread = threading.Thread(target=self.watch)
+        self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
 
     def watch(self):
@@ -378,7 +378,7 @@ class Silence(MasterTest):
             agent.send(dict(sample, cpu=1, ram=1, node=name))
         cls.mute = cls.cleanup.enter_context(PlainAgent(cls.master.port))
         cls.ended = threading.Event()
-        cls.dripper = threading.Thread(target=cls.drip)
+        cls.dripper = threading.Thread(target=cls.drip, daemon=True)
         cls.dripper.start()
         eventually(lambda: cls.timeline.tracks["stopped"].last)
         cls.stopped.send_signal(signal.SIGSTOP)

@@ -33,7 +33,8 @@ class SenderLoop:
     def __init__(self, port, count):
         self.port, self.ended = port, threading.Event()
         self.names = {"load%d" % number for number in range(count)}
-        self.threads = [threading.Thread(target=self.run, args=(name,)) for name in self.names]
+        self.threads = [threading.Thread(target=self.run, args=(name,), daemon=True)
+                        for name in self.names]
         for thread in self.threads:
             thread.start()
 
