@@ -90,6 +90,7 @@ FRESH_SECONDS = 0.25                    # for which a copy of the table serves e
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 Message = Dict[str, Any]                # a decoded dict, or a row of a snapshot
+Address = Tuple[Any, ...]               # a peer's, as accept() has it: host, port, ...
 log = logging.getLogger("sentinel")
 
 # ============================================================================
@@ -742,7 +743,7 @@ def describe_exit(code: int) -> str:
 # ============================================================================
 
 
-def split_address(address: Tuple[Any, ...]) -> Tuple[str, str]:
+def split_address(address: Address) -> Tuple[str, str]:
     """A peer's (host, port, ...) -> (host, the address tuple that slots hold, as text)."""
     host = address[0].partition("%")[0]
     host = host[7:] if host.startswith("::ffff:") and "." in host else host
@@ -757,29 +758,24 @@ class Waiting:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.lock = limit, threading.Lock()
-        self.sources: Dict[str, Dict[socket.socket, None]] = {}
+        self.socks: Dict[socket.socket, str] = {}       # to their sources, oldest first
 
-    def add(self, source: str, sock: socket.socket) -> None:
+    def add(self, sock: socket.socket, source: str) -> None:
         """Take a socket in."""
         with self.lock:
-            self.sources.setdefault(source, {})[sock] = None
-            if sum(map(len, self.sources.values())) > self.limit:
-                busiest = max(self.sources, key=lambda key: len(self.sources[key]))
-                oldest = next(iter(self.sources[busiest]))
-                self._remove(busiest, oldest)
-                with contextlib.suppress(OSError):
-                    oldest.shutdown(socket.SHUT_RDWR)
+            self.socks[sock] = source
+            if len(self.socks) <= self.limit:
+                return
+            busiest = collections.Counter(self.socks.values()).most_common(1)[0][0]
+            oldest = next(sock for sock, source in self.socks.items() if source == busiest)
+            del self.socks[oldest]
+        with contextlib.suppress(OSError):
+            oldest.shutdown(socket.SHUT_RDWR)
 
-    def remove(self, source: str, sock: socket.socket) -> None:
+    def remove(self, sock: socket.socket) -> None:
         """Let go of a socket, if it is here."""
         with self.lock:
-            self._remove(source, sock)
-
-    def _remove(self, source: str, sock: socket.socket) -> None:
-        socks = self.sources.get(source, {})
-        socks.pop(sock, None)
-        if not socks:
-            self.sources.pop(source, None)
+            self.socks.pop(sock, None)
 
 
 class Refusals:
@@ -824,7 +820,7 @@ class Peer:
     __slots__ = ("sock", "source", "address", "timeout", "receive_timeout", "slot", "since",
                  "sample", "state", "alerts")
 
-    def __init__(self, sock: socket.socket, address: Tuple[Any, ...], timeout: float) -> None:
+    def __init__(self, sock: socket.socket, address: Address, timeout: float) -> None:
         self.sock, self.timeout, self.receive_timeout = sock, timeout, -1.0
         self.source, self.address = split_address(address)
         self.slot, self.since, self.alerts = -1, time.time(), ""   # -1: no slot yet
@@ -913,7 +909,7 @@ class Collector:
         self.table.acquire()
         self.table.reset()
         self.table.lock.release()
-        accept_loop(self.listener, self.start, self.beat)
+        accept_loop(self.listener, self.waiting, self.serve, self.beat)
 
     def beat(self) -> None:
         """Say that this role is well, and do what is due now and then."""
@@ -923,19 +919,9 @@ class Collector:
             old = time.monotonic() - GONE_SECONDS
             self.lost = {key: when for key, when in self.lost.items() if when > old}
 
-    def start(self, sock: socket.socket, address: Tuple[Any, ...]) -> None:
-        """Give a new connection its thread."""
-        peer = Peer(sock, address, self.options.timeout)
-        self.waiting.add(peer.source, sock)
-        try:
-            threading.Thread(target=self.serve, args=(peer,), daemon=True).start()
-        except RuntimeError:
-            self.waiting.remove(peer.source, sock)
-            self.refuse(peer, "the master can have no more threads (ulimit -u)")
-            sock.close()
-
-    def serve(self, peer: Peer) -> None:
+    def serve(self, sock: socket.socket, address: Address) -> None:
         """Everything between a connection's begin and its end."""
+        peer = Peer(sock, address, self.options.timeout)
         kind, text = "refused", "a defect of the master"
         try:
             kind, text = self.converse(peer)
@@ -949,7 +935,7 @@ class Collector:
         except Exception:
             log.exception("a defect, met while serving %s", peer.address)
         finally:
-            self.waiting.remove(peer.source, peer.sock)
+            self.waiting.remove(sock)
             if kind == "refused" or peer.slot < 0 and kind == "lost":
                 self.refuse(peer, text)
             if peer.slot >= 0:
@@ -1007,7 +993,7 @@ class Collector:
             peer.slot = heapq.heappop(self.free)
             self.slots[peer.source] += 1
             self.used = max(self.used, peer.slot + 1)
-        self.waiting.remove(peer.source, peer.sock)
+        self.waiting.remove(peer.sock)
 
     def welcome(self, peer: Peer) -> None:
         """Tell that a node is there, and whether it was lost before."""
@@ -1069,26 +1055,32 @@ def close_gently(sock: socket.socket) -> None:
     sock.close()
 
 
-def accept_loop(listener: socket.socket, start: Callable[[socket.socket, Any], None],
-                beat: Optional[Callable[[], None]] = None) -> None:
-    """Hand each new connection to start(socket, address) until the supervisor is gone."""
+def accept_loop(listener: socket.socket, waiting: Waiting,
+                serve: Callable[[socket.socket, Address], None],
+                beat: Callable[[], None] = lambda: None) -> None:
+    """Run serve(socket, address) on a thread for each connection, until the supervisor is gone."""
     listener.setblocking(False)
     parent, told = multiprocessing.parent_process(), False
     while parent and parent.is_alive():
-        if beat:
-            beat()
+        beat()
         multiprocessing.connection.wait([listener, parent.sentinel], BEAT_SECONDS)
         try:
             for _ in range(MAX_ACCEPTS):
                 sock, address = listener.accept()
-                told = False
                 sock.setblocking(True)
-                start(sock, address)
+                waiting.add(sock, split_address(address)[0])
+                try:
+                    threading.Thread(target=serve, args=(sock, address), daemon=True).start()
+                except RuntimeError:
+                    waiting.remove(sock)
+                    sock.close()
+                    raise
+                told = False
         except (BlockingIOError, ConnectionError):
             pass
-        except OSError as error:        # out of descriptors or memory: this passes
+        except (OSError, RuntimeError) as error:    # no descriptors, memory or threads: it passes
             if not told:
-                log.error("cannot take new connections for now: %s", error.strerror)
+                log.error("cannot take new connections for now: %s", error)
             told = True
             time.sleep(BEAT_SECONDS)
 
@@ -1250,20 +1242,9 @@ class Dashboard:
 
     def run(self) -> None:
         """Answer until the supervisor is gone."""
-        accept_loop(self.listener, self.start)
+        accept_loop(self.listener, self.waiting, self.serve)
 
-    def start(self, sock: socket.socket, address: Tuple[Any, ...]) -> None:
-        """Give a new connection its thread."""
-        source = split_address(address)[0]
-        self.waiting.add(source, sock)
-        try:
-            threading.Thread(target=self.serve, args=(sock, source), daemon=True).start()
-        except RuntimeError:
-            log.error("no more threads (ulimit -u)")
-            self.waiting.remove(source, sock)
-            sock.close()
-
-    def serve(self, sock, source):
+    def serve(self, sock: socket.socket, address: Address) -> None:
         """Read one request, answer it, close."""
         method, status, headers = "GET", 200, {}
         try:
@@ -1279,9 +1260,9 @@ class Dashboard:
         except OSError:
             pass                            # the client went away; there is nobody to tell
         except Exception:
-            log.exception("a defect, met while answering %s", source)
+            log.exception("a defect, met while answering %s", address[0])
         finally:
-            self.waiting.remove(source, sock)
+            self.waiting.remove(sock)
             sock.close()
 
     @staticmethod
