@@ -46,7 +46,9 @@ class Lab:
 
     def __init__(self):
         self.dir = tempfile.mkdtemp(prefix="sentinel-lab-")
-        self.env = {"LAB_DIR": self.dir, "LAB_CGROUP": "1", "PATH": os.environ["PATH"]}
+        self.env = {"LAB_DIR": self.dir, "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
+        if os.path.isdir("/sys/fs/cgroup/memory"):      # cgroup v1: jobs with limits, as elsewhere
+            self.env["LAB_CGROUP"] = "1"
 
     def call(self, *words, seconds=60):
         return subprocess.run([SCRIPT, *words], env=self.env, timeout=seconds, cwd=self.dir,
@@ -180,6 +182,19 @@ class Browser:
                 and event["time"] >= since]
 
 
+@contextlib.contextmanager
+def firewall(host, way, side, verdict, ports="{%d, %d}" % (PORT, BRIDGE)):
+    """What comes "in" to a host or goes "out" of it with these TCP ports meets that verdict."""
+    table = "ip sentinel_" + side
+    rules = ("add table {0}; add chain {0} way {{type filter hook {1}put priority 0;}};"
+             "add rule {0} way tcp {2} {3} {4}").format(table, way, side, ports, verdict)
+    LAB.run(host, "nft", rules, user="root")
+    try:
+        yield
+    finally:
+        LAB.run(host, "nft", "delete table " + table, user="root")
+
+
 LAB = None      # up from the first test that needs it to the end of this module
 
 
@@ -198,8 +213,16 @@ class LabTest(unittest.TestCase):
     def setUpClass(cls):
         global LAB
         if LAB is None:
-            LAB = Lab()
-            LAB.up()
+            namespaces = subprocess.run(["unshare", "-m", "-u", "-i", "-n", "-p", "-f", "true"])
+            if namespaces.returncode and os.environ.get("SENTINEL_TEST_ALL") != "1":
+                raise unittest.SkipTest("missing here: the right to make namespaces")
+            lab = Lab()
+            try:
+                lab.up()
+            except BaseException:
+                lab.down()
+                raise
+            LAB = lab
         cls.tools = contextlib.ExitStack()
         try:
             cls.start_all()
@@ -271,8 +294,77 @@ class LabTest(unittest.TestCase):
                           "%s %s" % (kind, node))[-1]
 
 
-class Scenarios(unittest.TestCase):
-    """The plan's nine: which of them work, and how the others fail."""
+class ScenariosOnLogin(LabTest):
+    """The plan's nine scenarios; those with the master on the login node."""
+
+    place = "login"
+    tunnel_only = False
+    table = (
+        # number, how it is started, the agent's --host, where it shows or why it does not
+        (1, "on login", "127.0.0.1", "login"),
+        (7, "sbatch", LOGIN, "c1"),
+        (8, "sbatch", "192.168.1.1", "unreachable"),        # the guessed gateway
+    )
+
+    @classmethod
+    def start_all(cls):
+        super().start_all()
+        if cls.tunnel_only:
+            cls.bridge.stop()           # no bridge: the plan had none yet
+
+    def test_the_scenarios_that_work_and_those_that_cannot(self):
+        agents = []
+        for number, start, host, _ in self.table:
+            words = ["python3", "agent.py", "--host", host, "--name", "scenario%d" % number]
+            log = "scenario%d.log" % number
+            if start == "on login":
+                agent = LAB.start("login", *words)
+            elif start == "sbatch":
+                LAB.sbatch("--output=" + log, "--wrap", "exec " + " ".join(words))
+                agent = None
+            else:                       # salloc, which runs its command where it is called
+                step = ["srun"] if start == "salloc srun" else []
+                agent = LAB.start("login", "salloc", "-Q", "--nodes=1", *step, *words)
+            agents.append((agent, log))
+            if agent:
+                self.addCleanup(self.end, agent)
+        for (number, start, host, outcome), (agent, log) in zip(self.table, agents):
+            with self.subTest("scenario %d" % number, how=start, host=host):
+                name = "scenario%d" % number
+                if outcome in ("login", "c1"):
+                    row = eventually(lambda name=name: [
+                        row for row in self.browser.nodes() if row["node"] == name])[0]
+                    self.assertEqual(row["job"], None if start == "on login" else row["job"])
+                    self.assertIs(start == "on login", row["job"] is None)
+                else:
+                    eventually(lambda agent=agent, log=log, outcome=outcome: re.search(
+                        "cannot reach the master.*" + outcome, agent.log if agent
+                        else LAB.text(log)), what=name)
+                    self.assertEqual(self.browser.names(node=name), [])
+
+
+    @staticmethod
+    def end(agent):
+        """salloc passes no signal on, so ask each of its processes."""
+        for pid in support.descendants(agent.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        agent.stop()
+
+
+class ScenariosOnLaptop(ScenariosOnLogin):
+    """Those with the master on the laptop and `ssh -R`."""
+
+    place = "laptop"
+    tunnel_only = True
+    table = (
+        (2, "on login", "127.0.0.1", "login"),              # through the tunnel
+        (3, "salloc", "127.0.0.1", "login"),                # salloc alone runs on the login node
+        (4, "salloc srun", LOGIN, "refused"),               # the tunnel hears the loopback only
+        (5, "sbatch", "127.0.0.1", "refused"),              # the compute node's own loopback
+        (6, "sbatch", LOGIN, "refused"),
+        (9, "sbatch", "login", "refused"),
+    )
 
 
 class SolutionA(LabTest):
@@ -352,20 +444,322 @@ class SolutionA(LabTest):
     def test_a_requeued_job_has_two_rows_told_apart_while_its_old_process_lives(self):
         job = LAB.sbatch("--nodes=1", "--nodelist=c1", "--requeue", "run_agent.slurm")
         self.shown("c1", job=job)
-        rules = ("add table ip sentinel; add chain ip sentinel out {type filter hook output "
-                 "priority 0;}; add rule ip sentinel out tcp dport {6817, 6818} drop; "
-                 "add rule ip sentinel out tcp sport {6817, 6818} drop")
-        LAB.run("c1", "nft", rules, user="root")        # Slurm has lost c1, the agent has not
+        slurm = "{6817, 6818}"          # that has lost c1, the agent there has lost nobody
         try:
-            LAB.run("login", "scontrol", "update", "nodename=c1", "state=down", "reason=test",
-                    user="root")
-            LAB.run("login", "scontrol", "update", "job=" + job, "reqnodelist=", "starttime=now",
-                    user="root")
-            rows = self.shown("c1", "c2", job=job, seconds=40)
-            self.assertEqual((rows["c1"]["job"], rows["c2"]["job"]), (job, job))
+            with firewall("c1", "out", "dport", "drop", slurm), \
+                    firewall("c1", "out", "sport", "drop", slurm):
+                LAB.run("login", "scontrol", "update", "nodename=c1", "state=down", "reason=test",
+                        user="root")
+                LAB.run("login", "scontrol", "update", "job=" + job, "reqnodelist=",
+                        "starttime=now", user="root")
+                rows = self.shown("c1", "c2", job=job, seconds=40)
+                self.assertNotEqual(rows["c1"]["slot"], rows["c2"]["slot"])
         finally:
-            LAB.run("c1", "nft", "delete table ip sentinel", user="root")
             LAB.run("login", "scontrol", "update", "nodename=c1", "state=resume", user="root")
+
+
+class Jobs(LabTest):
+    """What users do with run_agent.slurm, with the master where they submit."""
+
+    place = "login"
+
+    def test_each_task_of_an_array_has_a_row_of_its_own_job(self):
+        LAB.sbatch("--array=1-3", "run_agent.slurm")
+        rows = eventually(lambda: len(self.browser.nodes()) == 3 and self.browser.nodes())
+        self.assertEqual(len({row["job"] for row in rows}), 3)
+
+    def test_the_master_may_be_named_in_every_way_that_sbatch_has(self):
+        for flags, env in (([], ["SENTINEL_HOST=" + LOGIN]),
+                           (["--export=SENTINEL_HOST=%s,SENTINEL_PORT=%d" % (LOGIN, PORT)], []),
+                           (["--export=ALL,SENTINEL_HOST=%s:%d" % (LOGIN, PORT)], []),
+                           ([], ["SENTINEL_HOST=192.168.1.1,login", "SENTINEL_PORT=%d" % PORT]),
+                           (["--export=NONE"], [])):
+            with self.subTest(" ".join(flags + env)):
+                job = LAB.sbatch(*flags, "run_agent.slurm", env=env)
+                self.shown(*self.shown_nodes(job), job=job)
+
+    def shown_nodes(self, job):
+        return eventually(lambda: self.browser.names(job=job))
+
+    def test_a_sidecar_watches_a_job_and_ends_with_it(self):
+        with open(os.path.join(support.ROOT, "run_agent.slurm")) as file:
+            lines = re.search(r"(?m)^#     (srun --overlap .*\\)\n# (.*&)$", file.read())
+        with open(LAB.path("work.sh"), "w") as file:        # the very lines that the comment gives
+            file.write("#!/bin/bash\n%s\n%s\n" % lines.groups())
+            file.write("srun bash -c 'until [ -e go ]; do sleep 0.2; done'\necho work is done\n")
+        start = time.time()
+        job = LAB.sbatch("--nodes=2", "work.sh")
+        rows = self.shown("c1", "c2", job=job)
+        self.assertEqual(rows["c2"]["job_name"], "work.sh")
+        LAB.run("login", "touch", "go")
+        self.assertIn("work is done", LAB.ended(job))
+        self.shown(seconds=7)
+        for node in ("c1", "c2"):
+            self.event("finished", node, start)
+            self.assertEqual(self.browser.events("lost", node, start), [])
+
+    def test_where_there_is_no_python_the_log_says_so_and_the_job_fails(self):
+        python = os.path.realpath("/usr/bin/python3")
+        LAB.run("c1", "mount", "--bind", "/dev/null", python, user="root")
+        try:
+            job = LAB.sbatch("--nodelist=c1", "run_agent.slurm")
+            LAB.ended(job)
+        finally:
+            LAB.run("c1", "umount", python, user="root")
+        self.assertIn("error: no python3 of 3.6 or later on c1", LAB.text("sentinel-%s.log" % job))
+        self.assertIn("ExitCode=1:0", LAB.run("login", "scontrol", "show", "job", job))
+
+    def test_submitted_from_elsewhere_it_says_where_from_instead(self):
+        job = LAB.run("login", "sh", "-c", "cd utils && sbatch --parsable ../run_agent.slurm")
+        LAB.ended(job)
+        self.assertRegex(LAB.text("utils/sentinel-%s.log" % job), "error: no agent.py in .*/utils:")
+
+    def test_the_dummy_task_runs_and_its_output_is_where_the_comment_says(self):
+        job = LAB.sbatch("utils/run_dummy_task.slurm", "1")
+        LAB.ended(job)
+        text = LAB.text("dummy-%s.log" % job)
+        for words in ("node    c1", "user    tester", "job     " + job, "folder  /home/tester",
+                      "this line went to stderr", "1 of 1 seconds", "done"):
+            self.assertIn(words, text)
+
+
+class NetDebug(LabTest):
+    """What it says is what is there, and the command that it ends with works."""
+
+    place = "login"
+
+    def report(self, *flags, env=()):
+        """{candidate: what was found}, the whole text, and the command at its end."""
+        job = LAB.sbatch("--nodelist=c1", *flags, "net_debug.slurm", env=env)
+        LAB.ended(job)
+        text = LAB.text("netdebug-%s.log" % job)
+        found = text.partition("== Who answers")[2].partition("== So")[0]
+        answers = dict(re.findall(r"(?m)^(\S+:\d+)\s+(.*)$", found))
+        return answers, text, text.splitlines()[-1].strip()
+
+    def test_with_a_master_on_the_login_node_its_last_line_is_what_to_submit(self):
+        answers, text, command = self.report()
+        self.assertRegex(answers["login:13579"], "^open ")
+        self.assertRegex(answers["login:13580"], r"^refused +reachable, nothing listens")
+        self.assertRegex(answers["10.77.2.1:13579"], "^open +an address of login")
+        for words in ("c1, Linux", "user tester", "Python 3", "eth0 10.77.2.11/24",
+                      "10.77.2.0/24 dev eth0", "login: 10.77.2.1", "SLURM_SUBMIT_HOST=login"):
+            self.assertIn(words, text)
+        self.assertEqual(command, "SENTINEL_HOST=login SENTINEL_PORT=13579 sbatch run_agent.slurm")
+        LAB.run("login", "sh", "-c", command)
+        self.shown("c1")
+
+    def test_refused_unreachable_timed_out_and_unknown_are_told_apart(self):
+        self.master.stop()
+        try:
+            with firewall("login", "in", "dport", "drop", "13581"):
+                answers, text, command = self.report(env=[
+                    "SENTINEL_HOST=10.77.1.2,login:13581,no-such-host,127.0.0.1"])
+        finally:
+            type(self).master = self.start_master()
+        for candidate, answer in (
+                ("10.77.1.2:13579", "unreachable +no way"), ("login:13581", "timed out +filtered"),
+                ("no-such-host:13579", "no address +that name is unknown"),
+                ("login:13579", "refused +reachable, nothing listens"),
+                ("127.0.0.1:13579", "refused")):
+            self.assertRegex(answers[candidate], "^" + answer)
+        self.assertIn("listens on 127.0.0.1 of the login node only", text)
+        self.assertEqual(command, "SENTINEL_HOST=login:13579,login:13580 sbatch run_agent.slurm")
+        LAB.run("login", "sh", "-c", command)
+        eventually(self.browser.names)
+
+    def test_where_nobody_can_be_reached_it_says_how_to_find_other_addresses(self):
+        with firewall("login", "in", "dport", "reject with icmp type host-unreachable"):
+            answers, _, command = self.report()
+        self.assertRegex(answers["login:13580"], "^unreachable +no way")
+        self.assertEqual(
+            command, "SENTINEL_HOST=$(hostname -I | tr -s ' ' ,) sbatch net_debug.slurm")
+        self.assertRegex(LAB.run("login", "sh", "-c", command), "^Submitted batch job")
+
+    def test_without_ip_and_getent_it_finds_the_same(self):
+        os.mkdir(LAB.path("few"))
+        for name in ("uname", "id", "sort", "grep", "env", "paste"):
+            os.symlink(shutil.which(name), LAB.path("few", name))
+        answers, text, command = self.report("--export=ALL,PATH=/home/tester/few")
+        for words in ("10.77.2.11", "10.77.2.0 mask 255.255.255.0 via 0.0.0.0 dev eth0",
+                      "login: 10.77.2.1", "no python3"):
+            self.assertIn(words, text)
+        self.assertRegex(answers["10.77.2.1:13579"], "^open ")
+        self.assertEqual(command, "SENTINEL_HOST=login SENTINEL_PORT=13579 sbatch run_agent.slurm")
+
+    def test_called_inside_a_job_it_names_the_trap(self):
+        outer = LAB.sbatch("--nodelist=c1", "--output=outer.log", "--wrap",
+                           "sbatch --parsable --nodelist=c1 net_debug.slurm")
+        LAB.ended(outer)
+        inner = LAB.text("outer.log").strip()
+        LAB.ended(inner)
+        self.assertIn("SLURM_SUBMIT_HOST is this node, since sbatch was called inside a job",
+                      LAB.text("netdebug-%s.log" % inner))
+
+
+class SolutionB(LabTest):
+    """The master on the laptop, a tunnel, and the bridge on the login node."""
+
+    place = "laptop"
+
+    def both_nodes_run(self, *flags, **more):
+        return super().both_nodes_run(*flags, env=["SENTINEL_PORT=%d" % BRIDGE], **more)
+
+    def test_both_nodes_are_shown_and_their_names_tell_them_apart(self):
+        self.both_nodes_run()
+        rows = self.browser.nodes()
+        self.assertEqual({row["user"] for row in rows}, {"tester"})
+        for row in rows:
+            self.assertRegex(row["address"], r"'(127\.0\.0\.1|::1)'")
+
+    def test_a_bridge_that_is_killed_and_started_again_has_all_agents_back_within_10_s(self):
+        self.both_nodes_run()
+        start = time.time()
+        LAB.kill("login", "port_forward.py")
+        self.bridge.stop()
+        for node in ("c1", "c2"):
+            self.event("lost", node, start)
+        type(self).bridge = self.start_bridge()
+        self.shown("c1", "c2", seconds=10)
+
+    def test_a_master_that_is_started_again_has_all_agents_back_within_10_s(self):
+        self.both_nodes_run()
+        LAB.kill("laptop", "master_server.py")
+        self.master.stop()
+        type(self).master = self.start_master()
+        self.shown("c1", "c2", seconds=10)
+
+    def test_a_laptop_that_sleeps_for_60_s_has_all_agents_back_30_s_after_the_tunnel(self):
+        job = self.both_nodes_run()
+        start = time.time()
+        LAB.must("cut", "laptop")
+        for node in ("c1", "c2"):
+            self.event("lost", node, start, 8)
+        self.assertEqual(self.tunnel.wait(30), 255)         # ServerAliveInterval has noticed
+        log = "sentinel-%s.log" % job
+        eventually(lambda: LAB.text(log).count("no answer for 10 s") == 2, 20)
+        stays(lambda: self.browser.nodes() == [], start + 60 - time.time())
+        LAB.must("heal", "laptop")
+        healed = time.time()
+        while True:                     # as a user does: again, until the old sshd has given up
+            try:
+                type(self).tunnel = self.start_tunnel()
+                break
+            except AssertionError:
+                self.assertLess(time.time() - healed, 60)
+        self.shown("c1", "c2", seconds=30)
+        stays(lambda: self.browser.names() == ["c1", "c2"], 3, "one row each")
+
+
+class OneCommand(LabTest):
+    """Solution B with no file on the login node: the bridge comes through ssh's standard input."""
+
+    place = "laptop"
+
+    @classmethod
+    def start_all(cls):
+        super().start_all()
+        cls.tunnel.stop()
+        cls.bridge.stop()
+        LAB.run("login", "/usr/sbin/sshd", "-f", os.path.join(LAB.dir, "etc/ssh/sshd_config"),
+                "-o", "Port=2222", "-o", "PidFile=/run/sshd2.pid", "-o", "ClientAliveInterval=1",
+                "-o", "ClientAliveCountMax=2", user="root")     # one that gives up soon
+
+    def one_command(self, *flags):
+        with open(os.path.join(support.ROOT, "port_forward.py")) as script:
+            ssh = LAB.start(
+                "laptop", "ssh", *flags, "-o", "ExitOnForwardFailure=yes",
+                "-R", "%d:localhost:%d" % (PORT, PORT), "login",
+                "python3 - --local-port %d --remote-port %d" % (BRIDGE, PORT), stdin=script)
+        self.addCleanup(ssh.stop)
+        self.assertEqual(ssh.listening(), BRIDGE)
+        return ssh
+
+    def test_it_works_and_ends_with_the_ssh_that_started_it(self):
+        LAB.run("login", "mv", "port_forward.py", "hidden.py")
+        self.addCleanup(LAB.run, "login", "mv", "hidden.py", "port_forward.py")
+        ssh = self.one_command()
+        self.both_nodes_run(env=["SENTINEL_PORT=%d" % BRIDGE])
+        ssh.stop()
+        self.bridge_ends()
+
+    def test_it_ends_when_ssh_is_killed_and_when_sshd_gives_up_on_a_cut_network(self):
+        for name in ("kill -9", "cut"):
+            with self.subTest(name):
+                ssh = self.one_command(*(["-p", "2222"] if name == "cut" else []))
+                if name == "cut":
+                    LAB.must("cut", "laptop")
+                else:
+                    for pid in support.descendants(ssh.pid):
+                        os.kill(pid, signal.SIGKILL)
+                self.bridge_ends()
+
+    def bridge_ends(self):
+        eventually(lambda: not LAB.listens("login", BRIDGE), what="the bridge ends")
+        eventually(lambda: not LAB.pids("login", "-"), what="and so does its process")
+
+
+# What the far end of the tunnel does with each connection: send all that comes back.
+ECHO = """
+import socket, threading
+def echo(sock):
+    buffer = bytearray(1 << 18)
+    while True:
+        count = sock.recv_into(buffer)
+        if not count:
+            break
+        sock.sendall(memoryview(buffer)[:count])
+    sock.shutdown(socket.SHUT_WR)
+listener = socket.socket()
+listener.bind(("127.0.0.1", %d))
+listener.listen(1024)
+print("listening on 127.0.0.1:%d", flush=True)
+while True:
+    threading.Thread(target=echo, args=(listener.accept()[0],), daemon=True).start()
+"""
+# Runs on a compute node: bytes out and back, compared.
+COMPARE = """
+import os, socket, sys, threading
+def call():
+    return socket.create_connection(("login", %d), 60)
+if sys.argv[1] == "one":
+    data, back, sock = os.urandom(1 << 20) * 64, bytearray(), call()
+    threading.Thread(target=lambda: (sock.sendall(data), sock.shutdown(socket.SHUT_WR))).start()
+    while len(back) < len(data):
+        back += sock.recv(1 << 18) or sys.exit("it ended early")
+    assert bytes(back) == data and not sock.recv(1), "not what was sent"
+else:
+    socks = [call() for _ in range(300)]
+    for number, sock in enumerate(socks):
+        sock.sendall(b"connection %%5d" %% number)
+    for number, sock in enumerate(socks):
+        back = b""
+        while len(back) < 16:
+            back += sock.recv(16 - len(back)) or sys.exit("it ended early")
+        assert back == b"connection %%5d" %% number, back
+print("as it was sent")
+"""
+
+
+class Bytes(LabTest):
+    """From a compute node over the bridge and the tunnel to the laptop and back."""
+
+    @classmethod
+    def start_all(cls):
+        echo = LAB.start("laptop", "python3", "-c", ECHO % (PORT, PORT))
+        cls.tools.callback(echo.stop)
+        eventually(lambda: LAB.listens("laptop", PORT))
+        for tool in (cls.start_tunnel(), cls.start_bridge()):
+            cls.tools.callback(tool.stop)
+
+    def compare(self, what):
+        return LAB.run("login", "srun", "-Q", "python3", "-c", COMPARE % BRIDGE, what)
+
+    def test_64_mib_both_ways_at_once_are_byte_exact(self):
+        self.assertEqual(self.compare("one"), "as it was sent")
+
+    def test_300_connections_at_once_each_get_their_own_bytes(self):
+        self.assertEqual(self.compare("many"), "as it was sent")
 
 
 if __name__ == "__main__":
