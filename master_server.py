@@ -321,7 +321,7 @@ def check_sample(message: Message) -> Message:
         if value is None or type(value) not in (int, float) or not 0 <= value <= 100:
             raise WireError("%s must be a number from 0 to 100, and is %s" % (
                 key, ascii(value)[:40] if key in message else "missing"))
-    sample: Message = {"ack": True} if message.get("ack") else {}
+    sample: Message = {"ack": True} if message.get("ack") is True else {}
     for key, value in message.items():
         if type(value) in (int, float) and key in NUMBERS:
             sample[key] = float(value)
