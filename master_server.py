@@ -441,6 +441,9 @@ class Table:
 
     def __init__(self, shm: Any, lock: Any = None) -> None:
         self.shm, self.buf, self.lock = shm, shm.buf, lock
+        if os.fstat(shm._fd).st_uid != os.getuid():     # anybody may have made it, as a trap
+            raise TableError("shared memory %s is another user's; give another --port or"
+                             " --shm-name" % shm.name)
         self.counts_at = shm.size - COUNTS.size
         self.sequence_at = self.counts_at - SEQUENCE.size
         self.header_at = max(0, self.sequence_at - HEADER.size)
@@ -489,7 +492,8 @@ class Table:
         except (OSError, ValueError, struct.error):
             raise TableError("no master's shared memory %s here: is the master running, as this"
                              " user, with this port?" % name) from None
-        if (table.magic, table.layout) != (MAGIC, LAYOUT):
+        if ((table.magic, table.layout) != (MAGIC, LAYOUT)
+                or table.events_at + EVENTS * EVENT.size > table.header_at):
             raise TableError("shared memory %s is of no master of this version" % name)
         if not table.owner_lives():
             raise TableError("the master (pid %d) that made shared memory %s is gone"
@@ -503,7 +507,12 @@ class Table:
             old = cls(shared_memory.SharedMemory(name))
         except FileNotFoundError:
             return
-        except (OSError, ValueError, struct.error):
+        except ValueError:              # it is empty: its maker was killed right then
+            if os.stat("/dev/shm/" + name).st_uid != os.getuid():
+                raise FileExistsError from None
+            os.unlink("/dev/shm/" + name)
+            return
+        except (OSError, struct.error):
             raise FileExistsError from None
         if old.owner_lives():
             raise TableError("the master with pid %d uses shared memory %s; stop it, or give"
@@ -598,9 +607,9 @@ class Table:
 
     def _copy(self) -> Tuple[bytes, bytes, bytes, Tuple[int, int, float, int]]:
         counts = COUNTS.unpack_from(self.buf, self.counts_at)
-        details_end = self.details_at + counts[3] * DETAIL.size
-        return (bytes(self.buf[:counts[3] * SLOT.size]),
-                bytes(self.buf[self.details_at:details_end]),
+        used = min(counts[3], self.capacity)
+        return (bytes(self.buf[:used * SLOT.size]),
+                bytes(self.buf[self.details_at:self.details_at + used * DETAIL.size]),
                 bytes(self.buf[self.events_at:self.events_at + EVENTS * EVENT.size]), counts)
 
 
