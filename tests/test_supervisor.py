@@ -175,6 +175,19 @@ class End(unittest.TestCase):
             with self.subTest(method=method):
                 self.end(lambda master: master.send_signal(signal.SIGINT, group=True), method)
 
+    def test_sigint_is_for_the_supervisor_and_ends_no_role(self):
+        for method in ("fork", "spawn"):
+            with self.subTest(method=method), support.start_master(method=method) as master, \
+                    PlainAgent(master.port) as agent:
+                agent.send({"cpu": 1, "ram": 1})
+                eventually(lambda m=master: nodes(m.page))
+                for role in ("collector", "dashboard"):
+                    os.kill(role_pid(master, role), signal.SIGINT)
+                agent.send({"cpu": 2, "ram": 1})
+                eventually(lambda m=master: row_of(m.page, cpu=2))
+                self.assertNotIn("again", master.log)
+                self.assertNotRegex(master.log, NOISE)
+
     def test_a_second_signal_while_it_stops_changes_nothing(self):
         def insist(master):
             for _ in range(200):
@@ -271,8 +284,16 @@ class Killed(unittest.TestCase):
                 self.assertNotRegex(master.log, NOISE)
 
     def kill_and_watch(self, master, role):
+        ghosts = [PlainAgent(master.port) for _ in range(4)]    # that will not come back
+        for ghost in ghosts:
+            self.addCleanup(ghost.close)
+            ghost.send({"cpu": 1, "ram": 1, "node": "ghost", "interval": 60})
+        eventually(lambda: len(nodes(master.page)) == 5)
         pid, start = role_pid(master, role), time.monotonic()
         os.kill(pid, signal.SIGKILL)
+        if role == "dashboard":
+            for ghost in ghosts:
+                ghost.close()
         eventually(lambda: role_pid(master, role) != pid and alive(role_pid(master, role)), BACK)
         eventually(lambda: get(master.page, "/healthz").status == 200, BACK)
         with PlainAgent(master.port) as agent:
@@ -280,7 +301,10 @@ class Killed(unittest.TestCase):
             self.assertEqual(agent.read_line(BACK), "ok")
         eventually(lambda: row_of(master.page, node="real")
                    and row_of(master.page, node="real")["age"] < time.monotonic() - start, SHOWN)
-        stays(lambda: len(nodes(master.page)) <= 2, 0.5, "one row, not two")
+        eventually(lambda: [row["node"] for row in nodes(master.page)] == ["real"], SHOWN)
+        stays(lambda: len(nodes(master.page)) == 1, 0.5, "one row, not two")
+        self.assertEqual(list(support.slots("sentinel_%d" % master.port)),
+                         [row["address"] for row in nodes(master.page)])
 
     def test_both_roles_killed_at_once_come_back(self):
         with support.start_master() as master, \
