@@ -352,22 +352,22 @@ class Waiting(unittest.TestCase):
             def shutdown(self, how):
                 shut.append(self.name)
         waiting = master_server.Waiting(5)
-        waiting.add("10.0.0.1", Sock("honest"))
+        waiting.add(Sock("honest"), "10.0.0.1")
         for number in range(50):
-            waiting.add("10.0.0.66", Sock(number))
+            waiting.add(Sock(number), "10.0.0.66")
         self.assertEqual(shut, list(range(46)), "the oldest of the busiest")
-        waiting.add("10.0.0.2", Sock("honest too"))
+        waiting.add(Sock("honest too"), "10.0.0.2")
         self.assertEqual(shut[46:], [46])
 
     def test_what_left_by_itself_is_not_counted_any_more(self):
         waiting = master_server.Waiting(2)
-        socks = [socket.socket() for _ in range(20)]
-        for sock in socks:
-            waiting.add("10.0.0.1", sock)
-            waiting.remove("10.0.0.1", sock)
-            waiting.remove("10.0.0.1", sock)
+        for _ in range(20):
+            sock = socket.socket()
+            waiting.add(sock, "10.0.0.1")
+            waiting.remove(sock)
+            waiting.remove(sock)
             sock.close()
-        self.assertEqual(waiting.sources, {})
+        self.assertFalse(waiting.socks)
 
 
 class Sources(unittest.TestCase):
