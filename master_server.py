@@ -1069,7 +1069,7 @@ def accept_loop(listener: socket.socket, waiting: Waiting,
                 beat: Callable[[], None] = lambda: None) -> None:
     """Run serve(socket, address) on a thread for each connection, until the supervisor is gone."""
     listener.setblocking(False)
-    parent, told = multiprocessing.parent_process(), False
+    parent, told = multiprocessing.parent_process(), -math.inf
     while parent and parent.is_alive():
         beat()
         multiprocessing.connection.wait([listener, parent.sentinel], BEAT_SECONDS)
@@ -1084,13 +1084,12 @@ def accept_loop(listener: socket.socket, waiting: Waiting,
                     waiting.remove(sock)
                     sock.close()
                     raise
-                told = False
         except (BlockingIOError, ConnectionError):
             pass
         except (OSError, RuntimeError) as error:    # no descriptors, memory or threads: it passes
-            if not told:
+            if time.monotonic() - told > REFUSAL_SECONDS:
                 log.error("cannot take new connections for now: %s", error)
-            told = True
+                told = time.monotonic()
             time.sleep(BEAT_SECONDS)
 
 
@@ -1419,6 +1418,7 @@ class Supervisor:
         self.signals: List[int] = []
         self.started = dict.fromkeys(self.names, -math.inf)     # time.monotonic()
         self.delay = dict.fromkeys(self.names, 0.0)             # seconds from then to the next
+        self.trouble: Dict[str, str] = {}                       # name -> why it cannot start
 
     def run(self) -> None:
         """Supervise until a signal comes."""
@@ -1462,8 +1462,11 @@ class Supervisor:
             try:
                 self.running[name] = self.start(name)
             except (OSError, StartError) as error:
-                log.error("cannot start the %s for now: %s", name, error)
+                if self.trouble.get(name) != str(error):
+                    log.error("cannot start the %s for now: %s", name, error)
+                self.trouble[name] = str(error)
             else:
+                self.trouble.pop(name, None)
                 log.info("%s started, pid %d", name, self.running[name].pid)
 
     def start(self, name: str) -> Any:
