@@ -141,5 +141,17 @@ class HangingCommand(AlertMasterTest):
         eventually(lambda: set(self.pids()) - {name}, what="the next one is told")
 
 
+class NoLost(MasterTest):
+    flags = ("--alert", "no-lost")
+
+    def test_a_lost_node_is_then_an_ordinary_event_and_other_alerts_stay(self):
+        agent = self.agent()
+        agent.send({"cpu": 91, "ram": 1, "node": "calm"})
+        self.master.logged("CRITICAL WARNING: calm: cpu is 91 .cpu>90.")
+        agent.reset()
+        self.event("lost", "calm")
+        self.assertNotRegex(self.master.log, "CRITICAL WARNING: [^\n]*lost")
+
+
 if __name__ == "__main__":
     unittest.main()

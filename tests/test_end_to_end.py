@@ -230,6 +230,14 @@ class RealAgent(MasterTest):
                 self.assertEqual(sample[key], round(sample[key], 1))
                 self.assertTrue(0 <= sample[key] <= 100)
 
+    def test_get_system_stats_returns_cpu_and_ram_in_percent(self):
+        done = support.run("-c", "import agent, json; print(json.dumps(agent.get_system_stats()))",
+                           cwd=support.ROOT)
+        stats = json.loads(done.stdout)
+        for key in ("cpu", "ram"):
+            self.assertTrue(0 <= stats[key] <= 100)
+            self.assertEqual(stats[key], round(stats[key], 1))
+
     def test_everything_that_an_agent_knows_of_its_job_is_shown(self):
         self.real_agent("--name", "c1", "--interval", "0.5", env={
             "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train & test", "USER": "ann"})
