@@ -32,6 +32,7 @@ TICK = 0.001                    # seconds: a shorter sleep costs more than it sp
 REPORT_SECONDS = 1.0
 VALUES = 1024                   # different values of cpu and ram
 LOWEST, HIGHEST = 5.0, 85.0     # percent: nothing that would fire an alert
+CONNECTS_PER_SECOND = 500.0
 CONNECT_SECONDS = 10.0
 ANSWER_BYTES = 4096
 RESET = struct.pack("ii", 1, 0)             # SO_LINGER: close() sends RST, as a crash does
@@ -227,7 +228,7 @@ def build_parser():
     add("--host", default="127.0.0.1")
     add("--pace", choices=("even", "burst"), default="even")
     add("--interval", type=float, default=2.0, help="seconds between samples of one agent")
-    add("--ramp", type=float, help="seconds in which all connect (one per thousand, at least 2)")
+    add("--ramp", type=float, help="seconds in which all connect (500 in one; at least the interval)")
     add("--churn", type=float, default=0.0, help="agents replaced by new ones each second")
     add("--samples", help="JSON file: list of samples to send in turn")
     return parser
@@ -236,7 +237,7 @@ def build_parser():
 def main(argv=None):
     options = build_parser().parse_args(argv)
     if options.ramp is None:
-        options.ramp = max(options.interval, options.count / 1000.0)
+        options.ramp = max(options.interval, options.count / CONNECTS_PER_SECOND)
     options.ramp = max(1, round(options.ramp / options.interval)) * options.interval
     raise_limit(options.count + 100)
     load = Load(options)
