@@ -12,10 +12,12 @@ dashboard answers browsers.  Either of the two is started again when it dies.
 Exit codes: 0 stopped by SIGINT or SIGTERM, 1 could not start, 2 bad usage.
 """
 import argparse
+import array
 import base64
 import collections
 import contextlib
 import functools
+import gzip
 import hashlib
 import heapq
 import hmac
@@ -37,7 +39,9 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 import urllib.parse
+from http import HTTPStatus
 from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
                     Tuple, Union)
 
@@ -1097,174 +1101,665 @@ def accept_loop(listener: socket.socket, waiting: Waiting,
 # Pages: a snapshot -> HTML, JSON, CSV, text, metrics.  The only room that knows HTML.
 # ============================================================================
 
-COLUMNS = ("slot", "address", "node", "job", "user", "cpu", "ram", "age")
-LABELS = dict({m.key: m.label for m in METRICS}, slot="Slot", address="Address", age="Age")
+MAP_FROM, PAGE_ROWS = 61, 100           # nodes: so many get a map, more a table in pages
+NEW_EVENTS = 20                         # events on the page
+FINE, COARSE, FIFTH = 300, 60, 5        # points of graphs: CPU and RAM, others every fifth tick
+IDLE, BUSY = 10.0, 50.0                 # percent: idle is below, if the rest of its job is above
+COLUMNS = ("node", "job", "job_name", "user", "cpu", "ram", "recent", "job_cpu", "job_ram", "gpu",
+           "job_time_left", "load1", "age", "slot", "address")
+RIGHT = {*NUMBERS, "slot", "age"}       # columns of numbers
+LABELS = dict({m.key: m.label for m in METRICS}, recent="Last 5 min", text="What")
 UNITS = dict({m.key: m.unit for m in METRICS}, age="s")
+SCALES = {"s": {"min": 60, "h": 3600, "d": 86400},
+          "B": {"KiB": 2 ** 10, "MiB": 2 ** 20, "GiB": 2 ** 30, "TiB": 2 ** 40},
+          "B/s": {"KiB/s": 2 ** 10, "MiB/s": 2 ** 20, "GiB/s": 2 ** 30, "TiB/s": 2 ** 40}}
+GRAPHS = tuple(key for key in NUMBERS if key not in (
+    "interval", "cpus", "mem_total", "mem_used", "uptime", "gpus", "job_cpus", "job_mem_limit"))
+Query = Dict[str, str]
 STYLE = """
-:root { color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif; }
-body { margin: 1rem auto; max-width: 75rem; padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; } caption { text-align: left; font-weight: 600; }
-th, td { text-align: left; padding: .2rem .6rem; border-bottom: 1px solid #8884; }
-.n { text-align: right; font-variant-numeric: tabular-nums; } .warn { color: #c22; }
+:root{color-scheme:light dark;--bg:#fff;--fg:#1a1f26;--dim:#586371;--line:#dde2e8;--card:#f4f6f9;
+--cpu:#2f6fde;--ram:#0b8a70;--bad:#b3261e;font:clamp(14px,10.5px + .33vw,24px)/1.5 system-ui}
+@media (prefers-color-scheme:dark){:root{--bg:#0f1318;--fg:#e4e9ef;--dim:#97a3b2;--line:#29313b;
+--card:#171c23;--cpu:#6ea8ff;--ram:#35b79b;--bad:#ff8a80}}
+*{box-sizing:border-box} [hidden]{display:none} :focus-visible{outline:2px solid}
+body{margin:0 auto;max-width:165rem;padding:1rem clamp(.6rem,2vw,2rem);background:var(--bg);
+color:var(--fg);font-variant-numeric:tabular-nums} a{color:var(--cpu)} thead a{color:inherit}
+h1{font-size:1.5rem;margin:0 0 .6rem;line-height:1.2;overflow-wrap:anywhere} .bad{color:var(--bad)}
+small,footer,dt,label,thead th,.axis,.finished{color:var(--dim);font-size:.85rem}
+.old{position:sticky;top:0;z-index:2;margin:0 0 .6rem;padding:.4rem .8rem;background:var(--bad);
+color:var(--bg);font-weight:600} .stale{filter:grayscale(1)} dd{margin:0;font-size:1.35rem}
+dl,.graphs{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:.6rem;margin:0}
+dl div,figure,pre{background:var(--card);padding:.5rem .8rem;margin:0;min-width:0;overflow:auto}
+form{display:flex;flex-wrap:wrap;gap:.5rem .8rem;margin:1rem 0} .n{text-align:right}
+label,dd small{display:grid} label{flex:0 1 10rem;min-width:7rem} [aria-sort]{font-weight:700}
+input,select{font:inherit;color:var(--fg);background:var(--bg);border:1px solid var(--dim);
+padding:.2rem .5rem;min-width:0} section{margin:0 0 1.4rem;min-width:0} .scroll{overflow-x:auto}
+table{border-collapse:collapse;width:100%} caption,h2{text-align:left;font:600 1.05rem system-ui}
+th,td{text-align:left;padding:.18rem .55rem;border-bottom:1px solid var(--line);font-weight:400;
+white-space:nowrap;position:relative;z-index:0} .lost,.alert{font-weight:700}
+.job{background:var(--card)} .w{white-space:normal;overflow-wrap:anywhere;min-width:9.6rem}
+.bar{position:absolute;top:2px;left:2px;z-index:-1;width:calc(100% - 4px);height:calc(100% - 4px);
+fill:var(--cpu);opacity:.25} .bar.ram,.bar.job_ram{fill:var(--ram)} .line{width:8rem;height:1.3rem;
+border-bottom:1px solid var(--line)}
+path{fill:none;stroke:var(--cpu);stroke-width:1.5;vector-effect:non-scaling-stroke}
+path.ram{stroke:var(--ram);stroke-dasharray:3 2} .axis{display:flex;justify-content:space-between}
+.map{position:relative;display:grid;gap:2px;margin-top:.2rem;
+grid-template-columns:repeat(auto-fill,minmax(1.15rem,1fr))} .map .al{outline:2px solid var(--bad)}
+.map a{height:1.15rem;text-align:center;font:700 .8rem/1.15rem system-ui;text-decoration:none;
+color:var(--fg);background:linear-gradient(to top,var(--cpu) var(--v),var(--line) 0)}
+.map a:hover::after,.map a:focus::after{content:attr(aria-label);position:absolute;bottom:100%;
+left:0;right:0;font:1rem/1.6 system-ui;text-align:left;background:var(--bg)}
+.graphs{grid-template-columns:repeat(auto-fill,minmax(min(18rem,100%),1fr));margin:0 0 1rem}
+figure .line{display:block;width:100%;height:6rem;border-block:1px solid var(--line)}
+@media (min-width:700px){figure:nth-child(-n+2){grid-column:span 2}}
+@media (prefers-reduced-motion:no-preference){.bar rect{transition:width .3s}}
+@media (min-width:1800px){main{display:grid;gap:0 2.5rem;grid-template-columns:minmax(0,1fr) 44rem}
+main>*{grid-column:1/-1} #nodes{grid-column:1} aside{grid-column:2}}
+""" + "".join(".v%d{--v:%d%%}" % (step, 5 * step) for step in range(21))
+SCRIPT = """
+"use strict";   // every 2 s: fetch this very page, and change in place what differs
+const main = document.querySelector("main"), notice = document.getElementById("notice");
+let good = new Date(), asked = 0, open = 0;
+function morph(old, page) {     // an element with an id is kept wherever it goes
+  for (const {name} of [...old.attributes]) page.hasAttribute(name) || old.removeAttribute(name);
+  for (const {name, value} of page.attributes)
+    old.getAttribute(name) === value || old.setAttribute(name, value);
+  const ids = new Set([...page.children].map(child => child.id)), nodes = [...page.childNodes];
+  for (const child of [...old.children]) ids.has(child.id) || child.remove();
+  nodes.forEach((next, i) => {
+    const at = old.childNodes[i] || null, twin = next.id ? document.getElementById(next.id) : at;
+    if (!twin || twin.parentNode !== old || twin.nodeName !== next.nodeName || twin.id !== next.id)
+      return old.insertBefore(next, at);
+    if (twin !== at) old.insertBefore(twin, at);
+    if (next.nodeType === 1) morph(twin, next);
+    else if (twin.data !== next.data) twin.data = next.data;
+  });
+  while (old.childNodes.length > nodes.length) old.lastChild.remove();
+}
+async function update() {
+  const mine = ++asked, signal = AbortSignal.timeout(5000);
+  open++;
+  try {
+    const answer = await fetch(location, {headers: {Accept: "text/html"}, signal});
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    if (mine !== asked) return;     // another one was asked for meanwhile
+    if (!answer.ok) throw RangeError(page.body.textContent);
+    const focus = document.activeElement, s = getSelection(), picked = !s.isCollapsed
+      && [s.anchorNode, s.anchorOffset, s.focusNode, s.focusOffset];
+    morph(main, page.querySelector("main"));
+    if (focus !== document.activeElement) focus.focus({preventScroll: true});
+    try { if (picked) s.setBaseAndExtent(...picked); } catch (error) { /* that text is gone */ }
+    document.title = page.title, good = new Date(), notice.hidden = true;
+  } catch (error) {
+    notice.textContent = `No answer since ${good.toTimeString().slice(0, 8)}, asking every 2 s. `
+      + (error instanceof RangeError ? error.message : "");
+    notice.hidden = !main.classList.add("stale");
+  } finally { open--; }
+}
+function go(how, url) { history[how](null, "", url); update(); }
+addEventListener("popstate", update);
+document.addEventListener("visibilitychange", () => document.hidden || update());
+document.addEventListener("input", event => go("replaceState", "/?" + new URLSearchParams(
+  [...new FormData(event.target.form)].filter(([key, value]) => value))));
+document.addEventListener("click", event => {
+  const link = event.target.closest("a[href^='/?']");
+  if (link && !event.ctrlKey && !event.metaKey && !event.shiftKey)
+    event.preventDefault(go("pushState", link.href));
+});
+setInterval(() => document.hidden || open || update(), 2000);
 """
-PAGE_HTML = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>%(title)s</title>
+PAGE_HTML = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{} - Cluster Sentinel</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,"><style>%(style)s</style>
+<link rel="icon" href="data:,"><style>{}</style>
 <noscript><meta http-equiv="refresh" content="2"></noscript></head>
-<body><main>%(body)s</main></body></html>
+<body><p id="notice" class="old" role="status" hidden></p><main><h1>{}</h1>{}
+<footer><a href="/nodes.txt">Text</a> <a href="/nodes.csv">CSV</a> <a href="/api/nodes">JSON</a>
+<a href="/metrics">Prometheus</a> \u00b7 {}</footer></main><script>{}</script></body></html>
 """
 
 
-def style_hash():
-    """The Content-Security-Policy source that allows STYLE and nothing else."""
-    return "'sha256-%s'" % base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+class Html(str):
+    """Markup: what ``fill`` made.  Any other text is escaped on its way in."""
 
 
-def render_value(key, value):
-    """A metric's value for people, with its unit."""
-    if value is None:
-        return "-"
-    unit = UNITS.get(key, "")
-    if unit == "%":
-        return "%.1f %%" % value
-    if unit in ("B", "B/s"):
-        power = min(4, max(0, int(math.log(max(value, 1), 1024))))
-        return "%.1f %s" % (value / 1024 ** power, ("", "Ki", "Mi", "Gi", "Ti")[power] + unit)
-    if unit == "s":
-        return "%.1f s" % value
-    return "%g" % value if isinstance(value, float) else str(value)
+def fill(template: str, *values: object) -> Html:
+    """Put values into the {} of some markup; a list stands for its items, None for nothing."""
+    return Html(template.format(*[
+        value if isinstance(value, Html) else "" if value is None else
+        "".join(fill("{}", item) for item in value) if isinstance(value, list) else
+        html.escape(str(value)) for value in values]))
 
 
-def render_table(caption, keys, rows):
-    """An HTML table; keys name the columns."""
-    numeric = {key: ' class="n"' if key in NUMBERS or key in ("slot", "age") else ""
-               for key in keys}
-    head = "".join('<th scope="col"%s>%s</th>' % (numeric[key], html.escape(
-        LABELS.get(key, key.capitalize()))) for key in keys)
-    body = "\n".join("<tr>%s</tr>" % "".join(
-        "<td%s>%s</td>" % (numeric[key], html.escape(render_value(key, row.get(key))))
-        for key in keys) for row in rows)
-    return ("<table><caption>%s</caption><thead><tr>%s</tr></thead><tbody>\n%s\n</tbody></table>"
-            % (html.escape(caption), head, body))
+def render_value(key: str, value: Any) -> str:
+    """A reading for people: fixed digits and a unit; a dash if it is unknown."""
+    if value is None or isinstance(value, str) or key == "time":
+        return value or "-" if key != "time" else time.strftime("%T", time.localtime(value))
+    unit, size = UNITS.get(key, ""), 1
+    for name, step in SCALES.get(unit, {}).items():
+        if abs(value) >= step:
+            unit, size = name, step
+    number = "%.*f" % (1 if unit or key == "load1" else 0, value / size)
+    return ((number if len(number) < 9 else "%.0e" % value) + " " + unit).rstrip()
 
 
-def render_page(view, query):
-    """The page: every live node, and what happened."""
-    nodes, events = view.nodes, view.events[::-1]
-    notice = "" if view.beat < STALE_SECONDS else (
-        '<p class="warn">The collector has not answered for %.0f s: these numbers are old.</p>'
-        % view.beat)
-    rows = [dict(event, time=time.strftime("%H:%M:%S", time.localtime(event["time"])))
-            for event in events]
-    body = "<h1>Cluster Sentinel</h1>%s%s%s" % (
-        notice, render_table("%d nodes" % len(nodes), COLUMNS, nodes),
-        render_table("Events", ("time", "kind", "node", "text"), rows))
-    return PAGE_HTML % {"title": "%d nodes" % len(nodes), "style": STYLE, "body": body}
+def name_of(row: Message) -> str:
+    """What to call the node of a row: its name, or HOST:PORT."""
+    name: str = row["node"] or row["address"] or ""
+    return re.sub(r"\('(.*)', (\d+)\)", r"\1:\2", name) if name.startswith("('") else name
 
 
-def render_nodes_json(view, query):
+def path_of(row: Message) -> str:
+    """Where the page of the row's node is."""
+    return "/node/" + urllib.parse.quote(name_of(row), "")
+
+
+def natural(value: Any) -> Any:
+    """A key to sort by: c2 comes before c10."""
+    return re.sub(r"\d+", lambda digits: digits.group().zfill(20), value.lower()) if isinstance(
+        value, str) else value
+
+
+def select(view: Snapshot, query: Query) -> List[Message]:
+    """Copies of the rows that a query asks for, in its order; what is unknown comes last.
+
+    Each has marks: the rules that fire, and "idle" when the rest of its job works without it.
+    """
+    jobs: Dict[Optional[str], List[Message]] = collections.defaultdict(list)
+    for node in view.nodes:
+        jobs[node["job"]].append(dict(
+            node, load=node["cpu"] if node["job_cpu"] is None else node["job_cpu"],
+            marks=[mark.replace("_for_", " for ") for mark in (node["alerts"] or "").split()]))
+    for job, rows in jobs.items():
+        total, others = sum(row["load"] for row in rows), len(rows) - 1
+        for row in rows if job else ():
+            if row["load"] < IDLE and total - row["load"] > BUSY * others > 0:
+                row["marks"].append("idle")
+    words, sort = query.get("q", "").lower().split(), query.get("sort") or "node"
+    found = [row for rows in jobs.values() for row in rows
+             if all(query.get(key) in (None, "", row[key]) for key in ("job", "user"))
+             and all(any(word in str(row[key] or "").lower() for key in (
+                 *TEXTS, "address", "marks")) for word in words)]
+    known = [row for row in found if row.get(sort.lstrip("-")) is not None]
+    known.sort(key=lambda row: natural(row[sort.lstrip("-")]), reverse=sort.startswith("-"))
+    return known + [row for row in found if row.get(sort.lstrip("-")) is None]
+
+
+def gone(view: Snapshot, kind: str) -> List[Message]:
+    """The nodes that left like this within GONE_SECONDS and are not back, the newest first."""
+    left = {(name_of(event), event["job"]): event for event in view.events
+            if event["kind"] in ("finished", "lost")
+            and view.time - float(event["time"] or 0) < GONE_SECONDS}
+    live = {(name_of(node), node["job"]) for node in view.nodes} if left else set()
+    return sorted((event for key, event in left.items() if key not in live
+                   and event["kind"] == kind), key=lambda event: event["time"], reverse=True)
+
+
+def figures(view: Snapshot, rows: List[Message]) -> Tuple[str, List[Tuple[str, str, str]]]:
+    """What matters: (is all well?, [(label, figure, remark)])."""
+    counts = [("alerts", sum(bool(row["alerts"]) for row in rows)),
+              ("idle", sum("idle" in row["marks"] for row in rows)),
+              ("lost", len(gone(view, "lost")))]
+    trouble = ", ".join("%s: %d" % count for count in counts if count[1]).capitalize()
+    if view.beat > STALE_SECONDS:
+        trouble = "The collector has been silent for %.0f s: what you see is old" % view.beat
+    title = "\u26a0 " + trouble if trouble else "All is well" if rows else "No nodes"
+    if not rows:
+        return title, []
+    cards = [("Nodes", "%d" % len(rows), "jobs: %d" % len({row["job"] for row in rows} - {None}))]
+    for key in ("cpu", "ram"):
+        worst, name = max((row[key], name_of(row)) for row in rows)
+        cards.append((LABELS[key], "%.1f %%" % (sum(row[key] for row in rows) / len(rows)),
+                      "worst: %.1f %% %s" % (worst, name)))
+    age = min(row["age"] for row in rows)
+    cards.append(("Newest sample", render_value("time", view.time - age), "%.1f s ago" % age))
+    return title, cards
+
+
+def link(query: Query, **state: object) -> str:
+    """The address of the page in the query's state, but for what is given."""
+    state = dict(query, **state)
+    return "/?" + urllib.parse.urlencode([(key, state[key]) for key in (
+        "q", "job", "user", "group", "map", "sort", "page") if state.get(key)])
+
+
+class Page:
+    """A snapshot for a query as HTML; site has options, cost and series (see Dashboard)."""
+
+    def __init__(self, view: Snapshot, query: Query, site: Any) -> None:
+        self.view, self.query, self.site, self.rows = view, query, site, select(view, query)
+
+    def draw(self, row: Message, keys: Sequence[str], points: int, step: int, top: float) -> Html:
+        """Curves of a node's last readings, from 0 to top, with gaps where they are unknown."""
+        paths = []
+        for key in keys:
+            path, pen = "", "M"
+            for x, value in enumerate(self.site.series(row, key, points, step)):
+                if math.isfinite(value):
+                    path += "%s%d %d" % (pen, x, 100 - 100 * min(max(value / top, 0), 1))
+                pen = "L" if math.isfinite(value) else "M"
+            paths.append(fill('<path class="{}" d="{}"/>', key, path))
+        return fill('<svg class="line" viewBox="0 0 {} 100" preserveAspectRatio="none"'
+                    ' aria-hidden="true">{}</svg>', points - 1, paths)
+
+    def cell(self, key: str, row: Message) -> Html:
+        """One cell of a table: a name is a link, a percentage has a bar behind it."""
+        value, text = row.get(key), render_value(key, row.get(key))
+        if key == "node":
+            return fill('<th scope="row" class="w"><a href="{}">{}</a>{}</th>', path_of(row),
+                        name_of(row), [fill('<b class="bad"> \u26a0\xa0{}</b>', mark)
+                                       for mark in row.get("marks", ())])
+        if key == "recent":
+            return fill("<td>{}</td>", self.draw(row, ("cpu", "ram"), 50, 3, 100))
+        if key == "job" and value:
+            return fill('<td><a href="{}">{}</a></td>', link({}, job=value), value)
+        if UNITS.get(key) == "%" and value is not None:
+            return fill('<td class="n">{}<svg class="bar {}" viewBox="0 0 100 1" aria-hidden="true"'
+                        ' preserveAspectRatio="none"><rect width="{}" height="1"/></svg></td>',
+                        text, key, min(max(value, 0), 100))
+        return fill('<td class="{}">{}</td>', "n" if key in RIGHT else "w" if key == "text" else
+                    value if key == "kind" else "", text)
+
+    def table(self, name: str, caption: str, columns: Sequence[str],
+              bodies: Iterable[Tuple[Any, List[Message]]], sort: str = "", end: Any = None) -> Html:
+        """A table that scrolls by itself; bodies: (heading or None, rows); sort: it can be."""
+        head = []
+        for key in columns:
+            label: object = LABELS.get(key, key.capitalize())
+            order = {key: "ascending", "-" + key: "descending"}.get(sort)
+            if sort:
+                turned = link(self.query, sort="-" * (sort == key) + key, page="")
+                label = fill('<a href="{}">{}</a>', turned, label)
+            head.append(fill('<th scope="col" class="{}"{}>{}</th>', "n" if key in RIGHT else "",
+                             fill(' aria-sort="{}"', order) if order else None, label))
+        body = [fill("<tbody>{}{}</tbody>", heading and fill(
+            '<tr><th class="job" scope="rowgroup" colspan="{}">{}</th></tr>', len(columns),
+            heading), [fill('<tr id="{}-{}">{}</tr>', name, row.get("slot") or int(
+                row["time"] * 1e6), [self.cell(key, row) for key in columns]) for row in rows])
+            for heading, rows in bodies]
+        return fill('<section id="{}"><div class="scroll" tabindex="0" role="region"'
+                    ' aria-label="{}"><table><caption>{}</caption><thead><tr>{}</tr></thead>{}'
+                    "</table></div>{}</section>", name, caption, caption, head, body, end)
+
+    def form(self) -> Html:
+        """The state of the page, to be changed."""
+        choices = [(key, "all", sorted({node[key] for node in self.view.nodes if node[key]},
+                                       key=natural)) for key in ("job", "user")]
+        choices += [("group", "by job", ["no"]), ("map", "cpu", ["ram"])]
+        selects = [fill('<label>{}<select name="{}"><option value="">{}</option>{}</select>'
+                        "</label>", key.capitalize(), key, first, [
+                            fill("<option{}>{}</option>", Html(
+                                " selected" * (self.query.get(key) == value)), value)
+                            for value in values]) for key, first, values in choices if values]
+        return fill('<form role="search"><label>Filter<input type="search" name="q" value="{}">'
+                    '</label>{}<input type="hidden" name="sort" value="{}">'
+                    "<noscript><button>Show</button></noscript></form>", self.query.get("q"),
+                    selects, self.query.get("sort"))
+
+    def map(self) -> Html:
+        """A tile for each node, filled as high as its reading."""
+        key = "ram" if self.query.get("map") == "ram" else "cpu"
+        tiles = [fill('<a id="t{}" class="v{}{}" href="{}" aria-label="{}, {}"></a>', row["slot"],
+                      round(row[key] / 5), " al" * bool(row["alerts"]), path_of(row), name_of(row),
+                      "job %s, CPU %.1f %%, RAM %.1f %% %s" % (
+                          row["job"] or "-", row["cpu"], row["ram"], ", ".join(row["marks"])))
+                 for row in self.rows]
+        return fill('<section><h2>{} of every node</h2><div class="map">{}</div></section>',
+                    LABELS[key], tiles)
+
+    def nodes(self) -> Html:
+        """The table of nodes: by job unless group=no, in pages when there are many."""
+        grouped = not self.query.get("group") and any(row["job"] for row in self.rows)
+        jobs: Dict[str, List[Message]] = {}
+        for row in self.rows:
+            jobs.setdefault(grouped and row["job"] or "", []).append(row)
+        last, asked = -(-len(self.rows) // PAGE_ROWS), self.query.get("page", "")
+        page = min(max(int(asked), 1), last) if asked.isdecimal() else 1
+        shown = [row["slot"] for rows in jobs.values() for row in rows]
+        shown = shown[PAGE_ROWS * (page - 1):PAGE_ROWS * page]
+        columns = [key for key in COLUMNS if key == "node" or not (
+            grouped and key in ("job", "job_name", "user"))
+            and any(row.get(key, "") is not None for row in self.rows)]
+        bodies = []
+        for job, rows in jobs.items():
+            words = [rows[0]["job_name"], rows[0]["user"], "nodes: %d" % len(rows),
+                     "CPU: %.1f %%" % (sum(row["cpu"] for row in rows) / len(rows))]
+            heading = grouped and fill(
+                "<b>{}</b> {}", fill('Job <a href="{}">{}</a>', link({}, job=job), job) if job
+                else "No job", " \u00b7 ".join(word for word in words if word and job))
+            rows = [row for row in rows if row["slot"] in shown]
+            bodies += [(heading or None, rows)] if rows else []
+        pages = [fill('<a href="{}"{}>{}</a> ', link(self.query, page=number), Html(
+            ' aria-current="page"' * (number == page)), number) for number in range(1, last + 1)]
+        return self.table("nodes", "Nodes", columns, bodies, self.query.get("sort") or "node",
+                          fill("<nav>Pages: {}</nav>", pages) if last > 1 else None)
+
+    def empty(self) -> Html:
+        """What to do as long as there is no agent."""
+        options = self.site.options
+        host = socket.gethostname() if options.host in ("0.0.0.0", "::", "") else options.host
+        secret = " --secret-file " + options.secret_file if options.secret_file else ""
+        return fill("<section><p>No agents yet: run on the node that you want to see</p><pre>"
+                    "python3 agent.py --host {0} --port {1}{2}</pre><p>or on every node of a job"
+                    "</p><pre>SENTINEL_HOST={0} SENTINEL_PORT={1} sbatch run_agent.slurm</pre>"
+                    "</section>", host, options.port, secret)
+
+    def whole(self, title: str, *parts: object) -> str:
+        """A page around its parts."""
+        return fill(PAGE_HTML, title, Html(STYLE), title, list(parts), self.site.cost.get("text"),
+                    Html(SCRIPT))
+
+    def all_nodes(self) -> str:
+        """The page: what matters, every live node, what has gone and what happened."""
+        title, cards = figures(self.view, self.rows)
+        left = ("node", "job", "cpu", "ram", "time", "text")
+        tables = [("lost", "Recently gone", left, gone(self.view, "lost")),
+                  ("finished", "Recently finished", left, gone(self.view, "finished")),
+                  ("events", "Events", ("time", "kind", "node", "job", "text"),
+                   self.view.events[:-NEW_EVENTS - 1:-1])]
+        return self.whole(
+            title, cards and fill("<dl>{}</dl>", [fill(
+                "<div><dt>{}</dt><dd>{}<small>{}</small></dd></div>", *card) for card in cards]),
+            self.form() if self.view.nodes else self.empty(),
+            self.map() if len(self.rows) >= MAP_FROM else None,
+            self.nodes() if self.rows else None,
+            fill("<aside>{}</aside>", [self.table(name, caption, columns, [(None, rows)])
+                                       for name, caption, columns, rows in tables if rows]))
+
+    def one_node(self) -> str:
+        """The page of a node: graphs, every reading, events; "" if it is not known."""
+        past = [event for event in self.view.events[::-1] if name_of(event) == self.query["node"]]
+        rows = [row for row in self.rows if name_of(row) == self.query["node"]] or past[:1]
+        columns = [key for key in COLUMNS + ("time", "kind", "text")
+                   if any(row.get(key) is not None for row in rows)]
+        parts = [fill('<p><a href="/">All nodes</a></p>'),
+                 self.table("nodes", "Last known", columns, [(None, rows)])]
+        for row in rows:
+            graphs, readings = [], []
+            for n, metric in enumerate(METRICS):
+                now = render_value(metric.key, row.get(metric.key))
+                readings.append({"slot": n + 1, "reading": metric.label, "now": now,
+                                 "meaning": metric.help})
+                points = FINE if n < 2 else COARSE
+                known = list(filter(math.isfinite, self.site.series(row, metric.key, points, 1)))
+                if known:
+                    top = 100 if metric.unit == "%" else max(known + [1])
+                    graphs.append(fill(
+                        '<figure><figcaption>{} <b>{}</b></figcaption>{}<div class="axis"><span>'
+                        "10 min ago</span><span>{} to {}</span></div></figure>", metric.label, now,
+                        self.draw(row, [metric.key], points, 1, top), *[
+                            render_value(metric.key, edge(known)) for edge in (min, max)]))
+            parts += [fill('<div class="graphs">{}</div>', graphs),
+                      self.table("readings%d" % len(parts), "Readings",
+                                 ("reading", "now", "meaning"), [(None, readings)])]
+        parts.append(self.table("events", "Events", ("time", "kind", "job", "text"),
+                                [(None, past)]))
+        return self.whole(self.query["node"], *parts) if rows else ""
+
+
+def render_nodes_json(view: Snapshot, query: Query, site: Any = None) -> str:
     """The live table as JSON."""
-    return json.dumps({"time": round(view.time, 3), "capacity": view.capacity,
-                       "nodes": view.nodes}, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps({"time": round(view.time, 3), "capacity": view.capacity, "nodes": view.nodes},
+                      ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def render_nodes_text(view, query):
-    """The live table as aligned text."""
-    rows = [[LABELS[key] for key in COLUMNS]] + [
-        [render_value(key, node[key]) for key in COLUMNS] for node in view.nodes]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    return "".join("  ".join(
-        cell.rjust(width) if key in ("slot", "cpu", "ram", "age") else cell.ljust(width)
-        for key, cell, width in zip(COLUMNS, row, widths)).rstrip() + "\n" for row in rows)
-
-
-def render_events_json(view, query):
+def render_events_json(view: Snapshot, query: Query, site: Any = None) -> str:
     """The ring of events as JSON, oldest first."""
     return json.dumps({"events": view.events}, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def render_health(view, query):
-    """One word: this is only called while all is well."""
-    return "ok\n"
+def render_csv(view: Snapshot, query: Query, site: Any = None) -> str:
+    """The live table as CSV (RFC 4180), in which no text is a formula to a spreadsheet."""
+    def field(value: Any) -> str:
+        if not isinstance(value, str):
+            return "" if value is None else repr(value)
+        return '"%s%s"' % ("'" * value.startswith(tuple("=+-@\uff1d\uff0b\uff0d\uff20")),
+                           value.replace('"', '""'))
+    keys = ["slot", "address", "age", "since", "alerts"] + [metric.key for metric in METRICS]
+    rows = [keys] + [[field(node[key]) for key in keys] for node in view.nodes]
+    return "".join(",".join(row) + "\r\n" for row in rows)
+
+
+def render_nodes_text(view: Snapshot, query: Query, site: Any = None) -> str:
+    """The live table as aligned text; width in the query cuts its lines."""
+    def columns(text: str) -> int:
+        return len(text) + (not text.isascii() and sum(
+            unicodedata.east_asian_width(char) in "WF" for char in text))
+    nodes = select(view, query)
+    keys = [key for key in COLUMNS if key in ("node", "cpu", "ram")
+            or any(node.get(key) is not None for node in nodes)]
+    rows = [[LABELS.get(key, key.capitalize()) for key in keys]] + [
+        [name_of(node) if key == "node" else render_value(key, node[key])[:32] for key in keys]
+        for node in nodes]
+    widths, (title, cards) = [max(map(columns, row)) for row in zip(*rows)], figures(view, nodes)
+    lines = [" | ".join([title] + [" ".join(card) for card in cards])]
+    for row in rows:
+        blanks = [" " * (width - columns(text)) for text, width in zip(row, widths)]
+        lines.append("  ".join(blank + text if key in RIGHT else text + blank for key, text, blank
+                               in zip(keys, row, blanks)).rstrip())
+    width = query.get("width", "")
+    return "".join(line[:int(width) if width.isdecimal() else None] + "\n" for line in lines)
+
+
+def render_metrics(view: Snapshot, query: Query, site: Any) -> str:
+    """Prometheus text format 0.0.4; a collector that is silent has no nodes."""
+    def labels(row: Message, **more: str) -> str:
+        named = dict(node=name_of(row), job=row["job"] or "", user=row["user"] or "", **more)
+        return ",".join("%s=%s" % (key, json.dumps(value, ensure_ascii=False))
+                        for key, value in named.items())
+    nodes: Dict[str, Message] = {}
+    for row in view.nodes if view.beat <= STALE_SECONDS else ():
+        nodes[labels(row, slot=str(row["slot"])) if labels(row) in nodes else labels(row)] = row
+    families = [("node_" + metric.prometheus, metric.help, [
+        (label, row[metric.key]) for label, row in nodes.items()])
+        for metric in METRICS if metric.prometheus]
+    families += [
+        ("node_age_seconds", "Time since the last sample", [
+            (label, row["age"]) for label, row in nodes.items()]),
+        ("node_alert", "Rule that fires", [
+            (label + ',rule="%s"' % rule, 1) for label, row in nodes.items()
+            for rule in (row["alerts"] or "").split()]),
+        ("node_lost", "Node that was lost in the last ten minutes", [
+            (labels(event), 1) for event in gone(view, "lost")]),
+        ("nodes", "Nodes that send", [("", len(nodes))]),
+        ("samples_total", "Samples taken", [("", view.samples)]),
+        ("collector_silence_seconds", "Time since the collector's heartbeat", [("", view.beat)]),
+        ("master_cpu_seconds_total", "CPU time of the master", [("", site.cost.get("seconds"))]),
+        ("master_memory_bytes", "Memory of the master", [("", site.cost.get("memory"))])]
+    return "".join("# HELP sentinel_%s %s\n# TYPE sentinel_%s %s\n%s" % (
+        name, text, name, "counter" if name.endswith("_total") else "gauge", "".join(
+            "sentinel_%s{%s} %.15g\n" % (name, label, value)
+            for label, value in samples if value is not None)) for name, text, samples in families)
+
+
+def render_health(view: Snapshot, query: Query, site: Any) -> str:
+    """ok, and with ?verbose what the master takes; only called while all is well."""
+    return "ok\n" + (str(site.cost["text"]) + "\n" if "verbose" in query else "")
 
 
 HTML, JSON, TEXT = ("text/html; charset=utf-8", "application/json; charset=utf-8",
                     "text/plain; charset=utf-8")
-ROUTES = {"/": (HTML, render_page), "/api/nodes": (JSON, render_nodes_json),
-          "/api/events": (JSON, render_events_json), "/healthz": (TEXT, render_health)}
+ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
+    "/": (HTML, lambda *about: Page(*about).all_nodes()),
+    "/node/": (HTML, lambda *about: Page(*about).one_node()),
+    "/api/nodes": (JSON, render_nodes_json), "/api/events": (JSON, render_events_json),
+    "/nodes.csv": ("text/csv; charset=utf-8", render_csv), "/nodes.txt": (TEXT, render_nodes_text),
+    "/metrics": ("text/plain; version=0.0.4; charset=utf-8", render_metrics),
+    "/healthz": (TEXT, render_health)}
 
 # ============================================================================
 # Dashboard: sockets -> request -> pages
 # ============================================================================
 
-Request = collections.namedtuple("Request", "method path query headers")
-REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found",
-           405: "Method Not Allowed", 408: "Request Timeout", 414: "URI Too Long",
-           421: "Misdirected Request", 431: "Request Header Fields Too Large",
-           500: "Internal Server Error", 503: "Service Unavailable",
-           505: "HTTP Version Not Supported"}
+REQUEST = re.compile(rb"([A-Za-z]+) (/[!-~]*) HTTP/1\.\d\r\n"
+                     rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n]*\r\n)*)\r\n")
+BLANK = [math.nan] * (2 * FINE + (len(GRAPHS) - 2) * COARSE)
+TICK_SECONDS = 2.0                      # between two looks at the table, for the graphs
+WATCHED_SECONDS = 60.0                  # without a request: only every fifth tick has a look
+HEADERS = {
+    "Content-Type": TEXT, "Connection": "close", "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
+    "Content-Security-Policy": "default-src 'none'; img-src data:; connect-src 'self'; form-action"
+    " 'self'; base-uri 'none'; frame-ancestors 'none'; style-src '%s'; script-src '%s'" % tuple(
+        "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for text in (STYLE, SCRIPT))}
 
 
 class HTTPError(Exception):
-    """A request that gets another answer than a page."""
-
-    def __init__(self, status, text):
-        super().__init__(text)
-        self.status = status
+    """(status, text, headers): a request that gets another answer than a page."""
 
 
-def parse_request(head):
-    """The bytes of a request line and headers -> Request; HTTPError (RFC 9112)."""
-    lines = head.decode("latin-1").split("\r\n")
-    words = lines[0].split(" ")
-    if len(words) != 3 or not re.fullmatch(r"HTTP/\d\.\d", words[2]):
-        raise HTTPError(400, "the request line must be: GET /path HTTP/1.1")
-    if not words[2].startswith("HTTP/1."):
-        raise HTTPError(505, "HTTP/1.0 or HTTP/1.1, please")
-    headers = {}
-    for line in lines[1:]:
-        name, colon, value = line.partition(":")
-        if not colon or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
-            raise HTTPError(400, "a header must be: Name: value")
-        headers[name.lower()] = value.strip()
-    if words[0] not in ("GET", "HEAD"):
-        raise HTTPError(405, "only GET and HEAD: this server is read-only")
-    target = urllib.parse.urlsplit(words[1])
-    if not target.path.startswith("/"):
-        raise HTTPError(400, "the path must begin with /")
-    query = dict(urllib.parse.parse_qsl(target.query, max_num_fields=16))
-    return Request(words[0], urllib.parse.unquote(target.path), query, headers)
+def parse_request(head: bytes) -> Tuple[str, str, Query, Dict[str, str]]:
+    """The bytes of a request -> method, path, query, headers; HTTPError (RFC 9112)."""
+    match = REQUEST.fullmatch(head)
+    if not match:
+        raise HTTPError(400, "a request must be: GET /path HTTP/1.1, and a header: Name: value")
+    method, target, lines = (part.decode("latin-1") for part in match.groups())
+    if method not in ("GET", "HEAD"):
+        raise HTTPError(405, "only GET and HEAD: this server is read-only", {"Allow": "GET, HEAD"})
+    headers = [line.partition(":") for line in lines.split("\r\n")[:-1]]
+    path, _, query = target.partition("?")
+    try:
+        fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=16))
+    except ValueError:
+        raise HTTPError(400, "more than 16 fields in the query") from None
+    return (method, urllib.parse.unquote(path), fields,
+            {name.lower(): value.strip() for name, _, value in headers})
+
+
+def read_request(sock: socket.socket) -> bytes:
+    """The bytes of request line and headers, bounded in size and time; HTTPError."""
+    deadline, data, chunk = time.monotonic() + HTTP_SECONDS, b"", b"..."
+    while chunk and b"\r\n\r\n" not in data:
+        if data and not data[:1].isalpha():
+            raise HTTPError(400, "this is no HTTP request; if it was https://, try http://")
+        if len(data.partition(b"\r\n")[0]) > MAX_REQUEST_LINE:
+            raise HTTPError(414, "a request line of more than %d bytes" % MAX_REQUEST_LINE)
+        if len(data) > MAX_REQUEST:
+            raise HTTPError(431, "headers of more than %d bytes" % MAX_REQUEST)
+        try:
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
+            chunk = sock.recv(RECEIVE_SIZE)
+        except socket.timeout:
+            raise HTTPError(408, "no whole request in %g s" % HTTP_SECONDS) from None
+        data += chunk
+    return data[:data.find(b"\r\n\r\n") + 4]
+
+
+class History:
+    """The last ten minutes of every node, in one array of floats each; unknown is NaN.
+
+        cpu x FINE, ram x FINE: one a tick; each of the other GRAPHS x COARSE: one in FIFTH ticks
+    """
+
+    def __init__(self) -> None:
+        self.tick = 0
+        self.rings: Dict[Any, Tuple[int, Any]] = {}     # (name, job) -> last tick, array
+
+    def add(self, view: Snapshot, tick: int) -> None:
+        """Note the readings of a tick; forget nodes that have been away for longer than a ring."""
+        for node in view.nodes if view.beat < STALE_SECONDS else ():
+            key = name_of(node), node["job"]
+            last, ring = self.rings.get(key) or (tick - 1, array.array("f", BLANK))
+            for at in range(max(last + 1, tick - FINE + 1), tick + 1):
+                known = tick - last <= FIFTH        # a longer gap is one in the graph, too
+                ring[at % FINE] = node["cpu"] if known or at == tick else math.nan
+                ring[FINE + at % FINE] = node["ram"] if known or at == tick else math.nan
+                if at % FIFTH == 0:
+                    ring[2 * FINE + at // FIFTH % COARSE::COARSE] = array.array("f", [
+                        node[metric] if known and node[metric] is not None else math.nan
+                        for metric in GRAPHS[2:]])
+            self.rings[key] = tick, ring
+        kept = FINE if len(self.rings) <= 2 * view.capacity else 1
+        self.rings = {key: (last, ring) for key, (last, ring) in self.rings.items()
+                      if tick - last < kept}
+        self.tick = tick
+
+    def series(self, row: Message, metric: str, points: int, step: int) -> List[float]:
+        """A metric's last readings, every step-th of them, oldest first."""
+        if metric not in GRAPHS:
+            return []
+        index, (last, ring) = GRAPHS.index(metric), self.rings.get(
+            (name_of(row), row["job"]), (-FINE, ()))
+        start, size, unit = (index * FINE, FINE, 1) if index < 2 else (
+            2 * FINE + (index - 2) * COARSE, COARSE, FIFTH)
+        step *= unit
+        end = self.tick - self.tick % step
+        return [ring[start + tick // unit % size] if last - FINE < tick <= last else math.nan
+                for tick in range(end - (points - 1) * step, end + 1, step)]
+
+
+def measure(pid: int) -> Tuple[float, int]:
+    """(CPU seconds, bytes of memory) of a process and all that it started, proc(5)."""
+    pids, ticks, pages = [pid], 0, 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            with open("/proc/%d/stat" % pid) as file:
+                fields = file.read().rpartition(")")[2].split()
+            with open("/proc/%d/task/%d/children" % (pid, pid)) as file:
+                pids.extend(map(int, file.read().split()))
+            ticks, pages = ticks + int(fields[11]) + int(fields[12]), pages + int(fields[21])
+    return ticks / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE")
 
 
 class Dashboard:
     """The role that answers browsers: a thread for each connection, one request each."""
 
-    def __init__(self, listener: socket.socket, table: Table,
-                 options: argparse.Namespace) -> None:
+    def __init__(self, listener: socket.socket, table: Table, options: argparse.Namespace) -> None:
         self.listener, self.table, self.options = listener, table, options
-        self.lock = threading.Lock()        # of view
-        self.view, self.viewed = None, -math.inf
-        self.waiting = Waiting(MAX_CLIENTS)
-        self.port = listener.getsockname()[1]
+        self.lock, self.waiting = threading.Lock(), Waiting(MAX_CLIENTS)
+        self.view, self.viewed = table.snapshot(), time.monotonic()
+        self.asked = -math.inf                          # time.monotonic() of the last request
+        self.bodies: Dict[Any, bytes] = {}              # of this view
+        self.cost: Message = {"text": ""}
+        self.history = History()
+        self.series = self.history.series
+        self.names = {socket.gethostname().lower(), options.dashboard_host.lower(), "localhost"}
 
     def run(self) -> None:
         """Answer until the supervisor is gone."""
+        threading.Thread(target=self.watch, daemon=True).start()
         accept_loop(self.listener, self.waiting, self.serve)
+
+    def watch(self) -> None:
+        """Every TICK_SECONDS: add to the history, and see what the master itself takes."""
+        supervisor: Any = multiprocessing.parent_process()
+        start, before = time.monotonic(), (0.0, 0.0, 0)
+        while True:
+            tick = int((time.monotonic() - start) / TICK_SECONDS)
+            if tick % FIFTH == 0 or time.monotonic() - self.asked < WATCHED_SECONDS:
+                view = self.fresh()
+                self.history.add(view, tick)
+            if tick % FIFTH == 0:
+                seconds, memory = measure(supervisor.pid)
+                now = time.monotonic(), seconds, view.samples
+                cpu, rate = ((now[i] - before[i]) / (now[0] - before[0]) for i in (1, 2))
+                text = "This master takes %.1f %% of a core and %s for %.1f samples a second" % (
+                    100 * cpu, render_value("agent_rss", memory), rate)
+                self.cost, before = {"text": text, "seconds": seconds, "memory": memory}, now
+            time.sleep(TICK_SECONDS - (time.monotonic() - start) % TICK_SECONDS)
 
     def serve(self, sock: socket.socket, address: Address) -> None:
         """Read one request, answer it, close."""
-        method, status, headers = "GET", 200, {}
+        method, status, headers = "GET", 200, dict(HEADERS)
         try:
             try:
-                request = parse_request(self.read_head(sock))
-                method = request.method
-                content_type, text, headers = self.answer(request)
+                method, path, query, fields = parse_request(read_request(sock))
+                body = self.answer(path, query, fields, headers)
             except HTTPError as error:
-                status, content_type, text = error.status, TEXT, "%s\n" % error
-                if status == 405:
-                    headers = {"Allow": "GET, HEAD"}
-            self.send(sock, status, content_type, text, headers, method)
+                status, text, *more = error.args
+                body = text.encode() + b"\n"
+                headers.update(*more)
+            sock.settimeout(HTTP_SECONDS)
+            sock.sendall(("HTTP/1.1 %d %s\r\n%sContent-Length: %d\r\n\r\n" % (
+                status, HTTPStatus(status).phrase, "".join(
+                    "%s: %s\r\n" % field for field in headers.items()), len(body))).encode(
+                        "latin-1") + (b"" if method == "HEAD" else body))
+            sock.shutdown(socket.SHUT_WR)
+            sock.settimeout(1.0)            # unread input would turn the close into a reset
+            while sock.recv(RECEIVE_SIZE):
+                pass
         except OSError:
             pass                            # the client went away; there is nobody to tell
         except Exception:
@@ -1273,64 +1768,57 @@ class Dashboard:
             self.waiting.remove(sock)
             sock.close()
 
-    @staticmethod
-    def read_head(sock):
-        """The bytes of request line and headers, bounded in size and time; HTTPError."""
-        deadline, data = time.monotonic() + HTTP_SECONDS, b""
-        while b"\r\n\r\n" not in data:
-            line = data.partition(b"\r\n")[0]
-            if len(line) > MAX_REQUEST_LINE:
-                raise HTTPError(414, "a request line of more than %d bytes" % MAX_REQUEST_LINE)
-            if len(data) > MAX_REQUEST:
-                raise HTTPError(431, "headers of more than %d bytes" % MAX_REQUEST)
-            try:
-                sock.settimeout(max(0.001, deadline - time.monotonic()))
-                chunk = sock.recv(RECEIVE_SIZE)
-            except socket.timeout:
-                raise HTTPError(408, "no whole request in %g s" % HTTP_SECONDS) from None
-            if not chunk:
-                raise ConnectionError
-            data += chunk
-        return data.partition(b"\r\n\r\n")[0]
-
-    def answer(self, request):
-        """A request's content type, text and further headers; HTTPError."""
-        view = self.fresh_view()
-        route = ROUTES.get(request.path)
-        if not route:
-            raise HTTPError(404, "no such page; there are " + " ".join(ROUTES))
-        if request.path == "/healthz" and view.beat > STALE_SECONDS:
-            raise HTTPError(503, "the collector has not answered for %.0f s" % view.beat)
-        return route[0], route[1](view, request.query), {}
-
-    def fresh_view(self):
+    def fresh(self) -> Snapshot:
         """A snapshot, taken at most once in FRESH_SECONDS, whoever asks."""
         with self.lock:
             if time.monotonic() - self.viewed > FRESH_SECONDS:
-                self.view, self.viewed = self.table.snapshot(), time.monotonic()
+                self.view, self.viewed, self.bodies = self.table.snapshot(), time.monotonic(), {}
             return self.view
 
-    @staticmethod
-    def send(sock, status, content_type, text, headers, method):
-        """Write the whole answer within its deadline."""
-        body = text.encode("utf-8", "replace")
-        fields = {
-            "Content-Type": content_type, "Content-Length": len(body), "Connection": "close",
-            "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
-            "Content-Security-Policy": "default-src 'none'; img-src data:; connect-src 'self'; "
-            "form-action 'self'; base-uri 'none'; frame-ancestors 'none'; style-src "
-            + style_hash()}
-        fields.update(headers)
-        head = "HTTP/1.1 %d %s\r\n%s\r\n" % (status, REASONS[status], "".join(
-            "%s: %s\r\n" % field for field in fields.items()))
-        sock.settimeout(HTTP_SECONDS)
-        sock.sendall(head.encode("latin-1") + (b"" if method == "HEAD" else body))
-        sock.shutdown(socket.SHUT_WR)
-        with contextlib.suppress(OSError):  # unread input would turn the close into a reset
-            sock.settimeout(1.0)
-            while sock.recv(RECEIVE_SIZE):
-                pass
+    def admit(self, query: Query, fields: Dict[str, str], headers: Dict[str, str]) -> None:
+        """HTTPError for a Host that is not ours (DNS rebinding) or no token (Jupyter's way)."""
+        host = re.sub(r":\d*$", "", fields.get("host", "localhost")).lower()
+        if host not in self.names and not re.fullmatch(r"[\d.]+|\[[\da-f:.]+\]", host):
+            raise HTTPError(421, "this master does not know itself by that name: use its address,"
+                            " or start it with --dashboard-host NAME")
+        if self.options.dashboard_token is None:
+            return
+        key = hashlib.sha256(self.options.dashboard_token.encode()).hexdigest()
+        cookie = "sentinel_%d=%s" % (self.options.dashboard_port, key)
+        offer = query.pop("token", fields.get("authorization", "")[len("Bearer "):])
+        if hmac.compare_digest(hashlib.sha256(offer.encode()).hexdigest(), key):
+            headers["Set-Cookie"] = cookie + "; Path=/; HttpOnly; SameSite=Strict"
+        elif not any(hmac.compare_digest(part.strip().encode(), cookie.encode())
+                     for part in fields.get("cookie", "").split(";")):
+            raise HTTPError(401, "a token is needed: open the address with ?token= that the master"
+                            " printed at its start, or send the header Authorization: Bearer TOKEN",
+                            {"WWW-Authenticate": "Bearer"})
+
+    def answer(self, path: str, query: Query, fields: Dict[str, str],
+               headers: Dict[str, str]) -> bytes:
+        """The body of an answer; what is to be said of it goes to headers; HTTPError."""
+        self.admit(query, fields, headers)
+        if path == "/" and "text/html" not in fields.get("accept", "text/html"):
+            path = "/nodes.txt"             # curl
+        if path.startswith("/node/"):
+            path, query["node"] = "/node/", path[len("/node/"):]
+        if path not in ROUTES:
+            raise HTTPError(404, "no such page; there are " + " ".join(ROUTES))
+        self.asked, view, (kind, render) = time.monotonic(), self.fresh(), ROUTES[path]
+        if path == "/healthz" and view.beat > STALE_SECONDS:
+            raise HTTPError(503, "the collector has been silent for %.0f s" % view.beat)
+        zipped = "gzip" in fields.get("accept-encoding", "")
+        key = path, zipped, tuple(sorted(query.items()))
+        with self.lock:
+            body = self.bodies.get(key)
+            if body is None:
+                body = render(view, query, self).encode("utf-8", "replace")
+                if not body:
+                    raise HTTPError(404, "no such node; it may have left long ago")
+                body = self.bodies[key] = gzip.compress(body, 1) if zipped else body
+        headers.update({"Content-Type": kind, "Vary": "Accept, Accept-Encoding"})
+        headers.update({"Content-Encoding": "gzip"} if zipped else {})
+        return body
 
 
 # ============================================================================
@@ -1547,6 +2035,13 @@ def shm_argument(text: str) -> str:
                                      " and - are" % text)
 
 
+def token_argument(text: str) -> str:
+    """An argparse type: a token for the dashboard; auto makes one."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no token; auto makes a good one")
+    return secrets.token_urlsafe(24) if text == "auto" else text
+
+
 def read_secret(path: str) -> bytes:
     """The secret in a file that nobody else may read; one is made there if there is no file."""
     try:
@@ -1593,11 +2088,15 @@ def build_parser() -> argparse.ArgumentParser:
         " SENTINEL_JOB, SENTINEL_METRIC, SENTINEL_VALUE, SENTINEL_THRESHOLD, SENTINEL_COUNT")
     add("--secret-file", metavar="FILE", default=argparse.SUPPRESS,
         help="take samples only from agents with the same secret; made if there is no FILE")
+    add("--dashboard-token", type=token_argument, metavar="TOKEN|auto", default=argparse.SUPPRESS,
+        help="answer only who knows it; auto makes one, which others cannot see in the list of"
+        " processes, and prints the whole address")
     add("--shm-name", type=shm_argument, metavar="NAME", default=argparse.SUPPRESS,
         help="name of the shared memory (default: sentinel_PORT)")
     add("--with-agent", action="store_true", help="watch this machine, too")
     add("--verbose", action="store_true", help="log every sample")
-    parser.set_defaults(alert=[], alert_command=None, secret_file=None, shm_name=None)
+    parser.set_defaults(alert=[], alert_command=None, secret_file=None, shm_name=None,
+                        dashboard_token=None)
     return parser
 
 
@@ -1650,10 +2149,11 @@ def run_master(options: argparse.Namespace) -> int:
         # should this process be killed, the tracker may clean up behind it, but silently
         sys.warnoptions.append("ignore:resource_tracker")
         log.info("collector listening on %s", join_address(options.host, options.port))
-        log.info("dashboard listening on %s: open http://%s/ - Ctrl-C stops",
+        log.info("dashboard listening on %s: open http://%s/%s - Ctrl-C stops",
                  join_address(options.dashboard_host, options.dashboard_port), join_address(
                      "localhost" if reachable(options.dashboard_host) in LOOPBACK
-                     else options.dashboard_host, options.dashboard_port))
+                     else options.dashboard_host, options.dashboard_port), options.dashboard_token
+                 and "?" + urllib.parse.urlencode({"token": options.dashboard_token}) or "")
         if options.host not in LOOPBACK and not options.secret:
             log.warning("anybody who reaches port %d can send samples: --secret-file keeps"
                         " strangers out", options.port)

@@ -20,8 +20,8 @@ class Reader(MasterTest):
         done = self.read()
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         for row in nodes(self.master.page):
-            self.assertRegex(done.stdout, r"(?m)^ *%d +%s.*\b%s\b.*\b40\.5\b" % (
-                row["slot"], re.escape(row["address"]), row["cpu"]))
+            self.assertRegex(done.stdout, r"(?m)^%s .*\b%s %%.*\b40\.5 %%.* %d +%s" % (
+                row["node"], row["cpu"], row["slot"], re.escape(row["address"])))
 
     def test_an_empty_table_is_a_result_too(self):
         with support.start_master() as master:
