@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import resource
 import select
 import signal
@@ -303,18 +304,17 @@ class Limits(unittest.TestCase):
 
     def test_a_refused_far_side_closes_the_near_one_and_repeats_are_one_line_with_a_count(self):
         bridge = self.bridge(support.closed_port(), patch="port_forward.TICK = 2")
+        start = time.monotonic()
         for _ in range(50):
             with connect(bridge.port) as near, contextlib.suppress(ConnectionResetError):
                 self.assertEqual(receive(near), b"")
-        bridge.logged(r"127\.0\.0\.1:\d+: Connection refused \(\d+ more in 2 s\)")
-        lines = [line for line in bridge.log.splitlines() if "refused" in line]
-        counts = [int(line.rpartition("(")[2].split()[0]) for line in lines if "more in" in line]
-        self.assertLessEqual(len(lines), 4)
-        self.assertEqual(len(lines) - len(counts) + sum(counts), 50)
+        refused = r"127\.0\.0\.1:\d+: Connection refused(?: \((\d+) more in 2 s\))?\n"
+        eventually(lambda: sum(int(count or 1) for count in re.findall(refused, bridge.log)) == 50)
+        self.assertLess(len(re.findall(refused, bridge.log)), 3 + (time.monotonic() - start) / 2)
 
     def test_a_silent_connection_is_closed_after_the_idle_limit_and_a_live_one_is_not(self):
         far = self.far_side()
-        bridge = self.bridge(far, patch="port_forward.IDLE_LIMIT, port_forward.TICK = 1.5, 0.2")
+        bridge = self.bridge(far, patch="port_forward.IDLE_LIMIT, port_forward.TICK = 3, 0.2")
         live, live_far = connect(bridge.port), far.accept()[0]
         silent, silent_far = connect(bridge.port), far.accept()[0]
         for sock in (live, live_far, silent, silent_far):
@@ -323,9 +323,9 @@ class Limits(unittest.TestCase):
         while not select.select([silent], [], [], 0.5)[0]:
             live.sendall(b"sample")
             self.assertLess(time.monotonic() - start, PATIENCE)
-        self.assertGreater(time.monotonic() - start, 1.3)
+        self.assertGreater(time.monotonic() - start, 2.8)
         self.assertEqual(receive(silent) + receive(silent_far), b"")
-        bridge.logged("closed, silent for 1.5 s")
+        bridge.logged("closed, silent for 3 s")
         live.sendall(b"the end")
         live.shutdown(socket.SHUT_WR)
         self.assertTrue(receive(live_far).endswith(b"samplethe end"))
