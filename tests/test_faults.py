@@ -190,8 +190,9 @@ def kill_collector(world):
     def ask():
         while not ended.wait(0.05):
             answers.append(get(world.master.page, "/healthz").status)
-    asking = threading.Thread(target=ask)
+    asking = threading.Thread(target=ask, daemon=True)
     asking.start()
+    world.stack.callback(ended.set)
     command = world.alert("hot")
     family, dashboard = [command, *descendants(command)], world.pid("dashboard")
     before = world.pid("collector")
@@ -334,7 +335,8 @@ class Table(unittest.TestCase):
                     type(error).__name__, error, world.master.log[-3000:]))
             finally:
                 world.close()
-        threads = [threading.Thread(target=play, args=(scenario,)) for scenario in scenarios]
+        threads = [threading.Thread(target=play, args=(scenario,), daemon=True)
+                   for scenario in scenarios]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -392,7 +394,7 @@ class InsideTheLock(unittest.TestCase):
         self.addCleanup(self.world.close)
         self.chance = random.Random(SEED)
         self.ended = threading.Event()
-        asking = threading.Thread(target=self.ask)
+        asking = threading.Thread(target=self.ask, daemon=True)
         asking.start()
         self.addCleanup(asking.join)
         self.addCleanup(self.ended.set)
@@ -561,7 +563,7 @@ def hold_lock(pid, port):
             with contextlib.suppress(OSError), PlainAgent(port) as agent:
                 for _ in range(450):
                     agent.send_bytes(data)
-    floods = [threading.Thread(target=flood) for _ in range(2)]
+    floods = [threading.Thread(target=flood, daemon=True) for _ in range(2)]
     for each in floods:
         each.start()
     try:
@@ -629,7 +631,7 @@ class Descriptors(unittest.TestCase):
                 while time.monotonic() - start < 4:
                     with contextlib.suppress(OSError), PlainAgent(master.port):
                         time.sleep(0.3)
-            threads = [threading.Thread(target=come_and_go) for _ in range(80)]
+            threads = [threading.Thread(target=come_and_go, daemon=True) for _ in range(80)]
             for thread in threads:
                 thread.start()
             for thread in threads:

@@ -4,6 +4,7 @@
 each input, and over real sockets in test_trust.py; test_fuzz.py mutates it.
 """
 
+import hmac
 import io
 import json
 import math
@@ -18,6 +19,7 @@ import struct
 import sys
 import tempfile
 import unittest
+from unittest import mock
 
 import support
 from support import requires
@@ -397,8 +399,10 @@ class Decoder(unittest.TestCase):
 
     def test_check_auth_takes_the_right_answer_alone(self):
         secret, nonce = b"open sesame", "a1b2c3"
-        right = "%s" % master_server.hmac.new(secret, nonce.encode(), "sha256").hexdigest()
-        self.assertIsNone(master_server.check_auth({"auth": right}, secret, nonce))
+        right = hmac.new(secret, nonce.encode(), "sha256").hexdigest()
+        with mock.patch("hmac.compare_digest", wraps=hmac.compare_digest) as compare:
+            self.assertIsNone(master_server.check_auth({"auth": right}, secret, nonce))
+        self.assertEqual(compare.call_count, 1, "in constant time")
         for what, answer in (("wrong", "0" * 64), ("short", right[:-1]), ("upper case",
                              right.upper()), ("not ASCII", "é" * 64), ("empty", "")):
             with self.subTest(what), self.assertRaisesRegex(WireError, "wrong secret"):
