@@ -117,13 +117,15 @@ def percentile(values, percent):
     return ordered[max(0, math.ceil(len(ordered) * percent / 100.0) - 1)]
 
 
+def fit_slope(points):
+    """The slope of the least-squares line through [(x, y)]."""
+    x, y = (statistics.mean(column) for column in zip(*points))
+    return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
+
+
 def fit_exponent(points):
     """The exponent k of the least-squares fit cost = c * n ** k through [(n, cost)], by logs."""
-    xs = [math.log(n) for n, _ in points]
-    ys = [math.log(cost) for _, cost in points]
-    x, y = statistics.mean(xs), statistics.mean(ys)
-    return (sum((a - x) * (b - y) for a, b in zip(xs, ys))
-            / sum((a - x) ** 2 for a in xs))
+    return fit_slope([(math.log(n), math.log(cost)) for n, cost in points])
 
 
 # ==========================================================================================
@@ -144,14 +146,16 @@ def cpu_seconds(*pids):
     return total
 
 
+def own_pss(pid):
+    """Proportional set size of one process, proc(5)."""
+    with open("/proc/%d/smaps_rollup" % pid) as file:
+        words = file.read().split()
+    return int(words[words.index("Pss:") + 1]) * 1024
+
+
 def pss_bytes(*pids):
-    """Proportional set size of the processes and their descendants, proc(5)."""
-    total = 0
-    for pid in sum(([pid] + support.descendants(pid) for pid in pids), []):
-        with open("/proc/%d/smaps_rollup" % pid) as file:
-            words = file.read().split()
-        total += int(words[words.index("Pss:") + 1]) * 1024
-    return total
+    """That of the processes and their descendants."""
+    return sum(own_pss(each) for pid in pids for each in [pid] + support.descendants(pid))
 
 
 def cpu_share(seconds, *groups):
@@ -311,7 +315,12 @@ def record_samples(count=SAMPLES):
 # ==========================================================================================
 
 class Fleet:
-    """A master with N agents that send; entered, it is steady."""
+    """A master with N agents that send; entered, it is steady.
+
+    before_load, if it is set, is called when master and bridge are there and no agent is.
+    """
+
+    before_load = None
 
     def __init__(self, stage, count, pace="even", bridge=False, patch="", churn=0):
         self.count, self.samples = count, stage.samples_file()
@@ -333,6 +342,8 @@ class Fleet:
         if self.bridged:
             self.bridge = self.stack.enter_context(start_bridge(port))
             port = self.bridge.port
+        if self.before_load:
+            self.before_load()
         self.load = support.start("tests/load.py", port, self.count, *self.options)
         self.stack.callback(self.load.kill)
         support.eventually(lambda: self.report()["agents"] == self.count, START_LIMIT, "connect")

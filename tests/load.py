@@ -12,6 +12,7 @@ is noticed within an interval. It ends on SIGTERM or SIGINT, or when nobody read
 """
 
 import argparse
+import collections
 import gc
 import heapq
 import itertools
@@ -36,7 +37,8 @@ CONNECTS_PER_SECOND = 500.0
 CONNECT_SECONDS = 10.0
 ANSWER_BYTES = 4096
 RESET = struct.pack("ii", 1, 0)             # SO_LINGER: close() sends RST, as a crash does
-WAYS = ("goodbye", "reset", "close")        # how agents leave under churn, in turn
+WAYS = ("goodbye", "reset", "close", "silence")     # how agents leave under churn, in turn
+SILENT_SECONDS = 10.0           # then a silent one's socket is closed; the master was sooner
 
 
 # ==========================================================================================
@@ -106,6 +108,7 @@ class Load:
                                        for _ in range(VALUES)])
         self.socks, self.names = {}, itertools.count()      # index: socket; names are never reused
         self.name_of, self.due = {}, []
+        self.silent = collections.deque()                   # (until, socket)
         self.sent = self.answered = self.lost = self.left = 0
         self.late, self.reasons, self.stopping = 0.0, {}, []
 
@@ -187,6 +190,12 @@ class Load:
         self.name_of.pop(index)
         way = WAYS[self.left % len(WAYS)]
         self.left += 1
+        now = time.monotonic()
+        while self.silent and self.silent[0][0] < now:
+            self.silent.popleft()[1].close()
+        if way == "silence":
+            self.silent.append((now + SILENT_SECONDS, sock))
+            return
         try:
             if way == "goodbye":
                 sock.send(pickle.dumps({"bye": "finished"}, protocol=4))
@@ -228,7 +237,7 @@ def build_parser():
     add("--host", default="127.0.0.1")
     add("--pace", choices=("even", "burst"), default="even")
     add("--interval", type=float, default=2.0, help="seconds between samples of one agent")
-    add("--ramp", type=float, help="seconds in which all connect (500 in one; at least the interval)")
+    add("--ramp", type=float, help="seconds in which all connect (500 in one, at least --interval)")
     add("--churn", type=float, default=0.0, help="agents replaced by new ones each second")
     add("--samples", help="JSON file: list of samples to send in turn")
     return parser

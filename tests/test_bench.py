@@ -1,4 +1,4 @@
-"""The pure parts of the benchmarks: fits, bounds, the table, pacing.  Timings are bench.py's own."""
+"""The pure parts of the benchmarks: fits, bounds, table, pacing.  The timings are bench.py's."""
 
 import contextlib
 import io
@@ -23,6 +23,9 @@ class Figures(unittest.TestCase):
     def test_noise_on_both_sides_leaves_the_exponent(self):
         points = [(100, 1.1), (100, 1 / 1.1), (10000, 100 * 1.1), (10000, 100 / 1.1)]
         self.assertAlmostEqual(bench.fit_exponent(points), 1.0)
+
+    def test_the_slope_of_a_line_is_found(self):
+        self.assertAlmostEqual(bench.fit_slope([(x, 3 - 0.25 * x) for x in (1, 2, 5, 9)]), -0.25)
 
     def test_a_percentile_is_one_of_the_values(self):
         values = list(range(100, 0, -1))
