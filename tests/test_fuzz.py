@@ -1,7 +1,8 @@
-"""A seeded mutation fuzzer for what reads a stranger's bytes: the decoder and its short way.
+"""A seeded mutation fuzzer for what reads a stranger's bytes: the decoder, and HTTP requests.
 
-Every input has one of three outcomes: a flat dict, None while it is incomplete, or WireError;
-and what holds for one holds for what it began with, what follows it, and parse_shape.
+Every pickle has one of three outcomes: a flat dict, None while it is incomplete, or WireError;
+and what holds for one holds for what it began with, what follows it, and parse_shape.  Every
+request is one that can be answered, or HTTPError.
 
 SENTINEL_TEST_SEED    another seed (1)
 SENTINEL_FUZZ_INPUTS  how many inputs (200,000)
@@ -17,8 +18,8 @@ import sys
 import time
 import unittest
 
-from master_server import WireError, check_sample, parse_pickle
-from test_wire import harmless, hostile, same, shape_differs, slowly_unpickled
+from master_server import HTTPError, WireError, check_sample, parse_pickle, parse_request
+from test_wire import harmless, hostile, real, same, shape_differs, short, slowly_unpickled
 
 SEED = int(os.environ.get("SENTINEL_TEST_SEED", "1"))
 INPUTS = int(os.environ.get("SENTINEL_FUZZ_INPUTS", "200000"))
@@ -50,9 +51,11 @@ def places(data):
 class Mutator:
     """Makes inputs out of seeds: random.Random decides, so that a seed repeats them all."""
 
+    codes, edges, places = CODES, EDGES, staticmethod(places)
+
     def __init__(self, seeds, rng):
         self.rng = rng
-        self.seeds = [(data, places(data)) for data in seeds]
+        self.seeds = [(data, self.places(data)) for data in seeds]
         self.ways = [self.flip, self.flip, self.overwrite, self.truncate, self.splice, self.repeat,
                      self.delete, self.edge, self.edge, self.swap, self.swap, self.insert]
 
@@ -100,18 +103,19 @@ class Mutator:
     def edge(self, data, at):
         """A length, index or number at an edge of its size, right behind an opcode."""
         begin = self.rng.choice(at) + 1
-        edge = self.rng.choice(EDGES)
+        edge = self.rng.choice(self.edges)
         data[begin:begin + len(edge)] = edge
 
     def swap(self, data, at):
         """Another opcode in the place of one."""
         begin = self.rng.choice(at)
-        data[begin:begin + 1] = self.rng.choice(CODES)
+        data[begin:begin + 1] = self.rng.choice(self.codes)
 
     def insert(self, data, at):
         """An opcode more, maybe with an argument."""
         begin = self.rng.choice(at)
-        data[begin:begin] = self.rng.choice(CODES) + self.rng.choice((b"", b"", *EDGES))
+        more = self.rng.choice((b"", b"", *self.edges))
+        data[begin:begin] = self.rng.choice(self.codes) + more
 
 
 def seeds():
@@ -126,8 +130,13 @@ def seeds():
     return good * (8 * len(bad) // len(good)) + bad
 
 
-# Inputs of special interest that atheris (coverage-guided, one hour) came up with.
-FOUND = ()
+# Pickles that atheris (coverage-guided) came up with and that once were decoded in a wrong way.
+FOUND = (
+    # a float from the memo: the short way knew one of the two
+    b"\x80\x04}(" + short("cpu") + real(1.5) + b"\x94" + short("ram") + b"h\0u.",
+    # two floats whose sum is none
+    b"\x80\x04}(" + short("cpu") + real(1) + short("ram") + real(2) + short("a") + real(1e308)
+    + short("b") + real(1e308) + b"u.")
 
 
 # ==========================================================================================
@@ -219,6 +228,68 @@ class Fuzz(unittest.TestCase):
         for outcome, share in (("incomplete", 0.02), ("refused", 0.2), ("sample", 0.05),
                                ("compared", 0.01)):
             self.assertGreater(total[outcome], INPUTS * share, "else it tries too little")
+
+
+# ==========================================================================================
+# Requests
+# ==========================================================================================
+
+# Requests that atheris came up with: each once ended in a traceback instead of an answer.
+FOUND_REQUESTS = (b"GET //[1 HTTP/1.1\r\n\r\n", b"GET //[x]y HTTP/1.1\r\n\r\n",
+                  b"GET /?" + b"&a" * 17 + b" HTTP/1.1\r\n\r\n",
+                  b"GET /?;&&=&&&%&%%2 HTTP/1.1\r\n\r\n")
+REQUESTS = FOUND_REQUESTS + (
+    b"GET / HTTP/1.1\r\nHost: localhost:8080\r\n\r\n",
+    b"HEAD /api/nodes?sort=-cpu&q=c1&job=42 HTTP/1.0\r\nHost: 127.0.0.1\r\nCookie: a=b\r\n\r\n",
+    b"GET /node/%C3%BC%2f%00%ff?token=abc HTTP/1.1\r\nHost: [::1]:8080\r\n"
+    b"Authorization: Bearer abc\r\nAccept: */*\r\n\r\n",
+    b"POST / HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc")
+
+
+class RequestMutator(Mutator):
+    """As pickles: the same mutations, at the marks of a request."""
+
+    codes = [bytes([code]) for code in b" /?&=%:;\r\n\t\0#[]@\\+\x7f\x80\xff"]
+    edges = [b"\r\n", b"\r\n\r\n", b" HTTP/1.1", b" HTTP/9.9", b"//", b"..", b"%00", b"%", b"[::1",
+             b"&" * 20, b"A: b\r\n" * 50, b"x" * 3000, b"Host: x\r\n", b"http://a/", b"*", b"\n "]
+
+    @staticmethod
+    def places(data):
+        return [at for at, code in enumerate(data) if code in b" /?&=:\r"] or [0]
+
+
+class Requests(unittest.TestCase):
+    def outcome(self, data):
+        start = time.process_time()
+        try:
+            method, path, query, headers = parse_request(data)
+        except HTTPError as error:
+            status, text = error.args[:2]
+            self.assertTrue(400 <= status <= 505 and len(text) < 300, data)
+            return status
+        finally:
+            self.assertLess(time.process_time() - start, 1, data)
+        self.assertIn(method, ("GET", "HEAD"), data)
+        self.assertTrue(path.startswith("/"), data)
+        self.assertLessEqual(len(query), 16, data)
+        self.assertEqual({type(text) for text in (path, *query, *query.values(), *headers,
+                                                  *headers.values())}, {str}, data)
+        return 200
+
+    def test_what_was_found_has_an_answer(self):
+        for data in REQUESTS:
+            with self.subTest(data):
+                self.assertIn(self.outcome(data), (200, 400, 405))
+
+    def test_fifty_thousand_mutated_requests_are_a_request_or_an_error(self):
+        rng, outcomes = random.Random(SEED), {}
+        mutator = RequestMutator(REQUESTS, rng)
+        for _ in range(INPUTS // 4):
+            status = self.outcome(mutator.make())
+            outcomes[status] = outcomes.get(status, 0) + 1
+        sys.stderr.write("%d requests: %s " % (INPUTS // 4, outcomes))
+        least = min(outcomes.get(status, 0) for status in (200, 400, 405))
+        self.assertGreater(least, INPUTS / 1000, outcomes)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,7 @@ class Storm(MasterTest):
             seconds = time.monotonic() - start
             os.unlink(self.folder + "/slow")
             self.master.logged("alert command failed: killed after 3 s", SLOW)
+            self.assertLess(time.monotonic() - start, 10 + seconds)
             eventually(lambda: self.counted(event="alert") == NODES + 1, SLOW)
             stays(lambda: self.counted(event="alert") == NODES + 1, 1.5)
             self.assertLessEqual(len(self.calls(event="alert")),
