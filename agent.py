@@ -1,712 +1,649 @@
 #!/usr/bin/env python3
-"""agent.py - tell the Cluster Sentinel how this node and this job are doing.
+"""agent.py - tell the master of Cluster Sentinel how this node and your job are doing.
 
-The promise: one file, Python 3.6 or newer, standard library, no root, nothing to install. It only
-reads, it listens nowhere, it talks to one address, and it takes less than a thousandth of a core.
-It is kept under 650 lines so that you can read all of it before you run it.
+The promise: one file, Python 3.6 or newer, nothing to install, no root. It only reads, listens
+nowhere, talks to one address and takes less than a thousandth of a core. It stays within 650
+lines, so that you can read all of it before you run it.
 
-    /proc /sys --> parsers --> rates --> sample --> link == pickles over TCP ==> master
-      (probe)                              ^          ^  <== "ok", "error REASON" ==
-                                           `-- loop --'  every 2 s, on the beat
+    /proc, /sys ------> parsers -> rates -> sample => link == pickles over TCP ==> master
+    statvfs, nvidia-smi, squeue (may hang) --^  ^      ^  <== ok, error REASON ==
+                                                '------'-- loop: every 2 s, on the beat
 
-    python3 agent.py --host login            watch this node until SIGINT or SIGTERM
-    python3 agent.py --once                  print one sample as JSON
+    python3 agent.py --host login                    watch until SIGINT or SIGTERM
+    python3 agent.py --host login -- ./my_app args   run a command and watch while it runs
+    python3 agent.py --once                          print one sample as JSON
 
-Exit codes: 0 done or stopped by a signal, 1 could not do it, 2 bad usage.
+Exit codes: 0 done or stopped by a signal, 1 could not do it, 2 bad usage; with a command its own,
+128+n if signal n ended it, 127 if there is no such command.
 """
 
 import argparse
+import contextlib
 import getpass
+import json
+import math
 import os
 import pickle
 import re
 import select
 import signal
 import socket
-import stat
 import sys
 import threading
 import time
-from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional, Set, Tuple, Union
 
 VERSION = "1.0"
-FIRST_SECONDS = 0.25        # the first sample covers this much time
-INTERVAL_SECONDS = (0.1, 60.0)
-CONNECT_SECONDS = 5.0       # for each address of a candidate, and for the challenge
-GOODBYE_SECONDS = 0.5       # how long an ending agent waits for the master to take its goodbye
-ANSWER_SECONDS = 10.0       # without an answer for so long (or 3 intervals): connect again
-SILENT_SECONDS = 60.0       # that wait doubles up to this while no answer ever came
-BACKOFF_SECONDS = (1.0, 30.0)
-STEADY_SECONDS = 5.0        # a connection that held this long was a good one
-TEXT_BYTES = 255            # the master's limit for a text
-ANSWER_BYTES = 1024         # one line from the master is never longer
-FILE_BYTES = 65536          # more of a /proc or /sys file is never read
-PORT = 13579
+FIRST_SECONDS = 0.25            # the first sample covers so much time
+SLOW_SECONDS = 10.0, 60.0       # between two rounds of what may hang; older results are unknown
+SQUEUE_SECONDS = 300.0          # squeue is never asked twice within this time
+WAIT_SECONDS = 5.0              # for a connection, a challenge, nvidia-smi or squeue
+ANSWER_SECONDS = 10.0, 60.0     # without an ok for so long dial again; doubles till the first ok
+BACKOFF_SECONDS = 1.0, 30.0     # from one dial to the next; doubles till the first ok
+GOODBYE_SECONDS = 0.5           # for the master to take the goodbye
+FILE_BYTES, ANSWER_BYTES, TEXT_BYTES = 65536, 1024, 255     # read at most; the master's for texts
 
-Value = Union[str, float]                       # float stands for int and bool, too (PEP 484)
-Sample = Dict[str, Value]                       # what is sent: unknown is no key at all
-Reading = Dict[str, Optional[Value]]            # what a reader found: unknown is None
-Address = Tuple[str, int]                       # host, port
+Value = Union[str, float]       # float stands for int and bool, too (PEP 484)
+Sample = Dict[str, Value]       # what is unknown has no key
+Reading = Iterable[Tuple[str, Value]]
 
 
-# ==============================================================================================
-# Parsers: text in, values out. parse_cpu, parse_meminfo, parse_loadavg, clip, printable
-# ==============================================================================================
+# ---- Parsers: text in, values out; ValueError or LookupError for a text of another kind --------
+NUMBERS = (             # key, file, pattern: proc(5), kernel doc accounting/psi.rst
+    ("load1", "proc/loadavg", r"(\S+)"),                    # 0.20 0.18 0.12 1/80 11206
+    ("procs", "proc/loadavg", r"/(\d+)"),
+    ("uptime", "proc/uptime", r"(\S+)"),                    # 350735.47 234388.90
+    ("psi_cpu", "proc/pressure/cpu", r"some avg10=(\S+)"),  # some avg10=1.12 avg60=0.72 ...
+    ("psi_mem", "proc/pressure/memory", r"some avg10=(\S+)"),
+    ("psi_io", "proc/pressure/io", r"some avg10=(\S+)"))
+COUNTERS = (            # keys, class, file, pattern (name, in, out), bytes: proc(5), iostats.rst
+    # eth0: 171199307    3251    0    0    0     0          0         0   139424    1862    0 ...
+    ("net_rx net_tx", "net", "proc/net/dev", r"(\S+): *(\d+)(?: +\d+){7} +(\d+)", 1),
+    #  254       0 vda 31056 7269 1864882 11864 10381 6470 2203312 5835 0 8748 18356 ...
+    ("disk_read disk_write", "block", "proc/diskstats",
+     r" (\S+) \d+ \d+ (\d+) \d+ \d+ \d+ (\d+)", 512))
+TIME_LEFT = r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)$"            # 1-02:03:04 from squeue(1), %L
+CPUS_PER_NODE = r"(\d+)(?:\(x(\d+)\))?"       # 72(x2),36 in SLURM_JOB_CPUS_PER_NODE, sbatch(1)
+# Controllers, path of the job: what is below uid_N (v1), slurmstepd.scope (v2), whatever its name
+# 4:memory:/slurm_c1/uid_4242/job_1/step_0/task_0
+# 0::/system.slice/slurmstepd.scope/job_1/step_0/user/task_0
+JOB_CGROUP = re.compile(r"^\d+:([^:]*):(.*?(?:/uid_\d+|slurmstepd\.scope)/[^/\n]+)", re.M)
 
-class Memory(NamedTuple):
-    """Bytes, as /proc/meminfo has them."""
 
-    total: int
-    available: int
-    swap_total: int
-    swap_free: int
+def number(words: List[str], name: str) -> int:
+    """Return the number that follows a name among the words of a file."""
+    return int(words[words.index(name) + 1])
 
 
 def parse_cpu(text: str) -> Tuple[int, int]:
-    """Return (idle, total) ticks since boot from the first line of /proc/stat, proc(5).
-
-    Waiting for I/O is idle. Guest time is left out: user and nice hold it already.
-    """
-    # cpu  84282 747 51842 1326541 1340 0 3204 17 412 0
-    ticks = [int(field) for field in text[:text.index("\n")].split()[1:9]]
+    """Return (idle, total) ticks since boot from /proc/stat, proc(5); iowait is idle, too."""
+    # cpu  84282 747 51842 1326541 1340 0 3204 17 412 0     (the guest's 412 are in user's, too)
+    ticks = [int(word) for word in text[:text.index("\n")].split()[1:9]]
     return ticks[3] + ticks[4], sum(ticks)
 
 
-def parse_meminfo(text: str) -> Memory:
-    """Return the memory of the node from /proc/meminfo, proc(5)."""
+def parse_meminfo(text: str) -> Tuple[int, ...]:
+    """Return (total, available, swap total, swap free) bytes from /proc/meminfo, proc(5)."""
     # MemTotal:       24684096 kB
-    def find(name: str) -> Optional[int]:
-        start = text.find(name + ":")
-        return int(text[start + len(name) + 1:start + 40].split(None, 1)[0]) if start >= 0 else None
-
-    total, available = find("MemTotal"), find("MemAvailable")
-    if available is None:       # before Linux 3.14: the sum that free(1) takes
-        available = sum(find(name) or 0 for name in ("MemFree", "Buffers", "\nCached",
-                                                     "SReclaimable")) - (find("Shmem") or 0)
-    if not total:
-        raise ValueError("no MemTotal in %r" % text[:60])
-    swap_total, swap_free = find("SwapTotal") or 0, find("SwapFree") or 0
-    return Memory(total * 1024, available * 1024, swap_total * 1024, swap_free * 1024)
+    words = text.split()
+    if "MemAvailable:" not in words:        # before Linux 3.14: the sum that free(1) took
+        words += ["MemAvailable:", str(sum(number(words, name) for name in (
+            "MemFree:", "Buffers:", "Cached:", "SReclaimable:")) - number(words, "Shmem:"))]
+    return tuple(number(words, name) * 1024 for name in (
+        "MemTotal:", "MemAvailable:", "SwapTotal:", "SwapFree:"))
 
 
-def parse_loadavg(text: str) -> Tuple[float, int]:
-    """Return (load over one minute, processes and threads) from /proc/loadavg, proc(5)."""
-    # 0.20 0.18 0.12 1/80 11206
-    fields = text.split()
-    return float(fields[0]), int(fields[3].split("/")[1])
+def parse_gpus(text: str) -> Reading:
+    """Yield gpus, gpu (mean percent busy) and gpu_mem (percent in use) from nvidia-smi's CSV."""
+    # 35, 1024, 40960           [N/A] where the GPU does not tell
+    rows = [line.split(", ") for line in text.splitlines() if line.count(", ") == 2]
+    busy, used, total = ([int(row[n]) for row in rows if row[n].isdigit()] for n in range(3))
+    if rows:
+        yield "gpus", len(rows)
+    if busy:
+        yield "gpu", round(sum(busy) / len(busy), 1)
+    if total:
+        yield "gpu_mem", round(100.0 * sum(used) / sum(total), 1)
 
 
-def clip(text: str) -> str:
-    """Return a text the master takes: valid UTF-8 of at most 255 bytes."""
-    return text.encode("utf-8", "replace")[:TEXT_BYTES].decode("utf-8", "ignore")
-
-
-def printable(text: str) -> str:
-    """Return a text from a peer as it may reach the log: no control characters."""
-    return "".join(char if char.isprintable() else "?" for char in text)
-
-
-# ==============================================================================================
-# Probe: the only door to files.
-# ==============================================================================================
-
+# ---- Probe: the only door to files and commands ----------------------------------------------
 class Probe:
-    """Reads proc/... and sys/... files: each is opened once and read again in place."""
+    """Reads files named "proc/stat" or "sys/..."; each is opened once and read again in place."""
 
     def __init__(self, procfs: str = "/proc", sysfs: str = "/sys") -> None:
         self.roots = {"proc": procfs, "sys": sysfs}
         self.open_files: Dict[str, int] = {}
 
     def where(self, path: str) -> str:
-        """Return the real path of "proc/stat" or "sys/class/net"."""
-        root, _, rest = path.partition("/")
-        return os.path.join(self.roots[root], rest)
+        return self.roots[path.split("/")[0]] + path[path.index("/"):]
 
-    def read(self, path: str, limit: int = FILE_BYTES) -> Optional[str]:
-        """Return at most `limit` bytes of a file as text, None if it cannot be read."""
-        try:
-            fd = self.open_files.get(path)
-            if fd is None:
-                fd = self.open_files[path] = os.open(self.where(path), os.O_RDONLY)
-            text = chunk = os.pread(fd, limit, 0)
-            while chunk and len(text) < limit:      # /proc gives a page of records at a time
-                chunk = os.pread(fd, limit - len(text), len(text))
-                text += chunk
-            return text.decode("utf-8", "replace")
-        except OSError:                             # gone: an ended cgroup, an unplugged disk
-            stale = self.open_files.pop(path, None)
-            if stale is not None:
-                os.close(stale)
-            return None
+    def read(self, path: str, limit: int = FILE_BYTES) -> str:
+        """Return up to `limit` bytes of a file; OSError if it cannot be read."""
+        if path not in self.open_files:
+            self.open_files[path] = os.open(self.where(path), os.O_RDONLY)
+        text = chunk = os.pread(self.open_files[path], limit, 0)
+        while chunk and len(text) < limit:          # /proc gives about a page at a time
+            chunk = os.pread(self.open_files[path], limit - len(text), len(text))
+            text += chunk
+        return text.decode("utf-8", "replace")
 
-    def need(self, path: str, limit: int = FILE_BYTES) -> str:
-        """Return what `read` does; OSError if the file cannot be read."""
-        text = self.read(path, limit)
-        if text is None:
-            raise OSError("cannot read %s" % self.where(path))
-        return text
+    def names(self, path: str) -> List[str]:
+        """Return the sorted names in a directory, none if there is no such directory."""
+        with contextlib.suppress(OSError):
+            return sorted(os.listdir(self.where(path)))
+        return []
+
+    def ask(self, command: str) -> str:
+        """Return what a command prints within its time, nothing if there is no such command."""
+        name, timed = command.split()[0], "timeout -k 1 %d %s" % (WAIT_SECONDS, command)
+        if not any(os.access(os.path.join(path, name), os.X_OK) for path in os.get_exec_path()):
+            return ""
+        with os.popen(timed + " </dev/null 2>/dev/null") as pipe:
+            return str(pipe.read(FILE_BYTES))
 
 
-# ==============================================================================================
-# Rates: counters into percent and per second.
-# ==============================================================================================
+class PsutilProbe(Probe):
+    """The same door where there is no /proc: psutil's numbers in the words of proc(5)."""
 
-class CpuRate:
-    """Turns (idle, total) ticks into percent busy since the call before."""
-
-    def __init__(self, idle: int, total: int) -> None:
-        self.idle, self.total, self.percent = idle, total, 0.0
-
-    def update(self, idle: int, total: int) -> float:
-        """Return percent, one decimal; the value before if the counters stood or went back."""
-        elapsed, idled = total - self.total, idle - self.idle
-        if elapsed > 0:         # idled: iowait may go back a little, proc(5)
-            self.percent = round(100.0 * min(max(elapsed - idled, 0), elapsed) / elapsed, 1)
-        self.idle, self.total = idle, total
-        return self.percent
+    def read(self, path: str, limit: int = FILE_BYTES) -> str:
+        import psutil
+        times, ram, swap = psutil.cpu_times(), psutil.virtual_memory(), psutil.swap_memory()
+        ticks = 100 * (sum(times) - times.idle), 100 * times.idle
+        kib = ram.total >> 10, ram.available >> 10, swap.total >> 10, swap.free >> 10
+        return str({
+            "proc/stat": "cpu %d 0 0 %d 0 0 0 0" % ticks + "\ncpu" * psutil.cpu_count() + "\n",
+            "proc/meminfo": "MemTotal: %d MemAvailable: %d SwapTotal: %d SwapFree: %d" % kib,
+            "proc/loadavg": "%f 0/%d" % (os.getloadavg()[0], len(psutil.pids()))}[path])
 
 
-# ==============================================================================================
-# Sample: all readings of one node at one instant, one reader a file.
-# ==============================================================================================
+# ---- Rates: counters into change per second --------------------------------------------------
+class Rates(Dict[str, Tuple[float, float]]):
+    """Remembers each counter and the time it was read at, in monotonic seconds."""
+
+    def change(self, key: str, counter: float, now: float) -> Reading:
+        """Yield (key, change per second), nothing if it has just begun or went back."""
+        then, self[key] = self.get(key), (counter, now)
+        if then is not None and counter >= then[0] and now > then[1]:
+            yield key, round((counter - then[0]) / (now - then[1]), 3)
+
+
+# ---- Sample: all readings of one node at one instant, one reader a source --------------------
+AMD_FILES = "gpu_busy_percent", "mem_info_vram_used", "mem_info_vram_total"
+NVIDIA_SMI = ("nvidia-smi --query-gpu=utilization.gpu,memory.used,memory.total"
+              " --format=csv,noheader,nounits")
+CGROUP_1 = "memory", "limit_in_bytes", "total_rss", "total_shmem", "total_cache"
+CGROUP_2 = "", "max", "anon", "shmem", "file"       # controller, limit, words of memory.stat
+
+
+def clip(text: str) -> str:
+    """Return a text the master takes: UTF-8 of at most 255 bytes."""
+    return text.encode("utf-8", "replace")[:TEXT_BYTES].decode("utf-8", "ignore")
+
+
+def collect(readers: Iterable[Callable[[], Reading]]) -> Sample:
+    """Return all that the readers know; one that fails leaves out the rest of its keys."""
+    known: Sample = {}
+    for reader in readers:
+        with contextlib.suppress(OSError, ValueError, LookupError):
+            known.update(reader())                  # unknown is no key, not zero
+    return known
+
 
 class Sampler:
-    """Reads a Linux node; a new one takes its first counters at once."""
+    """Reads a Linux node: each reader yields (key, value), or raises what `collect` passes over."""
 
-    STAT_BYTES, MEMINFO_BYTES = 256, 1024       # what is needed stands at the start of both
+    def __init__(self, probe: Optional[Probe] = None, name: str = "") -> None:
+        self.probe, self.rates, self.now, self.name = probe or Probe(), Rates(), 0.0, name
+        self.slow: Tuple[float, Sample] = (-math.inf, {})       # the last round: when, result
+        self.end_time = float(os.environ.get("SLURM_JOB_END_TIME") or 0)
+        self.asked = math.inf if self.end_time else -math.inf
+        parse_meminfo(self.probe.read("proc/meminfo"))          # no node can do without these two
+        text = self.probe.read("proc/stat")
+        self.idle, self.total, self.percent = parse_cpu(text) + (0.0,)
+        self.hardware = {kind: self.find_hardware(kind) for kind in ("net", "block")}
+        self.job = collect([self.find_job])         # {controller: directory of the job's cgroup}
+        self.fixed = collect([self.identify, self.find_job_cpus])
+        self.fixed.update(cpus=text.count("\ncpu"), version=VERSION)
+        self.readers = [self.read_cpu, self.read_memory, self.read_numbers, self.read_counters,
+                        self.read_job_cpu, self.read_job_memory, self.read_agent]
+        self.slow_readers = [self.read_filesystems, self.read_time_left, self.read_gpus]
+        self.sample()                               # the first rates begin here
 
-    def __init__(self, probe: Optional[Probe] = None) -> None:
-        self.probe = probe or Probe()
-        everything = self.probe.need("proc/stat")
-        self.cpu = CpuRate(*parse_cpu(everything))
-        self.fixed: Sample = {"cpus": everything.count("\ncpu")}
-        self.readers = [self.read_cpu, self.read_memory, self.read_load]
+    def identify(self) -> Reading:
+        environ, host = os.environ, socket.gethostname().split(".")[0]
+        yield "node", clip(self.name or environ.get("SLURMD_NODENAME") or host)
+        for key, variable in ("job", "SLURM_JOB_ID"), ("job_name", "SLURM_JOB_NAME"):
+            if environ.get(variable):
+                yield key, clip(environ[variable])
+        yield "user", clip(getpass.getuser())       # KeyError, OSError: a uid without a name
 
-    def read_cpu(self) -> Reading:
-        """cpu: percent busy since the sample before."""
-        return {"cpu": self.cpu.update(*parse_cpu(self.probe.need("proc/stat", self.STAT_BYTES)))}
+    def find_hardware(self, kind: str) -> List[str]:
+        """Return the devices of a class: bonds, bridges and partitions count again what they do."""
+        parts = {name: self.probe.names("sys/class/%s/%s" % (kind, name))
+                 for name in self.probe.names("sys/class/" + kind)}
+        return [name for name in parts if "device" in parts[name]] or [
+            name for name in parts if kind == "net" and name != "lo"]       # in a container
 
-    def read_memory(self) -> Reading:
-        """ram, swap: percent in use; mem_total, mem_used: bytes."""
-        memory = parse_meminfo(self.probe.need("proc/meminfo", self.MEMINFO_BYTES))
-        used = memory.total - memory.available
-        return {"ram": round(100.0 * used / memory.total, 1),
-                "mem_total": memory.total, "mem_used": float(used),
-                "swap": round(100.0 - 100.0 * memory.swap_free / memory.swap_total, 1)
-                if memory.swap_total else None}
+    def find_job(self) -> Reading:
+        """Yield (controller, directory of the job's cgroup); v2 is the controller ""."""
+        for controllers, path in JOB_CGROUP.findall(self.probe.read("proc/self/cgroup")):
+            for name in controllers.split(","):
+                for mount in controllers, name or "unified":
+                    if self.probe.names("sys/fs/cgroup/%s%s" % (mount, path)):
+                        yield name, "sys/fs/cgroup/%s%s" % (mount, path)
 
-    def read_load(self) -> Reading:
-        """load1: the load average of one minute."""
-        return {"load1": parse_loadavg(self.probe.need("proc/loadavg", 128))[0]}
+    def find_job_cpus(self) -> Reading:
+        groups = re.findall(CPUS_PER_NODE, os.environ["SLURM_JOB_CPUS_PER_NODE"])
+        cpus = [int(each) for each, nodes in groups for _ in range(int(nodes or 1))]
+        yield "job_cpus", cpus[int(os.environ.get("SLURM_NODEID") or 0)]
 
     def sample(self) -> Sample:
-        """Return what is known now; OSError or ValueError if cpu or ram are not."""
-        sample = dict(self.fixed)
-        for reader in self.readers:
-            try:
-                reading = reader()
-            except (OSError, ValueError, LookupError):
-                if reader in self.readers[:2]:
-                    raise
-                continue
-            sample.update((key, value) for key, value in reading.items() if value is not None)
+        """Return what is known now."""
+        self.now = time.monotonic()
+        sample = dict(self.fixed, **collect(self.readers))
+        if self.now - self.slow[0] < SLOW_SECONDS[1]:
+            sample.update(self.slow[1])
         return sample
 
-
-class PsutilSampler(Sampler):
-    """The same for a system without /proc, by psutil; ImportError if it is missing."""
-
-    def __init__(self) -> None:
-        import psutil  # type: ignore[import-untyped,unused-ignore] # pylint: disable=all
-        self.psutil: Any = psutil
-        self.psutil.cpu_percent()
-        self.fixed = {"cpus": psutil.cpu_count()}
-        self.readers = [self.read_cpu, self.read_memory, self.read_load]
+    def refresh_for_ever(self) -> None:
+        """Do the readings that may hang (a dead file server, a GPU's driver), on a thread."""
+        while True:
+            self.slow = time.monotonic(), collect(self.slow_readers)
+            time.sleep(SLOW_SECONDS[0])
 
     def read_cpu(self) -> Reading:
-        return {"cpu": float(self.psutil.cpu_percent())}
+        idle, total = parse_cpu(self.probe.read("proc/stat", 256))
+        elapsed, idled = total - self.total, max(0, idle - self.idle)   # iowait may go back
+        if elapsed > 0:
+            self.percent = round(100.0 * max(0, elapsed - idled) / elapsed, 1)
+        self.idle, self.total = idle, total
+        yield "cpu", self.percent
 
     def read_memory(self) -> Reading:
-        memory, swap = self.psutil.virtual_memory(), self.psutil.swap_memory()
-        used = memory.total - memory.available
-        return {"ram": round(100.0 * used / memory.total, 1),
-                "mem_total": memory.total, "mem_used": float(used),
-                "swap": float(swap.percent) if swap.total else None}
+        total, available, swap, unused = parse_meminfo(self.probe.read("proc/meminfo", 2048))
+        yield "ram", round(100.0 * (total - available) / total, 1)
+        yield "mem_total", total
+        yield "mem_used", float(total - available)
+        if swap:
+            yield "swap", round(100.0 * (swap - unused) / swap, 1)
 
-    def read_load(self) -> Reading:
-        return {"load1": os.getloadavg()[0]}
+    def read_numbers(self) -> Reading:
+        for key, path, pattern in NUMBERS:
+            yield key, float(re.findall(pattern, self.probe.read(path))[0])
+
+    def read_counters(self) -> Reading:
+        for keys, kind, path, pattern, unit in COUNTERS:
+            rows = [(int(into), int(out)) for name, into, out in
+                    re.findall(pattern, self.probe.read(path)) if name in self.hardware[kind]]
+            for key, column in zip(keys.split(), zip(*rows)):
+                yield from self.rates.change(key, unit * sum(column), self.now)
+
+    def read_job_cpu(self) -> Reading:
+        v1 = "cpuacct" in self.job                  # nanoseconds in v1, microseconds in v2
+        path = "%s/cpuacct.usage" % self.job["cpuacct"] if v1 else "%s/cpu.stat" % self.job[""]
+        text = self.probe.read(path)
+        used = int(text) / 1e9 if v1 else number(text.split(), "usage_usec") / 1e6
+        share = 100.0 * used / float(self.fixed["job_cpus"])
+        yield from self.rates.change("job_cpu", share, self.now)
+
+    def read_job_memory(self) -> Reading:
+        controller, limit, *names = CGROUP_1 if "memory" in self.job else CGROUP_2
+        words = self.probe.read("%s/memory.stat" % self.job[controller]).split()
+        anonymous, shared, cache = (number(words, name) if name in words else 0 for name in names)
+        yield "job_mem", float(anonymous + shared)
+        yield "job_cache", float(cache - shared)
+        most = int(self.probe.read("%s/memory.%s" % (self.job[controller], limit)))     # or "max"
+        if most < 2 ** 60:                          # v1 says 2 ** 63 - 4096 for no limit
+            yield "job_mem_limit", most
+            yield "job_ram", round(100.0 * (anonymous + shared) / most, 1)
+
+    def read_agent(self) -> Reading:
+        pages = int(self.probe.read("proc/self/statm").split()[1])
+        yield "agent_rss", float(pages * os.sysconf("SC_PAGE_SIZE"))
+        yield from self.rates.change("agent_cpu", 100.0 * time.process_time(), self.now)
+
+    def read_time_left(self) -> Reading:
+        if "job" in self.fixed and time.monotonic() - self.asked >= SQUEUE_SECONDS:
+            self.asked = time.monotonic()           # seldom: sites forbid squeue in a loop
+            left = re.findall(TIME_LEFT, self.probe.ask('squeue -h -j "$SLURM_JOB_ID" -o %L'))[0]
+            self.end_time = time.time() + sum(
+                int(part or 0) * unit for part, unit in zip(left, (86400, 3600, 60, 1)))
+        if self.end_time:
+            yield "job_time_left", max(0.0, round(self.end_time - time.time(), 1))
+
+    def read_filesystems(self) -> Reading:
+        for key, path in ("disk_tmp", "/tmp"), ("disk", "."):
+            space = os.statvfs(path)
+            used = space.f_blocks - space.f_bfree   # percent as df(1) has it
+            yield key, round(100.0 * used / (used + space.f_bavail), 1)
+
+    def read_gpus(self) -> Reading:
+        cards = ["sys/class/drm/%s/device" % name for name in self.probe.names("sys/class/drm")
+                 if name.startswith("card")]        # the renderD128 of a card is the same GPU
+        texts = [", ".join(self.probe.read("%s/%s" % (card, file)).strip() for file in AMD_FILES)
+                 for card in cards if AMD_FILES[0] in self.probe.names(card)]
+        return parse_gpus("\n".join(texts + [self.probe.ask(NVIDIA_SMI)]))
 
 
 def get_system_stats(sampler: Optional[Sampler] = None) -> Sample:
-    """Return one sample such as {'cpu': 15.5, 'ram': 40.2, ...}: percent, one decimal.
-
-    `cpu` covers the time since the call before with this sampler; without one, 0.25 s from now.
-    """
-    if sampler is None:
-        sampler = Sampler()
-        time.sleep(FIRST_SECONDS)
-    return sampler.sample()
+    """Return one sample of the next 0.25 s, {'cpu': 15.5, 'ram': 40.2, ...}: percent, bytes, s."""
+    sampler = sampler or Sampler()
+    time.sleep(FIRST_SECONDS)
+    return dict(sampler.sample(), **collect(sampler.slow_readers))
 
 
-def identify(name: Optional[str], interval: float) -> Sample:
-    """Return the keys that stay the same for as long as this agent lives."""
-    environ = os.environ
-    try:
-        user: Optional[str] = getpass.getuser()
-    except (ImportError, KeyError, OSError):        # a uid without a name
-        user = None
-    identity = {"node": name or environ.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0],
-                "user": user, "job": environ.get("SLURM_JOB_ID"),
-                "job_name": environ.get("SLURM_JOB_NAME"), "version": VERSION}
-    sample: Sample = {key: clip(text) for key, text in identity.items() if text}
-    sample.update(interval=interval, ack=True)
-    return sample
+# ---- Link: dial, hear, send, dial again ------------------------------------------------------
+def log(text: str, end: str = "\n") -> None:
+    """Write a line to stderr, over the line before if that had another end (on a terminal)."""
+    text = "".join(char if char.isprintable() else "?" for char in text)    # a peer may say it
+    with contextlib.suppress(OSError, ValueError):          # a log that nobody reads stops nothing
+        start = ("\r\033[K" if sys.stderr.isatty() else "") + time.strftime("%H:%M:%S")
+        print(start, "agent:", text, end=end, file=sys.stderr, flush=True)
 
 
-# ==============================================================================================
-# Link: connect, send, hear the answers, back off. Nothing here blocks the loop.
-# ==============================================================================================
-
-class Refused(OSError):
-    """The other side is there and cannot be our master; the text says why."""
-
-
-def log(text: str) -> None:
-    """Write one line to stderr; a log that nobody can read any more is no error."""
-    try:
-        sys.stderr.write("%s agent: %s\n" % (time.strftime("%H:%M:%S"), text))
-        sys.stderr.flush()
-    except (OSError, ValueError, AttributeError):
-        pass
-
-
-def show(address: Address) -> str:
-    """Return HOST:PORT, [HOST]:PORT for IPv6."""
-    return ("[%s]:%d" if ":" in address[0] else "%s:%d") % address
-
-
-def why(error: Exception) -> str:
-    """Return the short reason of an OSError."""
-    return str(getattr(error, "strerror", None) or error or type(error).__name__)
-
-
-def authenticate(sock: socket.socket, secret: bytes) -> None:
-    """Answer the master's challenge; fails closed when there is none (design: Wire)."""
-    import hashlib
+def prove(sock: socket.socket, secret: bytes) -> None:
+    """Answer the master's challenge; OSError, and nothing is sent, if there is none."""
     import hmac
-    line, deadline = b"", time.monotonic() + CONNECT_SECONDS
-    while not line.endswith(b"\n") and len(line) < ANSWER_BYTES:
-        sock.settimeout(max(deadline - time.monotonic(), 0.001))
-        try:
-            byte = sock.recv(1)         # byte by byte: what follows the line is not ours to read
-        except socket.timeout:
-            break
-        if not byte:
-            raise Refused("it closed the connection" if not line else "it broke off its greeting")
-        line += byte
-    word, _, nonce = line.rstrip(b"\r\n").partition(b" ")
-    if word == b"error":
-        raise Refused(printable(nonce.decode("utf-8", "replace")))
-    if word != b"challenge" or not nonce:
-        raise Refused("it asks for no secret; start the master with --secret-file, too")
-    proof = hmac.new(secret, nonce, hashlib.sha256).hexdigest()
-    sock.settimeout(CONNECT_SECONDS)
+    line = b""
+    with contextlib.suppress(socket.timeout):
+        line = sock.makefile("rb", 0).readline(ANSWER_BYTES)    # 0: what follows is for `exchange`
+    if not re.match(rb"challenge \S+\r?\n", line):
+        raise OSError(line.decode("utf-8", "replace").strip() or
+                      "it asks for no secret: start the master with --secret-file, too")
+    proof = hmac.new(secret, line.split()[1], "sha256").hexdigest()
     sock.sendall(pickle.dumps({"auth": proof}, protocol=4))
 
 
-def dial(address: Address, secret: Optional[bytes]) -> socket.socket:
-    """Return a connected non-blocking socket; OSError, UnicodeError (a bad name) if it fails."""
-    sock = socket.create_connection(address, CONNECT_SECONDS)
-    try:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if secret is not None:
-            authenticate(sock, secret)
-        sock.setblocking(False)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
 class Link:
-    """The connection to the first candidate that answers.
+    """The connection to a candidate: dialled, up, lost (closed, refused, silent), dialled again."""
 
-    idle --(retry_at)--> dialling on a thread --> up --(closed, refused, silent)--> idle
-    The thread is there because name lookup cannot be told to hurry; it ends when it has dialled.
-    """
-
-    def __init__(self, candidates: List[Address], secret: Optional[bytes], interval: float,
-                 waker: socket.socket) -> None:
-        self.candidates, self.secret, self.waker = candidates, secret, waker
+    def __init__(self, hosts: List[Tuple[str, int]], secret: bytes, interval: float) -> None:
+        self.candidates, self.secret, self.peer = hosts, secret, ""
+        self.heard = self.retry_at = 0.0                # monotonic: the last ok, the next dial
+        self.backoff, self.patience = BACKOFF_SECONDS[0], max(ANSWER_SECONDS[0], 3 * interval)
+        self.sent, self.answered, self.ever_answered = 0, False, False
         self.sock: Optional[socket.socket] = None
-        self.dialling = False
-        self.dialled: Optional[Tuple[Address, Optional[socket.socket], str]] = None
-        self.address = candidates[0]
-        self.retry_at = self.since = self.heard = 0.0       # monotonic seconds
-        self.backoff = BACKOFF_SECONDS[0]
-        self.patience = max(ANSWER_SECONDS, 3 * interval)
-        self.answered = self.ever_answered = False          # on this connection; in this life
-        self.unsent = self.unread = b""
-        self.said: Set[str] = set()
+        self.said: Set[str] = set()                     # what is known since the last good link
 
-    def advance(self, now: float) -> bool:
-        """Take up a new connection or dial when it is time; True if one is newly up."""
-        if self.dialled is not None:
-            (self.address, self.sock, problem), self.dialled = self.dialled, None
-            self.dialling = False
-            if self.sock is None:
-                self.back_off(now, "cannot reach the master", problem)
-                return False
-            self.since = self.heard = now
-            self.answered, self.unsent, self.unread = False, b"", b""
-            self.say("connected to %s" % show(self.address))
-            return True
-        if self.sock is None and not self.dialling and now >= self.retry_at:
-            self.dialling = True
-            threading.Thread(target=self.dial_in_turn, daemon=True).start()
-        return False
-
-    def dial_in_turn(self) -> None:
-        """Dial each candidate until one takes the call; runs on its own thread."""
-        problems = []
-        for address in self.candidates:
-            try:
-                self.dialled = address, dial(address, self.secret), ""
-                break
-            except (OSError, UnicodeError) as error:
-                problems.append("%s: %s" % (show(address), why(error)))
-        else:
-            self.dialled = self.candidates[0], None, "; ".join(problems)
+    def dial(self, wake: int) -> None:
+        """Call the candidate whose turn it is; on a thread, for name lookup cannot be hurried."""
+        (host, port), sock = self.candidates[0], None
+        self.peer = "%s:%d" % ("[%s]" % host if ":" in host else host, port)
         try:
-            self.waker.send(b"\0")
-        except OSError:             # the agent has ended meanwhile
-            pass
+            sock = socket.create_connection((host, port), WAIT_SECONDS)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self.secret:
+                prove(sock, self.secret)
+            sock.setblocking(False)
+            self.heard, self.sock = time.monotonic(), sock
+        except Exception as error:                      # UnicodeError: no possible name
+            self.lose("cannot reach", error, sock)
+        os.write(wake, b"\0")
 
-    def send(self, sample: Sample, now: float) -> None:
-        """Send a sample if there is a connection and the one before is out."""
-        self.hear(now)
-        if self.sock is not None and now - self.heard > self.patience:
-            self.give_up(now)
+    def exchange(self, message: Optional[Sample] = None) -> None:
+        """Hear what has come, then send a message; a link that fails is dialled again later."""
         if self.sock is None:
             return
         try:
-            data = self.unsent or pickle.dumps(sample, protocol=4)
-            self.unsent = data[self.sock.send(data):]
-        except BlockingIOError:     # a full pipe: this sample is skipped, the next will tell
-            self.unsent = self.unsent and data
-        except OSError as error:
-            self.lose(now, why(error))
+            if select.select([self.sock], [], [], 0)[0]:
+                text = self.sock.recv(ANSWER_BYTES).decode("utf-8", "replace")
+                if "ok\n" in text:
+                    self.heard, self.answered, self.ever_answered = time.monotonic(), True, True
+                if "error " in text or not text:
+                    raise OSError(text.partition("error ")[2].strip() or "it closed the connection")
+            if time.monotonic() - self.heard > self.patience:
+                self.sock.send(pickle.dumps({"bye": "reconnecting"}, protocol=4))
+                raise OSError("no answer for %.0f s" % self.patience)
+            packed = pickle.dumps(message, protocol=4)
+            if message and self.sock.send(packed) < len(packed):
+                raise OSError("it takes no more")
+            self.sent += bool(message)
+        except (OSError, ValueError) as error:
+            self.lose("lost", error, self.sock)
+        if self.answered or self.sent > 1:      # who takes the call may yet hang up at once
+            self.say("connected to " + self.peer)
 
-    def hear(self, now: float) -> None:
-        """Read the answers that are there: ok, error REASON; anything else is passed over."""
-        while self.sock is not None:
-            try:
-                text = self.sock.recv(ANSWER_BYTES)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                return self.lose(now, why(error))
-            if not text:
-                return self.lose(now, "it closed the connection")
-            lines = (self.unread + text).split(b"\n")
-            self.unread = lines.pop()[-ANSWER_BYTES:]
-            for line in lines:
-                if line == b"ok":
-                    self.heard = now
-                    if not self.answered:
-                        self.accept()
-                elif line.startswith(b"error "):
-                    return self.lose(now, printable(line[6:].decode("utf-8", "replace")))
-            if text == b"ok\n":     # the usual case, and it costs one call, not two
-                return
-
-    def accept(self) -> None:
-        """The first ok of a connection: all is well."""
-        self.answered = self.ever_answered = True
-        self.backoff = BACKOFF_SECONDS[0]
-        self.said = {"connected to %s" % show(self.address)}
-
-    def give_up(self, now: float) -> None:
-        """Leave a connection on which the answers stopped: behind a tunnel it looks alive."""
-        self.goodbye({"bye": "reconnecting"}, 0.0)
-        silence = "no answer for %.0f s" % self.patience
-        if not self.ever_answered:
-            self.patience = max(min(2 * self.patience, SILENT_SECONDS), self.patience)
-        self.backoff = BACKOFF_SECONDS[0]
-        self.lose(now, silence)
-
-    def lose(self, now: float, reason: str) -> None:
-        """Close a connection and say why, once."""
-        if self.sock is not None:
-            self.sock.close()
-            self.sock = None
-        if self.answered or now - self.since > STEADY_SECONDS:
+    def lose(self, event: str, error: Exception, sock: Optional[socket.socket]) -> None:
+        """Hang up, say why, set the time of the next dial: spread, so that a crowd parts."""
+        if sock is not None:
+            sock.close()
+        if self.answered or self.sent > 2:              # it was a good one
             self.backoff = BACKOFF_SECONDS[0]
             self.said.clear()
-        if not self.answered and self.address in self.candidates:
-            turn = self.candidates.index(self.address) + 1      # give the others a chance
-            self.candidates = self.candidates[turn:] + self.candidates[:turn]
-        self.back_off(now, "lost the master at %s" % show(self.address), reason)
-
-    def back_off(self, now: float, event: str, reason: str) -> None:
-        """Set the time of the next try: 1 to 30 s, doubled, and spread so that a crowd parts."""
-        delay = min(self.backoff * (1 + os.urandom(1)[0] / 512.0), BACKOFF_SECONDS[1])
-        self.retry_at = now + delay
+        if not self.answered:
+            self.candidates.append(self.candidates.pop(0))
+        if self.sent and not self.ever_answered:
+            self.patience = max(self.patience, min(2 * self.patience, ANSWER_SECONDS[1]))
+        self.sock, self.sent, self.answered = None, 0, False
+        delay = min(self.backoff * (1 + os.urandom(1)[0] / 512), BACKOFF_SECONDS[1])
         self.backoff = min(2 * self.backoff, BACKOFF_SECONDS[1])
-        self.say("%s (%s)" % (event, reason), ": retrying in %.0f s" % delay)
+        self.retry_at = time.monotonic() + delay / len(self.candidates)
+        self.say("%s the master at %s (%s)" % (event, self.peer, getattr(error, "strerror", "")
+                 or error), ": retrying in %.0f s" % delay)
 
-    def say(self, text: str, more: str = "") -> None:
-        """Log a transition, and not again until the link has been well in between."""
-        if text not in self.said:
-            self.said.add(text)
-            log(text + more)
+    def say(self, news: str, more: str = "") -> None:
+        if news not in self.said:
+            self.said.add(news)
+            log(news + more)
 
-    def goodbye(self, farewell: Sample, seconds: float) -> None:
-        """Send the last words, wait so long for the master to take them, and close."""
-        if self.sock is None:
-            return
+    def close(self, farewell: Sample) -> None:
+        """Send the goodbye and wait for the master to take it."""
+        self.exchange(farewell)
         sock, self.sock = self.sock, None
-        try:
-            sock.settimeout(seconds)
-            sock.sendall(self.unsent + pickle.dumps(farewell, protocol=4))
-            sock.shutdown(socket.SHUT_WR)
-            deadline = time.monotonic() + seconds
-            # Answers left unread would turn our FIN into a RST, and that may overtake the goodbye.
-            while sock.recv(ANSWER_BYTES) and time.monotonic() < deadline:
-                pass
-        except OSError:
-            pass
-        sock.close()
+        with contextlib.suppress(OSError):
+            if sock is not None:
+                sock.settimeout(GOODBYE_SECONDS)
+                sock.shutdown(socket.SHUT_WR)
+                while sock.recv(ANSWER_BYTES):      # left unread it would turn the end into a RST
+                    pass
 
 
-# ==============================================================================================
-# Loop: wait, sample, send, on the beat; until a signal or the end of the reader of our stdout.
-# ==============================================================================================
+# ---- Report: what a job used of what it asked for --------------------------------------------
+class Report(Dict[str, Tuple[float, float, float]]):
+    """Sums samples up, {key: (seconds, mean, peak)}; each has the weight of the time it covers."""
 
-def next_beat(beat: float, interval: float, now: float) -> float:
-    """Return the first time after now that is a whole number of intervals after the beat."""
-    return beat + interval * max(1, int((now - beat) / interval) + 1)
+    def add(self, sample: Sample, seconds: float) -> None:
+        """Count a sample that covers so many seconds."""
+        for key in {"cpu", "job_cpu", "mem_used", "job_mem", "gpu"} & set(sample):
+            value, (known, mean, peak) = float(sample[key]), self.get(key, (0.0, 0.0, 0.0))
+            mean += (value - mean) * seconds / (known + seconds)
+            self[key] = known + seconds, mean, max(peak, value)
+
+    def lines(self, ended: str, last: Sample) -> Iterable[str]:
+        """Yield the report for people, a line a subject."""
+        cpu = "job_cpu" if "job_cpu" in self else "cpu"
+        job = "job_" if "job_mem" in self else ""
+        minutes, seconds = divmod(round(self["cpu"][0]), 60)
+        yield "%s after %d:%02d:%02d" % (ended, minutes // 60, minutes % 60, seconds)
+        yield "CPU mean %.1f %%, peak %.1f %% of %s CPUs" % (
+            self[cpu][1:] + (last.get(cpu + "s"),))
+        peak = self["job_mem" if job else "mem_used"][2] / 2 ** 30
+        limit = float(last.get("job_mem_limit" if job else "mem_total", 0)) / 2 ** 30
+        yield "memory peak %.2f GB of %.2f GB" % (peak, limit)
+        if "gpu" in self:
+            yield "GPU mean %.1f %% of %s" % (self["gpu"][1], last.get("gpus"))
+        unit, name = (1.0, "G") if peak >= 1 else (0.1, "00M")
+        need = math.ceil(1.2 * peak / unit)             # a fifth more than the peak
+        if job and limit and (need * unit < 0.8 * limit or peak > 0.9 * limit):
+            yield "asked for %.1f GB: --mem=%d%s would do" % (limit, need, name)
 
 
+# ---- Loop: wait, sample, send, on the beat ---------------------------------------------------
 class Agent:
-    """Binds a sampler and a link to the clock and the signals."""
+    """Binds sampler, link and command to the clock and the signals."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-    def __init__(self, sampler: Sampler, identity: Sample, candidates: List[Address],
-                 secret: Optional[bytes], verbose: bool = False) -> None:
-        self.sampler, self.identity, self.verbose = sampler, identity, verbose
-        self.interval = float(identity["interval"])
-        self.wakeup, waker = socket.socketpair()        # written by signals and the dialling thread
-        for sock in self.wakeup, waker:
-            sock.setblocking(False)
-        self.link = Link(candidates, secret, self.interval, waker)
+    def __init__(self, args: argparse.Namespace, sampler: Sampler, link: Link) -> None:
+        self.args, self.sampler, self.link, self.report = args, sampler, link, Report()
+        self.ending, (self.awake, self.wake) = "", os.pipe()        # signals, dialled links: wake
+        os.set_blocking(self.wake, False)
         self.signals: List[int] = []
-        self.ending = ""
-        self.stdout = 1 if is_pipe(1) else None         # its reader is whoever started us
+        self.command: Any = None
 
     def run(self) -> int:
-        """Send samples until the end; return the exit code."""
-        signal.set_wakeup_fd(self.link.waker.fileno())
-        for number in self.SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
+        """Watch until a signal or the end of the command; return the exit code."""
+        signal.set_wakeup_fd(self.wake)
+        for name in "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGCHLD":
+            number = getattr(signal, name)
+            if signal.getsignal(number) != signal.SIG_IGN or name == "SIGINT":      # nohup
                 signal.signal(number, lambda caught, _: self.signals.append(caught))
-        gap = min(FIRST_SECONDS, self.interval)
-        now = last = time.monotonic()
-        beat = now + gap
-        while not self.ending:
-            if self.link.advance(now):
-                beat = min(beat, max(now, last + gap))
-            if now >= beat:
-                self.tell(now)
-                last, beat = now, next_beat(beat, self.interval, now)
-            self.wait(beat if self.link.sock or self.link.dialling
-                      else min(beat, self.link.retry_at))
-            now = time.monotonic()
-        self.link.goodbye({"bye": self.ending}, GOODBYE_SECONDS)
-        return 0
-
-    def tell(self, now: float) -> None:
-        """Take one sample and send it."""
+        if self.args.command:
+            import subprocess
+            self.command = subprocess.Popen(self.args.command, close_fds=False)
         try:
-            sample = dict(self.identity)
-            sample.update(get_system_stats(self.sampler))
-        except (OSError, ValueError, LookupError) as error:
-            self.link.say("no sample (%s)" % why(error))
-            return
-        self.link.send(sample, now)
-        if self.verbose:
-            log(repr(sample))
+            self.watch()
+            self.finish()
+        except Exception as error:                  # the command must not notice
+            log("stopped watching: %r" % error)
+        while self.command and self.command.poll() is None:
+            self.wait(time.monotonic() + WAIT_SECONDS)
+        code: int = self.command.returncode if self.command else int(not self.ending)
+        return code if code >= 0 else 128 - code
+
+    def watch(self) -> None:
+        """Sample and send on the beat until the end."""
+        threading.Thread(target=self.sampler.refresh_for_ever, daemon=True).start()
+        gap = min(FIRST_SECONDS, self.args.interval)
+        beat = self.sampler.now + gap
+        while not self.ending:
+            now = time.monotonic()
+            if now >= self.link.retry_at:
+                self.link.retry_at = math.inf
+                threading.Thread(target=self.link.dial, args=(self.wake,), daemon=True).start()
+            if self.link.sock is not None and not self.link.sent:   # the master waits for it
+                beat = min(beat, max(self.sampler.now + gap, now))
+            if now >= beat:
+                self.link.exchange(self.take())
+                beat += self.args.interval * (1 + (now - beat) // self.args.interval)
+            self.wait(min(beat, self.link.retry_at))
 
     def wait(self, until: float) -> None:
-        """Sleep until a time, a signal, a dialled connection or the end of a peer."""
+        """Sleep until then or a signal, a dialled link, the end of the master or of our reader."""
         poll = select.poll()
-        poll.register(self.wakeup, select.POLLIN)
-        if self.stdout is not None:
-            poll.register(self.stdout, 0)
-        if self.link.sock is not None:      # its answers can wait for the next sample, its end not
-            poll.register(self.link.sock, HANGUP)
-        for fd, _ in poll.poll(max(0.0, until - time.monotonic()) * 1000):
-            if fd == self.wakeup.fileno():
-                self.wakeup.recv(4096)
-            elif fd == self.stdout:
-                self.ending = "finished"
-            else:
-                self.link.hear(time.monotonic())
-        if self.signals:
-            self.ending = signal.Signals(self.signals[0]).name
+        poll.register(self.awake, select.POLLIN)
+        if self.link.sock is not None:              # after the first ok only its end is urgent
+            hangup = getattr(select, "POLLRDHUP", select.POLLIN)
+            poll.register(self.link.sock, hangup if self.link.answered else select.POLLIN)
+        if self.args.piped:
+            poll.register(1, 0)
+        ready = dict(poll.poll(max(0.0, until - time.monotonic()) * 1000))
+        if self.awake in ready:
+            os.read(self.awake, FILE_BYTES)
+        elif 1 in ready:
+            self.ending = "finished"
+        elif ready:
+            self.link.exchange()
+        while self.signals:
+            name = signal.Signals(self.signals.pop(0)).name
+            typed = name in ("SIGINT", "SIGQUIT") and os.isatty(0)  # then the command has it, too
+            if self.command and name != "SIGCHLD" and not typed:
+                self.command.send_signal(getattr(signal, name))
+            if name == "SIGTERM" or not self.command and name in ("SIGINT", "SIGHUP", "SIGQUIT"):
+                self.ending = name
+        code = self.command.poll() if self.command else None
+        if code is not None:
+            self.ending = "exit %d" % code if code >= 0 else signal.Signals(-code).name
+
+    def take(self) -> Sample:
+        """Take one sample, for the report, too, and show it."""
+        before, sample = self.sampler.now, self.sampler.sample()
+        self.report.add(sample, self.sampler.now - before)
+        if self.args.verbose:
+            log(repr(sample))
+        elif sys.stderr.isatty() and not self.command:
+            state = "acknowledged by" if self.link.answered else "no answer from"
+            log("cpu %(cpu)s %%, ram %(ram)s %%, " % sample + state + " " + self.link.peer, end="")
+        return sample
+
+    def finish(self) -> None:
+        """Take a last sample, write the report and say goodbye."""
+        last, farewell = self.take(), {"bye": self.ending}
+        lines = list(self.report.lines(self.ending, last))
+        if self.command or self.args.report or "job" in last:
+            farewell["report"] = clip("; ".join(lines))
+            for line in lines:
+                log("report of %s: %s" % (last["node"], line))
+        self.link.close(dict(farewell))
+        if self.args.report:
+            with self.args.report as file:
+                json.dump(dict(last, ended=self.ending, text=lines, totals=self.report), file)
 
 
-HANGUP = getattr(select, "POLLRDHUP", getattr(select, "POLLIN", 1))     # POLLRDHUP: Linux only
-
-
-def is_pipe(fd: int) -> bool:
-    """Return whether a file descriptor is a pipe or a socket."""
-    try:
-        mode = os.fstat(fd).st_mode
-    except OSError:
-        return False
-    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
-
-
-# ==============================================================================================
-# Command line
-# ==============================================================================================
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse that answers a mistake with one line."""
-
-    def error(self, message: str) -> Any:
-        if message.startswith("unrecognized"):
-            message += "; allowed: %s" % " ".join(sorted(
-                flag for flag in self._option_string_actions if flag.startswith("--")))
-        self.exit(2, "error: %s\n" % printable(message))
-
-
-def parse_candidates(text: str, default_port: int) -> List[Address]:
-    """Return the addresses in HOST[:PORT][,NEXT...]; ValueError says what is wrong."""
-    # login,10.0.0.1:13580,[fe80::1%eth0]:13580
-    candidates = []
-    for part in text.split(","):
-        match = re.match(r"(?:\[([0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|([A-Za-z0-9_.-]+))(?::(.*))?$", part)
-        if not match or len(part) > TEXT_BYTES:
-            raise ValueError("%r is no host; allowed: HOST or HOST:PORT, an IPv6 address in [ ], "
-                             "several with commas between them" % part)
-        port = parse_port(match.group(3)) if match.group(3) is not None else default_port
-        candidates.append((match.group(1) or match.group(2), port))
-    return candidates
-
-
-def parse_port(text: str) -> int:
-    """Return a TCP port; ValueError if it is none."""
-    if not re.match(r"[0-9]{1,5}$", text) or not 1 <= int(text) <= 65535:
-        raise ValueError("%r is no port; allowed: 1 to 65535" % text)
-    return int(text)
-
-
-def parse_interval(text: str) -> float:
-    """Return seconds; ValueError if out of range."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not INTERVAL_SECONDS[0] <= seconds <= INTERVAL_SECONDS[1]:
-        raise ValueError("%r is no interval; allowed: %g to %g seconds"
-                         % ((text,) + INTERVAL_SECONDS))
-    return seconds
-
-
-def parse_name(text: str) -> str:
-    """Return a node's name; ValueError if the master would not show it as it is."""
-    if not text.strip() or not text.isprintable() or clip(text) != text:
-        raise ValueError("%r is no node name; allowed: 1 to %d bytes of printable text"
-                         % (text[:40], TEXT_BYTES))
-    return text
+# ---- Command line ----------------------------------------------------------------------------
+PORT = r"[1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]"
+HOST = r"(?:\[([\w.:%%]+)\]|([\w.-]+))(?::(%s))?(?![^,])" % PORT # login, [fe80::1%%ib0]:9
+CHECKS = {          # flag: pattern, what it allows
+    "host": ("%s(?:,%s)*" % (HOST, HOST), "HOST or HOST:PORT, IPv6 in [ ], commas between"),
+    "port": (PORT, "1 to 65535"),
+    "interval": (r"0?\.[1-9]\d*|[1-9](\.\d*)?|[1-5]\d(\.\d*)?|60(\.0*)?", "0.1 to 60 seconds"),
+    "name": (r"(?=.*\S)[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,63}", "1 to 63 printable characters")}
 
 
 def read_secret(path: str) -> bytes:
-    """Return the secret in a file that its owner alone can read; OSError says the cure."""
+    """Return the secret in a file that only its owner can read; OSError with the cure."""
     with open(path, "rb") as file:
-        if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
-            raise OSError("others can read it; run: chmod 600 %s" % path)
-        secret = file.read(FILE_BYTES).strip()
-    if not secret:
-        raise OSError("it is empty; put the secret of the master's --secret-file in it")
+        secret, mode = file.read(FILE_BYTES).rstrip(), os.fstat(file.fileno()).st_mode
+    if mode & 0o077 or not secret:
+        raise OSError("%s is %s" % (path, "empty: put the master's secret into it" if not secret
+                      else "readable by others: chmod 600 it"))
     return secret
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser; the environment gives defaults, for job scripts."""
+    """Return the parser; the environment has defaults, for job scripts."""
     environ = os.environ
-    parser = OneLineParser(
-        prog="agent.py", allow_abbrev=False,
-        description="Watch this node and send a sample every few seconds to the master.",
-        epilog="Environment: SENTINEL_HOST, SENTINEL_PORT and SENTINEL_SECRET_FILE are defaults.")
+    parser = argparse.ArgumentParser(
+        prog="agent.py", usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--host", metavar="HOST[,NEXT...]", default=environ.get("SENTINEL_HOST") or "127.0.0.1",
-        help="the master's address, HOST or HOST:PORT, IPv6 in [ ]; several are tried in turn")
-    add("--port", default=environ.get("SENTINEL_PORT") or str(PORT),
-        help="the master's port (%d)" % PORT)
-    add("--interval", default="2", metavar="SECONDS", help="time between samples, 0.1 to 60 (2)")
-    add("--name", metavar="NODE", help="name of this node (SLURMD_NODENAME, else the host name)")
-    add("--secret-file", metavar="FILE", default=environ.get("SENTINEL_SECRET_FILE") or None,
-        help="file with the secret that the master's --secret-file has, too")
-    add("--procfs", metavar="DIR", default="/proc", help="where proc(5) is mounted (/proc)")
-    add("--sysfs", metavar="DIR", default="/sys", help="where sysfs(5) is mounted (/sys)")
+    add("--host", metavar="HOST[:PORT][,NEXT...]", default=environ.get("SENTINEL_HOST")
+        or "127.0.0.1", help="the master; several are tried in turn (SENTINEL_HOST)")
+    add("--port", default=environ.get("SENTINEL_PORT") or "13579", help="its port (SENTINEL_PORT)")
+    add("--interval", default="2", metavar="SECONDS", help="from one sample to the next (2)")
+    add("--name", metavar="NODE", help="what this node is called (SLURMD_NODENAME or hostname)")
+    add("--secret-file", metavar="FILE", default=environ.get("SENTINEL_SECRET_FILE"),
+        help="holds what the master's --secret-file holds (SENTINEL_SECRET_FILE)")
+    add("--procfs", metavar="DIR", default="/proc", help="where proc(5) is (/proc)")
+    add("--sysfs", metavar="DIR", default="/sys", help="where sysfs(5) is (/sys)")
+    add("--report", metavar="FILE", help="write the end-of-job report there as JSON, too")
     add("--once", action="store_true", help="print one sample as JSON and exit")
     add("--verbose", action="store_true", help="log each sample")
     return parser
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Replace the texts in args by their values; exits 2 with one line if one is wrong."""
-    flag = "--port"
-    try:
-        args.port = parse_port(args.port)
-        flag = "--host"
-        args.candidates = parse_candidates(args.host, args.port)
-        flag = "--interval"
-        args.interval = parse_interval(args.interval)
-        flag = "--name"
-        args.name = args.name if args.name is None else parse_name(args.name)
-        for flag, path in ("--procfs", args.procfs), ("--sysfs", args.sysfs):
-            if flag == "--procfs" and not os.path.isdir(path):
-                raise ValueError("%r is no directory" % path)
-    except ValueError as error:
-        parser.error("argument %s: %s" % (flag, error))
-
-
-def open_sampler(args: argparse.Namespace) -> Sampler:
-    """Return the sampler for this system; OSError, ValueError, ImportError if there is none."""
-    if sys.platform.startswith("linux"):
-        return Sampler(Probe(args.procfs, args.sysfs))
-    try:
-        return PsutilSampler()
-    except ImportError:
-        raise OSError("this system has no /proc; run: python3 -m pip install --user psutil")
-
-
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command line; return the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    cut = words.index("--") if "--" in words else len(words)
     parser = build_parser()
-    args = parser.parse_args(argv)
-    check(parser, args)
+    args, unknown = parser.parse_known_args(words[:cut])
+    flags, args.command = " --".join(vars(args)).replace("_", "-"), words[cut + 1:]
+    if unknown or words[cut:] == ["--"] or args.once and args.command:
+        parser.error("%s; allowed: --%s, or -- and a COMMAND (not with --once)" % (
+            " ".join(unknown + words[cut:]), flags))
+    for flag, (pattern, allowed) in CHECKS.items():
+        text = getattr(args, flag)
+        if text is not None and not re.match(r"(?:%s)\Z" % pattern, text):
+            parser.error("--%s %r; allowed: %s" % (flag, text, allowed))
+    args.interval = float(args.interval)
+    args.piped = not (args.command or sys.stdout is None or sys.stdout.isatty())
+    hosts = [(a or b, int(port or args.port)) for a, b, port in re.findall(HOST, args.host)]
     try:
-        step = "cannot use the secret file %s" % args.secret_file
-        secret = read_secret(args.secret_file) if args.secret_file else None
-        step = "cannot read this node"
-        sampler = open_sampler(args)
-        identity = identify(args.name, args.interval)
+        secret = read_secret(args.secret_file) if args.secret_file else b""
+        linux = sys.platform.startswith("linux")
+        sampler = Sampler((Probe if linux else PsutilProbe)(args.procfs, args.sysfs), args.name)
+        sampler.fixed.update(interval=args.interval, ack=True)
         if args.once:
-            import json
-            time.sleep(FIRST_SECONDS)
-            identity.update(get_system_stats(sampler))
-            print(json.dumps(identity))
+            print(json.dumps(get_system_stats(sampler)))
             return 0
+        args.report = open(args.report, "w") if args.report else None
+        return Agent(args, sampler, Link(hosts, secret, args.interval)).run()
+    except ImportError:
+        parser.exit(1, "error: off Linux it needs psutil: python3 -m pip install --user psutil\n")
     except (OSError, ValueError, LookupError) as error:
-        print("error: %s: %s" % (step, printable(why(error))), file=sys.stderr)
-        return 1
-    return Agent(sampler, identity, args.candidates, secret, args.verbose).run()
+        print("error: %s" % error, file=sys.stderr)
+        if getattr(error, "filename", None) in args.command[:1]:
+            return 127 if isinstance(error, FileNotFoundError) else 126
+    return 1
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import os
 import pickle
 import signal
 import socket
-import stat
 import tempfile
 import threading
 import time
@@ -20,7 +19,7 @@ import support
 from support import eventually
 
 PATCHED = "import sys\nsys.path.insert(0, %r)\nimport agent\n%s\nsys.exit(agent.main(sys.argv[1:]))"
-PATIENT = "agent.ANSWER_SECONDS = 1.0; agent.SILENT_SECONDS = 4.0"
+PATIENT = "agent.ANSWER_SECONDS = 1.0, 4.0"
 
 
 def start_agent(*flags, patch="", **more):
@@ -198,6 +197,7 @@ class Reconnect(unittest.TestCase):
             support.stays(lambda: agent.log.count("\n") == 1, 2)
             with DummyServer(port) as server:
                 eventually(lambda: server.samples, 10)
+                agent.logged("connected to 127.0.0.1:%d" % port)
                 self.assertEqual(agent.log.count("\n"), 2)
 
     def test_a_server_that_stops_answering_is_left_with_a_word(self):
@@ -249,10 +249,10 @@ class Reconnect(unittest.TestCase):
         listener.bind(("127.0.0.1", 0))
         listener.listen(1)
         self.addCleanup(listener.close)
-        patch = ("import socket; dial = agent.dial\n"
+        patch = ("import socket\ncall = socket.create_connection\n"
                  "def small(*a):\n"
-                 "    s = dial(*a); s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)\n"
-                 "    return s\nagent.dial = small\n")
+                 "    s = call(*a); s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)\n"
+                 "    return s\nsocket.create_connection = small\n")
         with start_agent("--port", listener.getsockname()[1], "--interval", "0.1", "--verbose",
                          patch=patch) as agent:
             eventually(lambda: agent.log.count("'cpu'") > 60, 15)
@@ -324,7 +324,7 @@ class Secret(unittest.TestCase):
     def test_without_a_challenge_it_sends_nothing_and_says_the_cure(self):
         with DummyServer() as server, start_agent(
                 "--port", server.port, "--secret-file", self.path,
-                patch="agent.CONNECT_SECONDS = 0.5") as agent:
+                patch="agent.WAIT_SECONDS = 0.5") as agent:
             agent.logged("--secret-file")
             eventually(lambda: server.connections >= 2)
             self.assertEqual(server.samples, [])
@@ -333,7 +333,7 @@ class Secret(unittest.TestCase):
         for greeting in (b"ok\n", b"challenge \n", b"challenge", b"\0" * 5000, b"HTTP/1.1 400\r\n"):
             with self.subTest(greeting[:20]), DummyServer(greeting=greeting) as server, \
                     start_agent("--port", server.port, "--secret-file", self.path,
-                                patch="agent.CONNECT_SECONDS = 0.5") as agent:
+                                patch="agent.WAIT_SECONDS = 0.5") as agent:
                 agent.logged("cannot reach the master")
                 self.assertEqual(server.samples, [])
 
