@@ -865,10 +865,10 @@ class Peer:
         except BlockingIOError:
             raise Silence from None
 
-    def messages(self) -> Iterator[Message]:
+    def messages(self, auth: bool) -> Iterator[Message]:
         """The dicts that come, each whole within the deadline after the one before.
 
-        Those with a bye or an auth are as they came; all others are checked samples.
+        A goodbye, and the first if it should be an auth, is as it came; all others are checked.
         """
         data, since, count = b"", time.monotonic(), 0
         shape: Optional[Shape] = None
@@ -889,10 +889,11 @@ class Peer:
                             raise Silence
                         break
                     message, size, floats = parsed
-                    if "bye" not in message and "auth" not in message:
+                    if not auth and type(message.get("bye")) is not str:
                         sample = check_sample(message)
                         shape = make_shape(data[:size], message, sample, floats)
                         message = sample
+                    auth = False
                 data = data[size:]
                 yield message
                 count, due = count + 1, now + self.timeout
@@ -940,7 +941,6 @@ class Collector:
             kind, text = self.converse(peer)
         except Silence:
             kind, text = "lost", "no sample for %g s" % peer.timeout
-            peer.say("error " + text)
         except WireError as error:
             text = str(error)
         except OSError as error:
@@ -949,8 +949,10 @@ class Collector:
             log.exception("a defect, met while serving %s", peer.address)
         finally:
             self.waiting.remove(sock)
-            if kind == "refused" or peer.slot < 0 and kind == "lost":
-                self.refuse(peer, text)
+            if kind != "finished":
+                peer.say("error " + text)
+                if kind == "refused" or peer.slot < 0:
+                    self.refusals.add(peer.source, text)
             if peer.slot >= 0:
                 self.leave(peer, kind, text)
             close_gently(peer.sock)
@@ -960,14 +962,14 @@ class Collector:
         nonce = secrets.token_hex(16) if self.options.secret else None
         if nonce:
             peer.say("challenge " + nonce)
-        for message in peer.messages():
+        for message in peer.messages(bool(nonce)):
             if nonce:
                 check_auth(message, self.options.secret, nonce)
                 nonce = None
-            elif type(message.get("bye")) is str:
+            elif "bye" in message:
                 return "finished", "; ".join(clean_text(message[key]) for key in ("bye", "report")
                                              if type(message.get(key)) is str)
-            elif "auth" not in message:
+            else:
                 self.take(peer, message)
         if peer.sample.get("version"):
             return "lost", "closed without a goodbye"
@@ -1045,11 +1047,6 @@ class Collector:
                                        rule.threshold if rule else ""))
         else:
             log.info("%s %s: %s", kind, peer, text)
-
-    def refuse(self, peer: Peer, reason: str) -> None:
-        """Send a peer away with a reason."""
-        peer.say("error " + reason)
-        self.refusals.add(peer.source, reason)
 
     def tell_refusal(self, source: str, reason: str) -> None:
         """One event for one or many refusals of a source."""
@@ -1591,7 +1588,7 @@ ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
 # Dashboard: sockets -> request -> pages
 # ============================================================================
 
-REQUEST = re.compile(rb"([A-Za-z]+) (/[!-~]*) HTTP/1\.\d\r\n"
+REQUEST = re.compile(rb"([A-Za-z]+) ([!-~]+) HTTP/1\.\d\r\n"
                      rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n]*\r\n)*)\r\n")
 BLANK = [math.nan] * (2 * FINE + (len(GRAPHS) - 2) * COARSE)
 TICK_SECONDS = 2.0                      # between two looks at the table, for the graphs
@@ -1613,11 +1610,11 @@ class HTTPError(Exception):
 def parse_request(head: bytes) -> Tuple[str, str, Query, Dict[str, str]]:
     """The bytes of a request -> method, path, query, headers; HTTPError (RFC 9112)."""
     match = REQUEST.fullmatch(head)
-    if not match:
+    if match and match.group(1) not in (b"GET", b"HEAD"):
+        raise HTTPError(405, "only GET and HEAD: this server is read-only", {"Allow": "GET, HEAD"})
+    if not match or not match.group(2).startswith(b"/"):
         raise HTTPError(400, "a request must be: GET /path HTTP/1.1, and a header: Name: value")
     method, target, lines = (part.decode("latin-1") for part in match.groups())
-    if method not in ("GET", "HEAD"):
-        raise HTTPError(405, "only GET and HEAD: this server is read-only", {"Allow": "GET, HEAD"})
     headers = [line.partition(":") for line in lines.split("\r\n")[:-1]]
     path, _, query = target.partition("?")
     try:

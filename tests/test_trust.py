@@ -453,7 +453,7 @@ class Secret(unittest.TestCase):
         agent.send({"auth": self.proof(nonce)})
         agent.send(dict(GOOD, node="right", ack=True))
         self.assertEqual(agent.read_line(), "ok")
-        self.assertTrue(row_of(self.master.page, node="right"))
+        eventually(lambda: row_of(self.master.page, node="right"))
 
     def test_any_other_answer_is_refused_with_the_cure(self):
         agent, nonce = self.connect()
