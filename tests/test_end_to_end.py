@@ -141,7 +141,9 @@ class LivePath(MasterTest):
             self.assertIn("agent.py", page_text(master.page))
             self.assertEqual(nodes(master.page), [])
 
-    @requires("chromium", "chromedriver")
+
+@requires("chromium", "chromedriver")
+class InABrowser(MasterTest):
     def test_a_real_browser_shows_new_numbers_by_itself_with_and_without_javascript(self):
         for javascript in (True, False):
             with self.subTest(javascript=javascript), Browser(javascript) as browser:
