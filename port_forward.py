@@ -8,7 +8,7 @@
     near --pump--> far    A connection is two pumps. Each passes on the end of its source when
     near <--pump-- far    all before it went out; when both ends went out, it is over.
 
-One thread, one buffer: an idle connection costs nothing, a slow reader makes 256 KiB wait at most.
+One thread, one epoll, one buffer: an idle connection is free, a slow reader holds 256 KiB at most.
 In one command from the laptop, with no file on the cluster, for as long as that ssh lives:
     ssh -R 13579:localhost:13579 login 'python3 - --remote-port 13579' < port_forward.py
 Exit codes: 0 stopped (SIGINT, SIGTERM, or that ssh is gone), 1 cannot listen, 2 bad usage.
