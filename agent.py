@@ -581,7 +581,7 @@ CHECKS = {          # flag: pattern, what it allows
 def read_secret(path: str) -> bytes:
     """Return the secret in a file that only its owner can read; OSError with the cure."""
     with open(path, "rb") as file:
-        secret, mode = file.read(FILE_BYTES).rstrip(), os.fstat(file.fileno()).st_mode
+        secret, mode = file.read(FILE_BYTES).strip(), os.fstat(file.fileno()).st_mode
     if mode & 0o077 or not secret:
         raise OSError("%s is %s" % (path, "empty: put the master's secret into it" if not secret
                       else "readable by others: chmod 600 it"))

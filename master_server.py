@@ -2057,43 +2057,41 @@ def read_secret(path: str) -> bytes:
     return secret
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults and keeps the docstring's lines."""
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    port, rules = number(int, 0, 65535, "port"), " and ".join(DEFAULT_RULES)
+    port = number(int, 0, 65535, "port")
     about, _, end = __doc__.partition("\n\nExit codes")
     parser = argparse.ArgumentParser(description=about, epilog="Exit codes" + end,
-                                     formatter_class=Formatter)
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--host", default="127.0.0.1",
-        help="where to listen for agents; 0.0.0.0 if they are on other machines")
-    add("--port", type=port, default=13579, help="port for agents; 0 picks a free one")
-    add("--dashboard-host", default="127.0.0.1", help="where to listen for browsers")
-    add("--dashboard-port", type=port, default=8080, help="port for browsers; 0 picks a free one")
+        help="listen for agents here (127.0.0.1); 0.0.0.0 if they are on other machines")
+    add("--port", type=port, default=13579, help="port for agents (13579); 0 picks a free one")
+    add("--dashboard-host", metavar="HOST", default="127.0.0.1",
+        help="listen for browsers here (127.0.0.1)")
+    add("--dashboard-port", metavar="PORT", type=port, default=8080,
+        help="port for browsers (8080); 0 picks a free one")
     add("--max-agents", type=number(int, 1, 65536, "number"), default=1024, metavar="N",
-        help="how many agents may send at once")
+        help="how many agents may send at once (1024)")
     add("--timeout", type=number(float, 0.5, 3600, "number of seconds"), default=5.0,
-        metavar="SECONDS", help="silence after which an agent is lost")
-    add("--alert", type=parse_rule, action="append", metavar="RULE", default=argparse.SUPPRESS,
+        metavar="SECONDS", help="silence after which an agent is lost (5)")
+    add("--alert", type=parse_rule, action="append", metavar="RULE", default=[],
         help="alert on METRIC>NUMBER or METRIC<NUMBER, with ' for SECONDS' behind if you like,"
-        " instead of on %s; may be repeated; no-lost: lost nodes are no alert" % rules)
-    add("--alert-command", metavar="CMD", default=argparse.SUPPRESS,
+        " instead of on %s; may be repeated; no-lost: lost nodes are no alert"
+        % " and ".join(DEFAULT_RULES))
+    add("--alert-command", metavar="CMD",
         help="shell command for each alert; the facts are in SENTINEL_EVENT, SENTINEL_NODE,"
-        " SENTINEL_JOB, SENTINEL_METRIC, SENTINEL_VALUE, SENTINEL_THRESHOLD, SENTINEL_COUNT")
-    add("--secret-file", metavar="FILE", default=argparse.SUPPRESS,
+        " SENTINEL_JOB, SENTINEL_METRIC, SENTINEL_VALUE, SENTINEL_THRESHOLD, SENTINEL_COUNT;"
+        " what it starts ends with it")
+    add("--secret-file", metavar="FILE",
         help="take samples only from agents with the same secret; made if there is no FILE")
-    add("--dashboard-token", type=token_argument, metavar="TOKEN|auto", default=argparse.SUPPRESS,
+    add("--dashboard-token", type=token_argument, metavar="TOKEN|auto",
         help="answer only who knows it; auto makes one, which others cannot see in the list of"
         " processes, and prints the whole address")
-    add("--shm-name", type=shm_argument, metavar="NAME", default=argparse.SUPPRESS,
-        help="name of the shared memory (default: sentinel_PORT)")
+    add("--shm-name", type=shm_argument, metavar="NAME",
+        help="name of the shared memory (sentinel_PORT)")
     add("--with-agent", action="store_true", help="watch this machine, too")
     add("--verbose", action="store_true", help="log every sample")
-    parser.set_defaults(alert=[], alert_command=None, secret_file=None, shm_name=None,
-                        dashboard_token=None)
     return parser
 
 
