@@ -236,7 +236,7 @@ class Floods(MasterTest):
             for thread in threads:
                 thread.start()
             start = time.monotonic()
-            while time.monotonic() - start < 4:
+            while time.monotonic() - start < 3:
                 self.assertEqual(get(self.master.page, "/healthz", seconds=2).text, "ok\n")
             ended.set()
             for thread in threads:
@@ -569,7 +569,7 @@ class ManyRudeOnes(MasterTest):
         with idle(self.master.port, 200):
             for thread in threads:
                 thread.start()
-            stays(lambda: row_of(self.master.page, node="honest")["age"] < 3 + UNDISTURBED, 5)
+            stays(lambda: row_of(self.master.page, node="honest")["age"] < 3 + UNDISTURBED, 3.5)
             ended.set()
             for thread in threads:
                 thread.join()
