@@ -27,6 +27,7 @@ import os
 import pickle
 import platform
 import random
+import resource
 import selectors
 import shutil
 import signal
@@ -214,6 +215,16 @@ def need(*names):
     raise Missing(names[0])
 
 
+def need_descriptors(count):
+    """Have so many for this process and what it starts; Missing when the system allows fewer."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if 0 <= hard < count:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))
+        except (ValueError, OSError):
+            raise Missing("%d file descriptors (ulimit -n)" % count) from None
+
+
 def free_port():
     return support.closed_port()
 
@@ -323,6 +334,7 @@ class Fleet:
     before_load = None
 
     def __init__(self, stage, count, pace="even", bridge=False, patch="", churn=0):
+        need_descriptors(count * (2 if bridge else 1) + 200)
         self.count, self.samples = count, stage.samples_file()
         self.options = ["--pace", pace, "--churn", churn, "--samples", self.samples]
         self.bridged, self.patch = bridge, patch
