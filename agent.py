@@ -148,12 +148,11 @@ class PsutilProbe(Probe):
     def read(self, path: str, limit: int = FILE_BYTES) -> str:
         import psutil
         times, ram, swap = psutil.cpu_times(), psutil.virtual_memory(), psutil.swap_memory()
-        ticks = 100 * (sum(times) - times.idle), 100 * times.idle
+        ticks = 100 * (sum(times) - times.idle), 100 * times.idle, "\ncpu" * (os.cpu_count() or 1)
         kib = ram.total >> 10, ram.available >> 10, swap.total >> 10, swap.free >> 10
-        return str({
-            "proc/stat": "cpu %d 0 0 %d 0 0 0 0" % ticks + "\ncpu" * psutil.cpu_count() + "\n",
-            "proc/meminfo": "MemTotal: %d MemAvailable: %d SwapTotal: %d SwapFree: %d" % kib,
-            "proc/loadavg": "%f 0/%d" % (os.getloadavg()[0], len(psutil.pids()))}[path])
+        return {"proc/stat": "cpu %d 0 0 %d 0 0 0 0%s\n" % ticks,
+                "proc/meminfo": "MemTotal: %d MemAvailable: %d SwapTotal: %d SwapFree: %d" % kib,
+                "proc/loadavg": "%f 0/%d" % (os.getloadavg()[0], len(psutil.pids()))}[path]
 
 
 # ---- Rates: counters into change per second --------------------------------------------------
@@ -184,8 +183,10 @@ def collect(readers: Iterable[Callable[[], Reading]]) -> Sample:
     """Return all that the readers know; one that fails leaves out the rest of its keys."""
     known: Sample = {}
     for reader in readers:
-        with contextlib.suppress(OSError, ValueError, LookupError):
-            known.update(reader())                  # unknown is no key, not zero
+        try:
+            known.update(reader())
+        except (OSError, ValueError, LookupError):  # unknown is no key, not zero
+            pass
     return known
 
 
@@ -260,7 +261,7 @@ class Sampler:
         yield "cpu", self.percent
 
     def read_memory(self) -> Reading:
-        total, available, swap, unused = parse_meminfo(self.probe.read("proc/meminfo", 2048))
+        total, available, swap, unused = parse_meminfo(self.probe.read("proc/meminfo", 1024))
         yield "ram", round(100.0 * (total - available) / total, 1)
         yield "mem_total", total
         yield "mem_used", float(total - available)
@@ -385,12 +386,13 @@ class Link:
         if self.sock is None:
             return
         try:
-            if select.select([self.sock], [], [], 0)[0]:
-                text = self.sock.recv(ANSWER_BYTES).decode("utf-8", "replace")
-                if "ok\n" in text:
+            with contextlib.suppress(BlockingIOError):
+                text = self.sock.recv(ANSWER_BYTES)
+                if b"ok\n" in text:
                     self.heard, self.answered, self.ever_answered = time.monotonic(), True, True
-                if "error " in text or not text:
-                    raise OSError(text.partition("error ")[2].strip() or "it closed the connection")
+                if b"error " in text or not text:
+                    raise OSError(text.partition(b"error ")[2].decode("utf-8", "replace").strip()
+                                  or "it closed the connection")
             if time.monotonic() - self.heard > self.patience:
                 self.sock.send(pickle.dumps({"bye": "reconnecting"}, protocol=4))
                 raise OSError("no answer for %.0f s" % self.patience)
@@ -444,15 +446,15 @@ class Report(Dict[str, Tuple[float, float, float]]):
 
     def add(self, sample: Sample, seconds: float) -> None:
         """Count a sample that covers so many seconds."""
-        for key in {"cpu", "job_cpu", "mem_used", "job_mem", "gpu"} & set(sample):
-            value, (known, mean, peak) = float(sample[key]), self.get(key, (0.0, 0.0, 0.0))
-            mean += (value - mean) * seconds / (known + seconds)
-            self[key] = known + seconds, mean, max(peak, value)
+        for key in "cpu", "job_cpu", "mem_used", "job_mem", "gpu":
+            if key in sample:
+                value, (known, mean, peak) = float(sample[key]), self.get(key, (0.0, 0.0, 0.0))
+                mean += (value - mean) * seconds / (known + seconds)
+                self[key] = known + seconds, mean, max(peak, value)
 
     def lines(self, ended: str, last: Sample) -> Iterable[str]:
         """Yield the report for people, a line a subject."""
-        cpu = "job_cpu" if "job_cpu" in self else "cpu"
-        job = "job_" if "job_mem" in self else ""
+        cpu, job = "job_cpu" if "job_cpu" in self else "cpu", "job_" if "job_mem" in self else ""
         minutes, seconds = divmod(round(self["cpu"][0]), 60)
         yield "%s after %d:%02d:%02d" % (ended, minutes // 60, minutes % 60, seconds)
         yield "CPU mean %.1f %%, peak %.1f %% of %s CPUs" % (
@@ -502,15 +504,14 @@ class Agent:
     def watch(self) -> None:
         """Sample and send on the beat until the end."""
         threading.Thread(target=self.sampler.refresh_for_ever, daemon=True).start()
-        gap = min(FIRST_SECONDS, self.args.interval)
-        beat = self.sampler.now + gap
+        beat = self.sampler.now + FIRST_SECONDS
         while not self.ending:
             now = time.monotonic()
             if now >= self.link.retry_at:
                 self.link.retry_at = math.inf
                 threading.Thread(target=self.link.dial, args=(self.wake,), daemon=True).start()
             if self.link.sock is not None and not self.link.sent:   # the master waits for it
-                beat = min(beat, max(self.sampler.now + gap, now))
+                beat = min(beat, max(self.sampler.now + FIRST_SECONDS, now))
             if now >= beat:
                 self.link.exchange(self.take())
                 beat += self.args.interval * (1 + (now - beat) // self.args.interval)
@@ -549,7 +550,7 @@ class Agent:
         self.report.add(sample, self.sampler.now - before)
         if self.args.verbose:
             log(repr(sample))
-        elif sys.stderr.isatty() and not self.command:
+        elif self.args.live:
             state = "acknowledged by" if self.link.answered else "no answer from"
             log("cpu %(cpu)s %%, ram %(ram)s %%, " % sample + state + " " + self.link.peer, end="")
         return sample
@@ -583,25 +584,23 @@ def read_secret(path: str) -> bytes:
     with open(path, "rb") as file:
         secret, mode = file.read(FILE_BYTES).strip(), os.fstat(file.fileno()).st_mode
     if mode & 0o077 or not secret:
-        raise OSError("%s is %s" % (path, "empty: put the master's secret into it" if not secret
-                      else "readable by others: chmod 600 it"))
+        raise OSError("%s is empty or others can read it: chmod 600 it" % path)
     return secret
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; the environment has defaults, for job scripts."""
-    environ = os.environ
+    get = os.environ.get
     parser = argparse.ArgumentParser(
         prog="agent.py", usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--host", metavar="HOST[:PORT][,NEXT...]", default=environ.get("SENTINEL_HOST")
+    add("--host", metavar="HOST[:PORT][,NEXT...]", default=get("SENTINEL_HOST")
         or "127.0.0.1", help="the master; several are tried in turn (SENTINEL_HOST)")
-    add("--port", default=environ.get("SENTINEL_PORT") or "13579", help="its port (SENTINEL_PORT)")
+    add("--port", default=get("SENTINEL_PORT") or "13579", help="its port (SENTINEL_PORT)")
     add("--interval", default="2", metavar="SECONDS", help="from one sample to the next (2)")
     add("--name", metavar="NODE", help="what this node is called (SLURMD_NODENAME or hostname)")
-    add("--secret-file", metavar="FILE", default=environ.get("SENTINEL_SECRET_FILE"),
-        help="holds what the master's --secret-file holds (SENTINEL_SECRET_FILE)")
+    add("--secret-file", metavar="FILE", default=get("SENTINEL_SECRET_FILE"), help="the master's")
     add("--procfs", metavar="DIR", default="/proc", help="where proc(5) is (/proc)")
     add("--sysfs", metavar="DIR", default="/sys", help="where sysfs(5) is (/sys)")
     add("--report", metavar="FILE", help="write the end-of-job report there as JSON, too")
@@ -626,6 +625,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             parser.error("--%s %r; allowed: %s" % (flag, text, allowed))
     args.interval = float(args.interval)
     args.piped = not (args.command or sys.stdout is None or sys.stdout.isatty())
+    args.live = not args.command and sys.stderr is not None and sys.stderr.isatty()
     hosts = [(a or b, int(port or args.port)) for a, b, port in re.findall(HOST, args.host)]
     try:
         secret = read_secret(args.secret_file) if args.secret_file else b""
