@@ -536,7 +536,7 @@ class SharedMemoryFull(unittest.TestCase):
                 agent = stack.enter_context(PlainAgent(port))
                 agent.send({"cpu": number, "ram": 1, "node": "n%d" % number, "ack": True})
                 self.assertEqual(agent.read_line(), "ok")
-            self.assertEqual({row["cpu"] for row in nodes(page)}, set(range(64)))
+            eventually(lambda: {row["cpu"] for row in nodes(page)} == set(range(64)))
             collector = int(re.findall(r"collector started, pid (\d+)", tool.log)[-1])
             os.kill(collector, signal.SIGKILL)
             eventually(lambda: tool.log.count("collector started") > 1

@@ -175,7 +175,7 @@ class Locale(MasterTest):
             agent.send({"cpu": 90 + number, "ram": 1, "node": name})
             self.master.logged("SENTINEL_NODE=" + name)
             self.row(node=name)
-        self.assertEqual(len(events(self.master.page, "alert")), 4)
+        eventually(lambda: len(events(self.master.page, "alert")) == 4)
 
 
 class Queue(unittest.TestCase):
