@@ -328,7 +328,7 @@ class RealAgent(MasterTest):
                        or nodes(master.page)[0]["cpu"] != row["cpu"])
             children = support.descendants(master.pid)
             self.assertEqual(master.stop(), 0)
-            self.assertNotIn("lost", master.log)
+            self.assertNotRegex(master.log, "CRITICAL WARNING: .* lost")
         eventually(lambda: not any(map(support.alive, children)))
 
 
