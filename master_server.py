@@ -484,6 +484,7 @@ class Table:
                              " --max-agents" % (size, error.strerror)) from None
         HEADER.pack_into(table.buf, table.header_at, MAGIC, LAYOUT, capacity, os.getpid(),
                          start_time(os.getpid()))
+        COUNTS.pack_into(table.buf, table.counts_at, 0, 0, time.monotonic(), 0)
         table.load()
         return table
 
@@ -1892,12 +1893,14 @@ class AgentProcess(subprocess.Popen):  # type: ignore[type-arg]
 
 
 class Supervisor:
-    """Starts the roles (and the agent), starts again what ends, stops all on SIGINT or SIGTERM."""
+    """Starts the roles (and the agent), starts again what ends, stops all on SIGINT or SIGTERM.
 
-    def __init__(self, listeners: Dict[str, socket.socket], table: Table,
-                 options: argparse.Namespace) -> None:
-        self.listeners, self.table, self.options = listeners, table, options
-        self.names = list(listeners) + ["agent"] * options.with_agent
+    A new one takes the signals over, so that whatever is made next is also removed again.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.names = ["collector", "dashboard"] + ["agent"] * options.with_agent
         self.lock: Any = None
         self.running: Dict[str, Any] = {}                       # name -> process
         self.signals: List[int] = []
@@ -1905,25 +1908,28 @@ class Supervisor:
         self.delay = dict.fromkeys(self.names, 0.0)             # seconds from then to the next
         self.trouble: Dict[str, str] = {}                       # name -> why it cannot start
 
-    def run(self) -> None:
-        """Supervise until a signal comes."""
-        wakeup, wakeup_end = os.pipe()
+        self.wakeup, wakeup_end = os.pipe()
         os.set_blocking(wakeup_end, False)
         signal.set_wakeup_fd(wakeup_end)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: self.signals.append(number))
+
+    def run(self, listeners: Dict[str, socket.socket], table: Table) -> None:
+        """Supervise until a signal comes."""
+        self.listeners, self.table = listeners, table
         self.new_lock()
         try:
             while not self.signals:
                 self.start_missing()
                 waits = [self.delay[name] for name in self.names if name not in self.running]
                 multiprocessing.connection.wait(
-                    [wakeup] + [process.sentinel for process in self.running.values()],
+                    [self.wakeup] + [process.sentinel for process in self.running.values()],
                     min(waits) if waits else None)
                 self.reap()
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
+            self.stop(["agent"])        # first: while there is somebody to say goodbye to
             self.stop(self.names)
 
     def new_lock(self) -> None:
@@ -2131,6 +2137,7 @@ def run_master(options: argparse.Namespace) -> int:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(ValueError, OSError):          # macOS says unlimited, and means less
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    supervisor = Supervisor(options)
     with contextlib.ExitStack() as stack:
         listeners = {
             "collector": stack.enter_context(open_listener("--", options.host, options.port)),
@@ -2152,7 +2159,7 @@ def run_master(options: argparse.Namespace) -> int:
         if options.host not in LOOPBACK and not options.secret:
             log.warning("anybody who reaches port %d can send samples: --secret-file keeps"
                         " strangers out", options.port)
-        Supervisor(listeners, table, options).run()
+        supervisor.run(listeners, table)
     log.info("stopped")
     return 0
 
