@@ -460,13 +460,13 @@ class Report(Dict[str, Tuple[float, float, float]]):
         yield "CPU mean %.1f %%, peak %.1f %% of %s CPUs" % (
             self[cpu][1:] + (last.get(cpu + "s"),))
         peak = self["job_mem" if job else "mem_used"][2] / 2 ** 30
-        limit = float(last.get("job_mem_limit" if job else "mem_total", 0)) / 2 ** 30
+        limit = float(last.get(job + "mem_limit", last.get("mem_total", 0))) / 2 ** 30
         yield "memory peak %.2f GB of %.2f GB" % (peak, limit)
         if "gpu" in self:
             yield "GPU mean %.1f %% of %s" % (self["gpu"][1], last.get("gpus"))
         unit, name = (1.0, "G") if peak >= 1 else (0.1, "00M")
         need = math.ceil(1.2 * peak / unit)             # a fifth more than the peak
-        if job and limit and (need * unit < 0.8 * limit or peak > 0.9 * limit):
+        if "job_mem_limit" in last and (need * unit < 0.8 * limit or peak > 0.9 * limit):
             yield "asked for %.1f GB: --mem=%d%s would do" % (limit, need, name)
 
 
@@ -597,7 +597,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--host", metavar="HOST[:PORT][,NEXT...]", default=get("SENTINEL_HOST")
         or "127.0.0.1", help="the master; several are tried in turn (SENTINEL_HOST)")
-    add("--port", default=get("SENTINEL_PORT") or "13579", help="its port (SENTINEL_PORT or 13579)")
+    add("--port", default=get("SENTINEL_PORT") or "13579", help="its port (SENTINEL_PORT)")
     add("--interval", default="2", metavar="SECONDS", help="from one sample to the next (2)")
     add("--name", metavar="NODE", help="what this node is called (SLURMD_NODENAME or hostname)")
     add("--secret-file", metavar="FILE", default=get("SENTINEL_SECRET_FILE"), help="the master's")

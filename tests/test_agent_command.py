@@ -1,0 +1,342 @@
+"""The agent around a command, the end-of-job report, and what a terminal shows."""
+
+import json
+import os
+import pickle
+import pty
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+
+import support
+from support import eventually
+from test_agent_link import DummyServer, start_agent
+
+sys.path.insert(0, support.ROOT)
+import agent
+
+JOB = {"SLURM_JOB_ID": "42", "SLURM_JOB_NAME": "train", "SLURM_JOB_END_TIME": "4102444800",
+       "SLURM_JOB_CPUS_PER_NODE": "4", "SLURM_NODEID": "0", "SLURMD_NODENAME": "c1"}
+
+
+def around(*command, port=None, **more):
+    """Run a command under an agent that has no master, or one at `port`, to its end."""
+    return support.run("agent.py", "--port", port or support.closed_port(), "--", *command, **more)
+
+
+class Command(unittest.TestCase):
+    def test_it_ends_with_the_exit_code_of_the_command(self):
+        for script, code in (("exit 0", 0), ("exit 3", 3), ("exit 255", 255),
+                             ("kill -TERM $$", 143), ("kill -KILL $$", 137),
+                             ("kill -SEGV $$", 139)):
+            with self.subTest(script):
+                self.assertEqual(around("sh", "-c", script).returncode, code)
+
+    def test_no_such_command_is_127_and_one_that_cannot_run_126(self):
+        for name, code, words in (("./nonexistent", 127, "No such file"),
+                                  ("/etc", 126, "Permission denied")):
+            done = around(name)
+            self.assertEqual(done.returncode, code)
+            self.assertRegex(done.stderr, r"\Aerror: [^\n]*%s[^\n]*%s[^\n]*\n\Z" % (words, name))
+
+    def test_its_streams_are_those_of_the_command(self):
+        done = around("sh", "-c", "cat; echo talk >&2", stdin="data\n")
+        self.assertEqual(done.stdout, "data\n")
+        self.assertIn("talk\n", done.stderr)
+
+    def test_its_words_reach_the_command_as_they_are(self):
+        words = ["--host", "x", "--", "-c", "a b", "", "\u00e4"]
+        done = around(sys.executable, "-c", "import sys; print(ascii(sys.argv[1:]))", *words)
+        self.assertEqual(done.stdout, ascii(words) + "\n")
+
+    def test_files_that_it_inherited_reach_the_command(self):
+        reader, writer = os.pipe()      # as PMI_FD of srun --mpi=pmi2
+        os.set_inheritable(writer, True)
+        with open(reader, "rb") as file:
+            done = subprocess.run(
+                [support.PYTHON, os.path.join(support.ROOT, "agent.py"), "--port",
+                 str(support.closed_port()), "--", sys.executable, "-c",
+                 "import os; os.write(%d, b'here')" % writer],
+                close_fds=False, stderr=subprocess.DEVNULL, timeout=20)
+            os.close(writer)
+            self.assertEqual((done.returncode, file.read()), (0, b"here"))
+
+    def test_a_master_that_is_not_there_neither_delays_nor_fails_it(self):
+        began = time.monotonic()
+        bare = support.run("-c", "pass")
+        bare_seconds = time.monotonic() - began
+        self.assertEqual(bare.returncode, 0)
+        for host in ("127.0.0.1", "no-such-host.invalid", "192.0.2.1"):      # TEST-NET-1
+            with self.subTest(host):
+                began = time.monotonic()
+                done = around("true", env={"SENTINEL_HOST": host})
+                self.assertEqual(done.returncode, 0)
+                self.assertLess(time.monotonic() - began, bare_seconds + 1.5)
+
+    def test_a_master_that_hangs_delays_it_by_no_more_than_its_goodbye(self):
+        with DummyServer() as server:
+            server.listener.close()
+            began = time.monotonic()
+            self.assertEqual(around("true", port=server.port).returncode, 0)
+            self.assertLess(time.monotonic() - began, 3)
+
+    def test_the_goodbye_has_its_exit_code_and_the_report(self):
+        with DummyServer(answer=b"ok\n") as server:
+            for script, bye in (("sleep 0.6; exit 3", "exit 3"), ("sleep 0.6", "exit 0"),
+                                ("sleep 0.6; kill -KILL $$", "SIGKILL")):
+                with self.subTest(script):
+                    around("sh", "-c", script, port=server.port)
+                    last = eventually(lambda: server.dicts and "bye" in server.dicts[-1]
+                                      and server.dicts[-1])
+                    self.assertEqual(last["bye"], bye)
+                    self.assertRegex(last["report"], "%s after 0:00:0[01]; CPU mean .*memory peak"
+                                     % bye)
+                    self.assertLessEqual(len(last["report"].encode()), 255)
+                    self.assertTrue([s for s in server.dicts if "cpu" in s])
+                    server.samples.clear()
+
+    def test_signals_reach_the_command(self):
+        script = ("for s in TERM INT HUP USR1 USR2; do trap \"echo got $s\" $s; done; echo ready;"
+                  " i=0; while [ $i -lt 400 ]; do i=$((i+1)); sleep 0.05; done")
+        with start_agent("--port", support.closed_port(), "--", "sh", "-c", script) as tool:
+            eventually(lambda: "ready" in tool.out)
+            for name in ("INT", "HUP", "USR1", "USR2", "TERM", "USR1"):     # after TERM, too
+                before = tool.out.count("got " + name)
+                tool.send_signal(getattr(signal, "SIG" + name))
+                eventually(lambda name=name, before=before:
+                           tool.out.count("got " + name) == before + 1)
+                self.assertIsNone(tool.code)
+            tool.kill()
+
+    def test_what_is_typed_at_a_terminal_reaches_the_command_once(self):
+        program = ("import signal, time\nseen = []\n"
+                   "signal.signal(signal.SIGINT, lambda *a: seen.append(1))\n"
+                   "print('ready', flush=True)\n"
+                   "end = time.monotonic() + 1.5\n"
+                   "while time.monotonic() < end: time.sleep(0.05)\n"
+                   "print('seen', len(seen), flush=True)\n")
+        with Terminal("--port", support.closed_port(), "--", sys.executable, "-c",
+                      program) as terminal:
+            terminal.shows("ready")
+            os.write(terminal.fd, b"\x03")
+            terminal.shows("seen 1")
+
+    def test_sigterm_is_reported_within_two_seconds_though_the_command_stays(self):
+        with DummyServer(answer=b"ok\n") as server, start_agent(
+                "--port", server.port, "--", "sh", "-c",
+                "trap '' TERM; echo ready; i=0; while [ $i -lt 60 ]; do i=$((i+1)); sleep 0.05;"
+                " done; exit 5") as tool:
+            eventually(lambda: server.samples and "ready" in tool.out)
+            tool.send_signal(signal.SIGTERM)
+            tool.logged("report of .*SIGTERM after", 2)
+            eventually(lambda: server.dicts[-1].get("bye") == "SIGTERM", 2)
+            self.assertIsNone(tool.code)
+            self.assertEqual(tool.wait(), 5)
+            self.assertNotIn("lost the master", tool.log)
+
+    def test_the_command_goes_on_when_watching_fails(self):
+        with start_agent("--port", support.closed_port(), "--", "sh", "-c", "sleep 1; exit 4",
+                         patch="agent.Sampler.sample = None") as tool:
+            self.assertEqual(tool.wait(), 1)        # not even started: there is nothing to watch
+        patch = ("import time\ndef fail(self, *a):\n    raise RuntimeError('odd')\n"
+                 "agent.Link.exchange = fail")
+        with start_agent("--port", support.closed_port(), "--", "sh", "-c", "sleep 1; exit 4",
+                         patch=patch) as tool:
+            tool.logged("stopped watching: RuntimeError")
+            self.assertEqual(tool.wait(), 4)
+
+    def test_a_log_that_nobody_reads_stops_nothing(self):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(
+            [support.PYTHON, os.path.join(support.ROOT, "agent.py"), "--port",
+             str(support.closed_port()), "--", "sh", "-c", "sleep 0.5; exit 6"],
+            stderr=writer, timeout=20)
+        os.close(writer)
+        self.assertEqual(done.returncode, 6)
+
+
+class Reports(unittest.TestCase):
+    GIB = 2 ** 30
+
+    def lines(self, **last):
+        """The report of two samples, 10 s each."""
+        report = agent.Report()
+        first = dict(last, cpu=0.0, job_cpu=20.0) if "job_cpu" in last else dict(last, cpu=0.0)
+        for sample in (first, last):
+            report.add(sample, 10.0)
+        return list(report.lines("exit 0", last))
+
+    def test_it_says_what_was_used_of_what_was_asked_for(self):
+        text = self.lines(cpu=50.0, job_cpu=30.0, cpus=64, job_cpus=4, job_mem=11.2 * self.GIB,
+                          mem_used=1.0, mem_total=512 * self.GIB, job_mem_limit=64 * self.GIB,
+                          gpu=3.0, gpus=2)
+        self.assertEqual(text, [
+            "exit 0 after 0:00:20", "CPU mean 25.0 %, peak 30.0 % of 4 CPUs",
+            "memory peak 11.20 GB of 64.00 GB", "GPU mean 3.0 % of 2",
+            "asked for 64.0 GB: --mem=14G would do"])
+
+    def test_without_a_job_it_is_about_the_node(self):
+        self.assertEqual(self.lines(cpu=50.0, cpus=2, mem_used=2.0 * self.GIB,
+                                    mem_total=8 * self.GIB), [
+            "exit 0 after 0:00:20", "CPU mean 25.0 %, peak 50.0 % of 2 CPUs",
+            "memory peak 2.00 GB of 8.00 GB"])
+
+    def test_memory_is_advised_on_when_it_was_too_much_or_nearly_too_little(self):
+        for peak, limit, advice in ((0.2, 0.6, "--mem=300M"), (0.55, 0.6, "--mem=700M"),
+                                    (5.0, 6.5, None), (10.0, 10.0, "--mem=12G"),
+                                    (1.0, 64.0, "--mem=2G"), (0.01, 0.1, None),
+                                    (0.001, 4.0, "--mem=100M")):
+            text = "; ".join(self.lines(
+                cpu=1.0, job_cpu=1.0, cpus=2, job_cpus=2, job_mem=peak * self.GIB, mem_used=1.0,
+                job_mem_limit=limit * self.GIB, mem_total=512 * self.GIB))
+            with self.subTest(text):
+                self.assertEqual(re.findall("--mem=[0-9]+[GM]", text), [advice] if advice else [])
+
+    def test_a_job_without_a_limit_gets_no_advice(self):
+        text = "; ".join(self.lines(cpu=1.0, job_cpu=1.0, cpus=2, job_cpus=2,
+                                    job_mem=self.GIB, mem_used=1.0, mem_total=8 * self.GIB))
+        self.assertNotIn("--mem", text)
+        self.assertIn("memory peak 1.00 GB of 8.00 GB", text)
+
+    def test_each_value_has_the_weight_of_its_time(self):
+        report = agent.Report()
+        report.add({"cpu": 100.0}, 0.25)
+        report.add({"cpu": 0.0}, 9.75)
+        report.add({"gpu": 7.0}, 10.0)
+        self.assertAlmostEqual(report["cpu"][1], 2.5)
+        self.assertEqual(report["cpu"][0], 10.0)
+        self.assertEqual(report["gpu"], (10.0, 7.0, 7.0))
+
+    def test_a_long_job_has_hours(self):
+        report = agent.Report()
+        report.add({"cpu": 1.0, "mem_used": 1.0}, 100 * 3600 + 62)
+        self.assertEqual(list(report.lines("SIGTERM", {}))[0], "SIGTERM after 100:01:02")
+
+    def test_it_comes_at_the_end_of_a_job_and_not_of_a_plain_agent(self):
+        for environ, count in ((JOB, 1), ({}, 0)):
+            with DummyServer(answer=b"ok\n") as server, \
+                    start_agent("--port", server.port, env=environ) as tool:
+                eventually(lambda: server.samples)
+                tool.send_signal(signal.SIGTERM)
+                self.assertEqual(tool.wait(2), 0)
+                self.assertEqual(tool.log.count("SIGTERM after"), count)
+                self.assertEqual("report" in server.dicts[-1], bool(count))
+                self.assertEqual(server.dicts[-1]["bye"], "SIGTERM")
+
+    def test_it_can_be_kept_as_json(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "report.json")
+            support.run("agent.py", "--port", support.closed_port(), "--report", path, "--",
+                        "sleep", "0.5", env=JOB)
+            with open(path) as file:
+                facts = json.load(file)
+            self.assertEqual((facts["node"], facts["job"], facts["ended"]), ("c1", "42", "exit 0"))
+            seconds, mean, peak = facts["totals"]["cpu"]
+            self.assertTrue(0.4 < seconds < 5 and 0 <= mean <= peak <= 100)
+            self.assertRegex(facts["text"][0], "exit 0 after")
+
+    def test_a_report_that_cannot_be_written_is_said_before_the_work_begins(self):
+        done = support.run("agent.py", "--port", support.closed_port(), "--report",
+                           "/nonexistent/report.json", "--", "echo", "ran")
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertRegex(done.stderr, r"\Aerror: [^\n]*/nonexistent/report.json[^\n]*\n\Z")
+
+    def test_the_mean_agrees_with_what_the_command_used(self):
+        """A command that burns half a CPU of this machine; the node's other load is measured."""
+        with open("/proc/stat") as file:
+            before = agent.parse_cpu(file.read())
+        done = around(sys.executable, "-c", "import time\nend = time.monotonic() + 2\n"
+                      "while time.monotonic() < end: pass")
+        with open("/proc/stat") as file:
+            after = agent.parse_cpu(file.read())
+        real = 100 * (1 - (after[0] - before[0]) / (after[1] - before[1]))
+        mean = float(re.search("CPU mean ([0-9.]+) %", done.stderr).group(1))
+        self.assertAlmostEqual(mean, real, delta=10)
+
+
+class Terminal:
+    """An agent on a terminal of its own; .text is what it shows."""
+
+    def __init__(self, *flags, **environ):
+        words = [support.PYTHON, os.path.join(support.ROOT, "agent.py")] + [str(f) for f in flags]
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.environ.update(environ)
+            os.execv(words[0], words)
+        self.chunks, self.status = [], None
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+
+    def read(self):
+        try:
+            for chunk in iter(lambda: os.read(self.fd, 4096), b""):
+                self.chunks.append(chunk)
+        except OSError:         # the other side has ended
+            pass
+
+    @property
+    def text(self):
+        return b"".join(self.chunks).decode("utf-8", "replace")
+
+    def shows(self, pattern, seconds=10):
+        return eventually(lambda: re.search(pattern, self.text), seconds, pattern)
+
+    def wait(self):
+        if self.status is None:
+            self.status = os.waitpid(self.pid, 0)[1]
+        return self.status
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.status is None:
+            os.kill(self.pid, signal.SIGTERM)
+        self.wait()
+        self.reader.join(5)
+        os.close(self.fd)
+
+
+class Screen(unittest.TestCase):
+    def test_a_terminal_shows_one_line_that_is_alive(self):
+        with DummyServer(answer=b"ok\n") as server, \
+                Terminal("--port", server.port, "--interval", "0.2") as terminal:
+            status = r"\r\x1b\[K\d\d:\d\d:\d\d agent: cpu [0-9.]+ %, ram [0-9.]+ %, "
+            terminal.shows(status + "acknowledged by 127.0.0.1:%d" % server.port)
+            eventually(lambda: len(re.findall(status, terminal.text)) > 5)
+            self.assertEqual(terminal.text.count("\n"), 1)      # connected to ...
+            os.write(terminal.fd, b"\x03")
+            self.assertEqual(terminal.wait(), 0)
+        self.assertEqual(server.dicts[-1], {"bye": "SIGINT"})
+
+    def test_it_says_when_nobody_answers(self):
+        with Terminal("--port", support.closed_port(), "--interval", "0.2") as terminal:
+            terminal.shows("no answer from 127.0.0.1:")
+
+    def test_there_are_no_colours_at_all(self):
+        with Terminal("--port", support.closed_port(), "--interval", "0.2",
+                      NO_COLOR="1") as terminal:
+            terminal.shows("no answer from")
+            self.assertNotIn("\x1b[", terminal.text.replace("\r\x1b[K", ""))
+
+    def test_a_file_gets_plain_lines(self):
+        with DummyServer(answer=b"ok\n") as server, \
+                start_agent("--port", server.port, "--interval", "0.2") as tool:
+            eventually(lambda: len(server.samples) > 5)
+            self.assertRegex(tool.log, r"\A\d\d:\d\d:\d\d agent: connected to 127.0.0.1:\d+\n\Z")
+
+    def test_verbose_logs_each_sample(self):
+        with DummyServer(answer=b"ok\n") as server, start_agent(
+                "--port", server.port, "--interval", "0.2", "--verbose") as tool:
+            eventually(lambda: tool.log.count("'cpu': ") > 3)
+            self.assertGreater(len(pickle.dumps(server.dicts[0])), 100)
+
+
+if __name__ == "__main__":
+    unittest.main()
