@@ -48,6 +48,7 @@ SAMPLES = 6                 # samples of the real agent that the load takes in t
 SETTLE_SECONDS = 1.0        # length of the windows that must agree
 SETTLE_LIMIT = 30.0
 SETTLED = 0.2               # how far apart, of the larger
+KEEPS_UP = 0.9              # the part of samples or scrapes that must have been done in time
 START_LIMIT = 90.0          # seconds for 10,000 agents to be connected and answered
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 KIB, MIB = 1024.0, 1024.0 ** 2
@@ -628,39 +629,58 @@ def agent_full(stage):
 
 # ---- The master, nobody watching ---------------------------------------------------------
 
-def measure_fleet(stage, fleet, seconds, peers=()):
-    """(share of a core, bytes, shares of the peers) over the time; notes growth, checks losses."""
-    before = fleet.report()
-    shares = cpu_share(seconds, [fleet.master.pid], *([pid] for pid in peers))
-    memory, report = pss_bytes(fleet.master.pid), fleet.report()
-    expected = fleet.count * seconds / INTERVAL
-    if report["sent"] - before["sent"] < 0.8 * expected:
-        print("  the load could not keep up: %d of %d samples" % (
-            report["sent"] - before["sent"], expected), file=sys.stderr)
-    return shares[0], memory, shares[1:]
+def measure_fleet(fleet, seconds, peer=None):
+    """[(share of a core, part of its work that was done in time)] of the master and Prometheus.
+
+    A machine that is too busy lets some scrapes of Prometheus, or answers of the master, come late.
+    """
+    def progress():
+        work = [fleet.report()["answered"] / fleet.count]
+        return work + ([peer.scraped() / (peer.count * peer.values)] if peer else [])
+    tools = [fleet.master] + ([peer.tool] if peer else [])
+    sent, before = fleet.report()["sent"], progress()
+    shares = cpu_share(seconds, *([tool.pid] for tool in tools))
+    sent, after = fleet.report()["sent"] - sent, progress()
+    if sent < KEEPS_UP * fleet.count * seconds / INTERVAL:
+        print("  the load could not keep up: %d samples" % sent, file=sys.stderr)
+    return [(share, (late - early) * INTERVAL / seconds)
+            for share, early, late in zip(shares, before, after)]
+
+
+def note_growth(stage, fleet, share, memory):
+    """Remember what so many agents cost, and what a page of them does."""
+    pages = []
+    for _ in range(5):
+        time.sleep(0.5)                     # one that is not in the cache any more
+        pages.append(fetch(fleet.master.page, seconds=60)[1:])
+    for cost, value in (("CPU", share), ("memory", memory - fleet.empty_pss),
+                        ("page's bytes", len(pages[0][0])),
+                        ("page's time", statistics.median(took for _, took in pages))):
+        stage.growth[cost].append((fleet.count, value))
 
 
 def against_prometheus(stage, count, paces, seconds, cpu_bound=None, memory_bound=None):
-    """A fleet of each pace beside one Prometheus: rows of CPU and memory."""
+    """A fleet of each pace beside one Prometheus: rows of CPU for the same work, and of memory."""
     with Prometheus(stage, count) as peer:
         for pace in paces:
             with Fleet(stage, count, pace) as fleet:
-                share, memory, (theirs,) = measure_fleet(stage, fleet, seconds, [peer.tool.pid])
+                (share, done), (theirs, scraped) = measure_fleet(fleet, seconds, peer)
+                memory, their_memory = pss_bytes(fleet.master.pid), pss_bytes(peer.tool.pid)
                 lost = fleet.report()["lost"]
-            their_memory = pss_bytes(peer.tool.pid)
+                if pace == "even" and not stage.quick:
+                    note_growth(stage, fleet, share, memory)
+            what = "master, %s agents at 2 s, %s: " % (format(count, ","), pace)
+            late = "" if min(done, scraped) > KEEPS_UP else " for %.0f / %.0f %% of the work" % (
+                100 * done, 100 * scraped)
+            yield Row(what + "CPU / Prometheus", share / done / (theirs / scraped), "x", cpu_bound,
+                      "<=" if cpu_bound else "", "%.1f / %.1f %% of a core%s, %d values" % (
+                          100 * share, 100 * theirs, late, peer.values))
             if pace == "even":
-                stage.growth["CPU"].append((count, share))
-                stage.growth["memory"].append((count, memory - fleet.empty_pss))
-            what = "master, %s agents at 2 s, %s" % (format(count, ","), pace)
-            yield Row(what + ": CPU / Prometheus", share / theirs, "x", cpu_bound,
-                      "<=" if cpu_bound else "", "%.1f / %.1f %% of a core, %d values" % (
-                          100 * share, 100 * theirs, peer.values))
-            if pace == "even":
-                yield Row(what + ": memory / Prometheus", memory / their_memory, "x",
+                yield Row(what + "memory / Prometheus", memory / their_memory, "x",
                           memory_bound, "<=" if memory_bound else "",
                           "%.0f / %.0f MiB" % (memory / MIB, their_memory / MIB))
             if lost:
-                yield at_most(what + ": false lost", lost, "", 0)
+                yield at_most(what + "false lost", lost, "", 0)
 
 
 @bench(quick=True)
@@ -687,15 +707,16 @@ def master_10000(stage):
     """10,000 agents at 2 s for 60 s, evenly and then all of them at once every 2 s."""
     for pace in ("even", "burst"):
         with Fleet(stage, 10000, pace) as fleet:
-            share, memory, _ = measure_fleet(stage, fleet, 60)
-            report = fleet.report()
+            (share, done), = measure_fleet(fleet, 60)
+            memory, report = pss_bytes(fleet.master.pid), fleet.report()
+            if pace == "even":
+                note_growth(stage, fleet, share, memory)
         if pace == "even":
-            stage.growth["CPU"].append((10000, share))
-            stage.growth["memory"].append((10000, memory - fleet.empty_pss))
             yield at_most("master, 10,000 agents: memory (PSS) an agent",
                           memory / 10000 / KIB, "KiB", 48, "%.0f MiB in all" % (memory / MIB))
         yield at_most("master, 10,000 agents at 2 s, %s: CPU" % pace, 100 * share,
-                      "% of a core", 60, "%.0f us a sample" % (share * INTERVAL / 10000 * 1e6))
+                      "% of a core", 60, "%.0f us a sample, %.0f %% of them answered in time" % (
+                          share * INTERVAL / 10000 / done * 1e6, 100 * done))
         yield at_most("master, 10,000 agents at 2 s, %s: false lost in 60 s" % pace,
                       report["lost"], "", 0, " ".join(report["reasons"]))
 
@@ -705,8 +726,8 @@ def growth(stage):
     """The exponent of each cost of the master over the number of agents, from the benches above."""
     for cost, points in stage.growth.items():
         if len(points) >= 3:
-            yield told("growth of the master's %s with agents: exponent" % cost,
-                       fit_exponent(points), "", ", ".join("%d" % n for n, _ in points))
+            yield told("growth with agents of the master's %s: exponent" % cost,
+                       fit_exponent(points), "", "%d to %d agents" % (points[0][0], points[-1][0]))
 
 
 # ---- The page ----------------------------------------------------------------------------
