@@ -418,7 +418,7 @@ class Snapshot:
                 self.nodes.append(node)
         rows = [EVENT.unpack_from(ring, n % EVENTS * EVENT.size)
                 for n in range(max(0, count - EVENTS), count)]
-        self.events = [dict(zip(EVENT_KEYS, map(known, row))) for row in rows]
+        self.events: List[Message] = [dict(zip(EVENT_KEYS, map(known, row))) for row in rows]
 
 
 def known(value: Any) -> Union[str, float, None]:
@@ -1109,46 +1109,45 @@ RIGHT = {*NUMBERS, "slot", "age"}       # columns of numbers
 LABELS = dict({m.key: m.label for m in METRICS}, recent="Last 5 min", text="What")
 UNITS = dict({m.key: m.unit for m in METRICS}, age="s")
 SCALES = {"s": {"min": 60, "h": 3600, "d": 86400},
-          "B": {"KiB": 2 ** 10, "MiB": 2 ** 20, "GiB": 2 ** 30, "TiB": 2 ** 40},
-          "B/s": {"KiB/s": 2 ** 10, "MiB/s": 2 ** 20, "GiB/s": 2 ** 30, "TiB/s": 2 ** 40}}
+          "B": {"KiB": 2 ** 10, "MiB": 2 ** 20, "GiB": 2 ** 30, "TiB": 2 ** 40}}
 GRAPHS = tuple(key for key in NUMBERS if key not in (
     "interval", "cpus", "mem_total", "mem_used", "uptime", "gpus", "job_cpus", "job_mem_limit"))
 Query = Dict[str, str]
 STYLE = """
-:root{color-scheme:light dark;--bg:#fff;--fg:#1a1f26;--dim:#586371;--line:#dde2e8;--card:#f4f6f9;
---cpu:#2f6fde;--ram:#0b8a70;--bad:#b3261e;font:clamp(14px,10.5px + .33vw,24px)/1.5 system-ui}
+:root{color-scheme:light dark;overflow-anchor:none;--bg:#fff;--fg:#1a1f26;--dim:#586371;
+--line:#dde2e8;--card:#f4f6f9;--cpu:#2563c9;--ram:#0b8a70;--bad:#b3261e;
+font:clamp(14px,10.5px + .33vw,24px)/1.5 system-ui} [hidden]{display:none}
 @media (prefers-color-scheme:dark){:root{--bg:#0f1318;--fg:#e4e9ef;--dim:#97a3b2;--line:#29313b;
 --card:#171c23;--cpu:#6ea8ff;--ram:#35b79b;--bad:#ff8a80}}
-*{box-sizing:border-box} [hidden]{display:none} :focus-visible{outline:2px solid}
+*{box-sizing:border-box} :focus-visible{outline:2px solid} .bad{color:var(--bad)}
 body{margin:0 auto;max-width:165rem;padding:1rem clamp(.6rem,2vw,2rem);background:var(--bg);
 color:var(--fg);font-variant-numeric:tabular-nums} a{color:var(--cpu)} thead a{color:inherit}
-h1{font-size:1.5rem;margin:0 0 .6rem;line-height:1.2;overflow-wrap:anywhere} .bad{color:var(--bad)}
+h1{font-size:1.5rem;margin:0 0 .6rem;line-height:1.2;overflow-wrap:anywhere} .n{text-align:right}
 small,footer,dt,label,thead th,.axis,.finished{color:var(--dim);font-size:.85rem}
 .old{position:sticky;top:0;z-index:2;margin:0 0 .6rem;padding:.4rem .8rem;background:var(--bad);
 color:var(--bg);font-weight:600} .stale{filter:grayscale(1)} dd{margin:0;font-size:1.35rem}
 dl,.graphs{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:.6rem;margin:0}
 dl div,figure,pre{background:var(--card);padding:.5rem .8rem;margin:0;min-width:0;overflow:auto}
-form{display:flex;flex-wrap:wrap;gap:.5rem .8rem;margin:1rem 0} .n{text-align:right}
-label,dd small{display:grid} label{flex:0 1 10rem;min-width:7rem} [aria-sort]{font-weight:700}
+form{display:flex;flex-wrap:wrap;gap:.5rem .8rem;margin:1rem 0} [aria-sort]{font-weight:700}
+label,dd small{display:grid} label{flex:0 1 10rem;min-width:7rem} .lost,.alert{font-weight:700}
 input,select{font:inherit;color:var(--fg);background:var(--bg);border:1px solid var(--dim);
 padding:.2rem .5rem;min-width:0} section{margin:0 0 1.4rem;min-width:0} .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%} caption,h2{text-align:left;font:600 1.05rem system-ui}
 th,td{text-align:left;padding:.18rem .55rem;border-bottom:1px solid var(--line);font-weight:400;
-white-space:nowrap;position:relative;z-index:0} .lost,.alert{font-weight:700}
+white-space:nowrap;position:relative;z-index:0} .axis{display:flex;justify-content:space-between}
 .job{background:var(--card)} .w{white-space:normal;overflow-wrap:anywhere;min-width:9.6rem}
 .bar{position:absolute;top:2px;left:2px;z-index:-1;width:calc(100% - 4px);height:calc(100% - 4px);
 fill:var(--cpu);opacity:.25} .bar.ram,.bar.job_ram{fill:var(--ram)} .line{width:8rem;height:1.3rem;
-border-bottom:1px solid var(--line)}
+border-bottom:1px solid var(--line)} path.ram{stroke:var(--ram);stroke-dasharray:3 2}
 path{fill:none;stroke:var(--cpu);stroke-width:1.5;vector-effect:non-scaling-stroke}
-path.ram{stroke:var(--ram);stroke-dasharray:3 2} .axis{display:flex;justify-content:space-between}
 .map{position:relative;display:grid;gap:2px;margin-top:.2rem;
 grid-template-columns:repeat(auto-fill,minmax(1.15rem,1fr))} .map .al{outline:2px solid var(--bad)}
 .map a{height:1.15rem;text-align:center;font:700 .8rem/1.15rem system-ui;text-decoration:none;
 color:var(--fg);background:linear-gradient(to top,var(--cpu) var(--v),var(--line) 0)}
 .map a:hover::after,.map a:focus::after{content:attr(aria-label);position:absolute;bottom:100%;
 left:0;right:0;font:1rem/1.6 system-ui;text-align:left;background:var(--bg)}
+.map .al::before{content:"!"} figure .line{display:block;width:100%;height:6rem}
 .graphs{grid-template-columns:repeat(auto-fill,minmax(min(18rem,100%),1fr));margin:0 0 1rem}
-figure .line{display:block;width:100%;height:6rem;border-block:1px solid var(--line)}
 @media (min-width:700px){figure:nth-child(-n+2){grid-column:span 2}}
 @media (prefers-reduced-motion:no-preference){.bar rect{transition:width .3s}}
 @media (min-width:1800px){main{display:grid;gap:0 2.5rem;grid-template-columns:minmax(0,1fr) 44rem}
@@ -1176,34 +1175,34 @@ function morph(old, page) {     // an element with an id is kept wherever it goe
 }
 async function update() {
   const mine = ++asked, signal = AbortSignal.timeout(5000);
-  open++;
   try {
+    open++;
     const answer = await fetch(location, {headers: {Accept: "text/html"}, signal});
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     if (mine !== asked) return;     // another one was asked for meanwhile
     if (!answer.ok) throw RangeError(page.body.textContent);
-    const focus = document.activeElement, s = getSelection(), picked = !s.isCollapsed
-      && [s.anchorNode, s.anchorOffset, s.focusNode, s.focusOffset];
+    const focus = document.activeElement, s = getSelection(), picked = s.isCollapsed ? null
+      : [s.anchorNode, s.anchorOffset, s.focusNode, s.focusOffset];
     morph(main, page.querySelector("main"));
     if (focus !== document.activeElement) focus.focus({preventScroll: true});
-    try { if (picked) s.setBaseAndExtent(...picked); } catch (error) { /* that text is gone */ }
+    try { picked && s.setBaseAndExtent(...picked); } catch (error) { /* that text is gone */ }
     document.title = page.title, good = new Date(), notice.hidden = true;
   } catch (error) {
     notice.textContent = `No answer since ${good.toTimeString().slice(0, 8)}, asking every 2 s. `
       + (error instanceof RangeError ? error.message : "");
-    notice.hidden = !main.classList.add("stale");
+    main.classList.add("stale"), notice.hidden = false;
   } finally { open--; }
 }
-function go(how, url) { history[how](null, "", url); update(); }
+function go(how, url) { history[how](null, "", url), update(); }
 addEventListener("popstate", update);
 document.addEventListener("visibilitychange", () => document.hidden || update());
 document.addEventListener("input", event => go("replaceState", "/?" + new URLSearchParams(
   [...new FormData(event.target.form)].filter(([key, value]) => value))));
 document.addEventListener("click", event => {
-  const link = event.target.closest("a[href^='/?']");
-  if (link && !event.ctrlKey && !event.metaKey && !event.shiftKey)
-    event.preventDefault(go("pushState", link.href));
+  const link = event.target.closest("a[href^='/?']"), aside = event.ctrlKey || event.metaKey;
+  if (link && !aside && !event.shiftKey) event.preventDefault(go("pushState", link.href));
 });
+if (location.search.includes("token=")) history.replaceState(null, "", location.pathname);
 setInterval(() => document.hidden || open || update(), 2000);
 """
 PAGE_HTML = """<!DOCTYPE html>
@@ -1233,12 +1232,11 @@ def render_value(key: str, value: Any) -> str:
     """A reading for people: fixed digits and a unit; a dash if it is unknown."""
     if value is None or isinstance(value, str) or key == "time":
         return value or "-" if key != "time" else time.strftime("%T", time.localtime(value))
-    unit, size = UNITS.get(key, ""), 1
-    for name, step in SCALES.get(unit, {}).items():
-        if abs(value) >= step:
-            unit, size = name, step
+    unit, slash, per = UNITS.get(key, "").partition("/")
+    size, unit = max([(1, unit)] + [(size, unit) for unit, size in SCALES.get(unit, {}).items()
+                                    if abs(value) >= size])
     number = "%.*f" % (1 if unit or key == "load1" else 0, value / size)
-    return ((number if len(number) < 9 else "%.0e" % value) + " " + unit).rstrip()
+    return ("%s %s" % (number if len(number) < 9 else "%.0e" % value, unit + slash + per)).rstrip()
 
 
 def name_of(row: Message) -> str:
@@ -1254,8 +1252,8 @@ def path_of(row: Message) -> str:
 
 def natural(value: Any) -> Any:
     """A key to sort by: c2 comes before c10."""
-    return re.sub(r"\d+", lambda digits: digits.group().zfill(20), value.lower()) if isinstance(
-        value, str) else value
+    return value if not isinstance(value, str) else re.sub(
+        r"\d+", lambda digits: digits.group().zfill(20), value.lower())
 
 
 def select(view: Snapshot, query: Query) -> List[Message]:
@@ -1278,40 +1276,38 @@ def select(view: Snapshot, query: Query) -> List[Message]:
              if all(query.get(key) in (None, "", row[key]) for key in ("job", "user"))
              and all(any(word in str(row[key] or "").lower() for key in (
                  *TEXTS, "address", "marks")) for word in words)]
-    known = [row for row in found if row.get(sort.lstrip("-")) is not None]
-    known.sort(key=lambda row: natural(row[sort.lstrip("-")]), reverse=sort.startswith("-"))
-    return known + [row for row in found if row.get(sort.lstrip("-")) is None]
+    key = sort.lstrip("-")
+    known = sorted((row for row in found if row.get(key) is not None),
+                   key=lambda row: natural(row[key]), reverse=sort.startswith("-"))
+    return known + [row for row in found if row.get(key) is None]
 
 
 def gone(view: Snapshot, kind: str) -> List[Message]:
     """The nodes that left like this within GONE_SECONDS and are not back, the newest first."""
     left = {(name_of(event), event["job"]): event for event in view.events
-            if event["kind"] in ("finished", "lost")
-            and view.time - float(event["time"] or 0) < GONE_SECONDS}
-    live = {(name_of(node), node["job"]) for node in view.nodes} if left else set()
-    return sorted((event for key, event in left.items() if key not in live
-                   and event["kind"] == kind), key=lambda event: event["time"], reverse=True)
+            if event["kind"] in ("finished", "lost") and event["time"] > view.time - GONE_SECONDS}
+    for node in view.nodes if left else ():
+        left.pop((name_of(node), node["job"]), None)
+    return [event for event in view.events[::-1] if event["kind"] == kind
+            and left.get((name_of(event), event["job"])) is event]
 
 
 def figures(view: Snapshot, rows: List[Message]) -> Tuple[str, List[Tuple[str, str, str]]]:
     """What matters: (is all well?, [(label, figure, remark)])."""
-    counts = [("alerts", sum(bool(row["alerts"]) for row in rows)),
-              ("idle", sum("idle" in row["marks"] for row in rows)),
-              ("lost", len(gone(view, "lost")))]
+    counts = (("alerts", sum(bool(row["alerts"]) for row in rows)), ("idle", sum(
+        "idle" in row["marks"] for row in rows)), ("lost", len(gone(view, "lost"))))
     trouble = ", ".join("%s: %d" % count for count in counts if count[1]).capitalize()
     if view.beat > STALE_SECONDS:
         trouble = "The collector has been silent for %.0f s: what you see is old" % view.beat
     title = "\u26a0 " + trouble if trouble else "All is well" if rows else "No nodes"
-    if not rows:
-        return title, []
     cards = [("Nodes", "%d" % len(rows), "jobs: %d" % len({row["job"] for row in rows} - {None}))]
-    for key in ("cpu", "ram"):
+    for key in ("cpu", "ram") if rows else ():
         worst, name = max((row[key], name_of(row)) for row in rows)
         cards.append((LABELS[key], "%.1f %%" % (sum(row[key] for row in rows) / len(rows)),
                       "worst: %.1f %% %s" % (worst, name)))
-    age = min(row["age"] for row in rows)
+    age = min([row["age"] for row in rows] or [0])
     cards.append(("Newest sample", render_value("time", view.time - age), "%.1f s ago" % age))
-    return title, cards
+    return title, cards if rows else []
 
 
 def link(query: Query, **state: object) -> str:
@@ -1365,34 +1361,35 @@ class Page:
         for key in columns:
             label: object = LABELS.get(key, key.capitalize())
             order = {key: "ascending", "-" + key: "descending"}.get(sort)
-            if sort:
+            if sort and key != "recent":
                 turned = link(self.query, sort="-" * (sort == key) + key, page="")
                 label = fill('<a href="{}">{}</a>', turned, label)
             head.append(fill('<th scope="col" class="{}"{}>{}</th>', "n" if key in RIGHT else "",
                              fill(' aria-sort="{}"', order) if order else None, label))
-        body = [fill("<tbody>{}{}</tbody>", heading and fill(
-            '<tr><th class="job" scope="rowgroup" colspan="{}">{}</th></tr>', len(columns),
-            heading), [fill('<tr id="{}-{}">{}</tr>', name, row.get("slot") or int(
-                row["time"] * 1e6), [self.cell(key, row) for key in columns]) for row in rows])
-            for heading, rows in bodies]
-        return fill('<section id="{}"><div class="scroll" tabindex="0" role="region"'
-                    ' aria-label="{}"><table><caption>{}</caption><thead><tr>{}</tr></thead>{}'
-                    "</table></div>{}</section>", name, caption, caption, head, body, end)
+        body = [fill('<tbody id="{}-{}">{}{}</tbody>', name, urllib.parse.quote(
+            rows[0].get("job") or "") if heading else "all", heading and fill(
+                '<tr><th class="job" scope="rowgroup" colspan="{}">{}</th></tr>', len(columns),
+                heading), [fill('<tr id="{}_{}">{}</tr>', name, row.get("slot") or int(
+                    row["time"] * 1e6), [self.cell(key, row) for key in columns]) for row in rows])
+                for heading, rows in bodies]
+        return fill('<section id="{}" class="scroll" tabindex="0" aria-label="{}"><table><caption>'
+                    "{}</caption><thead><tr>{}</tr></thead>{}</table>{}</section>", name, caption,
+                    caption, head, body, end)
 
     def form(self) -> Html:
         """The state of the page, to be changed."""
         choices = [(key, "all", sorted({node[key] for node in self.view.nodes if node[key]},
                                        key=natural)) for key in ("job", "user")]
         choices += [("group", "by job", ["no"]), ("map", "cpu", ["ram"])]
-        selects = [fill('<label>{}<select name="{}"><option value="">{}</option>{}</select>'
+        selects = [fill(' <label>{} <select name="{}"><option value="">{}</option>{}</select>'
                         "</label>", key.capitalize(), key, first, [
                             fill("<option{}>{}</option>", Html(
                                 " selected" * (self.query.get(key) == value)), value)
                             for value in values]) for key, first, values in choices if values]
-        return fill('<form role="search"><label>Filter<input type="search" name="q" value="{}">'
-                    '</label>{}<input type="hidden" name="sort" value="{}">'
-                    "<noscript><button>Show</button></noscript></form>", self.query.get("q"),
-                    selects, self.query.get("sort"))
+        return fill('<form role="search"><label>Filter <input type="search" name="q" value="{}">'
+                    '</label>{} <input type="hidden" name="sort" value="{}">'
+                    '<noscript><button type="submit">Show</button></noscript></form>',
+                    self.query.get("q"), selects, self.query.get("sort"))
 
     def map(self) -> Html:
         """A tile for each node, filled as high as its reading."""
@@ -1457,7 +1454,7 @@ class Page:
                    self.view.events[:-NEW_EVENTS - 1:-1])]
         return self.whole(
             title, cards and fill("<dl>{}</dl>", [fill(
-                "<div><dt>{}</dt><dd>{}<small>{}</small></dd></div>", *card) for card in cards]),
+                "<div><dt>{}</dt><dd>{} <small>{}</small></dd></div>", *card) for card in cards]),
             self.form() if self.view.nodes else self.empty(),
             self.map() if len(self.rows) >= MAP_FROM else None,
             self.nodes() if self.rows else None,
@@ -1511,11 +1508,11 @@ def render_csv(view: Snapshot, query: Query, site: Any = None) -> str:
     def field(value: Any) -> str:
         if not isinstance(value, str):
             return "" if value is None else repr(value)
-        return '"%s%s"' % ("'" * value.startswith(tuple("=+-@\uff1d\uff0b\uff0d\uff20")),
-                           value.replace('"', '""'))
+        formula = value.startswith(tuple("=+-@\uff1d\uff0b\uff0d\uff20"))
+        return '"%s%s"' % ("'" * formula, value.replace('"', '""'))
     keys = ["slot", "address", "age", "since", "alerts"] + [metric.key for metric in METRICS]
-    rows = [keys] + [[field(node[key]) for key in keys] for node in view.nodes]
-    return "".join(",".join(row) + "\r\n" for row in rows)
+    return "".join(",".join(row) + "\r\n" for row in [keys] + [
+        [field(node[key]) for key in keys] for node in view.nodes])
 
 
 def render_nodes_text(view: Snapshot, query: Query, site: Any = None) -> str:
@@ -1529,13 +1526,12 @@ def render_nodes_text(view: Snapshot, query: Query, site: Any = None) -> str:
     rows = [[LABELS.get(key, key.capitalize()) for key in keys]] + [
         [name_of(node) if key == "node" else render_value(key, node[key])[:32] for key in keys]
         for node in nodes]
-    widths, (title, cards) = [max(map(columns, row)) for row in zip(*rows)], figures(view, nodes)
-    lines = [" | ".join([title] + [" ".join(card) for card in cards])]
+    (title, cards), widths = figures(view, nodes), [max(map(columns, row)) for row in zip(*rows)]
+    lines, width = [" | ".join([title, *map(" ".join, cards)])], query.get("width", "")
     for row in rows:
         blanks = [" " * (width - columns(text)) for text, width in zip(row, widths)]
         lines.append("  ".join(blank + text if key in RIGHT else text + blank for key, text, blank
                                in zip(keys, row, blanks)).rstrip())
-    width = query.get("width", "")
     return "".join(line[:int(width) if width.isdecimal() else None] + "\n" for line in lines)
 
 
@@ -1570,11 +1566,6 @@ def render_metrics(view: Snapshot, query: Query, site: Any) -> str:
             for label, value in samples if value is not None)) for name, text, samples in families)
 
 
-def render_health(view: Snapshot, query: Query, site: Any) -> str:
-    """ok, and with ?verbose what the master takes; only called while all is well."""
-    return "ok\n" + (str(site.cost["text"]) + "\n" if "verbose" in query else "")
-
-
 HTML, JSON, TEXT = ("text/html; charset=utf-8", "application/json; charset=utf-8",
                     "text/plain; charset=utf-8")
 ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
@@ -1583,7 +1574,8 @@ ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
     "/api/nodes": (JSON, render_nodes_json), "/api/events": (JSON, render_events_json),
     "/nodes.csv": ("text/csv; charset=utf-8", render_csv), "/nodes.txt": (TEXT, render_nodes_text),
     "/metrics": ("text/plain; version=0.0.4; charset=utf-8", render_metrics),
-    "/healthz": (TEXT, render_health)}
+    "/healthz": (TEXT, lambda view, query, site:
+                 "ok\n" + (site.cost["text"] + "\n" if "verbose" in query else ""))}
 
 # ============================================================================
 # Dashboard: sockets -> request -> pages
@@ -1628,20 +1620,20 @@ def parse_request(head: bytes) -> Tuple[str, str, Query, Dict[str, str]]:
 
 def read_request(sock: socket.socket) -> bytes:
     """The bytes of request line and headers, bounded in size and time; HTTPError."""
-    deadline, data, chunk = time.monotonic() + HTTP_SECONDS, b"", b"..."
+    deadline, data, chunk = time.monotonic() + HTTP_SECONDS, b"", b"-"
     while chunk and b"\r\n\r\n" not in data:
-        if data and not data[:1].isalpha():
-            raise HTTPError(400, "this is no HTTP request; if it was https://, try http://")
-        if len(data.partition(b"\r\n")[0]) > MAX_REQUEST_LINE:
-            raise HTTPError(414, "a request line of more than %d bytes" % MAX_REQUEST_LINE)
-        if len(data) > MAX_REQUEST:
-            raise HTTPError(431, "headers of more than %d bytes" % MAX_REQUEST)
         try:
             sock.settimeout(max(0.001, deadline - time.monotonic()))
             chunk = sock.recv(RECEIVE_SIZE)
         except socket.timeout:
             raise HTTPError(408, "no whole request in %g s" % HTTP_SECONDS) from None
         data += chunk
+        if chunk and not data[:1].isalpha():
+            raise HTTPError(400, "this is no HTTP request; if it was https://, try http://")
+        if len(data.partition(b"\r\n")[0]) > MAX_REQUEST_LINE:
+            raise HTTPError(414, "a request line of more than %d bytes" % MAX_REQUEST_LINE)
+        if len(data) > MAX_REQUEST:
+            raise HTTPError(431, "headers of more than %d bytes" % MAX_REQUEST)
     return data[:data.find(b"\r\n\r\n") + 4]
 
 

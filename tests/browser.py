@@ -1,9 +1,9 @@
 """A real Chromium, driven through chromedriver's WebDriver (W3C) by the standard library alone.
 
-    with Browser() as browser:
-        browser.open("http://127.0.0.1:8080/")
-        browser.run("return document.title")
-        browser.find("#nodes a").click()
+with Browser() as browser:
+    browser.open("http://127.0.0.1:8080/")
+    browser.run("return document.title")
+    browser.find("#nodes a").click()
 """
 
 import base64
@@ -20,11 +20,11 @@ import support
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars
     --disable-background-networking --disable-component-update --disable-sync
     --disable-dev-shm-usage""".split()
-ELEMENT = "element-6066-11e4-a52e-4f735466cecf"     # W3C WebDriver, section 12
-LIMIT = 30                                          # seconds for one command
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # W3C WebDriver, section 12
+LIMIT = 30  # seconds for one command
 
 
-class BrowserError(Exception):
+class BrowserError(ValueError):
     """What WebDriver answered: its error's name and message."""
 
 
@@ -52,19 +52,42 @@ class Browser:
         self.folder = tempfile.mkdtemp(prefix="browser-")
         self.port = support.closed_port()
         self.driver = subprocess.Popen(
-            [shutil.which("chromedriver"), "--port=%d" % self.port], stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+            [shutil.which("chromedriver"), "--port=%d" % self.port],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         self.session = ""
         try:
             support.eventually(lambda: self.command("GET", "/status")["ready"])
-            options = {"args": [*FLAGS, "--user-data-dir=" + self.folder,
-                                "--window-size=%d,%d" % (width, height)]}
+            options = {
+                "args": [
+                    *FLAGS,
+                    "--user-data-dir=" + self.folder,
+                    "--window-size=%d,%d" % (width, height),
+                ]
+            }
             if not script:
-                options["prefs"] = {"webkit.webprefs.javascript_enabled": False,
-                                    "profile.managed_default_content_settings.javascript": 2}
-            self.session = "/session/" + self.command("POST", "/session", {"capabilities": {
-                "alwaysMatch": {"goog:chromeOptions": options,
-                                "goog:loggingPrefs": {"browser": "ALL"}}}})["sessionId"]
+                options["prefs"] = {
+                    "webkit.webprefs.javascript_enabled": False,
+                    "profile.managed_default_content_settings.javascript": 2,
+                }
+            self.session = (
+                "/session/"
+                + self.command(
+                    "POST",
+                    "/session",
+                    {
+                        "capabilities": {
+                            "alwaysMatch": {
+                                "goog:chromeOptions": options,
+                                "goog:loggingPrefs": {"browser": "ALL"},
+                            }
+                        }
+                    },
+                )["sessionId"]
+            )
         except BaseException:
             self.close()
             raise
@@ -73,8 +96,9 @@ class Browser:
         """One WebDriver command: its value, or BrowserError."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=LIMIT)
         with contextlib.closing(connection):
-            connection.request(method, self.session + path,
-                               None if values is None else json.dumps(values))
+            connection.request(
+                method, self.session + path, None if values is None else json.dumps(values)
+            )
             response = connection.getresponse()
             value = json.loads(response.read().decode("utf-8"))["value"]
         if response.status != 200:
@@ -125,16 +149,26 @@ class Browser:
     def press(self, *keys):
         """Press and let go of keys, one after another; U+E004 is Tab, U+E007 Enter."""
         actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
-        self.command("POST", "/actions", {"actions": [
-            {"type": "key", "id": "keyboard", "actions": actions}]})
+        self.command(
+            "POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]}
+        )
 
     def show_as(self, width, height, dark=False, scale=1, **features):
         """Be a screen of that size; prefers-reduced-motion and the like by their names with _."""
-        self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height,
-                 deviceScaleFactor=scale, mobile=False)
+        self.cdp(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=scale,
+            mobile=False,
+        )
         media = dict(features, prefers_color_scheme="dark" if dark else "light")
-        self.cdp("Emulation.setEmulatedMedia", features=[
-            {"name": name.replace("_", "-"), "value": value} for name, value in media.items()])
+        self.cdp(
+            "Emulation.setEmulatedMedia",
+            features=[
+                {"name": name.replace("_", "-"), "value": value} for name, value in media.items()
+            ],
+        )
 
     def messages(self):
         """What the browser has to complain about since the last time: console, CSP, network."""

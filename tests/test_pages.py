@@ -19,29 +19,58 @@ import support  # noqa: F401  (puts the tools on the path)
 import master_server as master
 
 NOW = 1700000000.0
-HOSTILE = ["<script>alert(1)</script>", "\"><img src=x onerror=alert(1)>", "' onfocus='x", "a&amp;b",
-           "{0} {} {x} %s %(x)s", "../..", "a/b?c#d e%2f", "=cmd|'/C calc'!A0", "\\\" } 1\n",
-           "\u202eevil", "\uff1dSUM(1)", "학습", "x" * 64]
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "\"><img src=x onerror=alert(1)>",
+    "' onfocus='x",
+    "a&amp;b",
+    "{0} {} {x} %s %(x)s",
+    "../..",
+    "a/b?c#d e%2f",
+    "=cmd|'/C calc'!A0",
+    "\\\" } 1\n",
+    "\u202eevil",
+    "\uff1dSUM(1)",
+    "학습",
+    "x" * 64,
+]
 
 
 def node(slot, **known):
     """A row of a snapshot: what is not given is unknown."""
     row = dict.fromkeys(metric.key for metric in master.METRICS)
-    row.update(slot=slot, address="('10.0.0.%d', 40%03d)" % (slot % 250, slot), cpu=10.0, ram=20.0,
-               age=0.5, since=NOW - 60, alerts=None)
+    row.update(
+        slot=slot,
+        address="('10.0.0.%d', 40%03d)" % (slot % 250, slot),
+        cpu=10.0,
+        ram=20.0,
+        age=0.5,
+        since=NOW - 60,
+        alerts=None,
+    )
     row.update(known)
     return row
 
 
 def event(kind, name, ago=1.0, text="", job=None):
     """An entry of a snapshot's events."""
-    return {"time": NOW - ago, "kind": kind, "node": name, "job": job, "user": None,
-            "address": "('10.0.0.9', 40009)", "cpu": 50.0, "ram": 60.0, "text": text}
+    return {
+        "time": NOW - ago,
+        "kind": kind,
+        "node": name,
+        "job": job,
+        "user": None,
+        "address": "('10.0.0.9', 40009)",
+        "cpu": 50.0,
+        "ram": 60.0,
+        "text": text,
+    }
 
 
 def view(nodes=(), events=(), beat=0.2):
-    return types.SimpleNamespace(time=NOW, capacity=1024, beat=beat, nodes=list(nodes),
-                                 events=list(events), samples=1234)
+    return types.SimpleNamespace(
+        time=NOW, capacity=1024, beat=beat, nodes=list(nodes), events=list(events), samples=1234
+    )
 
 
 def site(**options):
@@ -50,7 +79,8 @@ def site(**options):
     return types.SimpleNamespace(
         options=types.SimpleNamespace(**known),
         cost={"text": "takes 1 %", "seconds": 1.5, "memory": 50000000},
-        series=lambda row, metric, points, step: [math.nan] * points)
+        series=lambda row, metric, points, step: [math.nan] * points,
+    )
 
 
 def render(path, snapshot, **query):
@@ -97,21 +127,37 @@ def words(page):
 def names(page):
     """The nodes of the table of nodes, in their order."""
     table = re.search(r'<section id="nodes">(.*?)</section>', page, re.S).group(1)
-    return [html.unescape(name) for name in re.findall(r'<th scope="row".*?<a [^>]*>(.*?)</a>', table)]
+    return [
+        html.unescape(name) for name in re.findall(r'<th scope="row".*?<a [^>]*>(.*?)</a>', table)
+    ]
 
 
 class Readings(unittest.TestCase):
     def test_a_reading_has_fixed_digits_and_a_unit(self):
         for key, value, text in (
-                ("cpu", 0, "0.0 %"), ("cpu", 100.0, "100.0 %"), ("cpu", 12.345, "12.3 %"),
-                ("mem_used", 0, "0.0 B"), ("mem_used", 1023, "1023.0 B"),
-                ("mem_used", 1024, "1.0 KiB"), ("mem_used", 11.24 * 2**30, "11.2 GiB"),
-                ("mem_used", 3 * 2**50, "3072.0 TiB"), ("net_rx", 2.5e6, "2.4 MiB/s"),
-                ("age", 0.44, "0.4 s"), ("job_time_left", 59.9, "59.9 s"),
-                ("job_time_left", 600, "10.0 min"), ("job_time_left", 11345, "3.2 h"),
-                ("uptime", 86400 * 12.3, "12.3 d"), ("load1", 2, "2.0"), ("load1", 31.96, "32.0"),
-                ("procs", 412.0, "412"), ("cpus", 8.0, "8"), ("node", "c1", "c1"),
-                ("gpu", None, "-"), ("node", None, "-"), ("job", "", "-")):
+            ("cpu", 0, "0.0 %"),
+            ("cpu", 100.0, "100.0 %"),
+            ("cpu", 12.345, "12.3 %"),
+            ("mem_used", 0, "0.0 B"),
+            ("mem_used", 1023, "1023.0 B"),
+            ("mem_used", 1024, "1.0 KiB"),
+            ("mem_used", 11.24 * 2**30, "11.2 GiB"),
+            ("mem_used", 3 * 2**50, "3072.0 TiB"),
+            ("net_rx", 2.5e6, "2.4 MiB/s"),
+            ("age", 0.44, "0.4 s"),
+            ("job_time_left", 59.9, "59.9 s"),
+            ("job_time_left", 600, "10.0 min"),
+            ("job_time_left", 11345, "3.2 h"),
+            ("uptime", 86400 * 12.3, "12.3 d"),
+            ("load1", 2, "2.0"),
+            ("load1", 31.96, "32.0"),
+            ("procs", 412.0, "412"),
+            ("cpus", 8.0, "8"),
+            ("node", "c1", "c1"),
+            ("gpu", None, "-"),
+            ("node", None, "-"),
+            ("job", "", "-"),
+        ):
             with self.subTest(key, value=value):
                 self.assertEqual(master.render_value(key, value), text)
 
@@ -123,32 +169,51 @@ class Readings(unittest.TestCase):
 
     def test_c2_sorts_before_c10_and_a_number_as_a_number(self):
         values = ["c10", "c2", "C1", "c2a", "n", "c1x20", "c1x3"]
-        self.assertEqual(sorted(values, key=master.natural),
-                         ["C1", "c1x3", "c1x20", "c2", "c2a", "c10", "n"])
+        self.assertEqual(
+            sorted(values, key=master.natural), ["C1", "c1x3", "c1x20", "c2", "c2a", "c10", "n"]
+        )
         self.assertEqual(sorted([3.5, 20, 1], key=master.natural), [1, 3.5, 20])
 
 
 class Selection(unittest.TestCase):
-    rows = [node(1, node="c10", job="7", user="ann", cpu=5.0, gpu=1.0),
-            node(2, node="c2", job="7", user="bob", job_name="Train net", cpu=80.0),
-            node(3, cpu=30.0, gpu=9.0)]
+    rows = [
+        node(1, node="c10", job="7", user="ann", cpu=5.0, gpu=1.0),
+        node(2, node="c2", job="7", user="bob", job_name="Train net", cpu=80.0),
+        node(3, cpu=30.0, gpu=9.0),
+    ]
 
     def slots(self, **query):
         return [row["slot"] for row in master.select(view(self.rows), query)]
 
     def test_text_job_and_user_filter(self):
-        for query, slots in (({}, [2, 1, 3]), ({"q": "TRAIN"}, [2]), ({"q": "train bob"}, [2]),
-                             ({"q": "train ann"}, []), ({"q": "10.0.0.3"}, [3]), ({"job": "7"}, [2, 1]),
-                             ({"job": "7", "user": "ann"}, [1]), ({"job": "8"}, []),
-                             ({"q": ""}, [2, 1, 3]), ({"job": "", "user": ""}, [2, 1, 3]),
-                             ({"q": "none"}, [])):
+        for query, slots in (
+            ({}, [2, 1, 3]),
+            ({"q": "TRAIN"}, [2]),
+            ({"q": "train bob"}, [2]),
+            ({"q": "train ann"}, []),
+            ({"q": "10.0.0.3"}, [3]),
+            ({"job": "7"}, [2, 1]),
+            ({"job": "7", "user": "ann"}, [1]),
+            ({"job": "8"}, []),
+            ({"q": ""}, [2, 1, 3]),
+            ({"job": "", "user": ""}, [2, 1, 3]),
+            ({"q": "none"}, []),
+        ):
             with self.subTest(query):
                 self.assertEqual(self.slots(**query), slots)
 
     def test_every_column_sorts_both_ways_and_what_is_unknown_comes_last(self):
-        for sort, slots in (("cpu", [1, 3, 2]), ("-cpu", [2, 3, 1]), ("node", [2, 1, 3]),
-                            ("-node", [1, 2, 3]), ("gpu", [1, 3, 2]), ("-gpu", [3, 1, 2]),
-                            ("slot", [1, 2, 3]), ("-address", [3, 2, 1]), ("-nonsense", [1, 2, 3])):
+        for sort, slots in (
+            ("cpu", [1, 3, 2]),
+            ("-cpu", [2, 3, 1]),
+            ("node", [2, 1, 3]),
+            ("-node", [1, 2, 3]),
+            ("gpu", [1, 3, 2]),
+            ("-gpu", [3, 1, 2]),
+            ("slot", [1, 2, 3]),
+            ("-address", [3, 2, 1]),
+            ("-nonsense", [1, 2, 3]),
+        ):
             with self.subTest(sort):
                 self.assertEqual(self.slots(sort=sort), slots)
         for key in master.COLUMNS:
@@ -170,17 +235,25 @@ class Selection(unittest.TestCase):
         self.assertEqual(self.marks(*[node(n, job="7", cpu=1.0) for n in (1, 2, 3)]), [])
 
     def test_rules_that_fire_are_marks(self):
-        row, = master.select(view([node(1, alerts="cpu>90 job_ram>95_for_30")]), {})
+        (row,) = master.select(view([node(1, alerts="cpu>90 job_ram>95_for_30")]), {})
         self.assertEqual(row["marks"], ["cpu>90", "job_ram>95 for 30"])
 
 
 class Gone(unittest.TestCase):
     def test_who_left_is_listed_for_ten_minutes_unless_it_is_back(self):
-        events = [event("lost", "old", 601), event("lost", "back", 50), event("lost", "twice", 40),
-                  event("finished", "done", 30), event("lost", "twice", 20), event("alert", "x", 5)]
+        events = [
+            event("lost", "old", 601),
+            event("lost", "back", 50),
+            event("lost", "twice", 40),
+            event("finished", "done", 30),
+            event("lost", "twice", 20),
+            event("alert", "x", 5),
+        ]
         snapshot = view([node(1, node="back")], events)
-        self.assertEqual([(row["node"], row["time"]) for row in master.gone(snapshot, "lost")],
-                         [("twice", NOW - 20)])
+        self.assertEqual(
+            [(row["node"], row["time"]) for row in master.gone(snapshot, "lost")],
+            [("twice", NOW - 20)],
+        )
         self.assertEqual([row["node"] for row in master.gone(snapshot, "finished")], ["done"])
 
     def test_the_same_node_in_another_job_is_another_one(self):
@@ -189,11 +262,21 @@ class Gone(unittest.TestCase):
         self.assertEqual(len(master.gone(view([node(1, node="c1", job="1")], events), "lost")), 0)
 
     def test_the_page_lists_the_lost_with_their_last_values_out_of_the_live_table(self):
-        page = render("/", view([node(1, node="c1")], [
-            event("lost", "c9", 65, "no sample for 5 s"), event("finished", "c8", 5, "peak 11.2 GiB")]))
+        page = render(
+            "/",
+            view(
+                [node(1, node="c1")],
+                [
+                    event("lost", "c9", 65, "no sample for 5 s"),
+                    event("finished", "c8", 5, "peak 11.2 GiB"),
+                ],
+            ),
+        )
         self.assertEqual(names(page), ["c1"])
         text = words(page)
-        self.assertRegex(text, r"Recently gone .*c9 - 50\.0 % 60\.0 % \d\d:\d\d:\d\d no sample for 5 s")
+        self.assertRegex(
+            text, r"Recently gone .*c9 - 50\.0 % 60\.0 % \d\d:\d\d:\d\d no sample for 5 s"
+        )
         self.assertRegex(text, r"Recently finished .*c8 .* peak 11\.2 GiB .*Events")
 
     def test_a_finished_node_is_calmer_than_a_lost_one(self):
@@ -211,8 +294,10 @@ class Sentence(unittest.TestCase):
     def test_the_first_words_say_whether_all_is_well(self):
         self.assertEqual(self.title(view([node(1)])), "All is well")
         self.assertEqual(self.title(view()), "No nodes")
-        self.assertEqual(self.title(view([node(1, alerts="cpu>90")], [event("lost", "c9")])),
-                         "\u26a0 Alerts: 1, lost: 1")
+        self.assertEqual(
+            self.title(view([node(1, alerts="cpu>90")], [event("lost", "c9")])),
+            "\u26a0 Alerts: 1, lost: 1",
+        )
 
     def test_a_collector_that_stopped_is_said_instead_of_showing_old_numbers_as_live(self):
         snapshot = view([node(1)], beat=12.0)
@@ -222,7 +307,9 @@ class Sentence(unittest.TestCase):
         self.assertNotIn("sentinel_node_cpu_percent{", render("/metrics", snapshot))
 
     def test_mean_worst_jobs_and_the_newest_sample_are_in_the_summary(self):
-        snapshot = view([node(1, node="a", cpu=10.0, job="1"), node(2, node="b", cpu=90.0, age=3.0)])
+        snapshot = view(
+            [node(1, node="a", cpu=10.0, job="1"), node(2, node="b", cpu=90.0, age=3.0)]
+        )
         text = words(render("/", snapshot))
         self.assertIn("Nodes 2 jobs: 1 CPU 50.0 % worst: 90.0 % b RAM 20.0 %", text)
         self.assertRegex(text, r"Newest sample \d\d:\d\d:\d\d 0\.5 s ago")
@@ -230,14 +317,24 @@ class Sentence(unittest.TestCase):
 
 class Html(unittest.TestCase):
     def pages(self):
-        rows = [node(n, node=name, job=name, job_name=name, user=name, version=name, alerts="cpu>90")
-                for n, name in enumerate(HOSTILE, 1)]
-        events = [event(kind, name, n + k / 4, name, name) for n, name in enumerate(HOSTILE)
-                  for k, kind in enumerate(("lost", "finished", "alert"))]
+        rows = [
+            node(n, node=name, job=name, job_name=name, user=name, version=name, alerts="cpu>90")
+            for n, name in enumerate(HOSTILE, 1)
+        ]
+        events = [
+            event(kind, name, n + k / 4, name, name)
+            for n, name in enumerate(HOSTILE)
+            for k, kind in enumerate(("lost", "finished", "alert"))
+        ]
         many = [dict(row, slot=row["slot"] + 20 * n) for row in rows for n in range(20)]
         for snapshot in (view(rows, events), view([], events), view(many, events)):
-            for query in ({}, {"group": "no"}, {"q": HOSTILE[0]}, {"job": HOSTILE[1], "sort": "-cpu"},
-                          {"sort": HOSTILE[1], "user": HOSTILE[2], "page": "\u0662", "map": HOSTILE[1]}):
+            for query in (
+                {},
+                {"group": "no"},
+                {"q": HOSTILE[0]},
+                {"job": HOSTILE[1], "sort": "-cpu"},
+                {"sort": HOSTILE[1], "user": HOSTILE[2], "page": "\u0662", "map": HOSTILE[1]},
+            ):
                 yield render("/", snapshot, **query)
             for name in HOSTILE:
                 yield render("/node/", snapshot, node=name)
@@ -260,7 +357,9 @@ class Html(unittest.TestCase):
 
     def test_ids_are_unique_on_a_page(self):
         for page in self.pages():
-            ids = [attributes["id"] for _, attributes in Outline(page).elements if "id" in attributes]
+            ids = [
+                attributes["id"] for _, attributes in Outline(page).elements if "id" in attributes
+            ]
             self.assertEqual(len(ids), len(set(ids)), [i for i in ids if ids.count(i) > 1][:4])
 
     def test_the_policy_allows_the_pages_own_style_and_script_and_nothing_else(self):
@@ -276,8 +375,11 @@ class Html(unittest.TestCase):
     def test_the_empty_page_is_small_and_says_what_to_run(self):
         page = master.ROUTES["/"][1](view(), {}, site(host="0.0.0.0", port=4711, secret_file="key"))
         self.assertLess(len(page), 40 * 1024)
-        self.assertIn("python3 agent.py --host %s --port 4711 --secret-file key"
-                      % master.socket.gethostname(), words(page))
+        self.assertIn(
+            "python3 agent.py --host %s --port 4711 --secret-file key"
+            % master.socket.gethostname(),
+            words(page),
+        )
         self.assertIn("python3 agent.py --host 127.0.0.1 --port 13579", words(render("/", view())))
         self.assertNotIn("Nodes", words(page))
 
@@ -290,54 +392,84 @@ class Html(unittest.TestCase):
         self.assertNotIn("agent.py", words(page))
 
     def test_nodes_are_grouped_by_job_with_its_id_name_and_user(self):
-        rows = [node(1, node="c1", job="42", job_name="train", user="ann", cpu=40.0),
-                node(2, node="c2", job="42", job_name="train", user="ann", cpu=50.0), node(3, node="c3")]
-        self.assertIn("Job 42 train \u00b7 ann \u00b7 nodes: 2 \u00b7 CPU: 45.0 %",
-                      words(render("/", view(rows))))
+        rows = [
+            node(1, node="c1", job="42", job_name="train", user="ann", cpu=40.0),
+            node(2, node="c2", job="42", job_name="train", user="ann", cpu=50.0),
+            node(3, node="c3"),
+        ]
+        self.assertIn(
+            "Job 42 train \u00b7 ann \u00b7 nodes: 2 \u00b7 CPU: 45.0 %",
+            words(render("/", view(rows))),
+        )
         self.assertIn("No job", words(render("/", view(rows))))
         flat = words(render("/", view(rows), group="no"))
         self.assertNotIn("No job", flat)
         self.assertIn("Job name", flat)
 
     def test_groups_follow_the_order_of_their_first_node(self):
-        rows = [node(1, node="a", job="1", cpu=10.0), node(2, node="b", job="2", cpu=90.0),
-                node(3, node="c", job="1", cpu=50.0)]
+        rows = [
+            node(1, node="a", job="1", cpu=10.0),
+            node(2, node="b", job="2", cpu=90.0),
+            node(3, node="c", job="1", cpu=50.0),
+        ]
         self.assertEqual(names(render("/", view(rows), sort="-cpu")), ["b", "c", "a"])
 
     def test_a_map_leads_above_sixty_nodes_and_the_table_has_pages_above_a_hundred(self):
         def many(count):
             return view(node(n, node="c%d" % n, cpu=float(n % 101)) for n in range(1, count + 1))
+
         for count, tiles, rows in ((60, 0, 60), (61, 61, 61), (100, 100, 100), (101, 101, 100)):
             page = render("/", many(count))
             self.assertEqual(len(re.findall(r'<a id="t\d+"', page)), tiles)
             self.assertEqual(len(names(page)), rows)
-        self.assertEqual(names(render("/", many(250), page="3")), ["c%d" % n for n in range(201, 251)])
+        self.assertEqual(
+            names(render("/", many(250), page="3")), ["c%d" % n for n in range(201, 251)]
+        )
         for page in ("0", "-1", "x", "4", "9" * 4000):
             self.assertTrue(names(render("/", many(250), page=page)), page)
-        tile = re.search(r'<a id="t95" class="(\S+)" href="/node/c95" aria-label="([^"]*)"',
-                         render("/", many(250)))
+        tile = re.search(
+            r'<a id="t95" class="(\S+)" href="/node/c95" aria-label="([^"]*)"',
+            render("/", many(250)),
+        )
         self.assertEqual(tile.groups(), ("v19", "c95, job -, CPU 95.0 %, RAM 20.0 % "))
         self.assertIn('class="v4"', render("/", many(250), map="ram"))
 
     def test_the_state_of_the_page_stays_in_its_links(self):
-        page = render("/", view(node(n, node="c%d" % n, user="ann") for n in range(1, 150)),
-                      q="c", user="ann", sort="-cpu", page="2", token="secret")
+        page = render(
+            "/",
+            view(node(n, node="c%d" % n, user="ann") for n in range(1, 150)),
+            q="c",
+            user="ann",
+            sort="-cpu",
+            page="2",
+            token="secret",
+        )
         links = [html.unescape(attributes["href"]) for attributes in Outline(page).all("a")]
-        self.assertIn("/?q=c&user=ann&sort=cpu", links)             # turned around, from the first page
+        self.assertIn("/?q=c&user=ann&sort=cpu", links)  # turned around, from the first page
         self.assertIn("/?q=c&user=ann&sort=-cpu&page=1", links)
         self.assertNotIn("secret", page)
 
     def test_a_percentage_has_a_bar_and_never_one_that_is_too_long(self):
         page = render("/", view([node(1, cpu=37.5, gpu=250.0, gpu_mem=-3.0, job_ram=12.0)]))
         self.assertIn('class="bar cpu"', page)
-        self.assertEqual(re.findall(r'<rect width="([^"]*)"', page), ["37.5", "20.0", "12.0", "100"])
+        self.assertEqual(
+            re.findall(r'<rect width="([^"]*)"', page), ["37.5", "20.0", "12.0", "100"]
+        )
 
 
 class NodePage(unittest.TestCase):
     def test_it_shows_every_reading_and_the_nodes_own_events(self):
-        row = node(1, node="c1", job="42", **{key: 1.0 for key in list(master.NUMBERS)[2:]})
-        text = words(render("/node/", view([row, node(2, node="c2")], [
-            event("connected", "c1", 9, "from here"), event("alert", "c2", 5, "not this")]), node="c1"))
+        row = node(1, node="c1", job="42", **dict.fromkeys(list(master.NUMBERS)[2:], 1.0))
+        text = words(
+            render(
+                "/node/",
+                view(
+                    [row, node(2, node="c2")],
+                    [event("connected", "c1", 9, "from here"), event("alert", "c2", 5, "not this")],
+                ),
+                node="c1",
+            )
+        )
         for metric in master.METRICS:
             self.assertIn(metric.label, text)
             self.assertIn(metric.help, text)
@@ -355,7 +487,9 @@ class NodePage(unittest.TestCase):
         self.assertIn('href="/node/10.0.0.7%3A40007"', render("/", view([node(7)])))
 
     def test_one_that_is_gone_shows_how_it_ended_and_a_stranger_is_none(self):
-        text = words(render("/node/", view([], [event("lost", "c1", 5, "no sample for 5 s")]), node="c1"))
+        text = words(
+            render("/node/", view([], [event("lost", "c1", 5, "no sample for 5 s")]), node="c1")
+        )
         self.assertIn("no sample for 5 s", text)
         self.assertEqual(render("/node/", view([node(1, node="c1")]), node="c2"), "")
 
@@ -363,7 +497,9 @@ class NodePage(unittest.TestCase):
         values = {"cpu": [math.nan, 0.0, 100.0, math.nan, 50.0], "net_rx": [0.0, 4096.0]}
         about = site()
         about.series = lambda row, metric, points, step: values.get(metric, [])
-        page = master.ROUTES["/node/"][1](view([node(1, node="c1", net_rx=4096.0)]), {"node": "c1"}, about)
+        page = master.ROUTES["/node/"][1](
+            view([node(1, node="c1", net_rx=4096.0)]), {"node": "c1"}, about
+        )
         self.assertIn('<path class="cpu" d="M1 100L2 0M4 50"/>', page)
         self.assertIn('<path class="net_rx" d="M0 100L1 0"/>', page)
         self.assertIn("0.0 B/s to 4.0 KiB/s", words(page))
@@ -376,18 +512,24 @@ class Past(unittest.TestCase):
     def fill(self, ticks, **known):
         history = master.History()
         for tick in ticks:
-            history.add(view([node(1, node="c1", cpu=float(tick % 100), net_rx=float(tick), **known)]), tick)
+            history.add(
+                view([node(1, node="c1", cpu=float(tick % 100), net_rx=float(tick), **known)]), tick
+            )
         return history
 
     def test_cpu_is_kept_every_tick_and_the_others_every_fifth(self):
         history, row = self.fill(range(1000, 1322)), node(1, node="c1")
         self.assertEqual(history.series(row, "cpu", 3, 1), [19.0, 20.0, 21.0])
         self.assertEqual(history.series(row, "cpu", 300, 1)[0], 1022 % 100)
-        self.assertEqual(history.series(row, "net_rx", 60, 1), [float(n) for n in range(1025, 1321, 5)])
-        self.assertEqual(history.series(row, "cpu", 2, 3), [17.0, 20.0])    # ticks that 3 divides
+        self.assertEqual(
+            history.series(row, "net_rx", 60, 1), [float(n) for n in range(1025, 1321, 5)]
+        )
+        self.assertEqual(history.series(row, "cpu", 2, 3), [17.0, 20.0])  # ticks that 3 divides
 
     def test_a_graph_does_not_jitter_as_time_goes_on(self):
-        shots = [self.fill(range(end)).series(node(1, node="c1"), "cpu", 20, 3) for end in (99, 100, 101)]
+        shots = [
+            self.fill(range(end)).series(node(1, node="c1"), "cpu", 20, 3) for end in (99, 100, 101)
+        ]
         self.assertEqual(shots[1], shots[2])
         self.assertEqual(shots[0][1:], shots[1][:-1])
 
@@ -419,31 +561,41 @@ class Past(unittest.TestCase):
 
     def test_a_node_takes_at_most_ten_kib(self):
         history = self.fill(range(20))
-        (tick, ring), = history.rings.values()
+        ((tick, ring),) = history.rings.values()
         self.assertIsInstance(ring, array.array)
         self.assertLess(sys.getsizeof(ring) + 600, 10 * 1024)
 
     def test_readings_beyond_a_float_are_gaps(self):
         history = self.fill(range(0, 11), disk_read=1e308)
-        page = master.ROUTES["/node/"][1](view([node(1, node="c1", disk_read=1e308)]), {"node": "c1"},
-                                          types.SimpleNamespace(options=None, cost={}, series=history.series))
+        page = master.ROUTES["/node/"][1](
+            view([node(1, node="c1", disk_read=1e308)]),
+            {"node": "c1"},
+            types.SimpleNamespace(options=None, cost={}, series=history.series),
+        )
         self.assertNotIn("inf", page)
 
 
 class Text(unittest.TestCase):
-    rows = [node(1, node="c1", job="42", user="ann", cpu=5.0), node(2, node="학습", job="7", cpu=100.0),
-            node(3, node="c3", cpu=30.0)]
+    rows = [
+        node(1, node="c1", job="42", user="ann", cpu=5.0),
+        node(2, node="학습", job="7", cpu=100.0),
+        node(3, node="c3", cpu=30.0),
+    ]
 
     def test_columns_line_up_also_below_wide_letters(self):
         lines = render("/nodes.txt", view(self.rows)).splitlines()
-        width = [sum(2 if ord(char) > 0x1100 else 1 for char in line[:line.index("%")])
-                 for line in lines[2:]]
+        width = [
+            sum(2 if ord(char) > 0x1100 else 1 for char in line[: line.index("%")])
+            for line in lines[2:]
+        ]
         self.assertEqual(len(set(width)), 1, lines)
         self.assertEqual([line.split()[0] for line in lines[1:]], ["Node", "c1", "c3", "학습"])
         self.assertEqual([line for line in lines if line != line.rstrip()], [])
 
     def test_it_sorts_filters_and_cuts(self):
-        self.assertTrue(render("/nodes.txt", view(self.rows), sort="-cpu").splitlines()[2].startswith("학습"))
+        self.assertTrue(
+            render("/nodes.txt", view(self.rows), sort="-cpu").splitlines()[2].startswith("학습")
+        )
         self.assertEqual(len(render("/nodes.txt", view(self.rows), q="ann").splitlines()), 3)
         for line in render("/nodes.txt", view(self.rows), width="30").splitlines():
             self.assertLessEqual(len(line), 30)
@@ -451,7 +603,9 @@ class Text(unittest.TestCase):
             self.assertIn("('10.0.0.1', 40001)", render("/nodes.txt", view(self.rows), width=width))
 
     def test_it_begins_with_what_matters(self):
-        self.assertTrue(render("/nodes.txt", view(self.rows)).startswith("All is well | Nodes 3 jobs: 2 |"))
+        self.assertTrue(
+            render("/nodes.txt", view(self.rows)).startswith("All is well | Nodes 3 jobs: 2 |")
+        )
         self.assertTrue(render("/nodes.txt", view()).startswith("No nodes\n"))
 
     def test_test_reader_can_do_with_a_snapshot_alone(self):
@@ -466,13 +620,18 @@ class Machines(unittest.TestCase):
         parsed = json.loads(text)
         self.assertEqual(parsed["capacity"], 1024)
         self.assertIsNone(parsed["nodes"][0]["gpu"])
-        self.assertEqual(set(parsed["nodes"][0]), {"slot", "address", "age", "since", "alerts"} | {
-            metric.key for metric in master.METRICS})
+        self.assertEqual(
+            set(parsed["nodes"][0]),
+            {"slot", "address", "age", "since", "alerts"}
+            | {metric.key for metric in master.METRICS},
+        )
 
     def test_csv_is_read_back_by_csv_and_no_cell_is_a_formula(self):
         rows = [node(n, node=name, job_name=name, cpu=1.5) for n, name in enumerate(HOSTILE, 1)]
         table = list(csv.DictReader(io.StringIO(render("/nodes.csv", view(rows)), newline="")))
-        self.assertEqual([row["node"].lstrip("'") for row in table], [name.lstrip("'") for name in HOSTILE])
+        self.assertEqual(
+            [row["node"].lstrip("'") for row in table], [name.lstrip("'") for name in HOSTILE]
+        )
         for row in table:
             self.assertEqual((row["cpu"], row["gpu"]), ("1.5", ""))
             for cell in row.values():
@@ -490,20 +649,28 @@ class Machines(unittest.TestCase):
         label = r'[a-z]+="(?:[^"\\\n]|\\["\\n])*"'
         for line in text.splitlines():
             if not line.startswith("#"):
-                self.assertRegex(line, r"^sentinel_[a-z0-9_]+\{(%s(,%s)*)?\} [-+.e0-9]+$" % (label, label))
+                self.assertRegex(
+                    line, r"^sentinel_[a-z0-9_]+\{(%s(,%s)*)?\} [-+.e0-9]+$" % (label, label)
+                )
         self.assertIn('sentinel_node_cpu_percent{node="twin",job="",user="",slot="51"} 10', text)
 
     def test_prometheus_gets_alerts_losses_and_the_masters_own_cost(self):
-        text = render("/metrics", view([node(1, node="c1", alerts="cpu>90 ram>5")], [event("lost", "c9", 5)]))
-        for line in ('sentinel_node_alert{node="c1",job="",user="",rule="cpu>90"} 1',
-                     'sentinel_node_alert{node="c1",job="",user="",rule="ram>5"} 1',
-                     'sentinel_node_lost{node="c9",job="",user=""} 1', "sentinel_samples_total{} 1234",
-                     "sentinel_master_cpu_seconds_total{} 1.5", "sentinel_nodes{} 1"):
+        text = render(
+            "/metrics", view([node(1, node="c1", alerts="cpu>90 ram>5")], [event("lost", "c9", 5)])
+        )
+        for line in (
+            'sentinel_node_alert{node="c1",job="",user="",rule="cpu>90"} 1',
+            'sentinel_node_alert{node="c1",job="",user="",rule="ram>5"} 1',
+            'sentinel_node_lost{node="c9",job="",user=""} 1',
+            "sentinel_samples_total{} 1234",
+            "sentinel_master_cpu_seconds_total{} 1.5",
+            "sentinel_nodes{} 1",
+        ):
             self.assertIn(line + "\n", text)
         self.assertNotIn("None", text)
 
     def test_every_metric_with_a_prometheus_name_has_its_series(self):
-        row = node(1, node="c1", **{key: 7.0 for key in list(master.NUMBERS)[2:]})
+        row = node(1, node="c1", **dict.fromkeys(list(master.NUMBERS)[2:], 7.0))
         text = render("/metrics", view([row]))
         for metric in master.METRICS:
             if metric.prometheus:
