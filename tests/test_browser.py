@@ -146,8 +146,8 @@ class InBrowser(unittest.TestCase):
     def value(self, node, column=1):
         """What a cell of a node's row shows."""
         return self.browser.run(
-            "return [...document.querySelectorAll('#nodes tbody tr')].find(row => row.querySelector("
-            "'a').textContent === arguments[0]).children[arguments[1]].textContent",
+            "return [...document.querySelectorAll('#nodes tbody tr')].find(row => row.querySelector"
+            "('a').textContent === arguments[0]).children[arguments[1]].textContent",
             node,
             column,
         )

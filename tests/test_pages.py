@@ -126,7 +126,7 @@ def words(page):
 
 def names(page):
     """The nodes of the table of nodes, in their order."""
-    table = re.search(r'<section id="nodes">(.*?)</section>', page, re.S).group(1)
+    table = re.search(r'<section id="nodes"(.*?)</section>', page, re.S).group(1)
     return [
         html.unescape(name) for name in re.findall(r'<th scope="row".*?<a [^>]*>(.*?)</a>', table)
     ]
