@@ -1115,10 +1115,10 @@ GRAPHS = tuple(key for key in NUMBERS if key not in (
 Query = Dict[str, str]
 STYLE = """
 :root{color-scheme:light dark;overflow-anchor:none;--bg:#fff;--fg:#1a1f26;--dim:#586371;
---line:#dde2e8;--card:#f4f6f9;--cpu:#2563c9;--ram:#0b8a70;--bad:#b3261e;
+--line:#dde2e8;--card:#f4f6f9;--cpu:#2563c9;--ram:#0b8a70;--bad:#b3261e;--tile:#7ba3ea;
 font:clamp(14px,10.5px + .33vw,24px)/1.5 system-ui} [hidden]{display:none}
 @media (prefers-color-scheme:dark){:root{--bg:#0f1318;--fg:#e4e9ef;--dim:#97a3b2;--line:#29313b;
---card:#171c23;--cpu:#6ea8ff;--ram:#35b79b;--bad:#ff8a80}}
+--card:#171c23;--cpu:#6ea8ff;--ram:#35b79b;--bad:#ff8a80;--tile:#3b6cb8}}
 *{box-sizing:border-box} :focus-visible{outline:2px solid} .bad{color:var(--bad)}
 body{margin:0 auto;max-width:165rem;padding:1rem clamp(.6rem,2vw,2rem);background:var(--bg);
 color:var(--fg);font-variant-numeric:tabular-nums} a{color:var(--cpu)} thead a{color:inherit}
@@ -1139,11 +1139,12 @@ white-space:nowrap;position:relative;z-index:0} .axis{display:flex;justify-conte
 .bar{position:absolute;top:2px;left:2px;z-index:-1;width:calc(100% - 4px);height:calc(100% - 4px);
 fill:var(--cpu);opacity:.25} .bar.ram,.bar.job_ram{fill:var(--ram)} .line{width:8rem;height:1.3rem;
 border-bottom:1px solid var(--line)} path.ram{stroke:var(--ram);stroke-dasharray:3 2}
-path{fill:none;stroke:var(--cpu);stroke-width:1.5;vector-effect:non-scaling-stroke}
+path{fill:none;stroke:var(--cpu);stroke-width:1.5;stroke-linecap:round;
+vector-effect:non-scaling-stroke}
 .map{position:relative;display:grid;gap:2px;margin-top:.2rem;
 grid-template-columns:repeat(auto-fill,minmax(1.15rem,1fr))} .map .al{outline:2px solid var(--bad)}
 .map a{height:1.15rem;text-align:center;font:700 .8rem/1.15rem system-ui;text-decoration:none;
-color:var(--fg);background:linear-gradient(to top,var(--cpu) var(--v),var(--line) 0)}
+color:var(--fg);background:linear-gradient(to top,var(--tile) var(--v),var(--line) 0)}
 .map a:hover::after,.map a:focus::after{content:attr(aria-label);position:absolute;bottom:100%;
 left:0;right:0;font:1rem/1.6 system-ui;text-align:left;background:var(--bg)}
 .map .al::before{content:"!"} figure .line{display:block;width:100%;height:6rem}
@@ -1327,11 +1328,11 @@ class Page:
         """Curves of a node's last readings, from 0 to top, with gaps where they are unknown."""
         paths = []
         for key in keys:
-            path, pen = "", "M"
+            path, pen = "", "M%d %dh0"      # a dot, should no line follow
             for x, value in enumerate(self.site.series(row, key, points, step)):
                 if math.isfinite(value):
-                    path += "%s%d %d" % (pen, x, 100 - 100 * min(max(value / top, 0), 1))
-                pen = "L" if math.isfinite(value) else "M"
+                    path += pen % (x, 100 - 100 * min(max(value / top, 0), 1))
+                pen = "L%d %d" if math.isfinite(value) else "M%d %dh0"
             paths.append(fill('<path class="{}" d="{}"/>', key, path))
         return fill('<svg class="line" viewBox="0 0 {} 100" preserveAspectRatio="none"'
                     ' aria-hidden="true">{}</svg>', points - 1, paths)
@@ -1473,8 +1474,8 @@ class Page:
             graphs, readings = [], []
             for n, metric in enumerate(METRICS):
                 now = render_value(metric.key, row.get(metric.key))
-                readings.append({"slot": n + 1, "reading": metric.label, "now": now,
-                                 "meaning": metric.help})
+                readings += [{"slot": n + 1, "reading": metric.label, "now": now,
+                              "meaning": metric.help}] if now != "-" else []
                 points = FINE if n < 2 else COARSE
                 known = list(filter(math.isfinite, self.site.series(row, metric.key, points, 1)))
                 if known:

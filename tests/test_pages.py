@@ -459,7 +459,15 @@ class Html(unittest.TestCase):
 
 class NodePage(unittest.TestCase):
     def test_it_shows_every_reading_and_the_nodes_own_events(self):
-        row = node(1, node="c1", job="42", **dict.fromkeys(list(master.NUMBERS)[2:], 1.0))
+        row = node(
+            1,
+            node="c1",
+            job="42",
+            job_name="train",
+            user="ann",
+            version="1.0",
+            **dict.fromkeys(list(master.NUMBERS)[2:], 1.0),
+        )
         text = words(
             render(
                 "/node/",
@@ -500,8 +508,8 @@ class NodePage(unittest.TestCase):
         page = master.ROUTES["/node/"][1](
             view([node(1, node="c1", net_rx=4096.0)]), {"node": "c1"}, about
         )
-        self.assertIn('<path class="cpu" d="M1 100L2 0M4 50"/>', page)
-        self.assertIn('<path class="net_rx" d="M0 100L1 0"/>', page)
+        self.assertIn('<path class="cpu" d="M1 100h0L2 0M4 50h0"/>', page)
+        self.assertIn('<path class="net_rx" d="M0 100h0L1 0"/>', page)
         self.assertIn("0.0 B/s to 4.0 KiB/s", words(page))
         self.assertEqual(page.count("<figure>"), 2)
 
