@@ -647,6 +647,11 @@ def measure_fleet(fleet, seconds, peer=None):
             for share, early, late in zip(shares, before, after)]
 
 
+def told_reasons(report):
+    """Why agents were dropped, and how many for each reason."""
+    return ", ".join("%s: %d" % reason for reason in report["reasons"].items())
+
+
 def note_growth(stage, fleet, share, memory):
     """Remember what so many agents cost, and what a page of them does."""
     pages = []
@@ -666,7 +671,7 @@ def against_prometheus(stage, count, paces, seconds, cpu_bound=None, memory_boun
             with Fleet(stage, count, pace) as fleet:
                 (share, done), (theirs, scraped) = measure_fleet(fleet, seconds, peer)
                 memory, their_memory = pss_bytes(fleet.master.pid), pss_bytes(peer.tool.pid)
-                lost = fleet.report()["lost"]
+                report = fleet.report()
                 if pace == "even" and not stage.quick:
                     note_growth(stage, fleet, share, memory)
             what = "master, %s agents at 2 s, %s: " % (format(count, ","), pace)
@@ -679,8 +684,8 @@ def against_prometheus(stage, count, paces, seconds, cpu_bound=None, memory_boun
                 yield Row(what + "memory / Prometheus", memory / their_memory, "x",
                           memory_bound, "<=" if memory_bound else "",
                           "%.0f / %.0f MiB" % (memory / MIB, their_memory / MIB))
-            if lost:
-                yield at_most(what + "false lost", lost, "", 0)
+            if report["lost"]:
+                yield at_most(what + "false lost", report["lost"], "", 0, told_reasons(report))
 
 
 @bench(quick=True)
@@ -718,7 +723,7 @@ def master_10000(stage):
                       "% of a core", 60, "%.0f us a sample, %.0f %% of them answered in time" % (
                           share * INTERVAL / 10000 / done * 1e6, 100 * done))
         yield at_most("master, 10,000 agents at 2 s, %s: false lost in 60 s" % pace,
-                      report["lost"], "", 0, " ".join(report["reasons"]))
+                      report["lost"], "", 0, told_reasons(report))
 
 
 @bench()

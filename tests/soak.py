@@ -105,7 +105,7 @@ def run(options, folder):
         after = look(pids)
     yield bench.told("agents that came and went", report["left"], "", "%d samples" % report["sent"])
     yield bench.at_most("agents that the master dropped", report["lost"], "", 0,
-                        " ".join(report["reasons"]))
+                        bench.told_reasons(report))
     yield from judge_memory(looks)
     yield from judge_rest(fleet.empty, after, slots_left)
 
