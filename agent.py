@@ -417,11 +417,11 @@ class Link:
         if self.sent and not self.ever_answered:
             self.patience = max(self.patience, min(2 * self.patience, ANSWER_SECONDS[1]))
         self.sock, self.sent, self.answered = None, 0, False
-        delay = min(self.backoff * (1 + os.urandom(1)[0] / 512), BACKOFF_SECONDS[1])
+        delay = self.backoff * (1 - os.urandom(1)[0] / 512) / len(self.candidates)
         self.backoff = min(2 * self.backoff, BACKOFF_SECONDS[1])
-        self.retry_at = time.monotonic() + delay / len(self.candidates)
+        self.retry_at = time.monotonic() + delay
         self.say("%s the master at %s (%s)" % (event, self.peer, getattr(error, "strerror", "")
-                 or error), ": retrying in %.0f s" % delay)
+                 or error), ": retrying in %.1f s" % delay)
 
     def say(self, news: str, more: str = "") -> None:
         if news not in self.said:

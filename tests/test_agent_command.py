@@ -265,11 +265,11 @@ class Terminal:
 
     def __init__(self, *flags, **environ):
         words = [support.PYTHON, os.path.join(support.ROOT, "agent.py")] + [str(f) for f in flags]
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.environ.update(environ)
-            os.execv(words[0], words)
-        self.chunks, self.status = [], None
+        self.fd, end = pty.openpty()
+        self.process = subprocess.Popen(["setsid", "--ctty"] + words, stdin=end, stdout=end,
+                                        stderr=end, env=dict(os.environ, **environ))
+        os.close(end)
+        self.chunks = []
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
 
@@ -287,18 +287,12 @@ class Terminal:
     def shows(self, pattern, seconds=10):
         return eventually(lambda: re.search(pattern, self.text), seconds, pattern)
 
-    def wait(self):
-        if self.status is None:
-            self.status = os.waitpid(self.pid, 0)[1]
-        return self.status
-
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        if self.status is None:
-            os.kill(self.pid, signal.SIGTERM)
-        self.wait()
+        self.process.terminate()
+        self.process.wait(20)
         self.reader.join(5)
         os.close(self.fd)
 
@@ -312,7 +306,7 @@ class Screen(unittest.TestCase):
             eventually(lambda: len(re.findall(status, terminal.text)) > 5)
             self.assertEqual(terminal.text.count("\n"), 1)      # connected to ...
             os.write(terminal.fd, b"\x03")
-            self.assertEqual(terminal.wait(), 0)
+            self.assertEqual(terminal.process.wait(10), 0)
         self.assertEqual(server.dicts[-1], {"bye": "SIGINT"})
 
     def test_it_says_when_nobody_answers(self):
