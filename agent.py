@@ -452,22 +452,22 @@ class Report(Dict[str, Tuple[float, float, float]]):
                 mean += (value - mean) * seconds / (known + seconds)
                 self[key] = known + seconds, mean, max(peak, value)
 
-    def lines(self, ended: str, last: Sample) -> Iterable[str]:
+    def lines(self, last: Sample) -> Iterable[str]:
         """Yield the report for people, a line a subject."""
         cpu, job = "job_cpu" if "job_cpu" in self else "cpu", "job_" if "job_mem" in self else ""
         minutes, seconds = divmod(round(self["cpu"][0]), 60)
-        yield "%s after %d:%02d:%02d" % (ended, minutes // 60, minutes % 60, seconds)
+        yield "ran %d:%02d:%02d" % (minutes // 60, minutes % 60, seconds)
         yield "CPU mean %.1f %%, peak %.1f %% of %s CPUs" % (
             self[cpu][1:] + (last.get(cpu + "s"),))
         peak = self["job_mem" if job else "mem_used"][2] / 2 ** 30
         limit = float(last.get(job + "mem_limit", last.get("mem_total", 0))) / 2 ** 30
-        yield "memory peak %.2f GB of %.2f GB" % (peak, limit)
+        yield "memory peak %.3g GB of %.3g GB" % (peak, limit)
         if "gpu" in self:
             yield "GPU mean %.1f %% of %s" % (self["gpu"][1], last.get("gpus"))
         unit, name = (1.0, "G") if peak >= 1 else (0.1, "00M")
         need = math.ceil(1.2 * peak / unit)             # a fifth more than the peak
         if "job_mem_limit" in last and (need * unit < 0.8 * limit or peak > 0.9 * limit):
-            yield "asked for %.1f GB: --mem=%d%s would do" % (limit, need, name)
+            yield "asked for %.3g GB, peak %.3g GB: --mem=%d%s would do" % (limit, peak, need, name)
 
 
 # ---- Loop: wait, sample, send, on the beat ---------------------------------------------------
@@ -558,11 +558,11 @@ class Agent:
     def finish(self) -> None:
         """Take a last sample, write the report and say goodbye."""
         last, farewell = self.take(), {"bye": self.ending}
-        lines = list(self.report.lines(self.ending, last))
+        lines = list(self.report.lines(last))
         if self.command or self.args.report or "job" in last:
             farewell["report"] = clip("; ".join(lines))
             for line in lines:
-                log("report of %s: %s" % (last["node"], line))
+                log("report of %s, %s: %s" % (last["node"], self.ending, line))
         self.link.close(dict(farewell))
         if self.args.report:
             with self.args.report as file:

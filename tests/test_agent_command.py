@@ -94,8 +94,7 @@ class Command(unittest.TestCase):
                     last = eventually(lambda: server.dicts and "bye" in server.dicts[-1]
                                       and server.dicts[-1])
                     self.assertEqual(last["bye"], bye)
-                    self.assertRegex(last["report"], "%s after 0:00:0[01]; CPU mean .*memory peak"
-                                     % bye)
+                    self.assertRegex(last["report"], "ran 0:00:0[01]; CPU mean .*memory peak")
                     self.assertLessEqual(len(last["report"].encode()), 255)
                     self.assertTrue([s for s in server.dicts if "cpu" in s])
                     server.samples.clear()
@@ -133,7 +132,7 @@ class Command(unittest.TestCase):
                 " done; exit 5") as tool:
             eventually(lambda: server.samples and "ready" in tool.out)
             tool.send_signal(signal.SIGTERM)
-            tool.logged("report of .*SIGTERM after", 2)
+            tool.logged("report of .*, SIGTERM: ran", 2)
             eventually(lambda: server.dicts[-1].get("bye") == "SIGTERM", 2)
             self.assertIsNone(tool.code)
             self.assertEqual(tool.wait(), 5)
@@ -170,22 +169,22 @@ class Reports(unittest.TestCase):
         first = dict(last, cpu=0.0, job_cpu=20.0) if "job_cpu" in last else dict(last, cpu=0.0)
         for sample in (first, last):
             report.add(sample, 10.0)
-        return list(report.lines("exit 0", last))
+        return list(report.lines(last))
 
     def test_it_says_what_was_used_of_what_was_asked_for(self):
         text = self.lines(cpu=50.0, job_cpu=30.0, cpus=64, job_cpus=4, job_mem=11.2 * self.GIB,
                           mem_used=1.0, mem_total=512 * self.GIB, job_mem_limit=64 * self.GIB,
                           gpu=3.0, gpus=2)
         self.assertEqual(text, [
-            "exit 0 after 0:00:20", "CPU mean 25.0 %, peak 30.0 % of 4 CPUs",
-            "memory peak 11.20 GB of 64.00 GB", "GPU mean 3.0 % of 2",
-            "asked for 64.0 GB: --mem=14G would do"])
+            "ran 0:00:20", "CPU mean 25.0 %, peak 30.0 % of 4 CPUs",
+            "memory peak 11.2 GB of 64 GB", "GPU mean 3.0 % of 2",
+            "asked for 64 GB, peak 11.2 GB: --mem=14G would do"])
 
     def test_without_a_job_it_is_about_the_node(self):
         self.assertEqual(self.lines(cpu=50.0, cpus=2, mem_used=2.0 * self.GIB,
                                     mem_total=8 * self.GIB), [
-            "exit 0 after 0:00:20", "CPU mean 25.0 %, peak 50.0 % of 2 CPUs",
-            "memory peak 2.00 GB of 8.00 GB"])
+            "ran 0:00:20", "CPU mean 25.0 %, peak 50.0 % of 2 CPUs",
+            "memory peak 2 GB of 8 GB"])
 
     def test_memory_is_advised_on_when_it_was_too_much_or_nearly_too_little(self):
         for peak, limit, advice in ((0.2, 0.6, "--mem=300M"), (0.55, 0.6, "--mem=700M"),
@@ -202,7 +201,7 @@ class Reports(unittest.TestCase):
         text = "; ".join(self.lines(cpu=1.0, job_cpu=1.0, cpus=2, job_cpus=2,
                                     job_mem=self.GIB, mem_used=1.0, mem_total=8 * self.GIB))
         self.assertNotIn("--mem", text)
-        self.assertIn("memory peak 1.00 GB of 8.00 GB", text)
+        self.assertIn("memory peak 1 GB of 8 GB", text)
 
     def test_each_value_has_the_weight_of_its_time(self):
         report = agent.Report()
@@ -216,7 +215,7 @@ class Reports(unittest.TestCase):
     def test_a_long_job_has_hours(self):
         report = agent.Report()
         report.add({"cpu": 1.0, "mem_used": 1.0}, 100 * 3600 + 62)
-        self.assertEqual(list(report.lines("SIGTERM", {}))[0], "SIGTERM after 100:01:02")
+        self.assertEqual(list(report.lines({}))[0], "ran 100:01:02")
 
     def test_it_comes_at_the_end_of_a_job_and_not_of_a_plain_agent(self):
         for environ, count in ((JOB, 1), ({}, 0)):
@@ -225,7 +224,7 @@ class Reports(unittest.TestCase):
                 eventually(lambda: server.samples)
                 tool.send_signal(signal.SIGTERM)
                 self.assertEqual(tool.wait(2), 0)
-                self.assertEqual(tool.log.count("SIGTERM after"), count)
+                self.assertEqual(tool.log.count("SIGTERM: ran"), count)
                 self.assertEqual("report" in server.dicts[-1], bool(count))
                 self.assertEqual(server.dicts[-1]["bye"], "SIGTERM")
 
@@ -239,7 +238,7 @@ class Reports(unittest.TestCase):
             self.assertEqual((facts["node"], facts["job"], facts["ended"]), ("c1", "42", "exit 0"))
             seconds, mean, peak = facts["totals"]["cpu"]
             self.assertTrue(0.4 < seconds < 5 and 0 <= mean <= peak <= 100)
-            self.assertRegex(facts["text"][0], "exit 0 after")
+            self.assertRegex(facts["text"][0], "ran 0:")
 
     def test_a_report_that_cannot_be_written_is_said_before_the_work_begins(self):
         done = support.run("agent.py", "--port", support.closed_port(), "--report",
