@@ -332,6 +332,7 @@ class Waiting(unittest.TestCase):
 
     def test_connections_that_never_send_are_dropped_at_the_deadline_and_free_everything(self):
         with support.start_master("--timeout", "1") as master:
+            eventually(lambda: get(master.page, "/healthz").status == 200)
             collector = int(master.logged(r"collector started, pid (\d+)").group(1))
             before = len(os.listdir("/proc/%d/fd" % collector))
             with idle(master.port, 300) as strangers:
