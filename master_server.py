@@ -1345,7 +1345,7 @@ class Page:
                         name_of(row), [fill('<b class="bad"> \u26a0\xa0{}</b>', mark)
                                        for mark in row.get("marks", ())])
         if key == "recent":
-            return fill("<td>{}</td>", self.draw(row, ("cpu", "ram"), 50, 3, 100))
+            return fill("<td>{}</td>", self.draw(row, ("cpu", "ram"), 30, 5, 100))
         if key == "job" and value:
             return fill('<td><a href="{}">{}</a></td>', link({}, job=value), value)
         if UNITS.get(key) == "%" and value is not None:
@@ -1716,24 +1716,29 @@ class Dashboard:
     def watch(self) -> None:
         """Every TICK_SECONDS: add to the history, and see what the master itself takes."""
         supervisor: Any = multiprocessing.parent_process()
+        self.names.add(socket.getfqdn().lower())        # which may take its time
         start, before = time.monotonic(), (0.0, 0.0, 0)
         while True:
-            tick = int((time.monotonic() - start) / TICK_SECONDS)
-            if tick % FIFTH == 0 or time.monotonic() - self.asked < WATCHED_SECONDS:
-                view = self.fresh()
-                self.history.add(view, tick)
-            if tick % FIFTH == 0:
-                seconds, memory = measure(supervisor.pid)
-                now = time.monotonic(), seconds, view.samples
-                cpu, rate = ((now[i] - before[i]) / (now[0] - before[0]) for i in (1, 2))
-                text = "This master takes %.1f %% of a core and %s for %.1f samples a second" % (
-                    100 * cpu, render_value("agent_rss", memory), rate)
-                self.cost, before = {"text": text, "seconds": seconds, "memory": memory}, now
+            try:
+                tick = int((time.monotonic() - start) / TICK_SECONDS)
+                if tick % FIFTH == 0 or time.monotonic() - self.asked < WATCHED_SECONDS:
+                    self.history.add(self.fresh(), tick)
+                if tick % FIFTH == 0:
+                    seconds, memory = measure(supervisor.pid)
+                    now = time.monotonic(), seconds, self.view.samples
+                    cpu, rate = ((now[i] - before[i]) / (now[0] - before[0]) for i in (1, 2))
+                    text = "This master takes %.1f %% of a core and %s for %.1f samples a second"
+                    self.cost = {"seconds": seconds, "memory": memory, "text": text % (
+                        100 * cpu, render_value("agent_rss", memory), rate)}
+                    before = now
+            except Exception:
+                log.exception("a defect, met while keeping the history")
             time.sleep(TICK_SECONDS - (time.monotonic() - start) % TICK_SECONDS)
 
     def serve(self, sock: socket.socket, address: Address) -> None:
         """Read one request, answer it, close."""
         method, status, headers = "GET", 200, dict(HEADERS)
+        deadline = time.monotonic() + 2 * HTTP_SECONDS
         try:
             try:
                 method, path, query, fields = parse_request(read_request(sock))
@@ -1749,7 +1754,7 @@ class Dashboard:
                         "latin-1") + (b"" if method == "HEAD" else body))
             sock.shutdown(socket.SHUT_WR)
             sock.settimeout(1.0)            # unread input would turn the close into a reset
-            while sock.recv(RECEIVE_SIZE):
+            while sock.recv(MAX_REQUEST) and time.monotonic() < deadline:
                 pass
         except OSError:
             pass                            # the client went away; there is nobody to tell
