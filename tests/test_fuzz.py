@@ -119,7 +119,7 @@ class Mutator:
 
 
 def seeds():
-    """Valid samples of every protocol and an agent's own, what atheris found, the hostile table."""
+    """Valid samples of every protocol and an agent's own, what was found, the hostile table."""
     agents = {"cpu": 15.5, "ram": 40.2, "node": "c1", "user": "ada", "job": "4711", "ack": True,
               "job_name": "train", "version": "1.0", "interval": 2.0, "load1": 0.5, "cpus": 64,
               "mem_total": 1 << 38, "mem_used": 2.5e10, "net_rx": 1e6, "procs": 512.0}
