@@ -229,7 +229,8 @@ class Jobs(unittest.TestCase):
     def cpu_agrees(self, name, cpus):
         """What the page shows for 3 s is what cpuacct.usage says about them: one CPU of these."""
         def used():
-            return int(LAB.read("cpuacct", self.jobs[name], "cpuacct.usage")) / 1e9, time.monotonic()
+            nanoseconds = int(LAB.read("cpuacct", self.jobs[name], "cpuacct.usage"))
+            return nanoseconds / 1e9, time.monotonic()
 
         def agrees():
             (begin, start), shown = used(), []
