@@ -91,7 +91,10 @@ class World:
         for pid in [int(pid) for _, pid in self.commands()]:
             with contextlib.suppress(OSError):
                 os.killpg(pid, signal.SIGKILL)      # whatever a failed test has left
+        self.master.stop()
         self.stack.close()
+        with contextlib.suppress(FileNotFoundError):    # of a master that was killed
+            os.unlink("/dev/shm/sentinel_%d" % self.master.port)
 
     def pid(self, role):
         """The pid of a role's latest process."""
