@@ -13,8 +13,7 @@ lines, so that you can read all of it before you run it.
     python3 agent.py --host login -- ./my_app args   run a command and watch while it runs
     python3 agent.py --once                          print one sample as JSON
 
-Exit codes: 0 done or stopped by a signal, 1 could not do it, 2 bad usage; with a command its own,
-128+n if signal n ended it, 127 if there is no such command.
+Exit codes: 0 done or stopped, 1 failed, 2 bad usage; a command's own, 128+n by signal n, 127 none.
 """
 
 import argparse
@@ -42,7 +41,6 @@ ANSWER_SECONDS = 10.0, 60.0     # without an ok for so long dial again; doubles 
 BACKOFF_SECONDS = 1.0, 30.0     # from one dial to the next; doubles till the first ok
 GOODBYE_SECONDS = 0.5           # for the master to take the goodbye
 FILE_BYTES, ANSWER_BYTES, TEXT_BYTES = 65536, 1024, 255     # read at most; the master's for texts
-
 Value = Union[str, float]       # float stands for int and bool, too (PEP 484)
 Sample = Dict[str, Value]       # what is unknown has no key
 Reading = Iterable[Tuple[str, Value]]
@@ -70,9 +68,10 @@ CPUS_PER_NODE = r"(\d+)(?:\(x(\d+)\))?"       # 72(x2),36 in SLURM_JOB_CPUS_PER_
 JOB_CGROUP = re.compile(r"^\d+:([^:]*):(.*?(?:/uid_\d+|slurmstepd\.scope)/[^/\n]+)", re.M)
 
 
-def number(words: List[str], name: str) -> int:
-    """Return the number that follows a name among the words of a file."""
-    return int(words[words.index(name) + 1])
+def number(text: str, name: str) -> int:
+    """Return the number behind the name that begins a line."""
+    start = ("\n" + text).index("\n" + name) + len(name)
+    return int(text[start:start + 30].split(None, 1)[0])
 
 
 def parse_cpu(text: str) -> Tuple[int, int]:
@@ -85,12 +84,11 @@ def parse_cpu(text: str) -> Tuple[int, int]:
 def parse_meminfo(text: str) -> Tuple[int, ...]:
     """Return (total, available, swap total, swap free) bytes from /proc/meminfo, proc(5)."""
     # MemTotal:       24684096 kB
-    words = text.split()
-    if "MemAvailable:" not in words:        # before Linux 3.14: the sum that free(1) took
-        words += ["MemAvailable:", str(sum(number(words, name) for name in (
-            "MemFree:", "Buffers:", "Cached:", "SReclaimable:")) - number(words, "Shmem:"))]
-    return tuple(number(words, name) * 1024 for name in (
-        "MemTotal:", "MemAvailable:", "SwapTotal:", "SwapFree:"))
+    if "MemAvailable:" not in text:         # before Linux 3.14: the sum that free(1) took
+        text += "MemAvailable: %d\n" % (sum(number(text, name) for name in (
+            "MemFree:", "Buffers:", "Cached:", "SReclaimable:")) - number(text, "Shmem:"))
+    return tuple([number(text, name) * 1024 for name in (
+        "MemTotal:", "MemAvailable:", "SwapTotal:", "SwapFree:")])
 
 
 def parse_gpus(text: str) -> Reading:
@@ -151,7 +149,7 @@ class PsutilProbe(Probe):
         ticks = 100 * (sum(times) - times.idle), 100 * times.idle, "\ncpu" * (os.cpu_count() or 1)
         kib = ram.total >> 10, ram.available >> 10, swap.total >> 10, swap.free >> 10
         return {"proc/stat": "cpu %d 0 0 %d 0 0 0 0%s\n" % ticks,
-                "proc/meminfo": "MemTotal: %d MemAvailable: %d SwapTotal: %d SwapFree: %d" % kib,
+                "proc/meminfo": "MemTotal: %d\nMemAvailable: %d\nSwapTotal: %d\nSwapFree: %d" % kib,
                 "proc/loadavg": "%f 0/%d" % (os.getloadavg()[0], len(psutil.pids()))}[path]
 
 
@@ -170,8 +168,8 @@ class Rates(Dict[str, Tuple[float, float]]):
 AMD_FILES = "gpu_busy_percent", "mem_info_vram_used", "mem_info_vram_total"
 NVIDIA_SMI = ("nvidia-smi --query-gpu=utilization.gpu,memory.used,memory.total"
               " --format=csv,noheader,nounits")
-CGROUP_1 = "memory", "limit_in_bytes", "total_rss", "total_shmem", "total_cache"
-CGROUP_2 = "", "max", "anon", "shmem", "file"       # controller, limit, words of memory.stat
+CGROUP_1 = "memory", "limit_in_bytes", "total_rss ", "total_shmem ", "total_cache "
+CGROUP_2 = "", "max", "anon ", "shmem ", "file "    # controller, limit, lines of memory.stat
 
 
 def clip(text: str) -> str:
@@ -185,7 +183,7 @@ def collect(readers: Iterable[Callable[[], Reading]]) -> Sample:
     for reader in readers:
         try:
             known.update(reader())
-        except (OSError, ValueError, LookupError):  # unknown is no key, not zero
+        except (OSError, ValueError, LookupError, ArithmeticError):  # unknown is no key, not zero
             pass
     return known
 
@@ -240,11 +238,9 @@ class Sampler:
 
     def sample(self) -> Sample:
         """Return what is known now."""
-        self.now = time.monotonic()
-        sample = dict(self.fixed, **collect(self.readers))
-        if self.now - self.slow[0] < SLOW_SECONDS[1]:
-            sample.update(self.slow[1])
-        return sample
+        self.now, (then, slow) = time.monotonic(), self.slow
+        fresh = slow if self.now - then < SLOW_SECONDS[1] else {}
+        return dict(self.fixed, **collect(self.readers), **fresh)
 
     def refresh_for_ever(self) -> None:
         """Do the readings that may hang (a dead file server, a GPU's driver), on a thread."""
@@ -256,13 +252,13 @@ class Sampler:
         idle, total = parse_cpu(self.probe.read("proc/stat", 256))
         elapsed, idled = total - self.total, max(0, idle - self.idle)   # iowait may go back
         if elapsed > 0:
-            self.percent = round(100.0 * max(0, elapsed - idled) / elapsed, 1)
+            self.percent = (1000 * max(0, elapsed - idled) + elapsed // 2) // elapsed / 10
         self.idle, self.total = idle, total
         yield "cpu", self.percent
 
     def read_memory(self) -> Reading:
         total, available, swap, unused = parse_meminfo(self.probe.read("proc/meminfo", 1024))
-        yield "ram", round(100.0 * (total - available) / total, 1)
+        yield "ram", (1000 * (total - available) + total // 2) // total / 10    # round() is slow
         yield "mem_total", total
         yield "mem_used", float(total - available)
         if swap:
@@ -283,20 +279,21 @@ class Sampler:
         v1 = "cpuacct" in self.job                  # nanoseconds in v1, microseconds in v2
         path = "%s/cpuacct.usage" % self.job["cpuacct"] if v1 else "%s/cpu.stat" % self.job[""]
         text = self.probe.read(path)
-        used = int(text) / 1e9 if v1 else number(text.split(), "usage_usec") / 1e6
+        used = int(text) / 1e9 if v1 else number(text, "usage_usec ") / 1e6
         share = 100.0 * used / float(self.fixed["job_cpus"])
         yield from self.rates.change("job_cpu", share, self.now)
 
     def read_job_memory(self) -> Reading:
-        controller, limit, *names = CGROUP_1 if "memory" in self.job else CGROUP_2
-        words = self.probe.read("%s/memory.stat" % self.job[controller]).split()
-        anonymous, shared, cache = (number(words, name) if name in words else 0 for name in names)
-        yield "job_mem", float(anonymous + shared)
-        yield "job_cache", float(cache - shared)
+        controller, limit, anonymous, shared, cache = CGROUP_1 if "memory" in self.job else CGROUP_2
+        text = self.probe.read("%s/memory.stat" % self.job[controller])
+        in_shared = number(text, shared) if shared in text else 0       # v1: since Linux 4.15
+        used = number(text, anonymous) + in_shared
+        yield "job_mem", float(used)
+        yield "job_cache", float(number(text, cache) - in_shared)
         most = int(self.probe.read("%s/memory.%s" % (self.job[controller], limit)))     # or "max"
         if most < 2 ** 60:                          # v1 says 2 ** 63 - 4096 for no limit
             yield "job_mem_limit", most
-            yield "job_ram", round(100.0 * (anonymous + shared) / most, 1)
+            yield "job_ram", round(100.0 * used / most, 1)
 
     def read_agent(self) -> Reading:
         pages = int(self.probe.read("proc/self/statm").split()[1])
@@ -386,13 +383,15 @@ class Link:
         if self.sock is None:
             return
         try:
-            with contextlib.suppress(BlockingIOError):
+            try:
                 text = self.sock.recv(ANSWER_BYTES)
                 if b"ok\n" in text:
                     self.heard, self.answered, self.ever_answered = time.monotonic(), True, True
                 if b"error " in text or not text:
                     raise OSError(text.partition(b"error ")[2].decode("utf-8", "replace").strip()
                                   or "it closed the connection")
+            except BlockingIOError:                 # no answer yet
+                pass
             if time.monotonic() - self.heard > self.patience:
                 self.sock.send(pickle.dumps({"bye": "reconnecting"}, protocol=4))
                 raise OSError("no answer for %.0f s" % self.patience)
@@ -551,8 +550,8 @@ class Agent:
         if self.args.verbose:
             log(repr(sample))
         elif self.args.live:
-            state = "acknowledged by" if self.link.answered else "no answer from"
-            log("cpu %(cpu)s %%, ram %(ram)s %%, " % sample + state + " " + self.link.peer, end="")
+            log("cpu %(cpu)s %%, ram %(ram)s %%, " % sample + ("acknowledged by " if
+                self.link.answered else "no answer from ") + self.link.peer, end="")
         return sample
 
     def finish(self) -> None:
@@ -563,6 +562,7 @@ class Agent:
             farewell["report"] = clip("; ".join(lines))
             for line in lines:
                 log("report of %s, %s: %s" % (last["node"], self.ending, line))
+        log("goodbye: %s" % self.ending)
         self.link.close(dict(farewell))
         if self.args.report:
             with self.args.report as file:
@@ -571,7 +571,7 @@ class Agent:
 
 # ---- Command line ----------------------------------------------------------------------------
 PORT = r"[1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]"
-HOST = r"(?:\[([\w.:%%]+)\]|([\w.-]+))(?::(%s))?(?![^,])" % PORT # login, [fe80::1%%ib0]:9
+HOST = r"(?:\[([\w.:%%]+)\]|([\w.-]+))(?::(%s))?(?![^,])" % PORT  # login, [fe80::1%%ib0]:9
 CHECKS = {          # flag: pattern, what it allows
     "host": ("%s(?:,%s)*" % (HOST, HOST), "HOST or HOST:PORT, IPv6 in [ ], commas between"),
     "port": (PORT, "1 to 65535"),
@@ -597,7 +597,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--host", metavar="HOST[:PORT][,NEXT...]", default=get("SENTINEL_HOST")
         or "127.0.0.1", help="the master; several are tried in turn (SENTINEL_HOST)")
-    add("--port", default=get("SENTINEL_PORT") or "13579", help="its port (SENTINEL_PORT, 13579)")
+    add("--port", default=get("SENTINEL_PORT") or "13579", help="its port (SENTINEL_PORT)")
     add("--interval", default="2", metavar="SECONDS", help="from one sample to the next (2)")
     add("--name", metavar="NODE", help="what this node is called (SLURMD_NODENAME or hostname)")
     add("--secret-file", metavar="FILE", default=get("SENTINEL_SECRET_FILE"), help="the master's")

@@ -306,6 +306,7 @@ class Screen(unittest.TestCase):
             self.assertEqual(terminal.text.count("\n"), 1)      # connected to ...
             os.write(terminal.fd, b"\x03")
             self.assertEqual(terminal.process.wait(10), 0)
+            terminal.shows("goodbye: SIGINT\r\n$")    # what follows begins on a line of its own
         self.assertEqual(server.dicts[-1], {"bye": "SIGINT"})
 
     def test_it_says_when_nobody_answers(self):
