@@ -1270,7 +1270,7 @@ def select(view: Snapshot, query: Query) -> List[Message]:
     for job, rows in jobs.items():
         total, others = sum(row["load"] for row in rows), len(rows) - 1
         for row in rows if job else ():
-            if row["load"] < IDLE and total - row["load"] > BUSY * others > 0:
+            if row["load"] < IDLE and total - row["load"] > BUSY * others:
                 row["marks"].append("idle")
     words, sort = query.get("q", "").lower().split(), query.get("sort") or "node"
     found = [row for rows in jobs.values() for row in rows

@@ -250,13 +250,11 @@ class Paths(Served):
         self.assertGreater(float(re.search(r"master_cpu_seconds_total\{\} (.*)", text).group(1)), 0)
         self.assertGreater(float(re.search(r"master_memory_bytes\{\} (.*)", text).group(1)), 1e7)
 
-    def test_a_page_is_made_once_for_all_who_ask_within_a_quarter_of_a_second(self):
-        def ages():
-            text = get(self.page, "/api/nodes").text
-            return [row["age"] for row in json.loads(text)["nodes"]]
-
-        shots = [ages() for _ in range(30)]
-        self.assertLess(len({tuple(shot) for shot in shots}), 30)
+    def test_the_table_is_copied_at_most_four_times_a_second_whoever_asks(self):
+        start, times = time.monotonic(), set()
+        while time.monotonic() - start < 2:
+            times.add(json.loads(get(self.page, "/api/nodes").text)["time"])
+        self.assertLessEqual(len(times), 4 * (time.monotonic() - start) + 2)
 
 
 class Names(Served):
@@ -406,7 +404,8 @@ class Many(Served):
         with contextlib.ExitStack() as stack:
             for _ in range(400):
                 stack.enter_context(socket.create_connection((HOST, self.page), 10))
-            self.assertLess(threads(), 200)
+            eventually(lambda: threads() > 100)
+            support.stays(lambda: threads() < 200, 2)
         eventually(lambda: threads() < 12)
 
 

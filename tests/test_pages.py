@@ -348,6 +348,20 @@ class Html(unittest.TestCase):
                 for name in attributes:
                     self.assertFalse(name.startswith("on") or name == "style", (tag, attributes))
 
+    def test_fill_escapes_whatever_is_no_markup_yet(self):
+        made = master.fill("<b>{}</b>{}{}{}", "<i>", ["&", master.Html("<hr>"), 5, None], None, '"')
+        self.assertEqual(made, "<b>&lt;i&gt;</b>&amp;<hr>5&quot;")
+        self.assertEqual(master.fill("{}", made), made)
+
+    def test_every_table_scrolls_by_itself_can_be_focused_and_has_a_name(self):
+        page = render("/", view([node(1)], [event("lost", "c9"), event("finished", "c8")]))
+        sections = Outline(page).all("section")
+        self.assertEqual([section["aria-label"] for section in sections],
+                         ["Nodes", "Recently gone", "Recently finished", "Events"])
+        for section in sections:
+            self.assertEqual((section["class"], section["tabindex"]), ("scroll", "0"))
+        self.assertEqual(page.count("<caption>"), 4)
+
     def test_links_lead_nowhere_else_whatever_a_node_is_called(self):
         for page in self.pages():
             for tag, attributes in Outline(page).elements:
@@ -557,6 +571,13 @@ class Past(unittest.TestCase):
         self.assertIn(("c1", None), history.rings)
         history.add(view(), 304)
         self.assertEqual(history.rings, {})
+
+    def test_what_was_ten_minutes_ago_does_not_come_back_when_a_node_falls_silent(self):
+        history, row = self.fill(range(400)), node(1, node="c1")
+        history.add(view(), 410)
+        self.assertTrue(all(map(math.isnan, history.series(row, "cpu", 11, 1))))
+        self.assertTrue(all(map(math.isnan, history.series(row, "net_rx", 2, 1))))
+        self.assertEqual(history.series(row, "cpu", 12, 1)[0], 99.0)
 
     def test_a_flood_of_nodes_that_come_and_go_is_bounded(self):
         history = master.History()
