@@ -43,10 +43,12 @@ class Node:
 
     def sample(self, second):
         mean = self.job[4] if self.job else 6.0
-        cpu = mean + 3 * math.sin(second / 23 + self.phase) + self.chance.uniform(-2, 2)
+        cpu = mean + 3 * math.sin(second / 23 + self.phase) + self.chance.uniform(-4, 2)
+        if self.job and (second + 9 * self.phase) % 75 < 12:
+            cpu *= 0.45                             # it writes a checkpoint
         if self.known["node"] == "c009":
             cpu = self.chance.uniform(0, 2)         # one that idles while its job works
-        used = 30 + 20 * math.sin(self.phase) + min(second / 60, 8)
+        used = 32 + 18 * math.sin(self.phase) + second / 40 + 4 * math.sin(second / 17 + self.phase)
         cpu, ram = min(max(cpu, 0.3), 100.0), min(max(used, 3), 97)
         sample = dict(self.known, cpu=cpu, ram=ram, load1=cpu * 0.32, mem_used=ram * 2.56 * GIB)
         if self.job:
@@ -85,7 +87,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=330)
     parser.add_argument("--file", default=os.path.join(support.ROOT, "tests", "screenshot.png"))
     options = parser.parse_args()
-    with start_master("--alert", "job_ram>50") as master, \
+    with start_master("--alert", "job_ram>65") as master, \
             contextlib.ExitStack() as stack, Browser() as browser:
         browser.show_as(1280, 1180)
         browser.open("http://localhost:%d/" % master.page)      # somebody watches: finer graphs
