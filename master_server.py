@@ -1139,8 +1139,8 @@ white-space:nowrap;position:relative;z-index:0} .axis{display:flex;justify-conte
 .bar{position:absolute;top:2px;left:2px;z-index:-1;width:calc(100% - 4px);height:calc(100% - 4px);
 fill:var(--cpu);opacity:.25} .bar.ram,.bar.job_ram{fill:var(--ram)} .line{width:8rem;height:1.3rem;
 overflow:visible;border-bottom:1px solid var(--line)}
-path.ram{stroke:var(--ram);stroke-dasharray:3 2} path{fill:none;stroke:var(--cpu);stroke-width:1.5;stroke-linecap:round;
-vector-effect:non-scaling-stroke}
+path{fill:none;stroke:var(--cpu);stroke-width:1.5;stroke-linecap:round;
+vector-effect:non-scaling-stroke} path.ram{stroke:var(--ram);stroke-dasharray:3 2}
 .map{position:relative;display:grid;gap:2px;margin-top:.2rem;
 grid-template-columns:repeat(auto-fill,minmax(1.15rem,1fr))} .map .al{outline:2px solid var(--bad)}
 .map a{height:1.15rem;text-align:center;font:700 .8rem/1.15rem system-ui;text-decoration:none;
