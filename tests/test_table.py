@@ -214,7 +214,7 @@ class WholeCopies(TableTest):
                     self.assertEqual(len(snapshot.nodes), self.capacity)
                     self.assertEqual([node for node in snapshot.nodes if torn(node)], [])
                     counts.add(snapshot.nodes[0]["cpu"])
-                self.assertGreater(len(counts), 10, "it did change all the time")
+                self.assertGreater(len(counts), 3, "it did change all the time")
 
     def test_a_copy_that_is_taken_without_care_is_torn_now_and_then(self):
         """Else the test above would show nothing."""
