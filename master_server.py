@@ -1138,7 +1138,7 @@ white-space:nowrap;position:relative;z-index:0} .axis{display:flex;justify-conte
 .job{background:var(--card)} .w{white-space:normal;overflow-wrap:anywhere;min-width:9.6rem}
 .bar{position:absolute;top:2px;left:2px;z-index:-1;width:calc(100% - 4px);height:calc(100% - 4px);
 fill:var(--cpu);opacity:.25} .bar.ram,.bar.job_ram{fill:var(--ram)} .line{width:8rem;height:1.3rem;
-overflow:visible;border-bottom:1px solid var(--line)}
+overflow:visible;vertical-align:middle;border-bottom:1px solid var(--line)}
 path{fill:none;stroke:var(--cpu);stroke-width:1.5;stroke-linecap:round;
 vector-effect:non-scaling-stroke} path.ram{stroke:var(--ram);stroke-dasharray:3 2}
 .map{position:relative;display:grid;gap:2px;margin-top:.2rem;
