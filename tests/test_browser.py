@@ -180,6 +180,7 @@ class FortyNodes(InBrowser):
         self.stamp()
         self.browser.find("#nodes thead th:nth-child(2) a").click()
         eventually(lambda: self.browser.path == "/?sort=cpu")
+        eventually(lambda: self.browser.count("th[aria-sort=ascending]") == 1)
         self.browser.find("#nodes thead th:nth-child(2) a").click()
         eventually(lambda: self.browser.path == "/?sort=-cpu")
         eventually(lambda: self.browser.count("th[aria-sort=descending]") == 1)
