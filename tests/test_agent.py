@@ -73,8 +73,10 @@ class Parsers(unittest.TestCase):
 
     def test_before_linux_3_14_it_is_the_sum_that_free_took(self):
         with open(os.path.join(TREES, "centos6/proc/meminfo")) as file:
-            total, available, swap, unused = agent.parse_meminfo(file.read())
-        self.assertEqual(available, (1362580 + 39344 + 206060 + 34340 - 232) * 1024)
+            text = file.read()
+        for end in ("", "HugePages_To"):        # as a file that is cut after 1 KiB ends
+            total, available, swap, unused = agent.parse_meminfo(text + end)
+            self.assertEqual(available, (1362580 + 39344 + 206060 + 34340 - 232) * 1024)
         self.assertEqual((total, swap, unused), (1914844 * 1024, 2064376 * 1024, 1548282 * 1024))
 
     def test_nvidia_smi_is_read_with_and_without_what_it_knows(self):
@@ -195,7 +197,8 @@ class Trees(unittest.TestCase):
         write("proc/stat", "cpu  0 0 0 0 0 0 0 0 0 0\ncpu0 1\n")
         sampler = agent.Sampler(probe)
         for busy, idle, percent in ((1000, 3000, 25.0), (1000, 3000, 25.0), (1000, 2990, 25.0),
-                                    (1100, 2990, 100.0), (1100, 4000, 0.0), (50, 60, 0.0)):
+                                    (1100, 2990, 100.0), (1200, 2980, 100.0), (1200, 4000, 0.0),
+                                    (50, 60, 0.0)):
             write("proc/stat", "cpu  %d 0 0 %d 0 0 0 0 0 0\ncpu0 1\n" % (busy, idle))
             self.assertEqual(sampler.sample()["cpu"], percent, (busy, idle))
 
@@ -230,6 +233,10 @@ class Trees(unittest.TestCase):
         self.assertEqual(len(probe.read("proc/long")), 50000)
         os.symlink("/dev/zero", os.path.join(folder, "endless"))
         self.assertEqual(len(probe.read("proc/endless")), agent.FILE_BYTES)
+        with open("/proc/self/maps") as file:       # the kernel gives a page at a time
+            size = len(file.read())
+        self.assertGreater(len(agent.Probe().read("proc/self/maps")), min(size - 2000, 20000))
+        self.assertGreater(size, 7000)
 
 
 class Job(unittest.TestCase):
@@ -401,11 +408,14 @@ class StandIns(unittest.TestCase):
         with open(self.folder + "/asked") as file:
             self.assertEqual(file.read(), "\n")
 
-    def test_a_job_id_is_never_a_shell_command(self):
-        self.play("squeue", "echo 10:00")
-        os.environ["SLURM_JOB_ID"] = "1; touch %s/harm" % self.folder
+    def test_a_job_id_is_one_word_and_never_a_command(self):
+        self.play("squeue", 'echo "$3" >%s/asked; echo 10:00' % self.folder)
+        os.environ["SLURM_JOB_ID"] = job = "1 2; touch %s/harm $(touch %s/harm)" % (
+            self.folder, self.folder)
         dict(agent.Sampler(tree("debian")).read_time_left())
         self.assertFalse(os.path.exists(self.folder + "/harm"))
+        with open(self.folder + "/asked") as file:
+            self.assertEqual(file.read(), job + "\n")
 
 
 class Truth(unittest.TestCase):

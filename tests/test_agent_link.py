@@ -10,13 +10,18 @@ import os
 import pickle
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
 import unittest
+from unittest import mock
 
 import support
 from support import eventually
+
+sys.path.insert(0, support.ROOT)
+import agent
 
 PATCHED = "import sys\nsys.path.insert(0, %r)\nimport agent\n%s\nsys.exit(agent.main(sys.argv[1:]))"
 PATIENT = "agent.ANSWER_SECONDS = 0.6, 2.4"
@@ -129,13 +134,13 @@ class Cadence(unittest.TestCase):
         self.assertEqual(len(set(lengths)), 1, lengths)
 
     def test_the_cadence_does_not_drift(self):
-        eventually(lambda: len(self.fast.samples) >= 71)
+        eventually(lambda: len(self.fast.samples) >= 112)
         times = [when for when, _ in self.fast.samples][1:]
         late = [(when - times[0]) / 0.1 - number for number, when in enumerate(times)]
-        # the least late of each ten: a busy machine delays one sample, not all that follow
-        least = [min(late[at:at + 10]) for at in range(0, 70, 10)]
-        self.assertTrue(all(abs(value - round(value)) < 0.6 for value in least), least)
-        self.assertLess(least[-1] - least[0], 1.5, least)
+        # The least late of each ten: a busy machine delays one sample, not all that follow; and
+        # a sample that comes a whole beat late is skipped.
+        least = [min(late[at:at + 10]) for at in range(0, 110, 10)]
+        self.assertTrue(all(abs(value - round(value)) < 0.25 for value in least), least)
 
     def test_ten_seconds_without_an_answer_are_the_limit(self):
         began = eventually(lambda: self.silent.samples)[0][0]
@@ -149,86 +154,138 @@ class Goodbye(unittest.TestCase):
     def test_a_signal_is_a_goodbye_with_its_name_and_exit_0(self):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             with self.subTest(number.name), DummyServer(answer=b"ok\n") as server, \
-                    start_agent("--port", server.port, "--interval", "30") as agent:
+                    start_agent("--port", server.port, "--interval", "30") as tool:
                 eventually(lambda: server.samples)
-                agent.send_signal(number)
-                self.assertEqual(agent.wait(2), 0)
+                tool.send_signal(number)
+                self.assertEqual(tool.wait(2), 0)
                 self.assertEqual(eventually(lambda: server.ended), ["FIN"])
                 self.assertEqual(server.dicts[-1]["bye"], number.name)
-                self.assertNotIn("Traceback", agent.log)
+                self.assertNotIn("Traceback", tool.log)
+
+    def test_the_goodbye_ends_with_a_fin_though_an_answer_to_it_is_still_to_come(self):
+        listener = socket.socket()
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        with listener, start_agent("--port", listener.getsockname()[1]) as tool:
+            sock = listener.accept()[0]
+            with sock, sock.makefile("rb") as stream:
+                self.assertIn("cpu", pickle.load(stream))
+                tool.send_signal(signal.SIGTERM)
+                while "bye" not in pickle.load(stream):
+                    pass
+                sock.sendall(b"ok\n")
+                waited = threading.Event()
+                waited.wait(0.2)                # an agent that is gone by now makes it a RST
+                self.assertEqual(stream.read(), b"")
+                self.assertIsNone(tool.code)
+            self.assertEqual(tool.wait(2), 0)
 
     def test_two_signals_in_a_row_are_one_goodbye(self):
-        with DummyServer() as server, start_agent("--port", server.port) as agent:
+        with DummyServer() as server, start_agent("--port", server.port) as tool:
             eventually(lambda: server.samples)
             for _ in range(5):
-                agent.send_signal(signal.SIGTERM)
-            self.assertEqual(agent.wait(3), 0)
+                tool.send_signal(signal.SIGTERM)
+            self.assertEqual(tool.wait(3), 0)
             self.assertEqual([s for s in server.dicts if "bye" in s], [{"bye": "SIGTERM"}])
 
     def test_without_a_master_a_signal_ends_it_as_fast(self):
-        with start_agent("--port", support.closed_port()) as agent:
-            agent.logged("cannot reach")
-            agent.send_signal(signal.SIGTERM)
-            self.assertEqual(agent.wait(2), 0)
+        with start_agent("--port", support.closed_port()) as tool:
+            tool.logged("cannot reach")
+            tool.send_signal(signal.SIGTERM)
+            self.assertEqual(tool.wait(2), 0)
 
     def test_it_ends_when_nobody_reads_its_stdout_any_more(self):
         reader, writer = os.pipe()
         with DummyServer() as server:
-            agent = start_agent("--port", server.port, "--interval", "30", stdout=writer)
+            tool = start_agent("--port", server.port, "--interval", "30", stdout=writer)
             os.close(writer)
-            with agent:
+            with tool:
                 eventually(lambda: server.samples)
                 os.close(reader)
-                self.assertEqual(agent.wait(3), 0)
+                self.assertEqual(tool.wait(3), 0)
                 self.assertEqual(server.dicts[-1], {"bye": "finished"})
 
     def test_nohup_holds_against_a_hangup(self):
         with DummyServer() as server, start_agent(
                 "--port", server.port, "--interval", "0.2",
-                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as agent:
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as tool:
             eventually(lambda: server.samples)
-            agent.send_signal(signal.SIGHUP)
+            tool.send_signal(signal.SIGHUP)
             eventually(lambda: len(server.samples) >= 3)
-            self.assertEqual(agent.stop(), 0)
+            self.assertEqual(tool.stop(), 0)
             self.assertEqual(server.dicts[-1], {"bye": "SIGTERM"})
 
 
 class Reconnect(unittest.TestCase):
     def test_a_server_that_goes_away_and_returns_is_found_again(self):
         with DummyServer(answer=b"ok\n") as server, \
-                start_agent("--port", server.port, "--interval", "0.5") as agent:
+                start_agent("--port", server.port, "--interval", "0.5") as tool:
             eventually(lambda: len(server.samples) >= 2)
             server.close()
-            agent.logged(r"lost the master at 127.0.0.1:\d+ \(.*\): retrying in [0-9.]+ s")
+            tool.logged(r"lost the master at 127.0.0.1:\d+ "
+                        r"\((it closed the connection|Connection reset by peer)\): "
+                        r"retrying in [0-9.]+ s")
             with DummyServer(server.port, answer=b"ok\n") as again:
                 eventually(lambda: len(again.samples) >= 2, 10)
-                self.assertEqual(agent.log.count("connected to"), 2)
-                self.assertEqual(agent.log.count("lost the master"), 1)
+                self.assertEqual(tool.log.count("connected to"), 2)
+                self.assertEqual(tool.log.count("lost the master"), 1)
+
+    def test_a_server_that_is_back_gets_a_sample_at_once_however_long_the_interval(self):
+        with DummyServer(answer=b"ok\n") as server, \
+                start_agent("--port", server.port, "--interval", "30") as tool:
+            eventually(lambda: server.samples, 3)
+            server.close()
+            tool.logged("lost the master")
+            with DummyServer(server.port, answer=b"ok\n") as again:
+                eventually(lambda: again.samples, 10)
+
+    def test_a_message_that_is_sent_in_part_ends_the_connection(self):
+        """Nothing may follow half a pickle; a stand-in, as the kernel sends all or nothing."""
+        class Socket:
+            closed = False
+
+            def recv(self, size):
+                raise BlockingIOError
+
+            def send(self, data):
+                return len(data) - 1
+
+            def close(self):
+                self.closed = True
+        link, sock = agent.Link([("login", 1)], b"", 2.0), Socket()
+        link.sock, link.heard = sock, time.monotonic()
+        with mock.patch.object(agent, "log") as log:
+            link.exchange({"cpu": 1.0})
+        self.assertIsNone(link.sock)
+        self.assertTrue(sock.closed)
+        self.assertIn("it takes no more", log.call_args[0][0])
 
     def test_it_waits_for_a_server_that_starts_later_and_says_so_once(self):
         port = support.closed_port()
-        with start_agent("--port", port, "--interval", "0.5") as agent:
-            agent.logged("cannot reach the master .*Connection refused.*: retrying in")
-            support.stays(lambda: agent.log.count("\n") == 1, 2)
+        with start_agent("--port", port, "--interval", "0.5") as tool:
+            tool.logged("cannot reach the master .*Connection refused.*: retrying in")
+            support.stays(lambda: tool.log.count("\n") == 1, 2)
             with DummyServer(port) as server:
                 eventually(lambda: server.samples, 10)
-                agent.logged("connected to 127.0.0.1:%d" % port)
-                self.assertEqual(agent.log.count("\n"), 2)
+                tool.logged("connected to 127.0.0.1:%d" % port)
+                self.assertEqual(tool.log.count("\n"), 2)
 
     def test_a_server_that_stops_answering_is_left_with_a_word(self):
         with DummyServer(answer=b"ok\n") as server, \
-                start_agent("--port", server.port, "--interval", "0.2", patch=PATIENT) as agent:
+                start_agent("--port", server.port, "--interval", "0.2", patch=PATIENT) as tool:
             eventually(lambda: len(server.samples) >= 3)
             server.answer = b""
-            agent.logged("no answer for 1 s")
+            tool.logged("no answer for 1 s")
             eventually(lambda: {"bye": "reconnecting"} in server.dicts)
-            eventually(lambda: server.connections >= 3, 10)     # its patience stays the same
+            eventually(lambda: server.dicts.count({"bye": "reconnecting"}) >= 4, 12)
+            byes = [when for when, sample in server.samples if "bye" in sample]
+            self.assertLess(byes[3] - byes[2], 2.6)     # its patience stays: 0.6, up to 1 to dial
             server.answer = b"ok\n"
-            eventually(lambda: agent.log.count("connected to") >= 2)
+            eventually(lambda: tool.log.count("connected to") >= 2)
 
     def test_a_server_that_never_answers_is_asked_again_less_and_less_often(self):
         with DummyServer() as server, \
-                start_agent("--port", server.port, "--interval", "0.2", patch=PATIENT) as agent:
+                start_agent("--port", server.port, "--interval", "0.2", patch=PATIENT) as tool:
             began = eventually(lambda: server.samples)[0][0]
             eventually(lambda: server.dicts.count({"bye": "reconnecting"}) >= 3, 20)
             byes = [when - began for when, sample in server.samples if "bye" in sample]
@@ -236,19 +293,19 @@ class Reconnect(unittest.TestCase):
             self.assertAlmostEqual(first, 0.7, delta=0.4)       # 0.6, on the beat
             self.assertGreater(second, first + 0.4)             # 1.2, and the time to dial
             self.assertGreater(third, second + 0.7)             # 2.4
-            self.assertLess(agent.log.count("\n"), 8)
+            self.assertLess(tool.log.count("\n"), 8)
 
     def test_a_server_that_accepts_and_closes_is_backed_off_from(self):
         with DummyServer(greeting=b"error the house is full \x1b[31m\n") as server, \
-                start_agent("--port", server.port, "--interval", "0.2") as agent:
-            agent.logged("the house is full")
+                start_agent("--port", server.port, "--interval", "0.2") as tool:
+            tool.logged("the house is full")
             for sock in server.sockets:
                 sock.close()
             began = time.monotonic()
             eventually(lambda: server.connections >= 3)
             self.assertGreater(time.monotonic() - began, 1.5)
-            self.assertEqual(agent.log.count("the house is full"), 1)
-            self.assertNotIn("\x1b", agent.log)
+            self.assertEqual(tool.log.count("the house is full"), 1)
+            self.assertNotIn("\x1b", tool.log)
 
     def test_a_server_that_reads_nothing_holds_nothing_up(self):
         listener = socket.socket()
@@ -261,23 +318,23 @@ class Reconnect(unittest.TestCase):
                  "    s = call(*a); s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)\n"
                  "    return s\nsocket.create_connection = small\n")
         with start_agent("--port", listener.getsockname()[1], "--interval", "0.1", "--verbose",
-                         patch=patch) as agent:
-            eventually(lambda: agent.log.count("'cpu'") > 30, 15)
+                         patch=patch) as tool:
+            eventually(lambda: tool.log.count("'cpu'") > 30, 15)
             sock = listener.accept()[0]
             with sock, sock.makefile("rb") as stream:
                 for _ in range(10):         # whole samples, none cut short by the full pipe
                     self.assertIn("cpu", pickle.load(stream))
-            agent.send_signal(signal.SIGTERM)
-            self.assertEqual(agent.wait(3), 0)
+            tool.send_signal(signal.SIGTERM)
+            self.assertEqual(tool.wait(3), 0)
 
 
 class Candidates(unittest.TestCase):
     def test_candidates_are_tried_in_turn(self):
         with DummyServer(answer=b"ok\n") as server, start_agent(
                 "--host", "127.0.0.1:%d,127.0.0.1" % support.closed_port(),
-                "--port", server.port) as agent:
+                "--port", server.port) as tool:
             eventually(lambda: server.samples, 3)
-            agent.logged("connected to 127.0.0.1:%d" % server.port)
+            tool.logged("connected to 127.0.0.1:%d" % server.port)
 
     def test_a_candidate_that_takes_the_call_and_hangs_up_does_not_keep_it(self):
         with DummyServer(greeting=b"error not here\n") as first, \
@@ -290,9 +347,9 @@ class Candidates(unittest.TestCase):
             server = DummyServer(answer=b"ok\n", family=socket.AF_INET6)
         except OSError:
             self.skipTest("no IPv6 loopback here")
-        with server, start_agent("--host", "[::1]:%d" % server.port) as agent:
+        with server, start_agent("--host", "[::1]:%d" % server.port) as tool:
             eventually(lambda: server.samples, 3)
-            agent.logged(r"connected to \[::1\]:%d" % server.port)
+            tool.logged(r"connected to \[::1\]:%d" % server.port)
 
     def test_the_environment_gives_the_defaults(self):
         with DummyServer() as server, start_agent(
@@ -300,10 +357,10 @@ class Candidates(unittest.TestCase):
             eventually(lambda: server.samples, 3)
 
     def test_a_name_that_does_not_resolve_is_said_and_holds_nothing_up(self):
-        with start_agent("--host", "no-such-host.invalid", "--verbose") as agent:
-            eventually(lambda: agent.log.count("'cpu'") >= 2, 5)
-            agent.send_signal(signal.SIGTERM)
-            self.assertEqual(agent.wait(3), 0)
+        with start_agent("--host", "no-such-host.invalid", "--verbose") as tool:
+            eventually(lambda: tool.log.count("'cpu'") >= 2, 5)
+            tool.send_signal(signal.SIGTERM)
+            self.assertEqual(tool.wait(3), 0)
 
 
 class Secret(unittest.TestCase):
@@ -331,8 +388,8 @@ class Secret(unittest.TestCase):
     def test_without_a_challenge_it_sends_nothing_and_says_the_cure(self):
         with DummyServer() as server, start_agent(
                 "--port", server.port, "--secret-file", self.path,
-                patch="agent.WAIT_SECONDS = 0.5") as agent:
-            agent.logged("--secret-file")
+                patch="agent.WAIT_SECONDS = 0.5") as tool:
+            tool.logged("--secret-file")
             eventually(lambda: server.connections >= 2)
             self.assertEqual(server.samples, [])
 
@@ -340,14 +397,14 @@ class Secret(unittest.TestCase):
         for greeting in (b"ok\n", b"challenge \n", b"challenge", b"\0" * 5000, b"HTTP/1.1 400\r\n"):
             with self.subTest(greeting[:20]), DummyServer(greeting=greeting) as server, \
                     start_agent("--port", server.port, "--secret-file", self.path,
-                                patch="agent.WAIT_SECONDS = 0.5") as agent:
-                agent.logged("cannot reach the master")
+                                patch="agent.WAIT_SECONDS = 0.5") as tool:
+                tool.logged("cannot reach the master")
                 self.assertEqual(server.samples, [])
 
     def test_a_challenge_to_an_agent_without_a_secret_logs_what_the_master_says(self):
         with DummyServer(greeting=b"challenge %s\nerror start the agent with --secret-file\n"
-                         % self.NONCE) as server, start_agent("--port", server.port) as agent:
-            agent.logged("start the agent with --secret-file")
+                         % self.NONCE) as server, start_agent("--port", server.port) as tool:
+            tool.logged("start the agent with --secret-file")
 
     def test_a_secret_that_is_not_kept_is_refused(self):
         for content, mode, words in ((b"x", 0o644, "chmod 600"), (b"x", 0o640, "chmod 600"),
