@@ -1225,8 +1225,8 @@ def fill(template: str, *values: object) -> Html:
     """Put values into the {} of some markup; a list stands for its items, None for nothing."""
     return Html(template.format(*[
         value if isinstance(value, Html) else "" if value is None else
-        "".join(fill("{}", item) for item in value) if isinstance(value, list) else
-        html.escape(str(value)) for value in values]))
+        "".join(item if isinstance(item, Html) else fill("{}", item) for item in value)
+        if isinstance(value, list) else html.escape(str(value)) for value in values]))
 
 
 def render_value(key: str, value: Any) -> str:
@@ -1330,9 +1330,9 @@ class Page:
         for key in keys:
             path, pen = "", "M%d %dh0"      # a dot, should no line follow
             for x, value in enumerate(self.site.series(row, key, points, step)):
-                if math.isfinite(value):
+                if value == value:
                     path += pen % (x, 100 - 100 * min(max(value / top, 0), 1))
-                pen = "L%d %d" if math.isfinite(value) else "M%d %dh0"
+                pen = "L%d %d" if value == value else "M%d %dh0"
             paths.append(fill('<path class="{}" d="{}"/>', key, path))
         return fill('<svg class="line" viewBox="0 0 {} 100" preserveAspectRatio="none"'
                     ' aria-hidden="true">{}</svg>', points - 1, paths)
