@@ -419,6 +419,7 @@ class Snapshot:
         rows = [EVENT.unpack_from(ring, n % EVENTS * EVENT.size)
                 for n in range(max(0, count - EVENTS), count)]
         self.events: List[Message] = [dict(zip(EVENT_KEYS, map(known, row))) for row in rows]
+        self.left = self.events         # or what a reader remembers of who left
 
 
 def known(value: Any) -> Union[str, float, None]:
@@ -1285,11 +1286,11 @@ def select(view: Snapshot, query: Query) -> List[Message]:
 
 def gone(view: Snapshot, kind: str) -> List[Message]:
     """The nodes that left like this within GONE_SECONDS and are not back, the newest first."""
-    left = {(name_of(event), event["job"]): event for event in view.events
+    left = {(name_of(event), event["job"]): event for event in view.left
             if event["kind"] in ("finished", "lost") and event["time"] > view.time - GONE_SECONDS}
     for node in view.nodes if left else ():
         left.pop((name_of(node), node["job"]), None)
-    return [event for event in view.events[::-1] if event["kind"] == kind
+    return [event for event in view.left[::-1] if event["kind"] == kind
             and left.get((name_of(event), event["job"])) is event]
 
 
@@ -1585,6 +1586,7 @@ ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
 REQUEST = re.compile(rb"([A-Za-z]+) ([!-~]+) HTTP/1\.\d\r\n"
                      rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n]*\r\n)*)\r\n")
 BLANK = [math.nan] * (2 * FINE + (len(GRAPHS) - 2) * COARSE)
+MAX_LEFT = 1024                         # who left, to be remembered
 TICK_SECONDS = 2.0                      # between two looks at the table, for the graphs
 WATCHED_SECONDS = 60.0                  # without a request: only every fifth tick has a look
 HEADERS = {
@@ -1765,10 +1767,19 @@ class Dashboard:
             sock.close()
 
     def fresh(self) -> Snapshot:
-        """A snapshot, taken at most once in FRESH_SECONDS, whoever asks."""
+        """A snapshot, taken at most once in FRESH_SECONDS, whoever asks.
+
+        Who left is remembered, even when other events have pushed that out of the ring.
+        """
         with self.lock:
             if time.monotonic() - self.viewed > FRESH_SECONDS:
-                self.view, self.viewed, self.bodies = self.table.snapshot(), time.monotonic(), {}
+                view, self.viewed, self.bodies = self.table.snapshot(), time.monotonic(), {}
+                known = {(event["time"], name_of(event)): event
+                         for event in self.view.left + view.events
+                         if event["kind"] in ("finished", "lost")
+                         and event["time"] > view.time - GONE_SECONDS}
+                view.left = sorted(known.values(), key=lambda event: event["time"])[-MAX_LEFT:]
+                self.view = view
             return self.view
 
     def admit(self, query: Query, fields: Dict[str, str], headers: Dict[str, str]) -> None:

@@ -257,6 +257,23 @@ class Paths(Served):
         self.assertLessEqual(len(times), 4 * (time.monotonic() - start) + 2)
 
 
+class Storm(Served):
+    flags = ("--alert", "cpu>50")
+
+    def test_who_was_lost_stays_on_the_page_when_alerts_push_it_out_of_the_ring(self):
+        with PlainAgent(self.master.port) as agent:
+            agent.send({"cpu": 1.0, "ram": 1.0, "node": "gone", "version": "1.0"})
+            eventually(lambda: "gone" in get(self.page, "/nodes.txt").text)
+        eventually(lambda: support.events(self.page, "lost"))
+        with PlainAgent(self.master.port) as agent:
+            for number in range(200):
+                agent.send({"cpu": 99.0 * (number % 2), "ram": 1.0, "node": "flaps"})
+            eventually(lambda: not support.events(self.page, "lost"))
+        page = get(self.page).text
+        self.assertRegex(page, r'<section id="lost".*/node/gone')
+        self.assertIn('sentinel_node_lost{node="gone"', get(self.page, "/metrics").text)
+
+
 class Names(Served):
     def test_only_names_of_this_machine_are_answered(self):
         own = socket.gethostname()

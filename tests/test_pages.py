@@ -68,9 +68,9 @@ def event(kind, name, ago=1.0, text="", job=None):
 
 
 def view(nodes=(), events=(), beat=0.2):
-    return types.SimpleNamespace(
-        time=NOW, capacity=1024, beat=beat, nodes=list(nodes), events=list(events), samples=1234
-    )
+    events = list(events)
+    return types.SimpleNamespace(time=NOW, capacity=1024, beat=beat, nodes=list(nodes),
+                                 events=events, left=events, samples=1234)
 
 
 def site(**options):
