@@ -597,7 +597,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--host", metavar="HOST[:PORT][,NEXT...]", default=get("SENTINEL_HOST")
         or "127.0.0.1", help="the master; several are tried in turn (SENTINEL_HOST)")
-    add("--port", default=get("SENTINEL_PORT") or "13579", help="its port (SENTINEL_PORT)")
+    add("--port", default=get("SENTINEL_PORT") or "13579", help="its port (SENTINEL_PORT, 13579)")
     add("--interval", default="2", metavar="SECONDS", help="from one sample to the next (2)")
     add("--name", metavar="NODE", help="what this node is called (SLURMD_NODENAME or hostname)")
     add("--secret-file", metavar="FILE", default=get("SENTINEL_SECRET_FILE"), help="the master's")
