@@ -27,6 +27,7 @@ import logging
 import math
 import multiprocessing
 import multiprocessing.connection
+import operator
 import os
 import queue
 import re
@@ -62,7 +63,7 @@ MAX_OPCODES = 8 * MAX_KEYS              # opcodes of a pickle
 MAX_INTERVAL = 60.0                     # seconds between samples that an agent may announce
 MAX_RATE = 100                          # samples a second from one agent, over RATE_SECONDS
 RATE_SECONDS = 5.0                      # seconds
-RECEIVE_SIZE = 2048                     # bytes; a blocked read holds this much memory
+RECEIVE_SIZE = 1024                     # bytes; a sample has 600 to 800
 STACK_SIZE = 128 * 1024                 # bytes of stack for each thread
 BACKLOG = 4096                          # connections that may wait for accept()
 MAX_ACCEPTS = 256                       # of them at a time, between two heartbeats
@@ -74,6 +75,7 @@ MAX_SOURCES = 8                         # sources whose refusals are counted apa
 EVENTS = 128                            # events kept in the ring
 GONE_SECONDS = 600.0                    # how long a node that left is remembered
 LOCK_SECONDS = 2.0                      # to wait for the table's lock
+LOCK_POLL = 0.001                       # between two tries
 READ_SECONDS = 2.0                      # to wait for a whole copy without the lock
 BEAT_SECONDS = 0.5                      # between two heartbeats of the collector
 STALE_SECONDS = 3.0                     # without a heartbeat: the collector has stopped
@@ -93,7 +95,8 @@ MAX_REQUEST = 16384                     # bytes of request line and headers
 FRESH_SECONDS = 0.25                    # for which a copy of the table serves every request
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-Message = Dict[str, Any]                # a decoded dict, or a row of a snapshot
+Message = Dict[str, Any]                # a decoded dict, or a node of a snapshot
+Row = Tuple[Any, ...]                   # a sample, as METRICS has it: floats, UTF-8; see UNKNOWN
 Address = Tuple[Any, ...]               # a peer's, as accept() has it: host, port, ...
 log = logging.getLogger("sentinel")
 
@@ -146,7 +149,9 @@ METRICS = (
 )
 TEXTS = {m.key: m for m in METRICS if m.code.endswith("s")}
 NUMBERS = {m.key: m for m in METRICS if m.key not in TEXTS}
-DETAILS = tuple(m for m in METRICS if m.code != "f")   # those that a slot does not hold
+DETAILS = METRICS[2:]                   # those that a slot does not hold
+INDEX = {m.key: n for n, m in enumerate(METRICS)}
+UNKNOWN: Row = tuple(b"" if m.key in TEXTS else math.nan for m in METRICS)
 
 # ============================================================================
 # Wire: bytes -> sample.  Bounded, one error type, and nothing that unpickles.
@@ -167,7 +172,7 @@ CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 SCALARS = {"BININT1", "BININT2", "BININT", "BINFLOAT", "LONG1", "SHORT_BINUNICODE", "BINUNICODE"}
 PUTS, GETS = {"MEMOIZE", "BINPUT", "LONG_BINPUT"}, {"BINGET", "LONG_BINGET"}
 Shape = NamedTuple("Shape", [("layout", struct.Struct), ("mask", int), ("fixed", int),
-                             ("keys", Tuple[str, ...]), ("base", Message)])
+                             ("order", Callable[[Row], Row]), ("rest", Row)])
 Spots = Tuple[Tuple[int, Any], ...]     # of each float in a pickle: where it is, and its key
 
 
@@ -272,28 +277,30 @@ def foreign_reason(data: bytes) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def shape_layout(size: int, floats: Spots) -> Tuple[struct.Struct, int, Tuple[str, ...]]:
-    """What shapes share: the layout of the floats, a mask of all other bytes, the floats' keys."""
+def shape_layout(size: int, floats: Spots) -> Tuple[struct.Struct, int, Any]:
+    """What shapes share: where the floats are, a mask of the rest, what puts them into a row."""
     code, end, mask = ">", 0, (1 << 8 * size) - 1
     for pos, _ in floats:
         code, end = code + "%dxd" % (pos - end), pos + 8
         mask ^= (1 << 64) - 1 << 8 * (size - end)
+    keys = [key if key in NUMBERS else "" for _, key in floats] + list(INDEX)
     return (struct.Struct(code + "%dx" % (size - end)), mask,
-            tuple(key if key in NUMBERS else "" for _, key in floats))
+            operator.itemgetter(*map(keys.index, INDEX)))
 
 
-def make_shape(data: bytes, message: Message, sample: Message, floats: Spots) -> Optional[Shape]:
+def make_shape(data: bytes, message: Message, row: Row, floats: Spots) -> Optional[Shape]:
     """What makes the next sample cheap if only its floats differ: see parse_shape."""
     unique = {key for _, key in floats if type(message.get(key)) is float}
     if len(unique) < len(floats):       # a key came twice, or its float was overwritten
         return None
-    layout, mask, keys = shape_layout(len(data), floats)
-    return Shape(layout, mask, int.from_bytes(data, "big") & mask, keys,
-                 {key: value for key, value in sample.items() if key not in keys})
+    layout, mask, order = shape_layout(len(data), floats)
+    rest = tuple(unknown if key in unique else value
+                 for key, value, unknown in zip(INDEX, row, UNKNOWN))
+    return Shape(layout, mask, int.from_bytes(data, "big") & mask, order, rest)
 
 
-def parse_shape(data: bytes, shape: Shape) -> Optional[Message]:
-    """The checked sample in data if it is the shape's with other good floats; None: parse_pickle.
+def parse_shape(data: bytes, shape: Shape) -> Optional[Row]:
+    """The row in data if it is the shape's sample with other good floats; None: parse_pickle.
 
     An agent's samples differ in their floats alone most of the time.  To compare all other bytes
     with those of a sample that was found good takes a tenth of the time to read them again.
@@ -302,10 +309,9 @@ def parse_shape(data: bytes, shape: Shape) -> Optional[Message]:
             or int.from_bytes(data, "big") & shape.mask != shape.fixed):
         return None
     floats = shape.layout.unpack(data)
-    sample = dict(zip(shape.keys, floats), **shape.base)
-    sample.pop("", None)
-    good = math.isfinite(sum(floats)) and 0 <= sample["cpu"] <= 100 and 0 <= sample["ram"] <= 100
-    return sample if good else None
+    row = shape.order(floats + shape.rest)
+    good = math.isfinite(sum(floats)) and 0 <= row[0] <= 100 and 0 <= row[1] <= 100
+    return row if good else None
 
 
 def clean_text(text: str) -> str:
@@ -315,23 +321,21 @@ def clean_text(text: str) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
-def check_sample(message: Message) -> Message:
-    """The known keys of a decoded dict, {key: float or text}; WireError without cpu and ram.
-
-    What has the wrong type or no meaning here is unknown, and left out; a true ack is kept.
-    """
+def check_sample(message: Message) -> Row:
+    """The row of a decoded dict, wrong types as unknown; WireError without cpu and ram."""
     for key in ("cpu", "ram"):
         value = message.get(key)
-        if value is None or type(value) not in (int, float) or not 0 <= value <= 100:
+        if type(value) not in (int, float) or not 0 <= value <= 100:  # type: ignore[operator]
             raise WireError("%s must be a number from 0 to 100, and is %s" % (
                 key, ascii(value)[:40] if key in message else "missing"))
-    sample: Message = {"ack": True} if message.get("ack") is True else {}
-    for key, value in message.items():
-        if type(value) in (int, float) and key in NUMBERS:
-            sample[key] = float(value)
-        elif type(value) is str and value and key in TEXTS:
-            sample[key] = clean_text(value)
-    return sample
+    row = list(UNKNOWN)
+    for n, key in enumerate(INDEX):
+        value = message.get(key)
+        if type(value) is str and key in TEXTS:
+            row[n] = clean_text(value).encode()
+        elif isinstance(value, (int, float)) and type(value) is not bool and key in NUMBERS:
+            row[n] = float(value)
+    return tuple(row)
 
 
 def check_auth(message: Message, secret: bytes, nonce: str) -> None:
@@ -440,8 +444,8 @@ class Table:
         size - 32   COUNTS    events and samples so far, the collector's heartbeat, slots to look at
 
     Times are time.time(), but seen and the heartbeat are time.monotonic(): a machine has one.
-    Writers hold the lock.  A reader outside the process tree has none: it copies until the
-    sequence number was even and had not changed; ``snapshot`` does either.
+    Who writes holds the lock: ``with table``.  A reader outside the process tree has none: it
+    copies until the sequence number was even and had not changed; ``snapshot`` does either.
     """
 
     def __init__(self, shm: Any, lock: Any = None) -> None:
@@ -545,51 +549,55 @@ class Table:
         SEQUENCE.pack_into(self.buf, self.sequence_at, self.sequence)
 
     def acquire(self) -> None:
-        """Take the lock; a role that cannot have it in time ends (its holder was killed)."""
-        if not self.lock.acquire(True, LOCK_SECONDS):
-            log.error("the table's lock is stuck: who held it was killed or stopped")
-            os._exit(EXIT_LOCK)
+        """Take the lock; a role that cannot have it in time ends (its holder was killed).
 
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Hold the lock and keep the sequence number odd."""
+        Nobody waits in the lock: who is handed it there has yet to wait for the interpreter, and
+        with thousands of threads everybody waits for everybody.
+        """
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not self.lock.acquire(False):
+            if time.monotonic() > deadline:
+                log.error("the table's lock is stuck: who held it was killed or stopped")
+                os._exit(EXIT_LOCK)
+            time.sleep(LOCK_POLL)
+
+    def __enter__(self) -> None:
+        """Begin to write: hold the lock and keep the sequence number odd."""
         self.acquire()
-        try:
-            SEQUENCE.pack_into(self.buf, self.sequence_at, self.sequence + 1)
-            yield
+        SEQUENCE.pack_into(self.buf, self.sequence_at, self.sequence + 1)
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        """End it."""
+        if kind is None:
             self.sequence += 2
             SEQUENCE.pack_into(self.buf, self.sequence_at, self.sequence)
-        finally:
-            self.lock.release()
+        self.lock.release()
 
-    def write(self, index: int, address: str, sample: Message, since: float, alerts: str) -> None:
+    def write(self, index: int, address: str, row: Row, since: float, alerts: str) -> None:
         """Put a sample into a slot; address is text, since is time.time() of the connection."""
-        slot = (index + 1, address.encode(), sample["cpu"], sample["ram"])
-        detail = [time.monotonic(), since, alerts.encode()]
-        detail += [sample.get(m.key, math.nan) if m.code == "d"
-                   else sample.get(m.key, "").encode() for m in DETAILS]
-        with self.writing():
+        slot = (index + 1, address.encode()) + row[:2]
+        detail = (time.monotonic(), since, alerts.encode()) + row[2:]
+        with self:
             SLOT.pack_into(self.buf, index * SLOT.size, *slot)
             DETAIL.pack_into(self.buf, self.details_at + index * DETAIL.size, *detail)
 
     def clear(self, index: int) -> None:
         """Empty a slot."""
-        with self.writing():
+        with self:
             SLOT.pack_into(self.buf, index * SLOT.size, 0, b"", 0.0, 0.0)
 
     def beat(self, samples: int, used: int) -> None:
         """Say that the collector is well: samples so far, and no slot from ``used`` on is taken."""
-        with self.writing():
+        with self:
             COUNTS.pack_into(self.buf, self.counts_at, self.events, samples, time.monotonic(), used)
 
-    def add_event(self, kind: str, text: str, sample: Message, address: str = "") -> None:
-        """Append to the ring; sample is the node's last one, or as much of it as is known."""
-        names = [(sample.get(key) or "").encode() for key in ("node", "job", "user")]
-        row = [time.time(), kind.encode()] + names + [
-            address.encode(), sample.get("cpu", math.nan), sample.get("ram", math.nan),
-            text.encode()]
-        with self.writing():
-            EVENT.pack_into(self.buf, self.events_at + self.events % EVENTS * EVENT.size, *row)
+    def add_event(self, kind: str, text: str, node: str, row: Row = UNKNOWN,
+                  address: str = "") -> None:
+        """Append to the ring; row is the node's last sample."""
+        fields = (time.time(), kind.encode(), node.encode(), row[INDEX["job"]], row[INDEX["user"]],
+                  address.encode(), row[0], row[1], text.encode())
+        with self:
+            EVENT.pack_into(self.buf, self.events_at + self.events % EVENTS * EVENT.size, *fields)
             self.events += 1
             struct.pack_into("=Q", self.buf, self.counts_at, self.events)
 
@@ -662,7 +670,7 @@ def parse_rule(text: str) -> Union[Rule, str]:
     return Rule(metric, op, float(threshold), float(seconds or 0))
 
 
-def judge(rules: Sequence[Rule], state: Dict[Rule, Optional[float]], sample: Message,
+def judge(rules: Sequence[Rule], state: Dict[Rule, Optional[float]], row: Row,
           now: float) -> List[Tuple[str, Rule, float]]:
     """What a sample changes: [("alert" or "resolved", rule, value)].
 
@@ -671,20 +679,19 @@ def judge(rules: Sequence[Rule], state: Dict[Rule, Optional[float]], sample: Mes
     """
     changes = []
     for rule in rules:
-        value = sample.get(rule.metric)
-        if value is None:
-            continue
-        margin = 5.0 if NUMBERS[rule.metric].unit == "%" else rule.threshold * 0.05
+        value = row[INDEX[rule.metric]]
         if rule.crossed(value):
             since = state.setdefault(rule, now)
             if since is not None and now - since >= rule.seconds:
                 state[rule] = None
                 changes.append(("alert", rule, value))
-        elif state.get(rule) is not None:
-            del state[rule]
-        elif rule in state and not rule.crossed(value, margin):
-            del state[rule]
-            changes.append(("resolved", rule, value))
+        elif state and rule in state and value == value:
+            margin = 5.0 if NUMBERS[rule.metric].unit == "%" else rule.threshold * 0.05
+            if state[rule] is not None:
+                del state[rule]
+            elif not rule.crossed(value, margin):
+                del state[rule]
+                changes.append(("resolved", rule, value))
     return changes
 
 
@@ -832,28 +839,34 @@ class Silence(Exception):
 
 class Peer:
     """One agent's connection, for its thread."""
-    __slots__ = ("sock", "source", "address", "timeout", "receive_timeout", "slot", "since",
-                 "sample", "state", "alerts")
+    __slots__ = ("sock", "source", "address", "timeout", "receive_timeout", "buffer", "slot",
+                 "since", "shape", "ack", "row", "state", "alerts")
 
     def __init__(self, sock: socket.socket, address: Address, timeout: float) -> None:
         self.sock, self.timeout, self.receive_timeout = sock, timeout, -1.0
         self.source, self.address = split_address(address)
+        self.buffer = memoryview(bytearray(RECEIVE_SIZE))
         self.slot, self.since, self.alerts = -1, time.time(), ""   # -1: no slot yet
-        self.sample: Message = {}
+        self.shape: Optional[Shape] = None
+        self.row, self.ack = UNKNOWN, False
         self.state: Dict[Rule, Optional[float]] = {}
+
+    def text(self, key: str) -> str:
+        """A text of the last sample."""
+        return str(self.row[INDEX[key]], "utf-8")
 
     @property
     def name(self) -> str:
         """What to call the node: its name, or its address."""
-        return str(self.sample.get("node") or self.address)
+        return self.text("node") or self.address
 
     def __str__(self) -> str:
-        return self.name + (" (job %s)" % self.sample["job"] if self.sample.get("job") else "")
+        return self.name + (" (job %s)" % self.text("job") if self.text("job") else "")
 
-    def say(self, line: str) -> None:
-        """Write a line if there is room for it: a peer that never reads is served all the same."""
+    def say(self, line: bytes) -> None:
+        """Write if there is room for it: a peer that never reads is served all the same."""
         with contextlib.suppress(OSError):
-            self.sock.send(line.encode("utf-8", "replace") + b"\n", socket.MSG_DONTWAIT)
+            self.sock.send(line, socket.MSG_DONTWAIT)
 
     def receive(self, seconds: float) -> bytes:
         """At most RECEIVE_SIZE bytes, b"" at the end; Silence when none came in time."""
@@ -862,18 +875,30 @@ class Peer:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO,
                                  struct.pack("ll", micros // 1000000, micros % 1000000))
             self.receive_timeout = seconds
-        try:
-            return self.sock.recv(RECEIVE_SIZE)
+        try:                                    # recv() would keep some KiB more for each thread
+            return bytes(self.buffer[:self.sock.recv_into(self.buffer)])
         except BlockingIOError:
             raise Silence from None
 
-    def messages(self, auth: bool) -> Iterator[Message]:
-        """The dicts that come, each whole within the deadline after the one before.
+    def parse(self, data: bytes, auth: bool) -> Tuple[Union[Row, Message, None], int]:
+        """What data begins with and its size: a sample's row, or an auth or goodbye as it came.
 
-        A goodbye, and the first if it should be an auth, is as it came; all others are checked.
+        None while it is incomplete; WireError.
         """
+        parsed = parse_pickle(data)
+        if not parsed:
+            return None, 0
+        message, size, floats = parsed
+        if auth or type(message.get("bye")) is str:
+            return message, size
+        row = check_sample(message)
+        self.shape = make_shape(data[:size], message, row, floats)
+        self.ack = message.get("ack") is True
+        return row, size
+
+    def messages(self, auth: bool) -> Iterator[Any]:
+        """What comes, as parse has it, each whole within the deadline after the one before."""
         data, since, count = b"", time.monotonic(), 0
-        shape: Optional[Shape] = None
         due = since + self.timeout
         while True:
             chunk = self.receive(self.timeout if not data else due - time.monotonic())
@@ -883,18 +908,14 @@ class Peer:
                 return
             now, data = time.monotonic(), data + chunk
             while data:
-                message, size = parse_shape(data, shape) if shape else None, len(data)
-                if not message:
-                    parsed = parse_pickle(data)
-                    if not parsed:
+                message: Any = parse_shape(data, self.shape) if self.shape else None
+                size = len(data)
+                if message is None:
+                    message, size = self.parse(data, auth)
+                    if message is None:
                         if now > due:
                             raise Silence
                         break
-                    message, size, floats = parsed
-                    if not auth and type(message.get("bye")) is not str:
-                        sample = check_sample(message)
-                        shape = make_shape(data[:size], message, sample, floats)
-                        message = sample
                     auth = False
                 data = data[size:]
                 yield message
@@ -914,7 +935,7 @@ class Collector:
         self.lock = threading.Lock()        # of what follows
         self.free = list(range(table.capacity))
         self.slots: Dict[str, int] = collections.Counter()   # slots in use by source
-        self.lost: Dict[Tuple[str, Any], float] = {}  # (node, job) -> time.monotonic()
+        self.lost: Dict[Tuple[str, str], float] = {}  # (node, job) -> time.monotonic()
         self.samples, self.used = 0, 0      # of slots: how many have ever been in use
         self.waiting = Waiting(MAX_WAITING)
         self.refusals = Refusals(self.tell_refusal)
@@ -952,7 +973,7 @@ class Collector:
         finally:
             self.waiting.remove(sock)
             if kind != "finished":
-                peer.say("error " + text)
+                peer.say(b"error %s\n" % text.encode())
                 if kind == "refused" or peer.slot < 0:
                     self.refusals.add(peer.source, text)
             if peer.slot >= 0:
@@ -963,44 +984,46 @@ class Collector:
         """Take samples until the peer says goodbye or closes: how it ended, (kind, text)."""
         nonce = secrets.token_hex(16) if self.options.secret else None
         if nonce:
-            peer.say("challenge " + nonce)
+            peer.say(b"challenge %s\n" % nonce.encode())
         for message in peer.messages(bool(nonce)):
-            if nonce:
+            if type(message) is tuple:
+                self.take(peer, message)
+            elif nonce:
                 check_auth(message, self.options.secret, nonce)
                 nonce = None
-            elif "bye" in message:
+            else:
                 return "finished", "; ".join(clean_text(message[key]) for key in ("bye", "report")
                                              if type(message.get(key)) is str)
-            else:
-                self.take(peer, message)
-        if peer.sample.get("version"):
+        if peer.text("version"):
             return "lost", "closed without a goodbye"
         return "finished", "closed"
 
-    def take(self, peer: Peer, sample: Message) -> None:
+    def take(self, peer: Peer, row: Row) -> None:
         """Put a sample into the table, tell what it means, answer it."""
-        peer.sample = sample
+        peer.row = row
         new = peer.slot < 0
         if new:
             self.enter(peer)
         self.samples += 1
-        changes = judge(self.options.rules, peer.state, sample, time.monotonic())
+        changes = judge(self.options.rules, peer.state, row, time.monotonic())
         if changes:
             peer.alerts = " ".join(str(rule).replace(" ", "_")
                                    for rule, since in peer.state.items() if since is None)
-        self.table.write(peer.slot, peer.address, sample, peer.since, peer.alerts)
+        self.table.write(peer.slot, peer.address, row, peer.since, peer.alerts)
         if new:
             self.welcome(peer)
         for kind, rule, value in changes:
             self.tell(kind, peer, "%s is %g (%s)" % (rule.metric, value, str(rule)), rule, value)
-        if "ack" in sample:
-            peer.say("ok")
+        if peer.ack:
+            peer.say(b"ok\n")
         if self.options.verbose:
-            log.debug("%s sent %s", peer, sample)
+            log.debug("%s sent %s", peer, {key: known(value) for key, value in zip(INDEX, row)
+                                           if known(value) is not None})
 
     def enter(self, peer: Peer) -> None:
         """Give the peer a slot; WireError when there is none for it."""
-        peer.timeout = max(peer.timeout, 2.5 * min(peer.sample.get("interval", 0), MAX_INTERVAL))
+        interval = min(peer.row[INDEX["interval"]], MAX_INTERVAL)     # or NaN, which is no larger
+        peer.timeout = max(peer.timeout, 2.5 * interval)
         with self.lock:
             if not self.free:
                 raise WireError("master is full (%d agents)" % self.table.capacity)
@@ -1017,7 +1040,7 @@ class Collector:
         self.table.beat(self.samples, self.used)
         self.tell("connected", peer, "from %s" % peer.address)
         with self.lock:
-            since = self.lost.pop((peer.name, peer.sample.get("job")), None)
+            since = self.lost.pop((peer.name, peer.text("job")), None)
         if since is not None:
             self.tell("resolved", peer, "lost: back after %.0f s" % (time.monotonic() - since))
 
@@ -1030,7 +1053,7 @@ class Collector:
             if not self.slots[peer.source]:
                 del self.slots[peer.source]
             if kind == "lost":
-                self.lost[peer.name, peer.sample.get("job")] = time.monotonic()
+                self.lost[peer.name, peer.text("job")] = time.monotonic()
         for rule in [rule for rule, since in peer.state.items() if since is None]:
             self.tell("resolved", peer, "%s: the node is gone" % str(rule))
         if kind != "refused":
@@ -1039,12 +1062,12 @@ class Collector:
     def tell(self, kind: str, peer: Peer, text: str, rule: Optional[Rule] = None,
              value: Union[float, str] = "") -> None:
         """One event: to the ring, the log and, when it is an alert, the command."""
-        self.table.add_event(kind, text, dict(peer.sample, node=peer.name), peer.address)
+        self.table.add_event(kind, text, peer.name, peer.row, peer.address)
         if kind == "alert" or kind == "lost" and self.options.lost:
             log.critical("CRITICAL WARNING: %s%s: %s%s", peer, " lost" if kind == "lost" else "",
                          text, "\a" if sys.stderr.isatty() else "")
             if self.runner:
-                self.runner.post(Alert(kind, peer.name, peer.sample.get("job") or "",
+                self.runner.post(Alert(kind, peer.name, peer.text("job"),
                                        rule.metric if rule else "lost", value,
                                        rule.threshold if rule else ""))
         else:
@@ -1053,7 +1076,7 @@ class Collector:
     def tell_refusal(self, source: str, reason: str) -> None:
         """One event for one or many refusals of a source."""
         log.warning("refused %s: %s", source, reason)
-        self.table.add_event("refused", reason, {"node": source})
+        self.table.add_event("refused", reason, source)
 
 
 def close_gently(sock: socket.socket) -> None:

@@ -374,15 +374,14 @@ class Killed(unittest.TestCase):
 # request for a path with "dies" kills the dashboard while it copies.
 DIE_INSIDE = """
 import os, signal
-copy, writing = master_server.Table._copy, master_server.Table.writing
-write = master_server.Table.write
+copy, write = master_server.Table._copy, master_server.Table.write
 
-def deadly_write(self, index, address, sample, *more):
-    if sample.get("node") == "dies":
-        with self.writing():
+def deadly_write(self, index, address, row, *more):
+    if b"dies" in row:
+        with self:
             master_server.SLOT.pack_into(self.buf, index * 76, 99, b"half a row", 1.0, 1.0)
             os.kill(os.getpid(), signal.SIGKILL)
-    return write(self, index, address, sample, *more)
+    return write(self, index, address, row, *more)
 
 def deadly_copy(self):
     if self.lock and os.path.exists(os.environ["DIES"]):

@@ -20,8 +20,16 @@ from master_server import DETAILS, EVENTS, Table, TableError
 
 SEED = int(os.environ.get("SENTINEL_TEST_SEED", "1"))
 SLOT = struct.Struct("i64sff")      # as the plan has it
-ROW = {"cpu": 15.5, "ram": 40.25}
+VALUES = {"cpu": 15.5, "ram": 40.25}
 KEYS = {m.key for m in master_server.METRICS}
+
+
+def row(**values):
+    """A Row with VALUES and these."""
+    values = {key: value.encode() if isinstance(value, str) else value
+              for key, value in dict(VALUES, **values).items()}
+    return tuple(values.get(m.key, unknown) for m, unknown in zip(
+        master_server.METRICS, master_server.UNKNOWN))
 
 
 def segment_name(what):
@@ -64,7 +72,7 @@ class Layout(TableTest):
             with self.subTest(capacity):
                 table = self.create(capacity, name=segment_name("slots%d" % capacity))
                 for index in (0, capacity // 2, capacity - 1):
-                    table.write(index, "('10.77.2.11', %d)" % (40000 + index), ROW, 0.0, "")
+                    table.write(index, "('10.77.2.11', %d)" % (40000 + index), row(), 0.0, "")
                 with open("/dev/shm/" + table.shm.name, "rb") as file:
                     rows = list(SLOT.iter_unpack(file.read(SLOT.size * capacity)))
                 self.assertEqual(SLOT.size, 76)
@@ -97,7 +105,7 @@ class Layout(TableTest):
         table = self.create(4)
         numbers = {m.key: 1000.0 + at for at, m in enumerate(DETAILS) if m.code == "d"}
         texts = {m.key: m.key + "!" for m in DETAILS if m.code.endswith("s")}
-        table.write(2, "x", dict(ROW, **numbers, **texts), 12.5, "cpu>90")
+        table.write(2, "x", row(**numbers, **texts), 12.5, "cpu>90")
         layout = struct.Struct("=dd64s" + "".join(m.code for m in DETAILS))
         seen, since, alerts, *rest = layout.unpack_from(
             bytes(table.buf), 4 * SLOT.size + 2 * layout.size)
@@ -109,7 +117,7 @@ class Layout(TableTest):
 
     def test_unknown_is_nan_or_empty_in_memory_and_none_in_a_snapshot(self):
         table = self.create()
-        table.write(0, "x", ROW, 0.0, "")
+        table.write(0, "x", row(), 0.0, "")
         table.beat(1, 1)
         layout = struct.Struct("=dd64s" + "".join(m.code for m in DETAILS))
         rest = layout.unpack_from(bytes(table.buf), 8 * SLOT.size)[3:]
@@ -123,8 +131,8 @@ class Layout(TableTest):
         table.beat(0, 1)
         for node in ("x" * 255, "é" * 100, "\u20ac" * 85, "\U0001f6a8" * 60, "a" + "é" * 100):
             with self.subTest(node[:2]):
-                table.write(0, "x", dict(ROW, node=node), 0.0, node)
-                table.add_event("connected", node * 4, {"node": node, "job": node, "user": node})
+                table.write(0, "x", row(node=node), 0.0, node)
+                table.add_event("connected", node * 4, node, row(job=node, user=node))
                 snapshot = table.snapshot()
                 for text in (snapshot.nodes[0]["node"], snapshot.events[-1]["node"],
                              snapshot.events[-1]["text"], snapshot.nodes[0]["alerts"]):
@@ -134,7 +142,7 @@ class Layout(TableTest):
     def test_the_ring_keeps_the_last_128_events_in_order(self):
         table = self.create()
         for number in range(300):
-            table.add_event("connected", "event %d" % number, {"node": "n%d" % number})
+            table.add_event("connected", "event %d" % number, "n%d" % number)
             events = table.snapshot().events
             first = max(0, number + 1 - EVENTS)
             self.assertEqual([event["node"] for event in events],
@@ -144,7 +152,7 @@ class Layout(TableTest):
 
     def test_the_largest_table_can_be_made_and_its_last_slot_be_read(self):
         table = self.create(65536)
-        table.write(65535, "('::1', 1)", dict(ROW, node="last"), 0.0, "")
+        table.write(65535, "('::1', 1)", row(node="last"), 0.0, "")
         table.beat(1, 65536)
         node, = table.snapshot().nodes
         self.assertEqual((node["slot"], node["node"]), (65536, "last"))
@@ -167,13 +175,13 @@ class Layout(TableTest):
 def write_for_ever(name, lock, capacity, started):
     """A writer: every number and text of a row says the same count."""
     table = Table.attach(name, lock)
-    keys = [m.key for m in DETAILS if m.code == "d"]
+    keys = [m.key for m in master_server.METRICS if m.key in master_server.NUMBERS]
     table.beat(0, capacity)
     for count in range(1 << 30):
         index, value = count % capacity, count % 97
-        table.write(index, "('10.0.0.%d', 1)" % value, dict(
-            {key: float(value) for key in keys}, cpu=float(value), ram=float(value),
-            node="n%d" % value, user="n%d" % value), float(value), "n%d" % value)
+        numbers = dict.fromkeys(keys, float(value))
+        table.write(index, "('10.0.0.%d', 1)" % value, row(
+            **numbers, node="n%d" % value, user="n%d" % value), float(value), "n%d" % value)
         if count == 2 * capacity:
             started.set()
 
@@ -233,20 +241,20 @@ class WholeCopies(TableTest):
         def number():
             return struct.unpack_from("=Q", table.buf, table.sequence_at)[0]
         before = number()
-        with table.writing():
+        with table:
             self.assertEqual(number() % 2, 1)
         self.assertEqual((number() % 2, number() > before), (0, True))
-        for act in (lambda: table.write(0, "x", ROW, 0.0, ""), lambda: table.clear(0),
-                    lambda: table.beat(1, 1), lambda: table.add_event("lost", "x", {})):
+        for act in (lambda: table.write(0, "x", row(), 0.0, ""), lambda: table.clear(0),
+                    lambda: table.beat(1, 1), lambda: table.add_event("lost", "x", "n")):
             before = number()
             act()
             self.assertEqual((number() % 2, number() > before), (0, True))
 
     def test_a_write_that_never_ended_is_told_by_a_reader_and_ended_by_a_reset(self):
         table = self.create()
-        table.write(0, "x", ROW, 0.0, "")
+        table.write(0, "x", row(), 0.0, "")
         table.beat(1, 1)
-        table.add_event("connected", "stays", {"node": "n"})
+        table.add_event("connected", "stays", "n")
         struct.pack_into("=Q", table.buf, table.sequence_at, 7)
         reader = self.attach(table)
         start = time.monotonic()
@@ -275,11 +283,11 @@ class WholeCopies(TableTest):
 
     def test_the_lock_is_free_again_after_an_error_inside_it(self):
         table = self.create()
-        with self.assertRaises(ZeroDivisionError), table.writing():
+        with self.assertRaises(ZeroDivisionError), table:
             1 / 0  # noqa: B018
         self.assertTrue(table.lock.acquire(False))
         table.lock.release()
-        table.write(0, "x", ROW, 0.0, "")
+        table.write(0, "x", row(), 0.0, "")
         table.beat(1, 1)
         self.assertEqual(len(self.attach(table).snapshot().nodes), 1)
 
@@ -293,12 +301,12 @@ class WholeCopies(TableTest):
                 table.clear(index)
                 expected.pop(index + 1, None)
             else:
-                row = {"cpu": rng.randrange(101), "ram": rng.randrange(101),
-                       "node": "n%d" % rng.randrange(9)}
+                values = {"cpu": rng.randrange(101), "ram": rng.randrange(101),
+                          "node": "n%d" % rng.randrange(9)}
                 for m in rng.sample([m for m in DETAILS if m.code == "d"], 5):
-                    row[m.key] = float(rng.randrange(1 << 20))
-                table.write(index, "a", row, 0.0, "")
-                expected[index + 1] = row
+                    values[m.key] = float(rng.randrange(1 << 20))
+                table.write(index, "a", row(**values), 0.0, "")
+                expected[index + 1] = values
             for each in (table, reader):
                 found = {node["slot"]: {key: value for key, value in node.items()
                                         if key in KEYS and value is not None}
@@ -339,7 +347,7 @@ class Owners(TableTest):
 
     def test_a_living_master_is_respected(self):
         table = self.create()
-        table.write(0, "x", ROW, 0.0, "")
+        table.write(0, "x", row(), 0.0, "")
         table.beat(1, 1)
         with self.assertRaisesRegex(TableError, "pid %d.*--shm-name" % os.getpid()):
             Table.create(table.shm.name, 8)
@@ -407,7 +415,7 @@ class Owners(TableTest):
     @requires("root")
     def test_a_segment_of_another_user_is_neither_read_nor_removed(self):
         table = self.create()
-        table.write(0, "\x1b[2J", dict(ROW, node="\x1b[2J"), 0.0, "")
+        table.write(0, "\x1b[2J", row(node="\x1b[2J"), 0.0, "")
         table.beat(1, 1)
         for what, content in (("alive", self.header(table)),
                               ("dead", self.header(table, pid=self.ended_pid())),

@@ -393,9 +393,8 @@ class Decoder(unittest.TestCase):
         message = {"cpu": 1, "ram": 2.5, "node": 7, "job": None, "load1": "high", "cpus": True,
                    "user": 1.5, "swap": 0, "whatever": 5, "ack": True, "job_name": "",
                    "version": "1\n2\x1b[0m\u202e\x9b"}
-        self.assertEqual(check_sample(message), {
-            "ack": True, "cpu": 1.0, "ram": 2.5, "swap": 0.0,
-            "version": "1\ufffd2\ufffd[0m\ufffd\ufffd"})
+        self.assertEqual(known(check_sample(message)), {
+            "cpu": 1.0, "ram": 2.5, "swap": 0.0, "version": "1\ufffd2\ufffd[0m\ufffd\ufffd"})
 
     def test_check_auth_takes_the_right_answer_alone(self):
         secret, nonce = b"open sesame", "a1b2c3"
@@ -418,6 +417,12 @@ class Decoder(unittest.TestCase):
 
 ODD_FLOATS = (0.0, -0.0, 1.5, 50.0, 99.25, 100.0, 101.0, -1.0, 5e-324, 1e308, -1e308, math.nan,
               math.inf, -math.inf, struct.unpack(">d", b"\x7f\xf0\0\0\0\0\0\1")[0])
+
+
+def known(row):
+    """What a row knows, as a dict with its types."""
+    values = {key: master_server.known(value) for key, value in zip(master_server.INDEX, row)}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def shape_of(data):
@@ -451,7 +456,7 @@ def shape_differs(data, rng):
             checked = check_sample(parsed[0])
         except WireError as error:
             return "takes %r, which is refused: %s" % (other, error)
-        if parsed[1] != len(other) or not same(said, checked):
+        if parsed[1] != len(other) or repr(said) != repr(checked):
             return "says %r of %r, and the decoder %r" % (said, other, checked)
     return ""
 
@@ -484,7 +489,8 @@ class Shapes(unittest.TestCase):
         for protocol in (2, 4):
             data = pickle.dumps({"cpu": 15.5, "ram": 40.2, "node": "c1", "load1": 0.5}, protocol)
             after = pickle.dumps({"cpu": 16.5, "ram": 41.2, "node": "c1", "load1": 1e9}, protocol)
-            self.assertEqual(parse_shape(after, shape_of(data)[0]), pickle.loads(after))
+            said = parse_shape(after, shape_of(data)[0])
+            self.assertEqual(known(said), pickle.loads(after))
 
 
 # ==========================================================================================
