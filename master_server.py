@@ -79,6 +79,8 @@ LOCK_POLL = 0.001                       # between two tries
 READ_SECONDS = 2.0                      # to wait for a whole copy without the lock
 BEAT_SECONDS = 0.5                      # between two heartbeats of the collector
 STALE_SECONDS = 3.0                     # without a heartbeat: the collector has stopped
+GATHER_CPU = 0.1                        # of a core: a collector that takes more is busy, and has
+GATHER_EVERY = 5.0                      # its threads on one CPU; seconds between two looks
 STOP_SECONDS = 3.0                      # from SIGTERM to SIGKILL of a role
 MAX_BACKOFF = 2.0                       # seconds before a role is started again
 EXIT_LOCK = 75                          # exit code of a role that could not get the lock
@@ -151,6 +153,7 @@ TEXTS = {m.key: m for m in METRICS if m.code.endswith("s")}
 NUMBERS = {m.key: m for m in METRICS if m.key not in TEXTS}
 DETAILS = METRICS[2:]                   # those that a slot does not hold
 INDEX = {m.key: n for n, m in enumerate(METRICS)}
+KEPT = INDEX["interval"] + 1            # of a row: what is kept of it to tell of its node
 UNKNOWN: Row = tuple(b"" if m.key in TEXTS else math.nan for m in METRICS)
 
 # ============================================================================
@@ -701,7 +704,7 @@ class CommandRunner:
     def __init__(self, command: str) -> None:
         self.command = command
         self.alerts: queue.Queue[Alert] = queue.Queue(MAX_ALERTS)
-        threading.Thread(target=self.run, daemon=True).start()
+        threading.Thread(target=self.run, name="alerts", daemon=True).start()
 
     def post(self, alert: Alert) -> None:
         """Have an alert told; never blocks."""
@@ -919,7 +922,7 @@ class Peer:
                     auth = False
                 data = data[size:]
                 yield message
-                count, due = count + 1, now + self.timeout
+                message, count, due = None, count + 1, now + self.timeout
             if now - since > RATE_SECONDS:
                 if count > MAX_RATE * (now - since):
                     raise WireError("more than %d samples a second" % MAX_RATE)
@@ -937,6 +940,7 @@ class Collector:
         self.slots: Dict[str, int] = collections.Counter()   # slots in use by source
         self.lost: Dict[Tuple[str, str], float] = {}  # (node, job) -> time.monotonic()
         self.samples, self.used = 0, 0      # of slots: how many have ever been in use
+        self.looked, self.spent = time.monotonic(), 0.0
         self.waiting = Waiting(MAX_WAITING)
         self.refusals = Refusals(self.tell_refusal)
         self.runner = CommandRunner(options.alert_command) if options.alert_command else None
@@ -952,9 +956,12 @@ class Collector:
         """Say that this role is well, and do what is due now and then."""
         self.table.beat(self.samples, self.used)
         self.refusals.flush()
+        now, spent = time.monotonic(), time.process_time()
         with self.lock:
-            old = time.monotonic() - GONE_SECONDS
-            self.lost = {key: when for key, when in self.lost.items() if when > old}
+            self.lost = {key: when for key, when in self.lost.items() if when > now - GONE_SECONDS}
+        if now > self.looked + GATHER_EVERY and hasattr(os, "sched_setaffinity"):
+            gather_threads(spent - self.spent > GATHER_CPU * (now - self.looked))
+            self.looked, self.spent = now, spent
 
     def serve(self, sock: socket.socket, address: Address) -> None:
         """Everything between a connection's begin and its end."""
@@ -994,13 +1001,14 @@ class Collector:
             else:
                 return "finished", "; ".join(clean_text(message[key]) for key in ("bye", "report")
                                              if type(message.get(key)) is str)
+            message = None              # a sample that thousands of threads keep is a slow one
         if peer.text("version"):
             return "lost", "closed without a goodbye"
         return "finished", "closed"
 
     def take(self, peer: Peer, row: Row) -> None:
         """Put a sample into the table, tell what it means, answer it."""
-        peer.row = row
+        peer.row = row[:KEPT]
         new = peer.slot < 0
         if new:
             self.enter(peer)
@@ -1077,6 +1085,20 @@ class Collector:
         """One event for one or many refusals of a source."""
         log.warning("refused %s: %s", source, reason)
         self.table.add_event("refused", reason, source)
+
+
+def gather_threads(busy: bool) -> None:
+    """Have the peers' threads run on this one's CPU when busy; it goes where there is room.
+
+    One at a time has the interpreter: passing it from CPU to CPU takes as long as their work.
+    """
+    with open("/proc/self/stat") as file:       # proc(5), field 39
+        cpu = int(file.read().rpartition(")")[2].split()[36])
+    cpus = {cpu} if busy else os.sched_getaffinity(0)
+    for thread in threading.enumerate():
+        if thread.name not in ("MainThread", "alerts"):     # commands are to run anywhere, too
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(thread.native_id or -1, cpus)
 
 
 def close_gently(sock: socket.socket) -> None:

@@ -585,17 +585,20 @@ def agent_c(stage):
     """Ten agents that read cpu and ram alone beside ten C loops, every 2 s, CPU per sample.
 
     The C loop makes the same two reads, takes the same answer and sends a sample of the same
-    bytes; it parses nothing and packs nothing.
+    bytes; it parses nothing and packs nothing. They start one by one, evenly: in a crowd each
+    would find warm in the caches what the one before it used, and a node has one agent.
     """
     path = compile_c_loop(stage.folder)
     sample = pickle.dumps({key: stage.samples()[0][key] for key in (
         "node", "user", "version", "interval", "ack", "cpus", "cpu", "ram", "mem_total",
         "mem_used") if key in stage.samples()[0]}, protocol=4)
     with Sink() as ours, Sink() as theirs, contextlib.ExitStack() as stack:
-        agents = [stack.enter_context(support.start(
-            "-c", CPU_AND_RAM_ONLY, "--port", ours.port)) for _ in range(10)]
-        loops = []
+        agents, loops = [], []
         for _ in range(10):
+            time.sleep(INTERVAL / 20)
+            agents.append(stack.enter_context(support.start(
+                "-c", CPU_AND_RAM_ONLY, "--port", ours.port)))
+            time.sleep(INTERVAL / 20)
             loops.append(stack.enter_context(support.Tool(
                 [path, str(theirs.port), "%d" % INTERVAL], {}, stdin=subprocess.PIPE)))
             loops[-1].process.stdin.write(sample)
