@@ -79,8 +79,8 @@ LOCK_POLL = 0.001                       # between two tries
 READ_SECONDS = 2.0                      # to wait for a whole copy without the lock
 BEAT_SECONDS = 0.5                      # between two heartbeats of the collector
 STALE_SECONDS = 3.0                     # without a heartbeat: the collector has stopped
-GATHER_CPU = 0.1                        # of a core: a collector that takes more is busy, and has
-GATHER_EVERY = 5.0                      # its threads on one CPU; seconds between two looks
+PIN_CPU = 0.1                           # of a core, from which on a collector is a busy one
+PIN_SECONDS = 5.0                       # between two looks at where its threads are to run
 STOP_SECONDS = 3.0                      # from SIGTERM to SIGKILL of a role
 MAX_BACKOFF = 2.0                       # seconds before a role is started again
 EXIT_LOCK = 75                          # exit code of a role that could not get the lock
@@ -554,8 +554,8 @@ class Table:
     def acquire(self) -> None:
         """Take the lock; a role that cannot have it in time ends (its holder was killed).
 
-        Nobody waits in the lock: who is handed it there has yet to wait for the interpreter, and
-        with thousands of threads everybody waits for everybody.
+        Nobody blocks in the semaphore: a thread that is woken there owns the lock while it still
+        waits for the interpreter, and with thousands of threads all wait for that one.
         """
         deadline = time.monotonic() + LOCK_SECONDS
         while not self.lock.acquire(False):
@@ -940,7 +940,7 @@ class Collector:
         self.slots: Dict[str, int] = collections.Counter()   # slots in use by source
         self.lost: Dict[Tuple[str, str], float] = {}  # (node, job) -> time.monotonic()
         self.samples, self.used = 0, 0      # of slots: how many have ever been in use
-        self.looked, self.spent = time.monotonic(), 0.0
+        self.looked, self.spent, self.pinned = time.monotonic(), 0.0, False
         self.waiting = Waiting(MAX_WAITING)
         self.refusals = Refusals(self.tell_refusal)
         self.runner = CommandRunner(options.alert_command) if options.alert_command else None
@@ -954,14 +954,21 @@ class Collector:
 
     def beat(self) -> None:
         """Say that this role is well, and do what is due now and then."""
-        self.table.beat(self.samples, self.used)
+        self.beat_table()
         self.refusals.flush()
         now, spent = time.monotonic(), time.process_time()
         with self.lock:
             self.lost = {key: when for key, when in self.lost.items() if when > now - GONE_SECONDS}
-        if now > self.looked + GATHER_EVERY and hasattr(os, "sched_setaffinity"):
-            gather_threads(spent - self.spent > GATHER_CPU * (now - self.looked))
+        if now > self.looked + PIN_SECONDS and hasattr(os, "sched_setaffinity"):
+            least = PIN_CPU / 2 if self.pinned else PIN_CPU     # pinned ones take less
+            self.pinned = spent - self.spent > least * (now - self.looked)
             self.looked, self.spent = now, spent
+            pin_threads(self.pinned)
+
+    def beat_table(self) -> None:
+        """Write the counts, in their order: who waits for the table must not overtake."""
+        with self.lock:
+            self.table.beat(self.samples, self.used)
 
     def serve(self, sock: socket.socket, address: Address) -> None:
         """Everything between a connection's begin and its end."""
@@ -1001,7 +1008,7 @@ class Collector:
             else:
                 return "finished", "; ".join(clean_text(message[key]) for key in ("bye", "report")
                                              if type(message.get(key)) is str)
-            message = None              # a sample that thousands of threads keep is a slow one
+            message = None              # freed before the thread waits again: what is kept is cold
         if peer.text("version"):
             return "lost", "closed without a goodbye"
         return "finished", "closed"
@@ -1045,7 +1052,7 @@ class Collector:
 
     def welcome(self, peer: Peer) -> None:
         """Tell that a node is there, and whether it was lost before."""
-        self.table.beat(self.samples, self.used)
+        self.beat_table()
         self.tell("connected", peer, "from %s" % peer.address)
         with self.lock:
             since = self.lost.pop((peer.name, peer.text("job")), None)
@@ -1087,18 +1094,18 @@ class Collector:
         self.table.add_event("refused", reason, source)
 
 
-def gather_threads(busy: bool) -> None:
-    """Have the peers' threads run on this one's CPU when busy; it goes where there is room.
+def pin_threads(busy: bool) -> None:
+    """Have the peers' threads run on the main thread's CPU when busy; it goes where there is room.
 
     One at a time has the interpreter: passing it from CPU to CPU takes as long as their work.
     """
-    with open("/proc/self/stat") as file:       # proc(5), field 39
-        cpu = int(file.read().rpartition(")")[2].split()[36])
-    cpus = {cpu} if busy else os.sched_getaffinity(0)
-    for thread in threading.enumerate():
-        if thread.name not in ("MainThread", "alerts"):     # commands are to run anywhere, too
-            with contextlib.suppress(OSError):
-                os.sched_setaffinity(thread.native_id or -1, cpus)
+    with contextlib.suppress(OSError), open("/proc/self/stat") as file:
+        cpu = int(file.read().rpartition(")")[2].split()[36])           # proc(5), field 39
+        cpus = {cpu} if busy else os.sched_getaffinity(0)
+        for thread in threading.enumerate():
+            if thread.name not in ("MainThread", "alerts"):     # commands are to run anywhere, too
+                with contextlib.suppress(OSError):
+                    os.sched_setaffinity(thread.native_id or -1, cpus)
 
 
 def close_gently(sock: socket.socket) -> None:
@@ -1106,8 +1113,8 @@ def close_gently(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_WR)
         sock.settimeout(LINGER_SECONDS)
-        for _ in range(MAX_SAMPLE // RECEIVE_SIZE):
-            if not sock.recv(RECEIVE_SIZE):
+        for _ in range(8):
+            if not sock.recv(MAX_SAMPLE):
                 break
     sock.close()
 
@@ -1814,7 +1821,7 @@ class Dashboard:
     def fresh(self) -> Snapshot:
         """A snapshot, taken at most once in FRESH_SECONDS, whoever asks.
 
-        Who left is remembered, even when other events have pushed that out of the ring.
+        Who left, once seen, is remembered, even when other events push that out of the ring.
         """
         with self.lock:
             if time.monotonic() - self.viewed > FRESH_SECONDS:

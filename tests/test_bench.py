@@ -8,6 +8,7 @@ import pickle
 import struct
 import tempfile
 import unittest
+from unittest import mock
 
 import bench
 import load
@@ -85,6 +86,21 @@ class Table(unittest.TestCase):
         self.assertEqual([row["holds"] for row in content["rows"]], [True, True, False])
         self.assertEqual(content["rows"][0]["bound"], 2.5)
 
+    def run_benches(self, quick, **benches):
+        with mock.patch.dict(bench.BENCHES, {name: (function, quick) for name, function in
+                                             benches.items()}), \
+                contextlib.redirect_stderr(io.StringIO()):
+            return bench.run_benches(list(benches), bench.Stage(quick, ""))
+
+    def test_what_is_far_over_its_bound_has_a_second_chance_when_it_is_quick(self):
+        for quick, values, expected in ((False, [3.0, 1.0], 3.0), (True, [3.0, 1.0], 1.0),
+                                        (True, [2.5, 1.0], 2.5)):
+            with self.subTest(quick=quick, values=values):
+                left = iter(values)
+                rows, _, _ = self.run_benches(quick, noisy=lambda stage, left=left: [
+                    bench.at_most("", next(left), "x", 2.0)])
+                self.assertEqual([row.value for _, row in rows], [expected])
+
     def test_what_is_missing_is_skipped_by_name_and_what_breaks_fails_alone(self):
         def lacks(stage):
             yield bench.told("first", 1, "")
@@ -94,11 +110,7 @@ class Table(unittest.TestCase):
             raise ValueError("broken")
             yield
 
-        saved = dict(bench.BENCHES)
-        self.addCleanup(lambda: (bench.BENCHES.clear(), bench.BENCHES.update(saved)))
-        bench.BENCHES.update(lacks=(lacks, False), breaks=(breaks, False))
-        with contextlib.redirect_stderr(io.StringIO()):
-            rows, skipped, failed = bench.run_benches(["lacks", "breaks"], None)
+        rows, skipped, failed = self.run_benches(False, lacks=lacks, breaks=breaks)
         self.assertEqual([(name, row.what) for name, row in rows], [("lacks", "first")])
         self.assertEqual(skipped, {"lacks": "missing here: no-such-program"})
         self.assertEqual(failed, {"breaks": "ValueError: broken"})

@@ -627,7 +627,8 @@ class Descriptors(unittest.TestCase):
     def start(self):
         """A master with 48 descriptors a process; what is told is told again after a second."""
         return support.start_master(
-            "--timeout", "60", patch="master_server.REFUSAL_SECONDS = 1.0",
+            "--timeout", "60",
+            patch="master_server.REFUSAL_SECONDS, master_server.PIN_SECONDS = 1.0, 0.1",
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48)))
 
     @staticmethod

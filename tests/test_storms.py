@@ -1,5 +1,6 @@
 """Alert storms: a thousand nodes lost at once are one call of the command, and names stay data."""
 
+import collections
 import glob
 import os
 import queue
@@ -193,6 +194,56 @@ class Queue(unittest.TestCase):
         self.assertLess(time.monotonic() - start, 5)
         self.assertEqual(runner.alerts.qsize(), master_server.MAX_ALERTS)
         self.assertIsInstance(runner.alerts, queue.Queue)
+
+
+class Pinned(MasterTest):
+    """The threads of a busy collector share a CPU; what it starts, and one that rests, do not."""
+
+    flags = ("--alert", "cpu>50", "--alert-command",
+             "grep Cpus_allowed: /proc/self/status > $TOLD/new && mv $TOLD/new $TOLD/cpus")
+    patch = """
+import os
+class Cpu(float):
+    def __truediv__(self, by):
+        return self
+    def __mul__(self, seconds):
+        return -1.0 if os.path.exists(os.environ["TOLD"] + "/busy") else 1e9
+master_server.PIN_SECONDS, master_server.PIN_CPU = 0.3, Cpu()
+"""
+
+    @classmethod
+    def setUpClass(cls):
+        if len(os.sched_getaffinity(0)) < 2:
+            raise unittest.SkipTest("missing here: two CPUs")
+        cls.folder = tempfile.mkdtemp(prefix="sentinel-pin-")
+        cls.addClassCleanup(shutil.rmtree, cls.folder)
+        cls.env = {"TOLD": cls.folder}
+        super().setUpClass()
+        cls.pid = int(cls.master.logged(r"collector started, pid (\d+)").group(1))
+
+    def where(self):
+        """How many threads of the collector may use which CPUs."""
+        tids = map(int, os.listdir("/proc/%d/task" % self.pid))
+        return collections.Counter(frozenset(os.sched_getaffinity(tid)) for tid in tids)
+
+    def test_only_while_it_is_busy(self):
+        every = frozenset(os.sched_getaffinity(0))
+        agents = [self.agent() for _ in range(6)]
+        for number, agent in enumerate(agents):
+            agent.send({"cpu": 1.0, "ram": 1.0, "node": "p%d" % number, "interval": 60.0})
+        eventually(lambda: self.where() == {every: 8}, what="six peers, main, the command's")
+        with open(self.folder + "/busy", "w"):
+            pass
+        for cpu in sorted(every)[-2:]:      # the peers follow the main thread
+            os.sched_setaffinity(self.pid, {cpu})
+            eventually(lambda here=frozenset([cpu]): self.where() == {every: 1, here: 7})
+        agents[0].send({"cpu": 99.0, "ram": 1.0, "node": "p0", "interval": 60.0})
+        eventually(lambda: os.path.exists(self.folder + "/cpus"))
+        with open(self.folder + "/cpus") as told, open("/proc/self/status") as own:
+            self.assertIn(told.read(), own.read())
+        os.sched_setaffinity(self.pid, every)
+        os.unlink(self.folder + "/busy")
+        eventually(lambda: self.where() == {every: 8}, what="all on every CPU again")
 
 
 if __name__ == "__main__":

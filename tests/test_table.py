@@ -9,6 +9,7 @@ import re
 import stat
 import struct
 import subprocess
+import threading
 import time
 import unittest
 
@@ -280,6 +281,23 @@ class WholeCopies(TableTest):
             _, status = os.waitpid(child, 0)
             self.assertEqual(status >> 8, master_server.EXIT_LOCK)
             self.assertAlmostEqual(time.monotonic() - start, 2, delta=1.5)
+
+    def test_nobody_waits_inside_the_lock(self):
+        table, asked = self.create(), []
+        lock = table.lock
+
+        class Watched:
+            release = lock.release
+
+            def acquire(self, *args):
+                asked.append(args)
+                return lock.acquire(*args)
+        lock.acquire()
+        threading.Timer(0.2, lock.release).start()
+        table.lock = Watched()
+        table.clear(0)
+        self.assertEqual(set(asked), {(False,)})
+        self.assertGreater(len(asked), 2)
 
     def test_the_lock_is_free_again_after_an_error_inside_it(self):
         table = self.create()
