@@ -10,6 +10,8 @@ import unittest
 import support
 from support import MasterTest, events, eventually
 
+import master_server
+
 
 class AlertMasterTest(MasterTest):
     """One whose command has a folder for what it is told, named by $TOLD."""
@@ -139,6 +141,21 @@ class HangingCommand(AlertMasterTest):
         self.master.logged("alert command failed: killed after 1 s")
         eventually(lambda: not any(map(support.alive, family)), 5)
         eventually(lambda: set(self.pids()) - {name}, what="the next one is told")
+
+
+class Unknown(unittest.TestCase):
+    def test_what_is_not_known_any_more_neither_fires_nor_resolves(self):
+        for op, quiet in ((">", 10.0), ("<", 90.0)):
+            with self.subTest(op):
+                rule, state = master_server.parse_rule("swap%s50" % op), {}
+
+                def judge(rule=rule, state=state, **more):
+                    row = master_server.check_sample(dict({"cpu": 1, "ram": 1}, **more))
+                    return [kind for kind, _, _ in master_server.judge([rule], state, row, 0.0)]
+                self.assertEqual((judge(), state), ([], {}))
+                self.assertEqual(judge(swap=100.0 - quiet), ["alert"])
+                self.assertEqual((judge(), judge(swap="high"), state), ([], [], {rule: None}))
+                self.assertEqual((judge(swap=quiet), state), (["resolved"], {}))
 
 
 class NoLost(MasterTest):
