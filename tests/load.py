@@ -150,8 +150,10 @@ class Load:
             sock = self.socks.get(index) or self.connect(index)
             if index in self.name_of and not self.hear(sock):
                 raise ConnectionError("closed by the master")
-            name = self.name_of.setdefault(index, (NAME % next(self.names)).encode())
-            sock.send(next(self.templates).fill(name, next(self.values), next(self.values)))
+            if index not in self.name_of:
+                self.name_of[index] = (NAME % next(self.names)).encode()
+            sock.send(next(self.templates).fill(self.name_of[index], next(self.values),
+                                                next(self.values)))
             self.sent += 1
             return True
         except OSError as error:
