@@ -145,6 +145,18 @@ class Measuring(unittest.TestCase):
 class Load(unittest.TestCase):
     SAMPLE = {"cpu": 0.0, "ram": 0.0, "load1": 1.5, "user": "me", "ack": True, "cpus": 2}
 
+    def test_an_agent_keeps_its_name_and_who_replaces_it_has_the_next(self):
+        with bench.Sink() as sink:
+            crowd = load.Load(load.build_parser().parse_args([str(sink.port), "2"]))
+            for index in (0, 1, 0, 1, 0):
+                self.assertTrue(crowd.talk(index))
+            self.assertEqual(crowd.name_of, {0: b"node-00000", 1: b"node-00001"})
+            crowd.replace(0)
+            self.assertTrue(crowd.talk(0) and crowd.talk(1))
+            self.assertEqual(crowd.name_of, {0: b"node-00002", 1: b"node-00001"})
+            for sock in crowd.socks.values():
+                sock.close()
+
     def test_a_template_is_filled_with_name_and_values(self):
         template = load.Template(self.SAMPLE)
         for name, cpu, ram in (("node-00007", 15.5, 40.2), ("node-99999", 80.0, 5.0)):
