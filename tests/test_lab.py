@@ -495,19 +495,23 @@ class Jobs(LabTest):
     def test_a_sidecar_watches_a_job_and_ends_with_it(self):
         with open(os.path.join(support.ROOT, "run_agent.slurm")) as file:
             lines = re.search(r"(?m)^#     (srun --overlap .*\\)\n# (.*&)$", file.read())
-        with open(LAB.path("work.sh"), "w") as file:        # the very lines that the comment gives
-            file.write("#!/bin/bash\n%s\n%s\n" % lines.groups())
-            file.write("srun bash -c 'until [ -e go ]; do sleep 0.2; done'\necho work is done\n")
-        start = time.time()
-        job = LAB.sbatch("--nodes=2", "work.sh")
-        rows = self.shown("c1", "c2", job=job)
-        self.assertEqual(rows["c2"]["job_name"], "work.sh")
-        LAB.run("login", "touch", "go")
-        self.assertIn("work is done", LAB.ended(job))
-        self.shown(seconds=7)
-        for node in ("c1", "c2"):
-            self.event("finished", node, start)
-            self.assertEqual(self.browser.events("lost", node, start), [])
+        sidecar = "%s\n%s\n" % lines.groups()         # the very lines that the comment gives
+        work = "srun bash -c 'until [ -e go%d ]; do sleep 0.2; done' &\n"
+        for number, script in enumerate((sidecar + work, work + "sleep 2\n" + sidecar)):
+            with self.subTest(script):
+                with open(LAB.path("work.sh"), "w") as file:
+                    file.write("#!/bin/bash\n" + script % number)
+                    file.write("wait -n\necho work is done\n")
+                start = time.time()
+                job = LAB.sbatch("--nodes=2", "work.sh")
+                rows = self.shown("c1", "c2", job=job)
+                self.assertEqual(rows["c2"]["job_name"], "work.sh")
+                LAB.run("login", "touch", "go%d" % number)
+                self.assertIn("work is done", LAB.ended(job))
+                self.shown(seconds=7)
+                for node in ("c1", "c2"):
+                    self.event("finished", node, start)
+                    self.assertEqual(self.browser.events("lost", node, start), [])
 
     def test_where_there_is_no_python_the_log_says_so_and_the_job_fails(self):
         python = os.path.realpath("/usr/bin/python3")

@@ -61,8 +61,8 @@ AGENT = "agent.py --host login --interval 0.5"
 # exec: Slurm sends a cancelled job's TERM to the script, not to what a shell has started; when that
 # shell ends, what is left is killed.  Exit codes can be seen without it.
 WRAPPED = "exec python3 " + AGENT + " -- python3 work.py "
-SIDECAR = ("srun --overlap --nodes=$SLURM_NNODES --ntasks=$SLURM_NNODES --ntasks-per-node=1 "
-           "python3 " + AGENT + "%s &\n")
+SIDECAR = ("srun --overlap --mem=0 --nodes=$SLURM_NNODES --ntasks=$SLURM_NNODES"
+           " --ntasks-per-node=1 python3 " + AGENT + "%s &\n")
 JOBS = {        # name: memory in MiB, flags of sbatch, script
     "limit": (100, ["--time=1"], WRAPPED + "0"),
     "burn": (200, ["--cpus-per-task=4"], WRAPPED + "0 burn"),
