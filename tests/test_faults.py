@@ -491,6 +491,11 @@ os.execvp("unshare", ["unshare", "-m", "sh", "-c",
 """
 
 
+def shm_of(pid):
+    """The /dev/shm of a process, which may have one of its own: proc(5), /proc/PID/root."""
+    return os.path.join("/proc", str(pid), "root", "dev", "shm")
+
+
 @requires("root", "unshare")
 class SharedMemoryFull(unittest.TestCase):
     """/dev/shm of a few KiB, in a mount namespace of the test's own."""
@@ -529,8 +534,8 @@ class SharedMemoryFull(unittest.TestCase):
         tool = self.start("2m", "--max-agents", "64")
         port, page = tool.listening("collector"), tool.listening("dashboard")
         eventually(lambda: get(page, "/healthz").status == 200)
-        shm = "/proc/%d/root/dev/shm/" % tool.pid
-        filler = open(shm + "filler", "wb", 0)
+        shm = shm_of(tool.pid)
+        filler = open(os.path.join(shm, "filler"), "wb", 0)
         self.addCleanup(filler.close)
         with contextlib.suppress(OSError):
             while True:
@@ -555,7 +560,7 @@ class SharedMemoryFull(unittest.TestCase):
         collector = int(tool.logged(r"collector started, pid (\d+)").group(1))
         lock = open(semaphore(collector), "rb")     # its room is taken until this is closed
         self.addCleanup(lock.close)
-        filler = "/proc/%d/root/dev/shm/filler" % tool.pid
+        filler = os.path.join(shm_of(tool.pid), "filler")
         with open(filler, "wb", 0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(b"x" * 4096)
@@ -587,7 +592,7 @@ def semaphore(pid):
 def hold_lock(pid, port):
     """Stop a collector at random moments until it is inside the lock; then leave it stopped."""
     data = support.pickle.dumps({"cpu": 1, "ram": 1, "node": "load"}, 2)
-    shm = "/proc/%d/root/dev/shm/sentinel_%d" % (pid, port)
+    shm = os.path.join(shm_of(pid), "sentinel_%d" % port)
     ended = threading.Event()
 
     def flood():
