@@ -202,7 +202,7 @@ def parse_pickle(data: bytes) -> Optional[Tuple[Message, int, Spots]]:
                 floats.append((start, items[-1] if items else None))
             items.append(CONSTANTS.get(name, arg))
         elif name in PUTS:
-            memo[len(memo) if arg is None else arg] = items[-1] if items else memo
+            memo[len(memo) if arg is None else arg] = items[-1] if items else None
         elif name in GETS and type(memo.get(arg)) is str:
             items.append(memo[arg])     # picklers memoize strings alone
         elif name == "EMPTY_DICT" and not begun:

@@ -36,9 +36,9 @@ NOTHING = 1 << 30       # ... but only once with this one, EPOLLONESHOT: epoll_c
 class Pump:
     """One way of a connection; while `rest` waits for the sink, the source is not read."""
 
-    def __init__(self, source: socket.socket, sink: socket.socket, name: str, now: float) -> None:
-        self.source, self.sink, self.name, self.moved = source, sink, name, now
-        self.rest, self.ended, self.mask, self.twin = b"", False, NOTHING, self
+    def __init__(self, source: socket.socket, sink: socket.socket, name: str, mask: int) -> None:
+        self.source, self.sink, self.name, self.mask = source, sink, name, mask
+        self.rest, self.ended, self.moved = b"", False, time.monotonic()
         source.setblocking(False)
         source.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in TCP_OPTIONS.items():
@@ -93,25 +93,25 @@ class Bridge:
         try:
             far = socket.socket(self.family)    # first: who is accepted can be served
             near, address = self.listener.accept()
-            out = Pump(near, far, address[0], self.now)
-            back = Pump(far, near, "{}:{}".format(*self.target), self.now)
+            out = Pump(near, far, address[0], NOTHING)      # connected or refused: back tells
+            back = Pump(far, near, "{}:{}".format(*self.target), OUT)
             with suppress(BlockingIOError):
                 far.connect(self.target)
         except OSError as error:                # out of descriptors, or no route
             self.complain(f"cannot take new connections: {error.strerror}")
             self.epoll.modify(self.listener, NOTHING)   # until one ends, or the next tick
             return
-        out.twin, back.twin, back.mask = back, out, OUT     # connected or refused: reading tells
         for pump in (out, back):
             self.pumps[pump.source.fileno()] = pump
             self.epoll.register(pump.source, pump.mask)
 
     def serve(self, pump: Pump) -> None:
         """Carry what can be carried to and from the source of this pump."""
-        pump.moved = pump.twin.moved = self.now
+        twin = self.pumps[pump.sink.fileno()]
+        pump.moved = twin.moved = self.now
         try:
-            if pump.twin.rest:
-                pump.twin.write(pump.twin.rest)
+            if twin.rest:
+                twin.write(twin.rest)
             if not pump.rest and not pump.ended:
                 count = pump.source.recv_into(self.buffer)
                 pump.ended = not count
@@ -120,16 +120,16 @@ class Bridge:
             pass
         except OSError as error:
             self.complain(f"{pump.name}: {error.strerror}")
-            pump.ended, pump.twin.ended, pump.twin.rest = True, True, b""
-        for one in (pump, pump.twin):
+            pump.ended, twin.ended, twin.rest = True, True, b""
+        for one, other in ((pump, twin), (twin, pump)):
             if one.ended:                       # so nothing waits: else it had not been read
                 with suppress(OSError):         # again does no harm
                     one.sink.shutdown(socket.SHUT_WR)
-            mask = (0 if one.rest or one.ended else IN) | (OUT if one.twin.rest else 0) or NOTHING
+            mask = (0 if one.rest or one.ended else IN) | (OUT if other.rest else 0) or NOTHING
             if mask != one.mask:
                 self.epoll.modify(one.source, mask)
                 one.mask = mask
-        if pump.mask == pump.twin.mask == NOTHING:
+        if pump.mask == twin.mask == NOTHING:
             self.close(pump)
 
     def close(self, pump: Pump) -> None:

@@ -26,6 +26,14 @@ import port_forward
 sys.exit(port_forward.main())
 """
 
+# Tells at its end how many pumps there are; those in cycles would be.
+COUNT_PUMPS = """\
+import atexit, gc
+gc.disable()
+atexit.register(lambda: print("pumps:", sum(
+    isinstance(thing, port_forward.Pump) for thing in gc.get_objects())))
+"""
+
 
 def start_bridge(remote_port, *flags, patch="", **more):
     """A bridge to that port of this machine; .port is where it listens."""
@@ -285,6 +293,23 @@ class Ends(BridgeTest):
         timers = [row[5][:2] for row in tcp_table() if row[3] == "01" and
                   (row[1].endswith(ports[0]) or row[2].endswith(ports[1]))]
         self.assertEqual(timers, ["02", "02"], "02 is a keepalive timer")
+
+
+class NothingKept(BridgeTest):
+    patch = COUNT_PUMPS
+
+    def test_what_ended_is_freed_at_once_and_not_left_to_the_garbage_collector(self):
+        before = self.descriptors()
+        for end in (socket.socket.close, reset):
+            for turn in (1, -1):
+                first, last = self.pair()[::turn]
+                end(first)
+                with contextlib.suppress(ConnectionResetError):
+                    self.assertEqual(receive(last), b"")
+                last.close()
+        eventually(lambda: self.descriptors() == before)
+        self.bridge.stop()
+        self.assertEqual(self.bridge.out, "pumps: 0\n")
 
 
 class Limits(unittest.TestCase):

@@ -12,6 +12,7 @@ import pickle
 import random
 import re
 import resource
+import signal
 import socket
 import stat
 import tempfile
@@ -575,6 +576,66 @@ class ManyRudeOnes(MasterTest):
                 thread.join()
         self.assertEqual([event for event in events(self.master.page, "lost")
                           if event["node"] == "honest"], [])
+
+
+# SIGUSR1 has a role say what it left to the garbage collector, which is switched off.
+COUNT_GARBAGE = """
+import gc, signal
+run_role = master_server.run_role
+
+def count_garbage(*_):
+    master_server.log.info("%s: objects in cycles: %d", NAME, gc.collect())
+
+def run(name, *more):
+    global NAME
+    NAME = name
+    gc.disable()
+    signal.signal(signal.SIGUSR1, count_garbage)
+    run_role(name, *more)
+
+master_server.run_role = run
+"""
+
+
+class NothingKept(MasterTest):
+    """What served a connection is free when it ends, not when the garbage collector next comes.
+
+    That comes after tens of thousands of objects: some MiB of a connection's remains.
+    """
+
+    flags = ("--timeout", "1", "--alert", "cpu>50")
+    patch = COUNT_GARBAGE
+
+    def pid(self, role):
+        return int(self.master.logged(r"%s started, pid (\d+)" % role).group(1))
+
+    def garbage(self, role):
+        pattern = r"%s: objects in cycles: (\d+)" % role
+        before = len(re.findall(pattern, self.master.log))
+        os.kill(self.pid(role), signal.SIGUSR1)
+        return int(eventually(lambda: re.findall(pattern, self.master.log)[before:])[0])
+
+    def end_some(self, times):
+        """Agents that end in every way, and requests for everything."""
+        for _ in range(times):
+            for way in ("close", "goodbye", "reset", "silence", "refused"):
+                agent = self.agent()
+                agent.send(dict(GOOD, cpu=99, node=way, version="1.0", ack=True), protocol=4)
+                self.assertEqual(agent.read_line(), "ok")
+                if way in ("goodbye", "refused"):
+                    agent.send({"bye": "finished"} if way == "goodbye" else {"cpu": "much"})
+                if way in ("close", "reset"):
+                    getattr(agent, way)()
+            for path in list(master_server.ROUTES) + ["/node/close"]:
+                get(self.master.page, path)
+        eventually(lambda: not nodes(self.master.page))
+        eventually(lambda: len(os.listdir("/proc/%d/task" % self.pid("collector"))) == 1)
+
+    def test_no_connection_leaves_anything_to_the_garbage_collector(self):
+        self.end_some(1)
+        first = [self.garbage(role) for role in ("collector", "dashboard")]
+        self.end_some(3)
+        self.assertEqual([self.garbage(role) for role in ("collector", "dashboard")], [0, 0], first)
 
 
 if __name__ == "__main__":
