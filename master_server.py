@@ -16,12 +16,14 @@ import array
 import base64
 import collections
 import contextlib
+import csv
 import functools
 import gzip
 import hashlib
 import heapq
 import hmac
 import html
+import io
 import json
 import logging
 import math
@@ -766,7 +768,6 @@ def describe_exit(code: int) -> str:
 # ============================================================================
 # Collector: sockets -> wire -> table, alerts
 # ============================================================================
-
 
 def split_address(address: Address) -> Tuple[str, str]:
     """A peer's (host, port, ...) -> (host, the address tuple that slots hold, as text)."""
@@ -1559,14 +1560,12 @@ def render_events_json(view: Snapshot, query: Query, site: Any = None) -> str:
 
 def render_csv(view: Snapshot, query: Query, site: Any = None) -> str:
     """The live table as CSV (RFC 4180), in which no text is a formula to a spreadsheet."""
-    def field(value: Any) -> str:
-        if not isinstance(value, str):
-            return "" if value is None else repr(value)
-        formula = value.startswith(tuple("=+-@\uff1d\uff0b\uff0d\uff20"))
-        return '"%s%s"' % ("'" * formula, value.replace('"', '""'))
     keys = ["slot", "address", "age", "since", "alerts"] + [metric.key for metric in METRICS]
-    return "".join(",".join(row) + "\r\n" for row in [keys] + [
-        [field(node[key]) for key in keys] for node in view.nodes])
+    table, formulas = io.StringIO(), tuple("=+-@\uff1d\uff0b\uff0d\uff20")
+    csv.writer(table).writerows([keys] + [
+        ["'" + cell if isinstance(cell, str) and cell.startswith(formulas) else cell
+         for cell in map(node.get, keys)] for node in view.nodes])
+    return table.getvalue()
 
 
 def render_nodes_text(view: Snapshot, query: Query, site: Any = None) -> str:
@@ -1637,6 +1636,7 @@ ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
 
 REQUEST = re.compile(rb"([A-Za-z]+) ([!-~]+) HTTP/1\.\d\r\n"
                      rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n]*\r\n)*)\r\n")
+COST = "This master takes %.1f %% of a core and %s for %.1f samples a second"
 BLANK = [math.nan] * (2 * FINE + (len(GRAPHS) - 2) * COARSE)
 MAX_LEFT = 1024                         # who left, to be remembered
 TICK_SECONDS = 2.0                      # between two looks at the table, for the graphs
@@ -1739,11 +1739,10 @@ def measure(pid: int) -> Tuple[float, int]:
     """(CPU seconds, bytes of memory) of a process and all that it started, proc(5)."""
     pids, ticks, pages = [pid], 0, 0
     for pid in pids:
-        with contextlib.suppress(OSError):
-            with open("/proc/%d/stat" % pid) as file:
-                fields = file.read().rpartition(")")[2].split()
-            with open("/proc/%d/task/%d/children" % (pid, pid)) as file:
-                pids.extend(map(int, file.read().split()))
+        with contextlib.suppress(OSError), open("/proc/%d/stat" % pid) as stat, open(
+                "/proc/%d/task/%d/children" % (pid, pid)) as children:
+            fields = stat.read().rpartition(")")[2].split()
+            pids.extend(map(int, children.read().split()))
             ticks, pages = ticks + int(fields[11]) + int(fields[12]), pages + int(fields[21])
     return ticks / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -1757,7 +1756,8 @@ class Dashboard:
         self.view, self.viewed = table.snapshot(), time.monotonic()
         self.asked = -math.inf                          # time.monotonic() of the last request
         self.bodies: Dict[Any, bytes] = {}              # of this view
-        self.cost: Message = {"text": ""}
+        self.cost: Message = {"text": "This master has just started"}
+        self.last: Sequence[float] = ()                 # time, CPU seconds and samples of then
         self.history = History()
         self.series = self.history.series
         self.names = {socket.gethostname().lower(), options.dashboard_host.lower(), "localhost"}
@@ -1769,25 +1769,29 @@ class Dashboard:
 
     def watch(self) -> None:
         """Every TICK_SECONDS: add to the history, and see what the master itself takes."""
-        supervisor: Any = multiprocessing.parent_process()
         self.names.add(socket.getfqdn().lower())        # which may take its time
-        start, before = time.monotonic(), (0.0, 0.0, 0)
+        start = time.monotonic()
         while True:
             try:
                 tick = int((time.monotonic() - start) / TICK_SECONDS)
-                if tick % FIFTH == 0 or time.monotonic() - self.asked < WATCHED_SECONDS:
+                due = tick % FIFTH == 0 or tick == 1    # the first figures need not be waited for
+                if due or time.monotonic() - self.asked < WATCHED_SECONDS:
                     self.history.add(self.fresh(), tick)
-                if tick % FIFTH == 0:
-                    seconds, memory = measure(supervisor.pid)
-                    now = time.monotonic(), seconds, self.view.samples
-                    cpu, rate = ((now[i] - before[i]) / (now[0] - before[0]) for i in (1, 2))
-                    text = "This master takes %.1f %% of a core and %s for %.1f samples a second"
-                    self.cost = {"seconds": seconds, "memory": memory, "text": text % (
-                        100 * cpu, render_value("agent_rss", memory), rate)}
-                    before = now
+                if due:
+                    self.account()
             except Exception:
                 log.exception("a defect, met while keeping the history")
             time.sleep(TICK_SECONDS - (time.monotonic() - start) % TICK_SECONDS)
+
+    def account(self) -> None:
+        """Note what the master has taken, and what it takes since the last account."""
+        seconds, memory = measure(self.table.pid)
+        last, self.last = self.last, (time.monotonic(), seconds, self.view.samples)
+        self.cost.update(seconds=seconds, memory=memory)
+        if last:
+            cpu, rate = (max(0.0, self.last[i] - last[i]) / (self.last[0] - last[0])
+                         for i in (1, 2))       # less than before: a role was started again
+            self.cost["text"] = COST % (100 * cpu, render_value("agent_rss", memory), rate)
 
     def serve(self, sock: socket.socket, address: Address) -> None:
         """Read one request, answer it, close."""
@@ -1884,7 +1888,6 @@ class Dashboard:
 # Supervisor: processes and signals
 # ============================================================================
 
-
 class StartError(Exception):
     """The master cannot start; the text says why and what to do."""
 
@@ -1968,7 +1971,6 @@ class Supervisor:
         self.started = dict.fromkeys(self.names, -math.inf)     # time.monotonic()
         self.delay = dict.fromkeys(self.names, 0.0)             # seconds from then to the next
         self.trouble: Dict[str, str] = {}                       # name -> why it cannot start
-
         self.wakeup, wakeup_end = os.pipe()
         os.set_blocking(wakeup_end, False)
         signal.set_wakeup_fd(wakeup_end)
@@ -2076,7 +2078,6 @@ def reachable(host: str) -> str:
 # ============================================================================
 # Command line
 # ============================================================================
-
 
 def number(kind: Any, low: float, high: float, what: str) -> Callable[[str], Any]:
     """An argparse type: a number within bounds."""
