@@ -420,18 +420,18 @@ class Snapshot:
         self.nodes = []
         for slot, detail in zip(SLOT.iter_unpack(slots), DETAIL.iter_unpack(details)):
             if slot[0]:
-                node = {"slot": slot[0], "address": known(slot[1]), "cpu": round(slot[2], 2),
+                node = {"slot": slot[0], "address": from_field(slot[1]), "cpu": round(slot[2], 2),
                         "ram": round(slot[3], 2), "age": 0.0}
-                node.update(zip(NODE_KEYS, map(known, detail)))
+                node.update(zip(NODE_KEYS, map(from_field, detail)))
                 node["age"] = round(max(0.0, now - node.pop("seen")), 2)
                 self.nodes.append(node)
         rows = [EVENT.unpack_from(ring, n % EVENTS * EVENT.size)
                 for n in range(max(0, count - EVENTS), count)]
-        self.events: List[Message] = [dict(zip(EVENT_KEYS, map(known, row))) for row in rows]
+        self.events: List[Message] = [dict(zip(EVENT_KEYS, map(from_field, row))) for row in rows]
         self.left = self.events         # or what a reader remembers of who left
 
 
-def known(value: Any) -> Union[str, float, None]:
+def from_field(value: Any) -> Union[str, float, None]:
     """A field's value as Python has it: empty text and NaN are None."""
     if type(value) is bytes:
         return value.rstrip(b"\0").decode("utf-8", "ignore") or None
@@ -1033,8 +1033,8 @@ class Collector:
         if peer.ack:
             peer.say(b"ok\n")
         if self.options.verbose:
-            log.debug("%s sent %s", peer, {key: known(value) for key, value in zip(INDEX, row)
-                                           if known(value) is not None})
+            log.debug("%s sent %s", peer, {key: from_field(value) for key, value in zip(INDEX, row)
+                                           if from_field(value) is not None})
 
     def enter(self, peer: Peer) -> None:
         """Give the peer a slot; WireError when there is none for it."""
@@ -1553,11 +1553,6 @@ def render_nodes_json(view: Snapshot, query: Query, site: Any = None) -> str:
                       ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def render_events_json(view: Snapshot, query: Query, site: Any = None) -> str:
-    """The ring of events as JSON, oldest first."""
-    return json.dumps({"events": view.events}, ensure_ascii=False, allow_nan=False) + "\n"
-
-
 def render_csv(view: Snapshot, query: Query, site: Any = None) -> str:
     """The live table as CSV (RFC 4180), in which no text is a formula to a spreadsheet."""
     keys = ["slot", "address", "age", "since", "alerts"] + [metric.key for metric in METRICS]
@@ -1612,7 +1607,7 @@ def render_metrics(view: Snapshot, query: Query, site: Any) -> str:
         ("samples_total", "Samples taken", [("", view.samples)]),
         ("collector_silence_seconds", "Time since the collector's heartbeat", [("", view.beat)]),
         ("master_cpu_seconds_total", "CPU time of the master", [("", site.cost.get("seconds"))]),
-        ("master_memory_bytes", "Memory of the master", [("", site.cost.get("memory"))])]
+        ("master_memory_bytes", "The master's resident memory", [("", site.cost.get("memory"))])]
     return "".join("# HELP sentinel_%s %s\n# TYPE sentinel_%s %s\n%s" % (
         name, text, name, "counter" if name.endswith("_total") else "gauge", "".join(
             "sentinel_%s{%s} %.15g\n" % (name, label, value)
@@ -1624,7 +1619,9 @@ HTML, JSON, TEXT = ("text/html; charset=utf-8", "application/json; charset=utf-8
 ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
     "/": (HTML, lambda *about: Page(*about).all_nodes()),
     "/node/": (HTML, lambda *about: Page(*about).one_node()),
-    "/api/nodes": (JSON, render_nodes_json), "/api/events": (JSON, render_events_json),
+    "/api/nodes": (JSON, render_nodes_json),
+    "/api/events": (JSON, lambda view, query, site: json.dumps(
+        {"events": view.events}, ensure_ascii=False, allow_nan=False) + "\n"),
     "/nodes.csv": ("text/csv; charset=utf-8", render_csv), "/nodes.txt": (TEXT, render_nodes_text),
     "/metrics": ("text/plain; version=0.0.4; charset=utf-8", render_metrics),
     "/healthz": (TEXT, lambda view, query, site:
@@ -1708,12 +1705,12 @@ class History:
             key = name_of(node), node["job"]
             last, ring = self.rings.get(key) or (tick - 1, array.array("f", BLANK))
             for at in range(max(last + 1, tick - FINE + 1), tick + 1):
-                known = tick - last <= FIFTH        # a longer gap is one in the graph, too
-                ring[at % FINE] = node["cpu"] if known or at == tick else math.nan
-                ring[FINE + at % FINE] = node["ram"] if known or at == tick else math.nan
+                seen = tick - last <= FIFTH         # a longer gap is one in the graph, too
+                ring[at % FINE] = node["cpu"] if seen or at == tick else math.nan
+                ring[FINE + at % FINE] = node["ram"] if seen or at == tick else math.nan
                 if at % FIFTH == 0:
                     ring[2 * FINE + at // FIFTH % COARSE::COARSE] = array.array("f", [
-                        node[metric] if known and node[metric] is not None else math.nan
+                        node[metric] if seen and node[metric] is not None else math.nan
                         for metric in GRAPHS[2:]])
             self.rings[key] = tick, ring
         kept = FINE if len(self.rings) <= 2 * view.capacity else 1
@@ -1735,16 +1732,17 @@ class History:
                 for tick in range(end - (points - 1) * step, end + 1, step)]
 
 
-def measure(pid: int) -> Tuple[float, int]:
-    """(CPU seconds, bytes of memory) of a process and all that it started, proc(5)."""
+def measure(pid: int) -> Optional[Tuple[float, int]]:
+    """(CPU seconds, resident bytes) of a process and its descendants, by proc(5); or None."""
     pids, ticks, pages = [pid], 0, 0
     for pid in pids:
         with contextlib.suppress(OSError), open("/proc/%d/stat" % pid) as stat, open(
                 "/proc/%d/task/%d/children" % (pid, pid)) as children:
             fields = stat.read().rpartition(")")[2].split()
             pids.extend(map(int, children.read().split()))
-            ticks, pages = ticks + int(fields[11]) + int(fields[12]), pages + int(fields[21])
-    return ticks / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE")
+            ticks += sum(map(int, fields[11:15]))       # and of those that it has waited for
+            pages += int(fields[21])
+    return (ticks / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE")) if pages else None
 
 
 class Dashboard:
@@ -1756,7 +1754,7 @@ class Dashboard:
         self.view, self.viewed = table.snapshot(), time.monotonic()
         self.asked = -math.inf                          # time.monotonic() of the last request
         self.bodies: Dict[Any, bytes] = {}              # of this view
-        self.cost: Message = {"text": "This master has just started"}
+        self.cost: Message = {"text": "What this master takes is not known"}
         self.last: Sequence[float] = ()                 # time, CPU seconds and samples of then
         self.history = History()
         self.series = self.history.series
@@ -1777,20 +1775,20 @@ class Dashboard:
                 due = tick % FIFTH == 0 or tick == 1    # the first figures need not be waited for
                 if due or time.monotonic() - self.asked < WATCHED_SECONDS:
                     self.history.add(self.fresh(), tick)
-                if due:
-                    self.account()
+                taken = measure(self.table.pid) if due else None
+                if taken:
+                    self.account(*taken)
             except Exception:
                 log.exception("a defect, met while keeping the history")
             time.sleep(TICK_SECONDS - (time.monotonic() - start) % TICK_SECONDS)
 
-    def account(self) -> None:
+    def account(self, seconds: float, memory: int) -> None:
         """Note what the master has taken, and what it takes since the last account."""
-        seconds, memory = measure(self.table.pid)
         last, self.last = self.last, (time.monotonic(), seconds, self.view.samples)
         self.cost.update(seconds=seconds, memory=memory)
         if last:
             cpu, rate = (max(0.0, self.last[i] - last[i]) / (self.last[0] - last[0])
-                         for i in (1, 2))       # less than before: a role was started again
+                         for i in (1, 2))       # fewer samples: the collector started again
             self.cost["text"] = COST % (100 * cpu, render_value("agent_rss", memory), rate)
 
     def serve(self, sock: socket.socket, address: Address) -> None:

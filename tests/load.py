@@ -28,7 +28,7 @@ import sys
 import time
 
 PLAIN = [{"cpu": 15.5, "ram": 40.2, "version": "1.0", "ack": True}]
-NAME = "node-%05d"              # all of one length: a name is written over another
+NAME = "node-%07d"              # all of one length: a name is written over another
 TICK = 0.001                    # seconds: a shorter sleep costs more than it spreads
 REPORT_SECONDS = 1.0
 VALUES = 1024                   # different values of cpu and ram
@@ -62,6 +62,8 @@ class Template:
     def fill(self, name, cpu, ram):
         """The bytes with another name (bytes) and values (8 bytes each)."""
         data = self.data
+        if len(name) != len(NAME % 0):
+            raise ValueError("a name of another length would spoil the pickle: %r" % name)
         data[self.name:self.name + len(name)] = name
         for at, value in zip(self.floats, (cpu, ram)):
             data[at:at + 8] = value
@@ -130,7 +132,8 @@ class Load:
                 self.report()
             if self.options.churn and now >= change_at and now - start > ramp:
                 change_at = now + 1.0 / self.options.churn
-                self.replace(random.choice(list(self.socks)))
+                if self.socks:
+                    self.replace(random.choice(list(self.socks)))
             time.sleep(max(TICK, self.due[0][0] - time.monotonic()) if self.due else 0)
         self.report()
 
@@ -208,11 +211,12 @@ class Load:
         sock.close()
 
     def report(self):
-        """One line: agents now, samples, answers, agents dropped (and why), worst delay, CPU."""
+        """One line: agents now, samples, answers, who was dropped and why, worst delay, CPU, time."""
         print(json.dumps({
             "agents": len(self.socks), "sent": self.sent, "answered": self.answered,
             "lost": self.lost, "left": self.left, "reasons": self.reasons,
-            "late": round(self.late, 4), "cpu": round(time.process_time(), 3)}), flush=True)
+            "late": round(self.late, 4), "cpu": round(time.process_time(), 3),
+            "time": round(time.monotonic(), 3)}), flush=True)
         self.late = 0.0
 
 

@@ -100,6 +100,25 @@ class Parser(unittest.TestCase):
             self.assertTrue(path.startswith("/"))
 
 
+class Cost(unittest.TestCase):
+    def test_a_process_that_has_ended_still_counts_or_the_counter_would_fall(self):
+        burn = "import time\nwhile time.process_time() < 0.5: pass"
+        code = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', %r])\n" \
+            "print('done', flush=True)\nsys.stdin.read()" % burn
+        with support.start("-c", code, stdin=subprocess.PIPE) as tool:
+            self.addCleanup(tool.process.stdin.close)
+            eventually(lambda: "done" in tool.out)
+            seconds, memory = master.measure(tool.pid)
+        self.assertGreater(seconds, 0.45)
+        self.assertGreater(memory, 2 ** 20)
+
+    def test_what_cannot_be_seen_is_none_and_not_nothing(self):
+        with support.start("-c", "") as tool:
+            tool.wait()
+        self.assertIsNone(master.measure(tool.pid))
+
+
+
 class Served(unittest.TestCase):
     """A master with three nodes, for all tests of a class."""
 
@@ -244,13 +263,15 @@ class Paths(Served):
     def test_health_tells_what_the_master_itself_takes(self):
         takes = r"ok\nThis master takes (\S+) % of a core and (\S+) MiB for (\S+) samples .*\n"
         with start_master("--with-agent") as tool:
-            figures, told = None, set()
-            while not figures:
+            told = set()
+
+            def look():
                 answer = get(tool.page, "/healthz?verbose").text
-                figures = re.fullmatch(takes, answer)
-                told |= set() if figures else {answer}
-                time.sleep(0.05)
-        self.assertEqual(told, {"ok\nThis master has just started\n"}, "no figures before a look")
+                found = re.fullmatch(takes, answer)
+                told.update(() if found else {answer})
+                return found
+            figures = eventually(look)
+        self.assertEqual(told, {"ok\nWhat this master takes is not known\n"}, "until it was seen")
         self.assertGreater(min(map(float, figures.groups())), 0, figures[0])
         text = get(self.page, "/metrics").text
         self.assertGreater(float(re.search(r"master_cpu_seconds_total\{\} (.*)", text).group(1)), 0)

@@ -421,7 +421,7 @@ ODD_FLOATS = (0.0, -0.0, 1.5, 50.0, 99.25, 100.0, 101.0, -1.0, 5e-324, 1e308, -1
 
 def known(row):
     """What a row knows, as a dict with its types."""
-    values = {key: master_server.known(value) for key, value in zip(master_server.INDEX, row)}
+    values = {key: master_server.from_field(value) for key, value in zip(master_server.INDEX, row)}
     return {key: value for key, value in values.items() if value is not None}
 
 
