@@ -211,7 +211,7 @@ class Load:
         sock.close()
 
     def report(self):
-        """One line: agents now, samples, answers, who was dropped and why, worst delay, CPU, time."""
+        """One line: agents, samples, answers, who was dropped and why, worst delay, CPU, time."""
         print(json.dumps({
             "agents": len(self.socks), "sent": self.sent, "answered": self.answered,
             "lost": self.lost, "left": self.left, "reasons": self.reasons,
