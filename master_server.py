@@ -102,6 +102,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 Message = Dict[str, Any]                # a decoded dict, or a node of a snapshot
 Row = Tuple[Any, ...]                   # a sample, as METRICS has it: floats, UTF-8; see UNKNOWN
 Address = Tuple[Any, ...]               # a peer's, as accept() has it: host, port, ...
+Serve = Callable[[socket.socket, Address], None]
 log = logging.getLogger("sentinel")
 
 # ============================================================================
@@ -366,7 +367,8 @@ COUNTS = struct.Struct("=QQdQ")
 MAGIC = b"SENTINEL"
 LAYOUT = 1
 PAGE = 16384                            # the largest page of a common system, in bytes
-NODE_KEYS = ("seen", "since", "alerts") + tuple(m.key for m in DETAILS)
+NODE_KEYS = ("slot", "address", "cpu", "ram", "age", "since", "alerts") + tuple(
+    m.key for m in DETAILS)
 EVENT_KEYS = ("time", "kind", "node", "job", "user", "address", "cpu", "ram", "text")
 
 
@@ -407,28 +409,39 @@ def untracked() -> Iterator[None]:
 class Snapshot:
     """A whole copy of the table at one instant.
 
-    nodes: a dict for each used slot: slot, address, age, since, alerts and every metric;
+    nodes: a dict for each used slot, with NODE_KEYS (age in seconds), made when first asked for;
     events: dicts, oldest first.  What is unknown is None.  beat: seconds since the collector
     last said that it is well.
     """
 
     def __init__(self, capacity: int, slots: bytes, details: bytes, ring: bytes,
                  counts: Tuple[int, int, float, int]) -> None:
-        now = time.monotonic()
+        self.slots, self.details, self.copied = slots, details, time.monotonic()
+        self.dicts: Optional[List[Message]] = None
         count, self.samples, beat, _ = counts
-        self.time, self.capacity, self.beat = time.time(), capacity, now - beat
-        self.nodes = []
-        for slot, detail in zip(SLOT.iter_unpack(slots), DETAIL.iter_unpack(details)):
-            if slot[0]:
-                node = {"slot": slot[0], "address": from_field(slot[1]), "cpu": round(slot[2], 2),
-                        "ram": round(slot[3], 2), "age": 0.0}
-                node.update(zip(NODE_KEYS, map(from_field, detail)))
-                node["age"] = round(max(0.0, now - node.pop("seen")), 2)
-                self.nodes.append(node)
+        self.time, self.capacity, self.beat = time.time(), capacity, self.copied - beat
         rows = [EVENT.unpack_from(ring, n % EVENTS * EVENT.size)
                 for n in range(max(0, count - EVENTS), count)]
         self.events: List[Message] = [dict(zip(EVENT_KEYS, map(from_field, row))) for row in rows]
         self.left = self.events         # or what a reader remembers of who left
+
+    def rows(self) -> Iterator[Row]:
+        """The used slots as the table has them: NODE_KEYS, with the time seen instead of an age."""
+        for slot, detail in zip(SLOT.iter_unpack(self.slots), DETAIL.iter_unpack(self.details)):
+            if slot[0]:
+                yield slot + detail
+
+    @property
+    def nodes(self) -> List[Message]:
+        """The used slots as dicts."""
+        if self.dicts is None:
+            nodes: List[Message] = [dict(zip(NODE_KEYS, map(from_field, row)))
+                                    for row in self.rows()]
+            for node in nodes:
+                node.update(cpu=round(node["cpu"], 2), ram=round(node["ram"], 2),
+                            age=round(max(0.0, self.copied - node["age"]), 2))
+            self.dicts = nodes          # whole, whichever thread sees it
+        return self.dicts
 
 
 def from_field(value: Any) -> Union[str, float, None]:
@@ -847,7 +860,7 @@ class Peer:
                  "since", "shape", "ack", "row", "state", "alerts")
 
     def __init__(self, sock: socket.socket, address: Address, timeout: float) -> None:
-        self.sock, self.timeout, self.receive_timeout = sock, timeout, -1.0
+        self.sock, self.timeout, self.receive_timeout = sock, timeout, timeout
         self.source, self.address = split_address(address)
         self.buffer = memoryview(bytearray(RECEIVE_SIZE))
         self.slot, self.since, self.alerts = -1, time.time(), ""   # -1: no slot yet
@@ -874,10 +887,8 @@ class Peer:
 
     def receive(self, seconds: float) -> bytes:
         """At most RECEIVE_SIZE bytes, b"" at the end; Silence when none came in time."""
-        if seconds != self.receive_timeout:     # the kernel's: Python's would add a poll a read
-            micros = max(1000, int(seconds * 1e6))
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO,
-                                 struct.pack("ll", micros // 1000000, micros % 1000000))
+        if seconds != self.receive_timeout:
+            set_timeout(self.sock, seconds)
             self.receive_timeout = seconds
         try:                                    # recv() would keep some KiB more for each thread
             return bytes(self.buffer[:self.sock.recv_into(self.buffer)])
@@ -905,12 +916,13 @@ class Peer:
         data, since, count = b"", time.monotonic(), 0
         due = since + self.timeout
         while True:
-            chunk = self.receive(self.timeout if not data else due - time.monotonic())
-            if not chunk:
+            size = len(data)
+            data += self.receive(self.timeout if not data else due - time.monotonic())
+            if len(data) == size:
                 if data:
                     raise ConnectionError("closed in the middle of a sample")
                 return
-            now, data = time.monotonic(), data + chunk
+            now = time.monotonic()
             while data:
                 message: Any = parse_shape(data, self.shape) if self.shape else None
                 size = len(data)
@@ -951,7 +963,7 @@ class Collector:
         self.table.acquire()
         self.table.reset()
         self.table.lock.release()
-        accept_loop(self.listener, self.waiting, self.serve, self.beat)
+        accept_loop(self.listener, self.waiting, self.serve, self.options.timeout, self.beat)
 
     def beat(self) -> None:
         """Say that this role is well, and do what is due now and then."""
@@ -1109,6 +1121,14 @@ def pin_threads(busy: bool) -> None:
                     os.sched_setaffinity(thread.native_id or -1, cpus)
 
 
+def set_timeout(sock: socket.socket, seconds: float) -> None:
+    """Have the kernel end a read in time, socket(7): Python's way would add a poll to each."""
+    micros = max(1000, int(seconds * 1e6))
+    with contextlib.suppress(OSError):          # the peer may be gone already
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO,
+                        struct.pack("ll", micros // 1000000, micros % 1000000))
+
+
 def close_gently(sock: socket.socket) -> None:
     """Close so that what was written arrives: unread input would turn the close into a reset."""
     with contextlib.suppress(OSError):
@@ -1120,10 +1140,23 @@ def close_gently(sock: socket.socket) -> None:
     sock.close()
 
 
-def accept_loop(listener: socket.socket, waiting: Waiting,
-                serve: Callable[[socket.socket, Address], None],
+class ServeThread(threading.Thread):
+    """serve(sock, address) on a thread: the less its run() stacks up, the fewer pages it keeps."""
+
+    def __init__(self, serve: Serve, sock: socket.socket, address: Address) -> None:
+        super().__init__(daemon=True)
+        self.serve, self.sock, self.address = serve, sock, address
+
+    def run(self) -> None:
+        self.serve(self.sock, self.address)
+
+
+def accept_loop(listener: socket.socket, waiting: Waiting, serve: Serve, timeout: float,
                 beat: Callable[[], None] = lambda: None) -> None:
-    """Run serve(socket, address) on a thread for each connection, until the supervisor is gone."""
+    """Run serve(socket, address) on a thread for each connection, until the supervisor is gone.
+
+    The timeout is set here: a thread that calls setsockopt() needs 4 KiB more of its stack.
+    """
     listener.setblocking(False)
     parent, told = multiprocessing.parent_process(), -math.inf
     while parent and parent.is_alive():
@@ -1133,9 +1166,10 @@ def accept_loop(listener: socket.socket, waiting: Waiting,
             for _ in range(MAX_ACCEPTS):
                 sock, address = listener.accept()
                 sock.setblocking(True)
+                set_timeout(sock, timeout)
                 waiting.add(sock, split_address(address)[0])
                 try:
-                    threading.Thread(target=serve, args=(sock, address), daemon=True).start()
+                    ServeThread(serve, sock, address).start()
                 except RuntimeError:
                     waiting.remove(sock)
                     sock.close()
@@ -1634,7 +1668,10 @@ ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
 REQUEST = re.compile(rb"([A-Za-z]+) ([!-~]+) HTTP/1\.\d\r\n"
                      rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n]*\r\n)*)\r\n")
 COST = "This master takes %.1f %% of a core and %s for %.1f samples a second"
-BLANK = [math.nan] * (2 * FINE + (len(GRAPHS) - 2) * COARSE)
+PICK_NAME = operator.itemgetter(*map(NODE_KEYS.index, ("node", "address", "job")))
+PICK_GRAPHS = operator.itemgetter(*map(NODE_KEYS.index, GRAPHS))
+GAP = (math.nan,) * len(GRAPHS)
+BLANK = array.array("f", GAP[:2] * FINE + GAP[2:] * COARSE)
 MAX_LEFT = 1024                         # who left, to be remembered
 TICK_SECONDS = 2.0                      # between two looks at the table, for the graphs
 WATCHED_SECONDS = 60.0                  # without a request: only every fifth tick has a look
@@ -1701,17 +1738,15 @@ class History:
 
     def add(self, view: Snapshot, tick: int) -> None:
         """Note the readings of a tick; forget nodes that have been away for longer than a ring."""
-        for node in view.nodes if view.beat < STALE_SECONDS else ():
-            key = name_of(node), node["job"]
-            last, ring = self.rings.get(key) or (tick - 1, array.array("f", BLANK))
+        for row in view.rows() if view.beat < STALE_SECONDS else ():
+            node, address, job = map(from_field, PICK_NAME(row))
+            key, values = (node or address, job), PICK_GRAPHS(row)
+            last, ring = self.rings.get(key) or (tick - 1, BLANK[:])
             for at in range(max(last + 1, tick - FINE + 1), tick + 1):
-                seen = tick - last <= FIFTH         # a longer gap is one in the graph, too
-                ring[at % FINE] = node["cpu"] if seen or at == tick else math.nan
-                ring[FINE + at % FINE] = node["ram"] if seen or at == tick else math.nan
+                known = tick - last <= FIFTH or at == tick  # a longer gap is one in the graph, too
+                ring[at % FINE], ring[FINE + at % FINE], *rest = values if known else GAP
                 if at % FIFTH == 0:
-                    ring[2 * FINE + at // FIFTH % COARSE::COARSE] = array.array("f", [
-                        node[metric] if seen and node[metric] is not None else math.nan
-                        for metric in GRAPHS[2:]])
+                    ring[2 * FINE + at // FIFTH % COARSE::COARSE] = array.array("f", rest)
             self.rings[key] = tick, ring
         kept = FINE if len(self.rings) <= 2 * view.capacity else 1
         self.rings = {key: (last, ring) for key, (last, ring) in self.rings.items()
@@ -1763,7 +1798,7 @@ class Dashboard:
     def run(self) -> None:
         """Answer until the supervisor is gone."""
         threading.Thread(target=self.watch, daemon=True).start()
-        accept_loop(self.listener, self.waiting, self.serve)
+        accept_loop(self.listener, self.waiting, self.serve, HTTP_SECONDS)
 
     def watch(self) -> None:
         """Every TICK_SECONDS: add to the history, and see what the master itself takes."""

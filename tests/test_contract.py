@@ -9,7 +9,7 @@ import unittest
 
 import support
 
-BUDGETS = {"agent.py": 650, "port_forward.py": 200, "test_reader.py": 120, "master_server.py": 2230}
+BUDGETS = {"agent.py": 650, "port_forward.py": 200, "test_reader.py": 120, "master_server.py": 2265}
 OTHERS = ("utils/dummy_task.py",)
 SHAPE = {"agent.py", "master_server.py", "port_forward.py", "test_reader.py", "run_agent.slurm",
          "net_debug.slurm", "utils", "tests", "README.md", "LICENSE", ".ci", ".gitignore"}

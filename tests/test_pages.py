@@ -67,10 +67,18 @@ def event(kind, name, ago=1.0, text="", job=None):
     }
 
 
+def fields(row):
+    """A row of a snapshot as the table holds it: text is bytes, unknown numbers are NaN."""
+    for key in master.NODE_KEYS:
+        text = key in master.TEXTS or key in ("address", "alerts")
+        yield (row[key] or "").encode() if text else math.nan if row[key] is None else row[key]
+
+
 def view(nodes=(), events=(), beat=0.2):
-    events = list(events)
-    return types.SimpleNamespace(time=NOW, capacity=1024, beat=beat, nodes=list(nodes),
-                                 events=events, left=events, samples=1234)
+    nodes, events = list(nodes), list(events)
+    return types.SimpleNamespace(
+        time=NOW, capacity=1024, beat=beat, nodes=nodes, events=events, left=events, samples=1234,
+        rows=lambda: map(tuple, map(fields, nodes)))
 
 
 def site(**options):
