@@ -336,7 +336,7 @@ def log(text: str, end: str = "\n") -> None:
     text = "".join(char if char.isprintable() else "?" for char in text)    # a peer may say it
     with contextlib.suppress(OSError, ValueError):          # a log that nobody reads stops nothing
         start = ("\r\033[K" if sys.stderr.isatty() else "") + time.strftime("%H:%M:%S")
-        print(start, "agent:", text, end=end, file=sys.stderr, flush=True)
+        print("%s agent: %s%s" % (start, text, end), end="", file=sys.stderr, flush=True)
 
 
 def prove(sock: socket.socket, secret: bytes) -> None:
@@ -456,11 +456,11 @@ class Report(Dict[str, Tuple[float, float, float]]):
         cpu, job = "job_cpu" if "job_cpu" in self else "cpu", "job_" if "job_mem" in self else ""
         minutes, seconds = divmod(round(self["cpu"][0]), 60)
         yield "ran %d:%02d:%02d" % (minutes // 60, minutes % 60, seconds)
-        yield "CPU mean %.1f %%, peak %.1f %% of %s CPUs" % (
-            self[cpu][1:] + (last.get(cpu + "s"),))
+        yield "CPU mean %.1f %%, peak %.1f %% of %s%s CPUs" % (
+            self[cpu][1:] + ("the node's " * (cpu == "cpu"), last.get(cpu + "s")))
         peak = self["job_mem" if job else "mem_used"][2] / 2 ** 30
         limit = float(last.get(job + "mem_limit", last.get("mem_total", 0))) / 2 ** 30
-        yield "memory peak %.3g GB of %.3g GB" % (peak, limit)
+        yield "memory peak %.3g GB of %s%.3g GB" % (peak, "" if job else "the node's ", limit)
         if "gpu" in self:
             yield "GPU mean %.1f %% of %s" % (self["gpu"][1], last.get("gpus"))
         unit, name = (1.0, "G") if peak >= 1 else (0.1, "00M")

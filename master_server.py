@@ -5,9 +5,9 @@
                         `-> alerts: log, --alert-command
 
 Run it on the login node or on your laptop, start agent.py where there is work, and open the
-address that it prints.  It needs Python 3.8 or newer and nothing more; it writes no file.
-Three processes: this one supervises, the collector has one thread for each agent, and the
-dashboard answers browsers.  Either of the two is started again when it dies.
+address that it prints.  It needs Python 3.8 or newer, and writes no file but a secret that you
+ask for.  Three processes: this one supervises, the collector has one thread for each agent, and
+the dashboard answers browsers.  Either of the two is started again when it dies.
 
 Exit codes: 0 stopped by SIGINT or SIGTERM, 1 could not start, 2 bad usage.
 """
@@ -45,8 +45,8 @@ import time
 import unicodedata
 import urllib.parse
 from http import HTTPStatus
-from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
-                    Tuple, Union)
+from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional,
+                    Sequence, Tuple, Union)
 
 try:
     from multiprocessing import resource_tracker, shared_memory
@@ -519,7 +519,7 @@ class Table:
                 table = cls(shared_memory.SharedMemory(name), lock)
         except (OSError, ValueError, struct.error):
             raise TableError("no master's shared memory %s here: is the master running, as this"
-                             " user, with this port?" % name) from None
+                             " user, with this --port or --shm-name?" % name) from None
         if ((table.magic, table.layout) != (MAGIC, LAYOUT)
                 or table.events_at + EVENTS * EVENT.size > table.header_at):
             raise TableError("shared memory %s is of no master of this version" % name)
@@ -1667,7 +1667,8 @@ ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
 
 REQUEST = re.compile(rb"([A-Za-z]+) ([!-~]+) HTTP/1\.\d\r\n"
                      rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n]*\r\n)*)\r\n")
-COST = "This master takes %.1f %% of a core and %s for %.1f samples a second"
+COST = "This master takes %.1f %% of a core and %s of resident memory for %.1f samples a second"
+ACCOUNTS = 7                            # of what the master took, 10 s apart: a minute's mean
 PICK_NAME = operator.itemgetter(*map(NODE_KEYS.index, ("node", "address", "job")))
 PICK_GRAPHS = operator.itemgetter(*map(NODE_KEYS.index, GRAPHS))
 GAP = (math.nan,) * len(GRAPHS)
@@ -1790,7 +1791,7 @@ class Dashboard:
         self.asked = -math.inf                          # time.monotonic() of the last request
         self.bodies: Dict[Any, bytes] = {}              # of this view
         self.cost: Message = {"text": "What this master takes is not known"}
-        self.last: Sequence[float] = ()                 # time, CPU seconds and samples of then
+        self.accounts: Deque[Tuple[float, float, int]] = collections.deque(maxlen=ACCOUNTS)
         self.history = History()
         self.series = self.history.series
         self.names = {socket.gethostname().lower(), options.dashboard_host.lower(), "localhost"}
@@ -1818,11 +1819,12 @@ class Dashboard:
             time.sleep(TICK_SECONDS - (time.monotonic() - start) % TICK_SECONDS)
 
     def account(self, seconds: float, memory: int) -> None:
-        """Note what the master has taken, and what it takes since the last account."""
-        last, self.last = self.last, (time.monotonic(), seconds, self.view.samples)
+        """Note what the master has taken; it tells what it takes, a mean over the accounts."""
+        self.accounts.append((time.monotonic(), seconds, self.view.samples))
         self.cost.update(seconds=seconds, memory=memory)
-        if last:
-            cpu, rate = (max(0.0, self.last[i] - last[i]) / (self.last[0] - last[0])
+        if len(self.accounts) > 1:
+            first, last = self.accounts[0], self.accounts[-1]
+            cpu, rate = (max(0.0, last[i] - first[i]) / (last[0] - first[0])
                          for i in (1, 2))       # fewer samples: the collector started again
             self.cost["text"] = COST % (100 * cpu, render_value("agent_rss", memory), rate)
 
@@ -2150,7 +2152,7 @@ def read_secret(path: str) -> bytes:
         with open(path, "rb") as file:
             mode, secret = os.fstat(file.fileno()).st_mode, file.read(MAX_SAMPLE).strip()
     except OSError as error:
-        raise StartError("cannot read the secret in %s: %s" % (path, error.strerror)) from None
+        raise StartError("no secret in %s: %s" % (path, error.strerror)) from None
     if mode & 0o077:
         raise StartError("others can read the secret in %s; run: chmod 600 %s" % (path, path))
     if not secret:

@@ -710,6 +710,19 @@ def against_prometheus(stage, count, paces, seconds, cpu_bound=None, memory_boun
                 yield at_most(what + "false lost", report["lost"], "", 0, told_reasons(report))
 
 
+@bench()
+def master_20(stage):
+    """A master without agents, and one with 20 of them at 2 s."""
+    with support.start_master() as master:
+        settle(master.pid)
+        share, = cpu_share(60, [master.pid])
+    yield told("master, no agents: CPU", 100 * share, "% of a core")
+    with Fleet(stage, 20) as fleet:
+        share = measure_fleet(fleet, 60)[0]
+    yield told("master, 20 agents at 2 s: CPU", 100 * share, "% of a core",
+               "%.0f us a sample" % (share * INTERVAL / 20 * 1e6))
+
+
 @bench(quick=True)
 def master_200(stage):
     """200 agents and Prometheus with 200 targets of as many values, both every 2 s, at once."""
@@ -751,10 +764,10 @@ def costs(fleet):
     for _ in range(5):
         time.sleep(0.5)                     # one that is not in the cache any more
         pages.append(fetch(fleet.master.page, seconds=60)[1:])
-    return {"CPU": share - fleet.empty_share,
-            "memory": pss_bytes(fleet.master.pid) - fleet.empty_pss,
-            "page's bytes": len(pages[0][0]),
-            "page's time": statistics.median(took for _, took in pages)}
+    return {"the master's CPU": share - fleet.empty_share,
+            "the master's memory": pss_bytes(fleet.master.pid) - fleet.empty_pss,
+            "the page's size": len(pages[0][0]),
+            "the page's time": statistics.median(took for _, took in pages)}
 
 
 @bench()
@@ -766,7 +779,7 @@ def growth(stage):
             for cost, value in costs(fleet).items():
                 points[cost].append((count, value))
     for cost, line in points.items():
-        yield told("growth of the master's %s with 200 to 10,000 agents: exponent" % cost,
+        yield told("growth of %s with 200 to 10,000 agents: exponent" % cost,
                    fit_exponent(line), "", "%.2f in the last step" % fit_exponent(line[-2:]))
 
 
@@ -836,10 +849,11 @@ def lock(stage):
             time.sleep(0.1)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
         counts = [n for n, in struct.iter_unpack("=Q", held)]
-    for n, what, percent in ((0, "a sample is written", 99.9), (1, "all of it is copied", 99)):
+    for n, what, percent in ((0, "a sample is written: p99.9", 99.9),
+                             (1, "all of it is copied: worst", 100)):
         holds = [bucket / 100.0 for bucket, count in enumerate(
             counts[n * BUCKETS:(n + 1) * BUCKETS]) for _ in range(count)]
-        yield at_most("the table's lock, 1,000 agents, held while %s: p%g" % (what, percent),
+        yield at_most("the table's lock, 1,000 agents, held while %s" % what,
                       percentile(holds, percent), "ms", 1,
                       "%d times, worst %.2f ms" % (len(holds), max(holds)))
 
@@ -1073,6 +1087,13 @@ def run_benches(names, stage):
     return rows, skipped, failed
 
 
+def check_writable(parser, path):
+    """End with a usage error when no file can be made there: before the work, not after it."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        parser.error("--json: no file can be written at %r" % path)
+
+
 def write_json(path, machine, rows, skipped, failed):
     """Every figure, for programs."""
     with open(path, "w") as file:
@@ -1095,11 +1116,13 @@ def build_parser():
 
 
 def main(argv=None):
-    options = build_parser().parse_args(argv)
+    parser = build_parser()
+    options = parser.parse_args(argv)
     if options.list:
         for name, (function, _) in BENCHES.items():
             print("%-18s %s" % (name, function.__doc__.partition("\n")[0]))
         return 0
+    check_writable(parser, options.json)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # and so the tools end, too
     machine = describe_machine()
     names = options.only or [name for name, (_, quick) in BENCHES.items()
@@ -1116,6 +1139,9 @@ def main(argv=None):
             print("%s: %s: %s" % (title, name, text))
     write_json(options.json, machine, rows, skipped, failed)
     tolerance = TOLERANCE if options.quick else 1.0
+    forgiven = sum(row.holds is False and row.within(tolerance) for _, row in rows)
+    if forgiven:
+        print("%d over its bound, by less than the third that --quick allows for noise" % forgiven)
     if failed or skipped and os.environ.get("SENTINEL_TEST_ALL") == "1":
         return 1
     return 0 if all(row.within(tolerance) for _, row in rows) else 1

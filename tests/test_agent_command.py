@@ -183,8 +183,8 @@ class Reports(unittest.TestCase):
     def test_without_a_job_it_is_about_the_node(self):
         self.assertEqual(self.lines(cpu=50.0, cpus=2, mem_used=2.0 * self.GIB,
                                     mem_total=8 * self.GIB), [
-            "ran 0:00:20", "CPU mean 25.0 %, peak 50.0 % of 2 CPUs",
-            "memory peak 2 GB of 8 GB"])
+            "ran 0:00:20", "CPU mean 25.0 %, peak 50.0 % of the node's 2 CPUs",
+            "memory peak 2 GB of the node's 8 GB"])
 
     def test_memory_is_advised_on_when_it_was_too_much_or_nearly_too_little(self):
         for peak, limit, advice in ((0.2, 0.6, "--mem=300M"), (0.55, 0.6, "--mem=700M"),

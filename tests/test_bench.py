@@ -116,16 +116,32 @@ class Table(unittest.TestCase):
                 (0, "", [], lambda stage: [bench.at_most("", 2.0, "x", 2.0)]),
                 (1, "", [], lambda stage: [bench.at_most("", 2.1, "x", 2.0)]),
                 (0, "", ["--quick"], lambda stage: [bench.at_most("", 2.6, "x", 2.0)]),
+                (0, "", ["--quick"], lambda stage: [bench.at_most("", 1.9, "x", 2.0)]),
                 (1, "", ["--quick"], lambda stage: [bench.at_most("", 2.7, "x", 2.0)]),
                 (1, "", [], breaks), (0, "", [], lacks), (1, "1", [], lacks)):
             with self.subTest(code=code, flags=flags), tempfile.TemporaryDirectory() as folder, \
                     mock.patch.dict(os.environ, {"SENTINEL_TEST_ALL": everything}), \
                     mock.patch.object(bench, "BENCHES", {"one": (function, True)}), \
-                    mock.patch("signal.signal"), contextlib.redirect_stdout(io.StringIO()), \
+                    mock.patch("signal.signal"), \
+                    contextlib.redirect_stdout(io.StringIO()) as told, \
                     contextlib.redirect_stderr(io.StringIO()):
                 path = os.path.join(folder, "bench.json")
                 self.assertEqual(bench.main(flags + ["--json", path]), code)
                 self.assertTrue(os.path.exists(path))
+                self.assertEqual(code == 0 and "| NO " in told.getvalue(),
+                                 "1 over its bound, by less" in told.getvalue())
+
+    def test_figures_that_cannot_be_written_are_refused_before_the_work(self):
+        for module in (bench, soak):
+            with self.subTest(module.__name__), tempfile.TemporaryDirectory() as folder, \
+                    mock.patch.object(module, "describe_machine", create=True) as work, \
+                    contextlib.redirect_stderr(io.StringIO()) as told:
+                for path in (folder, os.path.join(folder, "none", "x.json")):
+                    with self.assertRaises(SystemExit) as end:
+                        module.main(["--json", path])
+                    self.assertEqual(end.exception.code, 2)
+                    self.assertIn("no file can be written at %r" % path, told.getvalue())
+                work.assert_not_called()
 
     def test_what_is_missing_is_skipped_by_name_and_what_breaks_fails_alone(self):
         def lacks(stage):
@@ -210,6 +226,21 @@ class Soak(unittest.TestCase):
         self.assertIn("+3072 KiB an hour", grows.note)
         shrinks, = self.memory(*[10 - 0.05 * minute for minute in range(20)])
         self.assertTrue(shrinks.holds)
+
+    def test_a_short_soak_shows_growth_and_does_not_judge_it(self):
+        short, = self.memory(*range(10, 25))
+        self.assertIsNone(short.holds)
+        self.assertIn("too short", short.note)
+        long, = self.memory(*range(10, 26))
+        self.assertFalse(long.holds)
+
+    def test_nonsense_is_refused_before_the_work(self):
+        for flags in (["--minutes", "0"], ["--agents", "0"], ["--churn", "-1"], ["--minutes", "x"]):
+            with self.subTest(flags), contextlib.redirect_stderr(io.StringIO()) as told, \
+                    self.assertRaises(SystemExit) as end:
+                soak.build_parser().parse_args(flags)
+            self.assertEqual(end.exception.code, 2)
+            self.assertIn(flags[0], told.getvalue())
 
     def test_each_thread_descriptor_and_slot_that_stays_is_seen(self):
         def look(threads=1, descriptors=9):

@@ -261,7 +261,8 @@ class Paths(Served):
         self.assertNotIn("defect", self.master.log)
 
     def test_health_tells_what_the_master_itself_takes(self):
-        takes = r"ok\nThis master takes (\S+) % of a core and (\S+) MiB for (\S+) samples .*\n"
+        takes = (r"ok\nThis master takes (\S+) % of a core and (\S+) MiB of resident memory"
+                 r" for (\S+) samples a second\n")
         with start_master("--with-agent") as tool:
             told = set()
 
