@@ -367,8 +367,7 @@ COUNTS = struct.Struct("=QQdQ")
 MAGIC = b"SENTINEL"
 LAYOUT = 1
 PAGE = 16384                            # the largest page of a common system, in bytes
-NODE_KEYS = ("slot", "address", "cpu", "ram", "age", "since", "alerts") + tuple(
-    m.key for m in DETAILS)
+NODE_KEYS = ("slot", "address", "cpu", "ram", "age", "since", "alerts") + tuple(INDEX)[2:]
 EVENT_KEYS = ("time", "kind", "node", "job", "user", "address", "cpu", "ram", "text")
 
 
@@ -1116,7 +1115,7 @@ def pin_threads(busy: bool) -> None:
         cpu = int(file.read().rpartition(")")[2].split()[36])           # proc(5), field 39
         cpus = {cpu} if busy else os.sched_getaffinity(0)
         for thread in threading.enumerate():
-            if thread.name not in ("MainThread", "alerts"):     # commands are to run anywhere, too
+            if isinstance(thread, ServeThread):     # alert commands are to run anywhere
                 with contextlib.suppress(OSError):
                     os.sched_setaffinity(thread.native_id or -1, cpus)
 
@@ -1469,7 +1468,8 @@ class Page:
         """The state of the page, to be changed."""
         choices = [(key, "all", sorted({node[key] for node in self.view.nodes if node[key]},
                                        key=natural)) for key in ("job", "user")]
-        choices += [("group", "by job", ["no"]), ("map", "cpu", ["ram"])]
+        choices += [("group", "by job", ["no"]),
+                    ("map", "cpu", ["ram"] * (len(self.view.nodes) >= MAP_FROM))]
         selects = [fill(' <label>{} <select name="{}"><option value="">{}</option>{}</select>'
                         "</label>", key.capitalize(), key, first, [
                             fill("<option{}>{}</option>", Html(

@@ -455,6 +455,10 @@ class Html(unittest.TestCase):
         )
         self.assertEqual(tile.groups(), ("v19", "c95, job -, CPU 95.0 %, RAM 20.0 % "))
         self.assertIn('class="v4"', render("/", many(250), map="ram"))
+        for count, offered in ((60, False), (61, True)):
+            page = render("/", many(count))
+            self.assertEqual('class="map"' in page, offered)
+            self.assertEqual('<select name="map"' in page, offered)
 
     def test_the_state_of_the_page_stays_in_its_links(self):
         page = render(
