@@ -1123,9 +1123,8 @@ def pin_threads(busy: bool) -> None:
 def set_timeout(sock: socket.socket, seconds: float) -> None:
     """Have the kernel end a read in time, socket(7): Python's way would add a poll to each."""
     micros = max(1000, int(seconds * 1e6))
-    with contextlib.suppress(OSError):          # the peer may be gone already
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO,
-                        struct.pack("ll", micros // 1000000, micros % 1000000))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO,
+                    struct.pack("ll", micros // 1000000, micros % 1000000))
 
 
 def close_gently(sock: socket.socket) -> None:
@@ -1165,7 +1164,8 @@ def accept_loop(listener: socket.socket, waiting: Waiting, serve: Serve, timeout
             for _ in range(MAX_ACCEPTS):
                 sock, address = listener.accept()
                 sock.setblocking(True)
-                set_timeout(sock, timeout)
+                with contextlib.suppress(OSError):      # gone already, as its thread will see
+                    set_timeout(sock, timeout)
                 waiting.add(sock, split_address(address)[0])
                 try:
                     ServeThread(serve, sock, address).start()

@@ -23,6 +23,7 @@ import time
 
 import bench
 import support
+from master_server import number
 
 LOOK_SECONDS = 5.0
 WARM_UP = 0.25              # of the time: memory may grow for so long
@@ -128,24 +129,13 @@ def wait_until_empty(fleet, pids):
     return look(pids)
 
 
-def at_least(kind, least):
-    """An argparse type: a number that is no smaller."""
-    def parse(text):
-        value = kind(text)
-        if value >= least:
-            return value
-        raise argparse.ArgumentTypeError("%r is less than %g" % (text, least))
-    parse.__name__ = "number"           # argparse: invalid number value
-    return parse
-
-
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--agents", type=at_least(int, 1), default=1000, help="at once (1000)")
-    add("--minutes", type=at_least(float, 1), default=20.0, help="for so long (20)")
-    add("--churn", type=at_least(float, 0), default=5.0,
+    add("--agents", type=number(int, 1, 10000, "number"), default=1000, help="at once (1000)")
+    add("--minutes", type=number(float, 1, 10000, "number"), default=20.0, help="for so long (20)")
+    add("--churn", type=number(float, 0, 1000, "number"), default=5.0,
         help="agents that leave and come each second (5)")
     add("--json", metavar="FILE", help="write the figures there, too")
     return parser
@@ -154,7 +144,8 @@ def build_parser():
 def main(argv=None):
     parser = build_parser()
     options = parser.parse_args(argv)
-    bench.check_writable(parser, options.json or "soak.json")
+    if options.json:
+        bench.check_writable(parser, options.json)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     machine = bench.describe_machine()
     with tempfile.TemporaryDirectory(prefix="sentinel-soak-") as folder:

@@ -1,15 +1,19 @@
 """Dashboard: real requests to a real master: parser, hosts, token, formats, rude clients."""
 
+import collections
 import contextlib
 import http.client
+import itertools
 import json
 import re
 import socket
 import subprocess
 import threading
 import time
+import types
 import unittest
 import urllib.parse
+from unittest import mock
 
 import support
 from support import HOST, PlainAgent, eventually, get, requires, start_master
@@ -116,6 +120,21 @@ class Cost(unittest.TestCase):
         with support.start("-c", "") as tool:
             tool.wait()
         self.assertIsNone(master.measure(tool.pid))
+
+    def test_what_it_takes_is_the_mean_of_a_minute_and_never_less_than_nothing(self):
+        board = types.SimpleNamespace(
+            accounts=collections.deque(maxlen=master.ACCOUNTS), cost={},
+            view=types.SimpleNamespace(samples=0))
+        told = []
+        with mock.patch.object(master.time, "monotonic", side_effect=itertools.count(0, 10)):
+            for seconds in [0, 30] + [30 + n for n in range(6)] + [0]:
+                master.Dashboard.account(board, seconds, 2 ** 20)
+                told.append(board.cost.get("text", "").partition(" % ")[0].split()[-1:])
+                board.view.samples += 5
+        # what it took at first is in the mean for a minute, and then no more
+        self.assertEqual(told[:2] + told[6:], [
+            [], ["300.0"], ["56.7"], ["8.3"], ["0.0"]])
+        self.assertIn("for 0.5 samples a second", board.cost["text"])
 
 
 

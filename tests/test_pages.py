@@ -720,6 +720,7 @@ class Machines(unittest.TestCase):
     def test_health_is_ok_and_tells_more_when_asked(self):
         self.assertEqual(render("/healthz", view()), "ok\n")
         self.assertEqual(render("/healthz", view(), verbose=""), "ok\ntakes 1 %\n")
+        self.assertRegex(render("/", view()), "(?s)<footer>.*takes 1 %.*</footer>")
 
 
 if __name__ == "__main__":
