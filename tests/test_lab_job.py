@@ -41,9 +41,10 @@ def used():
 
 job, words, kept = os.environ["SLURM_JOB_ID"], sys.argv[1:], []
 seconds, begin = int(cgroup("cpuacct", "cpuacct.usage")) / 1e9, time.monotonic()
-if "fill" in words:
-    while used() < 0.95 * int(cgroup("memory", "memory.limit_in_bytes")):
-        kept.append(b"x" * (1 << 20))
+goal = int(0.95 * int(cgroup("memory", "memory.limit_in_bytes")))
+while "fill" in words and (not kept or len(kept[-1]) > 1 << 18):
+    time.sleep(0.5)             # what memory.stat says can be 65 ms old (seen with Linux 6.18)
+    kept.append(b"x" * (goal - used()))
 print("ready", flush=True)
 while not os.path.exists(job + ".enough"):
     for _ in range(100000 if "burn" in words else 0):
@@ -242,7 +243,7 @@ class Jobs(unittest.TestCase):
             self.within_5_percent(sum(shown) / len(shown), truth)
             return truth
 
-        self.assertEqual(self.row(name)["job_cpus"], cpus)
+        self.assertEqual(eventually(lambda: self.row(name)["job_cpus"], LONG), cpus)
         LAB.hurry(self.jobs[name])
         eventually(agrees, LONG, "the page and the kernel agree")
         self.enough(name)
