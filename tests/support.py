@@ -417,8 +417,8 @@ def get(port, path="/", method="GET", headers=None, seconds=PATIENCE, host=HOST)
     connection = http.client.HTTPConnection(host, port, timeout=seconds)
     try:
         connection.request(method, path, headers=headers or {})
-        response = connection.getresponse()
-        return Answer(response.status, response.msg, response.read().decode("utf-8"))
+        with connection.getresponse() as response:
+            return Answer(response.status, response.msg, response.read().decode("utf-8"))
     finally:
         connection.close()
 
