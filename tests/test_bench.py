@@ -30,6 +30,13 @@ class Figures(unittest.TestCase):
     def test_the_slope_of_a_line_is_found(self):
         self.assertAlmostEqual(bench.fit_slope([(x, 3 - 0.25 * x) for x in (1, 2, 5, 9)]), -0.25)
 
+    def test_two_disturbed_tools_of_ten_change_nothing_of_the_cost_of_a_sample(self):
+        before = [1.0] * 10, 100
+        self.assertAlmostEqual(bench.per_sample(before, ([1.003] * 10, 160)), 0.0005)
+        disturbed = [1.023, 1.5] + [1.003] * 8
+        self.assertAlmostEqual(bench.per_sample(before, (disturbed, 160)), 0.0005)
+        self.assertAlmostEqual(bench.per_sample(before, ([1.003, 1.006] * 5, 160)), 0.00075)
+
     def test_a_percentile_is_one_of_the_values(self):
         values = list(range(100, 0, -1))
         self.assertEqual([bench.percentile(values, p) for p in (0, 1, 50, 99, 99.5, 100)],
