@@ -137,7 +137,6 @@ class Cost(unittest.TestCase):
         self.assertIn("for 0.5 samples a second", board.cost["text"])
 
 
-
 class Served(unittest.TestCase):
     """A master with three nodes, for all tests of a class."""
 
