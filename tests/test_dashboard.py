@@ -137,6 +137,43 @@ class Cost(unittest.TestCase):
         self.assertIn("for 0.5 samples a second", board.cost["text"])
 
 
+class Rendered(unittest.TestCase):
+    """How often work is done, by a dashboard whose table and page count who asks for them."""
+
+    def ask(self, count, query=""):
+        """That many browsers at once; the set of what they are answered."""
+        bodies = set()
+        threads = [threading.Thread(target=lambda: bodies.add(
+            self.dashboard.answer("/", {"q": query}, {}, {}))) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return bodies
+
+    def render(self, view, query, site):
+        self.pages += 1
+        time.sleep(0.05)                        # long enough for the others to come
+        return "page %d" % self.pages
+
+    def test_a_page_is_rendered_once_a_copy_of_the_table_whoever_asks(self):
+        self.pages = 0
+        table = mock.Mock()
+        table.snapshot.side_effect = lambda: types.SimpleNamespace(
+            left=[], events=[], time=0.0, beat=0.1)
+        options = types.SimpleNamespace(dashboard_host="localhost", dashboard_token=None)
+        with mock.patch.dict(master.ROUTES, {"/": (master.HTML, self.render)}), \
+                mock.patch.object(master, "FRESH_SECONDS", 1000):
+            self.dashboard = master.Dashboard(None, table, options)
+            self.assertEqual(self.ask(20), {b"page 1"})
+            self.assertEqual(self.ask(5, "c1"), {b"page 2"})
+            self.assertEqual(self.ask(5), {b"page 1"})
+            self.assertEqual(table.snapshot.call_count, 1)
+            self.dashboard.viewed -= 2000
+            self.assertEqual(self.ask(5), {b"page 3"})
+            self.assertEqual(table.snapshot.call_count, 2)
+
+
 class Served(unittest.TestCase):
     """A master with three nodes, for all tests of a class."""
 
