@@ -11,6 +11,7 @@ the dashboard answers browsers.  Either of the two is started again when it dies
 
 Exit codes: 0 stopped by SIGINT or SIGTERM, 1 could not start, 2 bad usage.
 """
+
 import argparse
 import array
 import base64
@@ -45,12 +46,24 @@ import time
 import unicodedata
 import urllib.parse
 from http import HTTPStatus
-from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional,
-                    Sequence, Tuple, Union)
+from typing import (
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 try:
     from multiprocessing import resource_tracker, shared_memory
-except ImportError:                     # Python 3.6 and 3.7: main() says what is needed
+except ImportError:  # Python 3.6 and 3.7: main() says what is needed
     shared_memory = None  # type: ignore[assignment]
 
 # ============================================================================
@@ -58,50 +71,50 @@ except ImportError:                     # Python 3.6 and 3.7: main() says what i
 # ============================================================================
 
 VERSION = "1.0"
-MAX_SAMPLE = 16384                      # bytes of one pickled sample
-MAX_KEYS = 64                           # keys of a sample
-MAX_TEXT = 255                          # UTF-8 bytes of a string
-MAX_OPCODES = 8 * MAX_KEYS              # opcodes of a pickle
-MAX_INTERVAL = 60.0                     # seconds between samples that an agent may announce
-MAX_RATE = 100                          # samples a second from one agent, over RATE_SECONDS
-RATE_SECONDS = 5.0                      # seconds
-RECEIVE_SIZE = 1024                     # bytes; a sample has 600 to 800
-STACK_SIZE = 128 * 1024                 # bytes of stack for each thread
-BACKLOG = 4096                          # connections that may wait for accept()
-MAX_ACCEPTS = 256                       # of them at a time, between two heartbeats
-SOURCE_SHARE = 7 / 8                    # of the slots, for one address other than loopback
-MAX_WAITING = 1024                      # agents that have not sent a sample yet
-REFUSAL_SECONDS = 10.0                  # seconds for which refusals of one source are counted
-MAX_REFUSAL_SECONDS = 3600.0            # that long when it does not end: it doubles
-MAX_SOURCES = 8                         # sources whose refusals are counted apart
-EVENTS = 128                            # events kept in the ring
-GONE_SECONDS = 600.0                    # how long a node that left is remembered
-LOCK_SECONDS = 2.0                      # to wait for the table's lock
-LOCK_POLL = 0.001                       # between two tries
-READ_SECONDS = 2.0                      # to wait for a whole copy without the lock
-BEAT_SECONDS = 0.5                      # between two heartbeats of the collector
-STALE_SECONDS = 3.0                     # without a heartbeat: the collector has stopped
-PIN_CPU = 0.1                           # of a core, from which on a collector is a busy one
-PIN_SECONDS = 5.0                       # between two looks at where its threads are to run
-STOP_SECONDS = 3.0                      # from SIGTERM to SIGKILL of a role
-MAX_BACKOFF = 2.0                       # seconds before a role is started again
-EXIT_LOCK = 75                          # exit code of a role that could not get the lock
-LINGER_SECONDS = 0.5                    # for a peer to read why it is sent away
-COMMAND_SECONDS = 30.0                  # for one run of --alert-command
-GATHER_SECONDS = 1.0                    # quiet time that ends an alert storm
-STORM_SECONDS = 5.0                     # the longest that an alert waits for others of its kind
-STORM_SIZE = 4                          # more alerts of a kind are told by one command
-MAX_ALERTS = 20000                      # alerts waiting for the command
-HTTP_SECONDS = 5.0                      # for a whole request, and for its whole answer
-MAX_CLIENTS = 128                       # HTTP connections at once
-MAX_REQUEST_LINE = 4096                 # bytes
-MAX_REQUEST = 16384                     # bytes of request line and headers
-FRESH_SECONDS = 0.25                    # for which a copy of the table serves every request
+MAX_SAMPLE = 16384  # bytes of one pickled sample
+MAX_KEYS = 64  # keys of a sample
+MAX_TEXT = 255  # UTF-8 bytes of a string
+MAX_OPCODES = 8 * MAX_KEYS  # opcodes of a pickle
+MAX_INTERVAL = 60.0  # seconds between samples that an agent may announce
+MAX_RATE = 100  # samples a second from one agent, over RATE_SECONDS
+RATE_SECONDS = 5.0  # seconds
+RECEIVE_SIZE = 1024  # bytes; a sample has 600 to 800
+STACK_SIZE = 128 * 1024  # bytes of stack for each thread
+BACKLOG = 4096  # connections that may wait for accept()
+MAX_ACCEPTS = 256  # of them at a time, between two heartbeats
+SOURCE_SHARE = 7 / 8  # of the slots, for one address other than loopback
+MAX_WAITING = 1024  # agents that have not sent a sample yet
+REFUSAL_SECONDS = 10.0  # seconds for which refusals of one source are counted
+MAX_REFUSAL_SECONDS = 3600.0  # that long when it does not end: it doubles
+MAX_SOURCES = 8  # sources whose refusals are counted apart
+EVENTS = 128  # events kept in the ring
+GONE_SECONDS = 600.0  # how long a node that left is remembered
+LOCK_SECONDS = 2.0  # to wait for the table's lock
+LOCK_POLL = 0.001  # between two tries
+READ_SECONDS = 2.0  # to wait for a whole copy without the lock
+BEAT_SECONDS = 0.5  # between two heartbeats of the collector
+STALE_SECONDS = 3.0  # without a heartbeat: the collector has stopped
+PIN_CPU = 0.1  # of a core, from which on a collector is a busy one
+PIN_SECONDS = 5.0  # between two looks at where its threads are to run
+STOP_SECONDS = 3.0  # from SIGTERM to SIGKILL of a role
+MAX_BACKOFF = 2.0  # seconds before a role is started again
+EXIT_LOCK = 75  # exit code of a role that could not get the lock
+LINGER_SECONDS = 0.5  # for a peer to read why it is sent away
+COMMAND_SECONDS = 30.0  # for one run of --alert-command
+GATHER_SECONDS = 1.0  # quiet time that ends an alert storm
+STORM_SECONDS = 5.0  # the longest that an alert waits for others of its kind
+STORM_SIZE = 4  # more alerts of a kind are told by one command
+MAX_ALERTS = 20000  # alerts waiting for the command
+HTTP_SECONDS = 5.0  # for a whole request, and for its whole answer
+MAX_CLIENTS = 128  # HTTP connections at once
+MAX_REQUEST_LINE = 4096  # bytes
+MAX_REQUEST = 16384  # bytes of request line and headers
+FRESH_SECONDS = 0.25  # for which a copy of the table serves every request
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-Message = Dict[str, Any]                # a decoded dict, or a node of a snapshot
-Row = Tuple[Any, ...]                   # a sample, as METRICS has it: floats, UTF-8; see UNKNOWN
-Address = Tuple[Any, ...]               # a peer's, as accept() has it: host, port, ...
+Message = Dict[str, Any]  # a decoded dict, or a node of a snapshot
+Row = Tuple[Any, ...]  # a sample, as METRICS has it: floats, UTF-8; see UNKNOWN
+Address = Tuple[Any, ...]  # a peer's, as accept() has it: host, port, ...
 Serve = Callable[[socket.socket, Address], None]
 log = logging.getLogger("sentinel")
 
@@ -109,54 +122,133 @@ log = logging.getLogger("sentinel")
 # Metrics: the one list.  Layout, JSON, CSV, Prometheus, text and page follow.
 # ============================================================================
 
-Metric = NamedTuple("Metric", [("key", str), ("code", str), ("unit", str), ("label", str),
-                               ("prometheus", str), ("help", str)])
+Metric = NamedTuple(
+    "Metric",
+    [
+        ("key", str),
+        ("code", str),
+        ("unit", str),
+        ("label", str),
+        ("prometheus", str),
+        ("help", str),
+    ],
+)
 
 METRICS = (
-    Metric("cpu", "f", "%", "CPU", "cpu_percent", "CPU time in use, all cores together"),
+    Metric(
+        "cpu", "f", "%", "CPU", "cpu_percent", "CPU time in use, all cores together"
+    ),
     Metric("ram", "f", "%", "RAM", "ram_percent", "Memory that is not available"),
     Metric("node", "64s", "", "Node", "", "Name of the monitored machine"),
     Metric("job", "24s", "", "Job", "", "Slurm job id"),
     Metric("job_name", "64s", "", "Job name", "", "Slurm job name"),
     Metric("user", "32s", "", "User", "", "User that runs the agent"),
     Metric("version", "16s", "", "Agent", "", "Version of the agent"),
-    Metric("interval", "d", "s", "Interval", "interval_seconds", "Time between samples"),
+    Metric(
+        "interval", "d", "s", "Interval", "interval_seconds", "Time between samples"
+    ),
     Metric("load1", "d", "", "Load", "load1", "Load average of one minute"),
     Metric("cpus", "d", "", "CPUs", "cpus", "CPUs that are online"),
     Metric("mem_total", "d", "B", "Memory", "memory_total_bytes", "Memory of the node"),
-    Metric("mem_used", "d", "B", "Memory used", "memory_used_bytes", "Memory not available"),
+    Metric(
+        "mem_used", "d", "B", "Memory used", "memory_used_bytes", "Memory not available"
+    ),
     Metric("swap", "d", "%", "Swap", "swap_percent", "Swap space in use"),
-    Metric("disk", "d", "%", "Disk", "disk_percent", "Working directory's filesystem in use"),
-    Metric("disk_tmp", "d", "%", "/tmp", "disk_tmp_percent", "Filesystem of /tmp in use"),
-    Metric("disk_read", "d", "B/s", "Disk read", "disk_read_bytes_per_second", "Disk reads"),
-    Metric("disk_write", "d", "B/s", "Disk write", "disk_write_bytes_per_second", "Disk writes"),
-    Metric("net_rx", "d", "B/s", "Received", "network_receive_bytes_per_second", "Received"),
+    Metric(
+        "disk",
+        "d",
+        "%",
+        "Disk",
+        "disk_percent",
+        "Working directory's filesystem in use",
+    ),
+    Metric(
+        "disk_tmp", "d", "%", "/tmp", "disk_tmp_percent", "Filesystem of /tmp in use"
+    ),
+    Metric(
+        "disk_read", "d", "B/s", "Disk read", "disk_read_bytes_per_second", "Disk reads"
+    ),
+    Metric(
+        "disk_write",
+        "d",
+        "B/s",
+        "Disk write",
+        "disk_write_bytes_per_second",
+        "Disk writes",
+    ),
+    Metric(
+        "net_rx", "d", "B/s", "Received", "network_receive_bytes_per_second", "Received"
+    ),
     Metric("net_tx", "d", "B/s", "Sent", "network_transmit_bytes_per_second", "Sent"),
-    Metric("psi_cpu", "d", "%", "CPU wait", "pressure_cpu_percent", "Tasks waiting for CPU"),
-    Metric("psi_mem", "d", "%", "Memory wait", "pressure_memory_percent",
-           "Tasks waiting for memory"),
-    Metric("psi_io", "d", "%", "I/O wait", "pressure_io_percent", "Tasks waiting for I/O"),
+    Metric(
+        "psi_cpu", "d", "%", "CPU wait", "pressure_cpu_percent", "Tasks waiting for CPU"
+    ),
+    Metric(
+        "psi_mem",
+        "d",
+        "%",
+        "Memory wait",
+        "pressure_memory_percent",
+        "Tasks waiting for memory",
+    ),
+    Metric(
+        "psi_io", "d", "%", "I/O wait", "pressure_io_percent", "Tasks waiting for I/O"
+    ),
     Metric("procs", "d", "", "Processes", "processes", "Processes and threads"),
-    Metric("uptime", "d", "s", "Uptime", "uptime_seconds", "Time since the node's boot"),
+    Metric(
+        "uptime", "d", "s", "Uptime", "uptime_seconds", "Time since the node's boot"
+    ),
     Metric("gpus", "d", "", "GPUs", "gpus", "GPUs that the agent sees"),
     Metric("gpu", "d", "%", "GPU", "gpu_percent", "GPU utilisation, mean of all"),
-    Metric("gpu_mem", "d", "%", "GPU memory", "gpu_memory_percent", "GPU memory in use"),
-    Metric("job_cpus", "d", "", "Job CPUs", "job_cpus", "CPUs allocated to the job here"),
+    Metric(
+        "gpu_mem", "d", "%", "GPU memory", "gpu_memory_percent", "GPU memory in use"
+    ),
+    Metric(
+        "job_cpus", "d", "", "Job CPUs", "job_cpus", "CPUs allocated to the job here"
+    ),
     Metric("job_cpu", "d", "%", "Job CPU", "job_cpu_percent", "Allocated CPUs in use"),
-    Metric("job_mem", "d", "B", "Job memory", "job_memory_bytes", "Anonymous and shared memory"),
-    Metric("job_cache", "d", "B", "Job cache", "job_cache_bytes", "Page cache of the job"),
-    Metric("job_mem_limit", "d", "B", "Job limit", "job_memory_limit_bytes", "Memory limit"),
-    Metric("job_ram", "d", "%", "Job RAM", "job_ram_percent", "Job's memory limit in use"),
-    Metric("job_time_left", "d", "s", "Time left", "job_time_left_seconds",
-           "Time until the job's limit"),
-    Metric("agent_cpu", "d", "%", "Agent CPU", "agent_cpu_percent", "The agent's own CPU"),
-    Metric("agent_rss", "d", "B", "Agent memory", "agent_rss_bytes", "The agent's own memory"),
+    Metric(
+        "job_mem",
+        "d",
+        "B",
+        "Job memory",
+        "job_memory_bytes",
+        "Anonymous and shared memory",
+    ),
+    Metric(
+        "job_cache", "d", "B", "Job cache", "job_cache_bytes", "Page cache of the job"
+    ),
+    Metric(
+        "job_mem_limit", "d", "B", "Job limit", "job_memory_limit_bytes", "Memory limit"
+    ),
+    Metric(
+        "job_ram", "d", "%", "Job RAM", "job_ram_percent", "Job's memory limit in use"
+    ),
+    Metric(
+        "job_time_left",
+        "d",
+        "s",
+        "Time left",
+        "job_time_left_seconds",
+        "Time until the job's limit",
+    ),
+    Metric(
+        "agent_cpu", "d", "%", "Agent CPU", "agent_cpu_percent", "The agent's own CPU"
+    ),
+    Metric(
+        "agent_rss",
+        "d",
+        "B",
+        "Agent memory",
+        "agent_rss_bytes",
+        "The agent's own memory",
+    ),
 )
 TEXTS = {m.key: m for m in METRICS if m.code.endswith("s")}
 NUMBERS = {m.key: m for m in METRICS if m.key not in TEXTS}
-DETAILS = METRICS[2:]                   # those that a slot does not hold
+DETAILS = METRICS[2:]  # those that a slot does not hold
 INDEX = {m.key: n for n, m in enumerate(METRICS)}
-KEPT = INDEX["interval"] + 1            # of a row: what is kept of it to tell of its node
+KEPT = INDEX["interval"] + 1  # of a row: what is kept of it to tell of its node
 UNKNOWN: Row = tuple(b"" if m.key in TEXTS else math.nan for m in METRICS)
 
 # ============================================================================
@@ -165,21 +257,62 @@ UNKNOWN: Row = tuple(b"" if m.key in TEXTS else math.nan for m in METRICS)
 
 # What pickletools lists and a flat dict of None, bool, int, float and str needs: the opcode, its
 # name and its argument; for the last three that is the size of what follows.
-OPCODES = {code: (name, struct.Struct(layout)) for code, name, layout in (
-    (0x80, "PROTO", "B"), (0x95, "FRAME", "<Q"), (0x2e, "STOP", ""), (0x7d, "EMPTY_DICT", ""),
-    (0x28, "MARK", ""), (0x73, "SETITEM", ""), (0x75, "SETITEMS", ""), (0x94, "MEMOIZE", ""),
-    (0x71, "BINPUT", "B"), (0x72, "LONG_BINPUT", "<I"), (0x68, "BINGET", "B"),
-    (0x6a, "LONG_BINGET", "<I"), (0x4e, "NONE", ""), (0x88, "NEWTRUE", ""), (0x89, "NEWFALSE", ""),
-    (0x4b, "BININT1", "B"), (0x4d, "BININT2", "<H"), (0x4a, "BININT", "<i"),
-    (0x47, "BINFLOAT", ">d"), (0x8a, "LONG1", "B"), (0x8c, "SHORT_BINUNICODE", "B"),
-    (0x58, "BINUNICODE", "<I"))}
-SIZES = {"LONG1": 8, "SHORT_BINUNICODE": MAX_TEXT, "BINUNICODE": MAX_TEXT}   # at most, in bytes
+OPCODES = {
+    code: (name, struct.Struct(layout))
+    for code, name, layout in (
+        (0x80, "PROTO", "B"),
+        (0x95, "FRAME", "<Q"),
+        (0x2E, "STOP", ""),
+        (0x7D, "EMPTY_DICT", ""),
+        (0x28, "MARK", ""),
+        (0x73, "SETITEM", ""),
+        (0x75, "SETITEMS", ""),
+        (0x94, "MEMOIZE", ""),
+        (0x71, "BINPUT", "B"),
+        (0x72, "LONG_BINPUT", "<I"),
+        (0x68, "BINGET", "B"),
+        (0x6A, "LONG_BINGET", "<I"),
+        (0x4E, "NONE", ""),
+        (0x88, "NEWTRUE", ""),
+        (0x89, "NEWFALSE", ""),
+        (0x4B, "BININT1", "B"),
+        (0x4D, "BININT2", "<H"),
+        (0x4A, "BININT", "<i"),
+        (0x47, "BINFLOAT", ">d"),
+        (0x8A, "LONG1", "B"),
+        (0x8C, "SHORT_BINUNICODE", "B"),
+        (0x58, "BINUNICODE", "<I"),
+    )
+}
+SIZES = {
+    "LONG1": 8,
+    "SHORT_BINUNICODE": MAX_TEXT,
+    "BINUNICODE": MAX_TEXT,
+}  # at most, in bytes
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-SCALARS = {"BININT1", "BININT2", "BININT", "BINFLOAT", "LONG1", "SHORT_BINUNICODE", "BINUNICODE"}
+SCALARS = {
+    "BININT1",
+    "BININT2",
+    "BININT",
+    "BINFLOAT",
+    "LONG1",
+    "SHORT_BINUNICODE",
+    "BINUNICODE",
+}
 PUTS, GETS = {"MEMOIZE", "BINPUT", "LONG_BINPUT"}, {"BINGET", "LONG_BINGET"}
-Shape = NamedTuple("Shape", [("layout", struct.Struct), ("mask", int), ("fixed", int),
-                             ("order", Callable[[Row], Row]), ("rest", Row)])
-Spots = Tuple[Tuple[int, Any], ...]     # of each float in a pickle: where it is, and its key
+Shape = NamedTuple(
+    "Shape",
+    [
+        ("layout", struct.Struct),
+        ("mask", int),
+        ("fixed", int),
+        ("order", Callable[[Row], Row]),
+        ("rest", Row),
+    ],
+)
+Spots = Tuple[
+    Tuple[int, Any], ...
+]  # of each float in a pickle: where it is, and its key
 
 
 class WireError(Exception):
@@ -195,7 +328,7 @@ def parse_pickle(data: bytes) -> Optional[Tuple[Message, int, Spots]]:
     if data[0] != 0x80:
         raise WireError(foreign_reason(data))
     result: Message = {}
-    items: List[Any] = []               # keys and values that are not in the dict yet
+    items: List[Any] = []  # keys and values that are not in the dict yet
     memo: Dict[int, Any] = {}
     floats: List[Tuple[int, Any]] = []
     begun = marked = False
@@ -207,7 +340,7 @@ def parse_pickle(data: bytes) -> Optional[Tuple[Message, int, Spots]]:
         elif name in PUTS:
             memo[len(memo) if arg is None else arg] = items[-1] if items else None
         elif name in GETS and type(memo.get(arg)) is str:
-            items.append(memo[arg])     # picklers memoize strings alone
+            items.append(memo[arg])  # picklers memoize strings alone
         elif name == "EMPTY_DICT" and not begun:
             begun = True
         elif name == "MARK" and begun and not marked and not items:
@@ -231,25 +364,37 @@ def read_opcodes(data: bytes) -> Iterator[Tuple[str, Any, int, int]]:
         if end == len(data):
             return
         if data[end] not in OPCODES:
-            raise WireError("pickle opcode 0x%02x; a sample is one flat dict of None, bool, int,"
-                            " float and str" % data[end])
+            raise WireError(
+                "pickle opcode 0x%02x; a sample is one flat dict of None, bool, int,"
+                " float and str" % data[end]
+            )
         name, layout = OPCODES[data[end]]
         start, end = end + 1, end + 1 + layout.size
         if end > len(data):
             return
-        arg, = layout.unpack_from(data, start) or (None,)
+        (arg,) = layout.unpack_from(data, start) or (None,)
         if name in SIZES:
             if arg > SIZES[name]:
-                raise WireError("pickle opcode %s of %d bytes; at most %d are allowed"
-                                % (name, arg, SIZES[name]))
+                raise WireError(
+                    "pickle opcode %s of %d bytes; at most %d are allowed"
+                    % (name, arg, SIZES[name])
+                )
             start, end = end, end + arg
             if end > len(data):
                 return
             arg = read_sized(name, data[start:end])
-        elif (name == "PROTO" and not 2 <= arg <= 5 or name == "FRAME" and arg > MAX_SAMPLE
-                or name == "BINFLOAT" and not math.isfinite(arg)):
-            raise WireError("%s %s; pickle protocols 2 to 5, frames of at most %d bytes and finite"
-                            " floats are allowed" % (name, arg, MAX_SAMPLE))
+        elif (
+            name == "PROTO"
+            and not 2 <= arg <= 5
+            or name == "FRAME"
+            and arg > MAX_SAMPLE
+            or name == "BINFLOAT"
+            and not math.isfinite(arg)
+        ):
+            raise WireError(
+                "%s %s; pickle protocols 2 to 5, frames of at most %d bytes and finite"
+                " floats are allowed" % (name, arg, MAX_SAMPLE)
+            )
         yield name, arg, start, end
     raise WireError("a sample of more than %d opcodes" % MAX_OPCODES)
 
@@ -290,18 +435,25 @@ def shape_layout(size: int, floats: Spots) -> Tuple[struct.Struct, int, Any]:
         code, end = code + "%dxd" % (pos - end), pos + 8
         mask ^= (1 << 64) - 1 << 8 * (size - end)
     keys = [key if key in NUMBERS else "" for _, key in floats] + list(INDEX)
-    return (struct.Struct(code + "%dx" % (size - end)), mask,
-            operator.itemgetter(*map(keys.index, INDEX)))
+    return (
+        struct.Struct(code + "%dx" % (size - end)),
+        mask,
+        operator.itemgetter(*map(keys.index, INDEX)),
+    )
 
 
-def make_shape(data: bytes, message: Message, row: Row, floats: Spots) -> Optional[Shape]:
+def make_shape(
+    data: bytes, message: Message, row: Row, floats: Spots
+) -> Optional[Shape]:
     """What makes the next sample cheap if only its floats differ: see parse_shape."""
     unique = {key for _, key in floats if type(message.get(key)) is float}
-    if len(unique) < len(floats):       # a key came twice, or its float was overwritten
+    if len(unique) < len(floats):  # a key came twice, or its float was overwritten
         return None
     layout, mask, order = shape_layout(len(data), floats)
-    rest = tuple(unknown if key in unique else value
-                 for key, value, unknown in zip(INDEX, row, UNKNOWN))
+    rest = tuple(
+        unknown if key in unique else value
+        for key, value, unknown in zip(INDEX, row, UNKNOWN)
+    )
     return Shape(layout, mask, int.from_bytes(data, "big") & mask, order, rest)
 
 
@@ -311,8 +463,10 @@ def parse_shape(data: bytes, shape: Shape) -> Optional[Row]:
     An agent's samples differ in their floats alone most of the time.  To compare all other bytes
     with those of a sample that was found good takes a tenth of the time to read them again.
     """
-    if (len(data) != shape.layout.size
-            or int.from_bytes(data, "big") & shape.mask != shape.fixed):
+    if (
+        len(data) != shape.layout.size
+        or int.from_bytes(data, "big") & shape.mask != shape.fixed
+    ):
         return None
     floats = shape.layout.unpack(data)
     row = shape.order(floats + shape.rest)
@@ -332,14 +486,20 @@ def check_sample(message: Message) -> Row:
     for key in ("cpu", "ram"):
         value = message.get(key)
         if type(value) not in (int, float) or not 0 <= value <= 100:  # type: ignore[operator]
-            raise WireError("%s must be a number from 0 to 100, and is %s" % (
-                key, ascii(value)[:40] if key in message else "missing"))
+            raise WireError(
+                "%s must be a number from 0 to 100, and is %s"
+                % (key, ascii(value)[:40] if key in message else "missing")
+            )
     row = list(UNKNOWN)
     for n, key in enumerate(INDEX):
         value = message.get(key)
         if type(value) is str and key in TEXTS:
             row[n] = clean_text(value).encode()
-        elif isinstance(value, (int, float)) and type(value) is not bool and key in NUMBERS:
+        elif (
+            isinstance(value, (int, float))
+            and type(value) is not bool
+            and key in NUMBERS
+        ):
             row[n] = float(value)
     return tuple(row)
 
@@ -358,7 +518,7 @@ def check_auth(message: Message, secret: bytes, nonce: str) -> None:
 # Table: the only room that knows offsets, the lock and the sequence number
 # ============================================================================
 
-SLOT = struct.Struct("i64sff")          # native, as the plan has it: 76 bytes, no padding
+SLOT = struct.Struct("i64sff")  # native, as the plan has it: 76 bytes, no padding
 DETAIL = struct.Struct("=dd64s" + "".join(m.code for m in DETAILS))
 EVENT = struct.Struct("=d12s64s24s32s64sdd256s")
 HEADER = struct.Struct("=8sIIqq")
@@ -366,8 +526,10 @@ SEQUENCE = struct.Struct("=Q")
 COUNTS = struct.Struct("=QQdQ")
 MAGIC = b"SENTINEL"
 LAYOUT = 1
-PAGE = 16384                            # the largest page of a common system, in bytes
-NODE_KEYS = ("slot", "address", "cpu", "ram", "age", "since", "alerts") + tuple(INDEX)[2:]
+PAGE = 16384  # the largest page of a common system, in bytes
+NODE_KEYS = ("slot", "address", "cpu", "ram", "age", "since", "alerts") + tuple(INDEX)[
+    2:
+]
 EVENT_KEYS = ("time", "kind", "node", "job", "user", "address", "cpu", "ram", "text")
 
 
@@ -389,7 +551,7 @@ def start_time(pid: int) -> Optional[int]:
         return 0
     with contextlib.suppress(OSError), open("/proc/%d/stat" % pid, "rb") as file:
         fields = file.read().rpartition(b")")[2].split()
-        return int(fields[19]) if fields[0] not in b"ZX" else None     # not of the dead
+        return int(fields[19]) if fields[0] not in b"ZX" else None  # not of the dead
     return None
 
 
@@ -413,20 +575,32 @@ class Snapshot:
     last said that it is well.
     """
 
-    def __init__(self, capacity: int, slots: bytes, details: bytes, ring: bytes,
-                 counts: Tuple[int, int, float, int]) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        slots: bytes,
+        details: bytes,
+        ring: bytes,
+        counts: Tuple[int, int, float, int],
+    ) -> None:
         self.slots, self.details, self.copied = slots, details, time.monotonic()
         self.dicts: Optional[List[Message]] = None
         count, self.samples, beat, _ = counts
         self.time, self.capacity, self.beat = time.time(), capacity, self.copied - beat
-        rows = [EVENT.unpack_from(ring, n % EVENTS * EVENT.size)
-                for n in range(max(0, count - EVENTS), count)]
-        self.events: List[Message] = [dict(zip(EVENT_KEYS, map(from_field, row))) for row in rows]
-        self.left = self.events         # or what a reader remembers of who left
+        rows = [
+            EVENT.unpack_from(ring, n % EVENTS * EVENT.size)
+            for n in range(max(0, count - EVENTS), count)
+        ]
+        self.events: List[Message] = [
+            dict(zip(EVENT_KEYS, map(from_field, row))) for row in rows
+        ]
+        self.left = self.events  # or what a reader remembers of who left
 
     def rows(self) -> Iterator[Row]:
         """The used slots as the table has them: NODE_KEYS, with the time seen instead of an age."""
-        for slot, detail in zip(SLOT.iter_unpack(self.slots), DETAIL.iter_unpack(self.details)):
+        for slot, detail in zip(
+            SLOT.iter_unpack(self.slots), DETAIL.iter_unpack(self.details)
+        ):
             if slot[0]:
                 yield slot + detail
 
@@ -434,12 +608,16 @@ class Snapshot:
     def nodes(self) -> List[Message]:
         """The used slots as dicts."""
         if self.dicts is None:
-            nodes: List[Message] = [dict(zip(NODE_KEYS, map(from_field, row)))
-                                    for row in self.rows()]
+            nodes: List[Message] = [
+                dict(zip(NODE_KEYS, map(from_field, row))) for row in self.rows()
+            ]
             for node in nodes:
-                node.update(cpu=round(node["cpu"], 2), ram=round(node["ram"], 2),
-                            age=round(max(0.0, self.copied - node["age"]), 2))
-            self.dicts = nodes          # whole, whichever thread sees it
+                node.update(
+                    cpu=round(node["cpu"], 2),
+                    ram=round(node["ram"], 2),
+                    age=round(max(0.0, self.copied - node["age"]), 2),
+                )
+            self.dicts = nodes  # whole, whichever thread sees it
         return self.dicts
 
 
@@ -467,9 +645,13 @@ class Table:
 
     def __init__(self, shm: Any, lock: Any = None) -> None:
         self.shm, self.buf, self.lock = shm, shm.buf, lock
-        if os.fstat(shm._fd).st_uid != os.getuid():     # anybody may have made it, as a trap
-            raise TableError("shared memory %s is another user's; give another --port or"
-                             " --shm-name" % shm.name)
+        if (
+            os.fstat(shm._fd).st_uid != os.getuid()
+        ):  # anybody may have made it, as a trap
+            raise TableError(
+                "shared memory %s is another user's; give another --port or"
+                " --shm-name" % shm.name
+            )
         self.counts_at = shm.size - COUNTS.size
         self.sequence_at = self.counts_at - SEQUENCE.size
         self.header_at = max(0, self.sequence_at - HEADER.size)
@@ -477,18 +659,24 @@ class Table:
 
     def load(self) -> None:
         """Read what is there."""
-        self.magic, self.layout, self.capacity, self.pid, self.start = HEADER.unpack_from(
-            self.buf, self.header_at)
+        self.magic, self.layout, self.capacity, self.pid, self.start = (
+            HEADER.unpack_from(self.buf, self.header_at)
+        )
         self.details_at = self.capacity * SLOT.size
         self.events_at = self.details_at + self.capacity * DETAIL.size
-        self.sequence, = SEQUENCE.unpack_from(self.buf, self.sequence_at)
+        (self.sequence,) = SEQUENCE.unpack_from(self.buf, self.sequence_at)
         self.events = COUNTS.unpack_from(self.buf, self.counts_at)[0]
 
     @classmethod
     def create(cls, name: str, capacity: int) -> "Table":
         """Make the segment; one whose owner is dead is replaced, one whose owner lives is not."""
-        size = (capacity * (SLOT.size + DETAIL.size) + EVENTS * EVENT.size
-                + HEADER.size + SEQUENCE.size + COUNTS.size)
+        size = (
+            capacity * (SLOT.size + DETAIL.size)
+            + EVENTS * EVENT.size
+            + HEADER.size
+            + SEQUENCE.size
+            + COUNTS.size
+        )
         size += -size % PAGE
         try:
             with untracked():
@@ -497,15 +685,26 @@ class Table:
             # tmpfs promises room that it may not have: a write would then end in SIGBUS
             getattr(os, "posix_fallocate", lambda *args: None)(table.shm._fd, 0, size)
         except FileExistsError:
-            raise TableError("shared memory %s is somebody else's; give another --port or"
-                             " --shm-name" % name) from None
+            raise TableError(
+                "shared memory %s is somebody else's; give another --port or"
+                " --shm-name" % name
+            ) from None
         except OSError as error:
             with contextlib.suppress(UnboundLocalError):
                 table.unlink()
-            raise TableError("no shared memory of %d bytes: %s; free some of /dev/shm or lower"
-                             " --max-agents" % (size, error.strerror)) from None
-        HEADER.pack_into(table.buf, table.header_at, MAGIC, LAYOUT, capacity, os.getpid(),
-                         start_time(os.getpid()))
+            raise TableError(
+                "no shared memory of %d bytes: %s; free some of /dev/shm or lower"
+                " --max-agents" % (size, error.strerror)
+            ) from None
+        HEADER.pack_into(
+            table.buf,
+            table.header_at,
+            MAGIC,
+            LAYOUT,
+            capacity,
+            os.getpid(),
+            start_time(os.getpid()),
+        )
         COUNTS.pack_into(table.buf, table.counts_at, 0, 0, time.monotonic(), 0)
         table.load()
         return table
@@ -517,14 +716,20 @@ class Table:
             with untracked():
                 table = cls(shared_memory.SharedMemory(name), lock)
         except (OSError, ValueError, struct.error):
-            raise TableError("no master's shared memory %s here: is the master running, as this"
-                             " user, with this --port or --shm-name?" % name) from None
-        if ((table.magic, table.layout) != (MAGIC, LAYOUT)
-                or table.events_at + EVENTS * EVENT.size > table.header_at):
+            raise TableError(
+                "no master's shared memory %s here: is the master running, as this"
+                " user, with this --port or --shm-name?" % name
+            ) from None
+        if (table.magic, table.layout) != (
+            MAGIC,
+            LAYOUT,
+        ) or table.events_at + EVENTS * EVENT.size > table.header_at:
             raise TableError("shared memory %s is of no master of this version" % name)
         if not table.owner_lives():
-            raise TableError("the master (pid %d) that made shared memory %s is gone"
-                             % (table.pid, name))
+            raise TableError(
+                "the master (pid %d) that made shared memory %s is gone"
+                % (table.pid, name)
+            )
         return table
 
     @classmethod
@@ -534,7 +739,7 @@ class Table:
             old = cls(shared_memory.SharedMemory(name))
         except FileNotFoundError:
             return
-        except ValueError:              # it is empty: its maker was killed right then
+        except ValueError:  # it is empty: its maker was killed right then
             if os.stat("/dev/shm/" + name).st_uid != os.getuid():
                 raise FileExistsError from None
             os.unlink("/dev/shm/" + name)
@@ -542,8 +747,10 @@ class Table:
         except (OSError, struct.error):
             raise FileExistsError from None
         if old.owner_lives():
-            raise TableError("the master with pid %d uses shared memory %s; stop it, or give"
-                             " another --port or --shm-name" % (old.pid, name))
+            raise TableError(
+                "the master with pid %d uses shared memory %s; stop it, or give"
+                " another --port or --shm-name" % (old.pid, name)
+            )
         if old.magic not in (MAGIC, bytes(8)):
             raise FileExistsError
         old.unlink()
@@ -561,7 +768,7 @@ class Table:
 
     def reset(self) -> None:
         """Empty the slots and end a broken write: for who knows that nobody else writes."""
-        self.buf[:self.details_at] = bytes(self.details_at)
+        self.buf[: self.details_at] = bytes(self.details_at)
         self.sequence += self.sequence % 2
         SEQUENCE.pack_into(self.buf, self.sequence_at, self.sequence)
 
@@ -574,7 +781,9 @@ class Table:
         deadline = time.monotonic() + LOCK_SECONDS
         while not self.lock.acquire(False):
             if time.monotonic() > deadline:
-                log.error("the table's lock is stuck: who held it was killed or stopped")
+                log.error(
+                    "the table's lock is stuck: who held it was killed or stopped"
+                )
                 os._exit(EXIT_LOCK)
             time.sleep(LOCK_POLL)
 
@@ -590,7 +799,9 @@ class Table:
             SEQUENCE.pack_into(self.buf, self.sequence_at, self.sequence)
         self.lock.release()
 
-    def write(self, index: int, address: str, row: Row, since: float, alerts: str) -> None:
+    def write(
+        self, index: int, address: str, row: Row, since: float, alerts: str
+    ) -> None:
         """Put a sample into a slot; address is text, since is time.time() of the connection."""
         slot = (index + 1, address.encode()) + row[:2]
         detail = (time.monotonic(), since, alerts.encode()) + row[2:]
@@ -606,15 +817,29 @@ class Table:
     def beat(self, samples: int, used: int) -> None:
         """Say that the collector is well: samples so far, and no slot from ``used`` on is taken."""
         with self:
-            COUNTS.pack_into(self.buf, self.counts_at, self.events, samples, time.monotonic(), used)
+            COUNTS.pack_into(
+                self.buf, self.counts_at, self.events, samples, time.monotonic(), used
+            )
 
-    def add_event(self, kind: str, text: str, node: str, row: Row = UNKNOWN,
-                  address: str = "") -> None:
+    def add_event(
+        self, kind: str, text: str, node: str, row: Row = UNKNOWN, address: str = ""
+    ) -> None:
         """Append to the ring; row is the node's last sample."""
-        fields = (time.time(), kind.encode(), node.encode(), row[INDEX["job"]], row[INDEX["user"]],
-                  address.encode(), row[0], row[1], text.encode())
+        fields = (
+            time.time(),
+            kind.encode(),
+            node.encode(),
+            row[INDEX["job"]],
+            row[INDEX["user"]],
+            address.encode(),
+            row[0],
+            row[1],
+            text.encode(),
+        )
         with self:
-            EVENT.pack_into(self.buf, self.events_at + self.events % EVENTS * EVENT.size, *fields)
+            EVENT.pack_into(
+                self.buf, self.events_at + self.events % EVENTS * EVENT.size, *fields
+            )
             self.events += 1
             struct.pack_into("=Q", self.buf, self.counts_at, self.events)
 
@@ -629,33 +854,53 @@ class Table:
             return Snapshot(self.capacity, *copy)
         deadline = time.monotonic() + READ_SECONDS
         while time.monotonic() < deadline:
-            before = bytes(self.buf[self.sequence_at:self.counts_at])
+            before = bytes(self.buf[self.sequence_at : self.counts_at])
             copy = self._copy()
-            if before[0] % 2 == 0 and before == self.buf[self.sequence_at:self.counts_at]:
+            if (
+                before[0] % 2 == 0
+                and before == self.buf[self.sequence_at : self.counts_at]
+            ):
                 return Snapshot(self.capacity, *copy)
             time.sleep(0.001)
-        raise TableError("no whole copy of the table in %g s: a write never ended" % READ_SECONDS)
+        raise TableError(
+            "no whole copy of the table in %g s: a write never ended" % READ_SECONDS
+        )
 
     def _copy(self) -> Tuple[bytes, bytes, bytes, Tuple[int, int, float, int]]:
         counts = COUNTS.unpack_from(self.buf, self.counts_at)
         used = min(counts[3], self.capacity)
-        return (bytes(self.buf[:used * SLOT.size]),
-                bytes(self.buf[self.details_at:self.details_at + used * DETAIL.size]),
-                bytes(self.buf[self.events_at:self.events_at + EVENTS * EVENT.size]), counts)
+        return (
+            bytes(self.buf[: used * SLOT.size]),
+            bytes(self.buf[self.details_at : self.details_at + used * DETAIL.size]),
+            bytes(self.buf[self.events_at : self.events_at + EVENTS * EVENT.size]),
+            counts,
+        )
 
 
 # ============================================================================
 # Alerts: rules -> firing and resolved, pure; and the runner of the command
 # ============================================================================
 
-RULE = re.compile(r"\s*(\w+)\s*([<>])\s*(\d+(?:\.\d+)?)(?:\s+for\s+(\d+(?:\.\d+)?)\s*s?)?\s*")
+RULE = re.compile(
+    r"\s*(\w+)\s*([<>])\s*(\d+(?:\.\d+)?)(?:\s+for\s+(\d+(?:\.\d+)?)\s*s?)?\s*"
+)
 DEFAULT_RULES = ("cpu>90", "job_ram>90", "job_time_left<600")
-Alert = NamedTuple("Alert", [("event", str), ("node", str), ("job", str), ("metric", str),
-                             ("value", Union[float, str]), ("threshold", Union[float, str])])
+Alert = NamedTuple(
+    "Alert",
+    [
+        ("event", str),
+        ("node", str),
+        ("job", str),
+        ("metric", str),
+        ("value", Union[float, str]),
+        ("threshold", Union[float, str]),
+    ],
+)
 
 
 class Rule(NamedTuple):
     """A metric past a threshold for some seconds: 'ram>95 for 30'."""
+
     metric: str
     op: str
     threshold: float
@@ -668,7 +913,9 @@ class Rule(NamedTuple):
         return value < self.threshold + margin
 
     def __str__(self) -> str:
-        return "%s%s%g%s" % (self[:3] + (" for %g" % self.seconds if self.seconds else "",))
+        return "%s%s%g%s" % (
+            self[:3] + (" for %g" % self.seconds if self.seconds else "",)
+        )
 
 
 def parse_rule(text: str) -> Union[Rule, str]:
@@ -679,16 +926,19 @@ def parse_rule(text: str) -> Union[Rule, str]:
     if not match:
         raise argparse.ArgumentTypeError(
             "%r is no rule; METRIC>NUMBER and METRIC<NUMBER are, with ' for SECONDS' behind if you"
-            " like, and lost and no-lost" % text)
+            " like, and lost and no-lost" % text
+        )
     metric, op, threshold, seconds = match.groups()
     if metric not in NUMBERS:
-        raise argparse.ArgumentTypeError("%r in %r is no metric; there are %s" % (
-            metric, text, ", ".join(NUMBERS)))
+        raise argparse.ArgumentTypeError(
+            "%r in %r is no metric; there are %s" % (metric, text, ", ".join(NUMBERS))
+        )
     return Rule(metric, op, float(threshold), float(seconds or 0))
 
 
-def judge(rules: Sequence[Rule], state: Dict[Rule, Optional[float]], row: Row,
-          now: float) -> List[Tuple[str, Rule, float]]:
+def judge(
+    rules: Sequence[Rule], state: Dict[Rule, Optional[float]], row: Row, now: float
+) -> List[Tuple[str, Rule, float]]:
     """What a sample changes: [("alert" or "resolved", rule, value)].
 
     state is one node's: {rule: time at which it was crossed, or None once it fires}.  To be
@@ -731,21 +981,32 @@ class CommandRunner:
             for group in self.gather():
                 try:
                     self.call(group)
-                except Exception as error:      # this thread has to go on, whatever it was
+                except Exception as error:  # this thread has to go on, whatever it was
                     log.error("alert command failed: %s", error)
 
     def gather(self) -> List[List[Alert]]:
         """Wait for alerts, and for the end of a storm: lists that one run each should tell."""
-        batch, deadline, quiet = [self.alerts.get()], time.monotonic() + STORM_SECONDS, 0.25
+        batch, deadline, quiet = (
+            [self.alerts.get()],
+            time.monotonic() + STORM_SECONDS,
+            0.25,
+        )
         with contextlib.suppress(queue.Empty):
             while time.monotonic() < deadline:
                 batch.append(self.alerts.get(timeout=quiet))
                 quiet = GATHER_SECONDS if len(batch) > STORM_SIZE else quiet
         groups: Dict[Tuple[Any, ...], List[Alert]] = {}
         for alert in batch:
-            groups.setdefault((alert.event, alert.metric, alert.threshold), []).append(alert)
-        return [part for group in groups.values() for part in
-                ([group] if len(group) > STORM_SIZE else [[alert] for alert in group])]
+            groups.setdefault((alert.event, alert.metric, alert.threshold), []).append(
+                alert
+            )
+        return [
+            part
+            for group in groups.values()
+            for part in (
+                [group] if len(group) > STORM_SIZE else [[alert] for alert in group]
+            )
+        ]
 
     def call(self, group: List[Alert]) -> None:
         """Run the command for alerts of one kind; at its limit, kill it and all it started.
@@ -757,12 +1018,21 @@ class CommandRunner:
         for key in ("node", "job"):
             names = list(dict.fromkeys(getattr(alert, key) for alert in group))
             facts[key] = " ".join(names[:20] + ["..."] * (len(names) > 20))
-        env = dict(os.environb)         # bytes: no locale can object to a name
-        env.update((b"SENTINEL_" + key.upper().encode(), str(value).encode())
-                   for key, value in facts.items())
-        watched = '(sleep %g; kill -9 -$$) >/dev/null 2>&1 & eval "$0"' % COMMAND_SECONDS
-        process = subprocess.Popen(["/bin/sh", "-c", watched, self.command], stdout=2,
-                                   stdin=subprocess.DEVNULL, env=env, start_new_session=True)
+        env = dict(os.environb)  # bytes: no locale can object to a name
+        env.update(
+            (b"SENTINEL_" + key.upper().encode(), str(value).encode())
+            for key, value in facts.items()
+        )
+        watched = (
+            '(sleep %g; kill -9 -$$) >/dev/null 2>&1 & eval "$0"' % COMMAND_SECONDS
+        )
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", watched, self.command],
+            stdout=2,
+            stdin=subprocess.DEVNULL,
+            env=env,
+            start_new_session=True,
+        )
         begin, code = time.monotonic(), process.wait()
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -781,6 +1051,7 @@ def describe_exit(code: int) -> str:
 # Collector: sockets -> wire -> table, alerts
 # ============================================================================
 
+
 def split_address(address: Address) -> Tuple[str, str]:
     """A peer's (host, port, ...) -> (host, the address tuple that slots hold, as text)."""
     host = address[0].partition("%")[0]
@@ -796,7 +1067,7 @@ class Waiting:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.lock = limit, threading.Lock()
-        self.socks: Dict[socket.socket, str] = {}       # to their sources, oldest first
+        self.socks: Dict[socket.socket, str] = {}  # to their sources, oldest first
 
     def add(self, sock: socket.socket, source: str) -> None:
         """Take a socket in."""
@@ -805,7 +1076,9 @@ class Waiting:
             if len(self.socks) <= self.limit:
                 return
             busiest = collections.Counter(self.socks.values()).most_common(1)[0][0]
-            oldest = next(sock for sock, source in self.socks.items() if source == busiest)
+            oldest = next(
+                sock for sock, source in self.socks.items() if source == busiest
+            )
             del self.socks[oldest]
         with contextlib.suppress(OSError):
             oldest.shutdown(socket.SHUT_RDWR)
@@ -821,7 +1094,7 @@ class Refusals:
 
     def __init__(self, tell: Callable[[str, str], None]) -> None:
         self.tell, self.lock = tell, threading.Lock()
-        self.sources: Dict[str, List[Any]] = {}     # [since, seconds, count, reason]
+        self.sources: Dict[str, List[Any]] = {}  # [since, seconds, count, reason]
 
     def add(self, source: str, reason: str) -> None:
         """Count a refusal; the first of a source is told at once."""
@@ -829,7 +1102,9 @@ class Refusals:
             if len(self.sources) >= MAX_SOURCES and source not in self.sources:
                 source = "other addresses"
             first = source not in self.sources
-            entry = self.sources.setdefault(source, [time.monotonic(), REFUSAL_SECONDS, -1, ""])
+            entry = self.sources.setdefault(
+                source, [time.monotonic(), REFUSAL_SECONDS, -1, ""]
+            )
             entry[2:] = entry[2] + 1, reason
         if first:
             self.tell(source, reason)
@@ -838,12 +1113,20 @@ class Refusals:
         """Tell what was counted, for each source whose time is over."""
         now = time.monotonic()
         with self.lock:
-            over = [(source, list(entry)) for source, entry in self.sources.items()
-                    if now - entry[0] >= entry[1]]
+            over = [
+                (source, list(entry))
+                for source, entry in self.sources.items()
+                if now - entry[0] >= entry[1]
+            ]
             for source, (_, seconds, count, reason) in over:
                 del self.sources[source]
                 if count:
-                    self.sources[source] = [now, min(2 * seconds, MAX_REFUSAL_SECONDS), 0, reason]
+                    self.sources[source] = [
+                        now,
+                        min(2 * seconds, MAX_REFUSAL_SECONDS),
+                        0,
+                        reason,
+                    ]
         for source, (_, seconds, count, reason) in over:
             if count:
                 self.tell(source, "%s (and %d more in %g s)" % (reason, count, seconds))
@@ -855,14 +1138,28 @@ class Silence(Exception):
 
 class Peer:
     """One agent's connection, for its thread."""
-    __slots__ = ("sock", "source", "address", "timeout", "receive_timeout", "buffer", "slot",
-                 "since", "shape", "ack", "row", "state", "alerts")
+
+    __slots__ = (
+        "sock",
+        "source",
+        "address",
+        "timeout",
+        "receive_timeout",
+        "buffer",
+        "slot",
+        "since",
+        "shape",
+        "ack",
+        "row",
+        "state",
+        "alerts",
+    )
 
     def __init__(self, sock: socket.socket, address: Address, timeout: float) -> None:
         self.sock, self.timeout, self.receive_timeout = sock, timeout, timeout
         self.source, self.address = split_address(address)
         self.buffer = memoryview(bytearray(RECEIVE_SIZE))
-        self.slot, self.since, self.alerts = -1, time.time(), ""   # -1: no slot yet
+        self.slot, self.since, self.alerts = -1, time.time(), ""  # -1: no slot yet
         self.shape: Optional[Shape] = None
         self.row, self.ack = UNKNOWN, False
         self.state: Dict[Rule, Optional[float]] = {}
@@ -889,8 +1186,8 @@ class Peer:
         if seconds != self.receive_timeout:
             set_timeout(self.sock, seconds)
             self.receive_timeout = seconds
-        try:                                    # recv() would keep some KiB more for each thread
-            return bytes(self.buffer[:self.sock.recv_into(self.buffer)])
+        try:  # recv() would keep some KiB more for each thread
+            return bytes(self.buffer[: self.sock.recv_into(self.buffer)])
         except BlockingIOError:
             raise Silence from None
 
@@ -944,25 +1241,30 @@ class Peer:
 class Collector:
     """The role that listens to agents: a thread for each of them."""
 
-    def __init__(self, listener: socket.socket, table: Table,
-                 options: argparse.Namespace) -> None:
+    def __init__(
+        self, listener: socket.socket, table: Table, options: argparse.Namespace
+    ) -> None:
         self.listener, self.table, self.options = listener, table, options
-        self.lock = threading.Lock()        # of what follows
+        self.lock = threading.Lock()  # of what follows
         self.free = list(range(table.capacity))
-        self.slots: Dict[str, int] = collections.Counter()   # slots in use by source
+        self.slots: Dict[str, int] = collections.Counter()  # slots in use by source
         self.lost: Dict[Tuple[str, str], float] = {}  # (node, job) -> time.monotonic()
-        self.samples, self.used = 0, 0      # of slots: how many have ever been in use
+        self.samples, self.used = 0, 0  # of slots: how many have ever been in use
         self.looked, self.spent, self.pinned = time.monotonic(), 0.0, False
         self.waiting = Waiting(MAX_WAITING)
         self.refusals = Refusals(self.tell_refusal)
-        self.runner = CommandRunner(options.alert_command) if options.alert_command else None
+        self.runner = (
+            CommandRunner(options.alert_command) if options.alert_command else None
+        )
 
     def run(self) -> None:
         """Accept agents until the supervisor is gone."""
         self.table.acquire()
         self.table.reset()
         self.table.lock.release()
-        accept_loop(self.listener, self.waiting, self.serve, self.options.timeout, self.beat)
+        accept_loop(
+            self.listener, self.waiting, self.serve, self.options.timeout, self.beat
+        )
 
     def beat(self) -> None:
         """Say that this role is well, and do what is due now and then."""
@@ -970,9 +1272,13 @@ class Collector:
         self.refusals.flush()
         now, spent = time.monotonic(), time.process_time()
         with self.lock:
-            self.lost = {key: when for key, when in self.lost.items() if when > now - GONE_SECONDS}
+            self.lost = {
+                key: when
+                for key, when in self.lost.items()
+                if when > now - GONE_SECONDS
+            }
         if now > self.looked + PIN_SECONDS and hasattr(os, "sched_setaffinity"):
-            least = PIN_CPU / 2 if self.pinned else PIN_CPU     # pinned ones take less
+            least = PIN_CPU / 2 if self.pinned else PIN_CPU  # pinned ones take less
             self.pinned = spent - self.spent > least * (now - self.looked)
             self.looked, self.spent = now, spent
             pin_threads(self.pinned)
@@ -1018,9 +1324,12 @@ class Collector:
                 check_auth(message, self.options.secret, nonce)
                 nonce = None
             else:
-                return "finished", "; ".join(clean_text(message[key]) for key in ("bye", "report")
-                                             if type(message.get(key)) is str)
-            message = None              # freed before the thread waits again: what is kept is cold
+                return "finished", "; ".join(
+                    clean_text(message[key])
+                    for key in ("bye", "report")
+                    if type(message.get(key)) is str
+                )
+            message = None  # freed before the thread waits again: what is kept is cold
         if peer.text("version"):
             return "lost", "closed without a goodbye"
         return "finished", "closed"
@@ -1034,29 +1343,50 @@ class Collector:
         self.samples += 1
         changes = judge(self.options.rules, peer.state, row, time.monotonic())
         if changes:
-            peer.alerts = " ".join(str(rule).replace(" ", "_")
-                                   for rule, since in peer.state.items() if since is None)
+            peer.alerts = " ".join(
+                str(rule).replace(" ", "_")
+                for rule, since in peer.state.items()
+                if since is None
+            )
         self.table.write(peer.slot, peer.address, row, peer.since, peer.alerts)
         if new:
             self.welcome(peer)
         for kind, rule, value in changes:
-            self.tell(kind, peer, "%s is %g (%s)" % (rule.metric, value, str(rule)), rule, value)
+            self.tell(
+                kind,
+                peer,
+                "%s is %g (%s)" % (rule.metric, value, str(rule)),
+                rule,
+                value,
+            )
         if peer.ack:
             peer.say(b"ok\n")
         if self.options.verbose:
-            log.debug("%s sent %s", peer, {key: from_field(value) for key, value in zip(INDEX, row)
-                                           if from_field(value) is not None})
+            log.debug(
+                "%s sent %s",
+                peer,
+                {
+                    key: from_field(value)
+                    for key, value in zip(INDEX, row)
+                    if from_field(value) is not None
+                },
+            )
 
     def enter(self, peer: Peer) -> None:
         """Give the peer a slot; WireError when there is none for it."""
-        interval = min(peer.row[INDEX["interval"]], MAX_INTERVAL)     # or NaN, which is no larger
+        interval = min(
+            peer.row[INDEX["interval"]], MAX_INTERVAL
+        )  # or NaN, which is no larger
         peer.timeout = max(peer.timeout, 2.5 * interval)
         with self.lock:
             if not self.free:
                 raise WireError("master is full (%d agents)" % self.table.capacity)
             if peer.source not in LOOPBACK and (
-                    self.slots[peer.source] >= max(1, self.table.capacity * SOURCE_SHARE)):
-                raise WireError("too many agents of %s; the rest is for others" % peer.source)
+                self.slots[peer.source] >= max(1, self.table.capacity * SOURCE_SHARE)
+            ):
+                raise WireError(
+                    "too many agents of %s; the rest is for others" % peer.source
+                )
             peer.slot = heapq.heappop(self.free)
             self.slots[peer.source] += 1
             self.used = max(self.used, peer.slot + 1)
@@ -1069,7 +1399,9 @@ class Collector:
         with self.lock:
             since = self.lost.pop((peer.name, peer.text("job")), None)
         if since is not None:
-            self.tell("resolved", peer, "lost: back after %.0f s" % (time.monotonic() - since))
+            self.tell(
+                "resolved", peer, "lost: back after %.0f s" % (time.monotonic() - since)
+            )
 
     def leave(self, peer: Peer, kind: str, text: str) -> None:
         """Free the peer's slot and tell how it ended."""
@@ -1086,17 +1418,35 @@ class Collector:
         if kind != "refused":
             self.tell(kind, peer, text)
 
-    def tell(self, kind: str, peer: Peer, text: str, rule: Optional[Rule] = None,
-             value: Union[float, str] = "") -> None:
+    def tell(
+        self,
+        kind: str,
+        peer: Peer,
+        text: str,
+        rule: Optional[Rule] = None,
+        value: Union[float, str] = "",
+    ) -> None:
         """One event: to the ring, the log and, when it is an alert, the command."""
         self.table.add_event(kind, text, peer.name, peer.row, peer.address)
         if kind == "alert" or kind == "lost" and self.options.lost:
-            log.critical("CRITICAL WARNING: %s%s: %s%s", peer, " lost" if kind == "lost" else "",
-                         text, "\a" if sys.stderr.isatty() else "")
+            log.critical(
+                "CRITICAL WARNING: %s%s: %s%s",
+                peer,
+                " lost" if kind == "lost" else "",
+                text,
+                "\a" if sys.stderr.isatty() else "",
+            )
             if self.runner:
-                self.runner.post(Alert(kind, peer.name, peer.text("job"),
-                                       rule.metric if rule else "lost", value,
-                                       rule.threshold if rule else ""))
+                self.runner.post(
+                    Alert(
+                        kind,
+                        peer.name,
+                        peer.text("job"),
+                        rule.metric if rule else "lost",
+                        value,
+                        rule.threshold if rule else "",
+                    )
+                )
         else:
             log.info("%s %s: %s", kind, peer, text)
 
@@ -1112,10 +1462,10 @@ def pin_threads(busy: bool) -> None:
     One at a time has the interpreter: passing it from CPU to CPU takes as long as their work.
     """
     with contextlib.suppress(OSError), open("/proc/self/stat") as file:
-        cpu = int(file.read().rpartition(")")[2].split()[36])           # proc(5), field 39
+        cpu = int(file.read().rpartition(")")[2].split()[36])  # proc(5), field 39
         cpus = {cpu} if busy else os.sched_getaffinity(0)
         for thread in threading.enumerate():
-            if isinstance(thread, ServeThread):     # alert commands are to run anywhere
+            if isinstance(thread, ServeThread):  # alert commands are to run anywhere
                 with contextlib.suppress(OSError):
                     os.sched_setaffinity(thread.native_id or -1, cpus)
 
@@ -1123,8 +1473,11 @@ def pin_threads(busy: bool) -> None:
 def set_timeout(sock: socket.socket, seconds: float) -> None:
     """Have the kernel end a read in time, socket(7): Python's way would add a poll to each."""
     micros = max(1000, int(seconds * 1e6))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO,
-                    struct.pack("ll", micros // 1000000, micros % 1000000))
+    sock.setsockopt(
+        socket.SOL_SOCKET,
+        socket.SO_RCVTIMEO,
+        struct.pack("ll", micros // 1000000, micros % 1000000),
+    )
 
 
 def close_gently(sock: socket.socket) -> None:
@@ -1149,8 +1502,13 @@ class ServeThread(threading.Thread):
         self.serve(self.sock, self.address)
 
 
-def accept_loop(listener: socket.socket, waiting: Waiting, serve: Serve, timeout: float,
-                beat: Callable[[], None] = lambda: None) -> None:
+def accept_loop(
+    listener: socket.socket,
+    waiting: Waiting,
+    serve: Serve,
+    timeout: float,
+    beat: Callable[[], None] = lambda: None,
+) -> None:
     """Run serve(socket, address) on a thread for each connection, until the supervisor is gone.
 
     The timeout is set here: a thread that calls setsockopt() needs 4 KiB more of its stack.
@@ -1164,7 +1522,9 @@ def accept_loop(listener: socket.socket, waiting: Waiting, serve: Serve, timeout
             for _ in range(MAX_ACCEPTS):
                 sock, address = listener.accept()
                 sock.setblocking(True)
-                with contextlib.suppress(OSError):      # gone already, as its thread will see
+                with contextlib.suppress(
+                    OSError
+                ):  # gone already, as its thread will see
                     set_timeout(sock, timeout)
                 waiting.add(sock, split_address(address)[0])
                 try:
@@ -1175,7 +1535,10 @@ def accept_loop(listener: socket.socket, waiting: Waiting, serve: Serve, timeout
                     raise
         except (BlockingIOError, ConnectionError):
             pass
-        except (OSError, RuntimeError) as error:    # no descriptors, memory or threads: it passes
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # no descriptors, memory or threads: it passes
             if time.monotonic() - told > REFUSAL_SECONDS:
                 log.error("cannot take new connections for now: %s", error)
                 told = time.monotonic()
@@ -1186,19 +1549,53 @@ def accept_loop(listener: socket.socket, waiting: Waiting, serve: Serve, timeout
 # Pages: a snapshot -> HTML, JSON, CSV, text, metrics.  The only room that knows HTML.
 # ============================================================================
 
-MAP_FROM, PAGE_ROWS = 61, 100           # nodes: so many get a map, more a table in pages
-NEW_EVENTS = 20                         # events on the page
-FINE, COARSE, FIFTH = 300, 60, 5        # points of graphs: CPU and RAM, others every fifth tick
-IDLE, BUSY = 10.0, 50.0                 # percent: idle is below, if the rest of its job is above
-COLUMNS = ("node", "job", "job_name", "user", "cpu", "ram", "recent", "job_cpu", "job_ram", "gpu",
-           "job_time_left", "load1", "age", "slot", "address")
-RIGHT = {*NUMBERS, "slot", "age"}       # columns of numbers
+MAP_FROM, PAGE_ROWS = 61, 100  # nodes: so many get a map, more a table in pages
+NEW_EVENTS = 20  # events on the page
+FINE, COARSE, FIFTH = (
+    300,
+    60,
+    5,
+)  # points of graphs: CPU and RAM, others every fifth tick
+IDLE, BUSY = 10.0, 50.0  # percent: idle is below, if the rest of its job is above
+COLUMNS = (
+    "node",
+    "job",
+    "job_name",
+    "user",
+    "cpu",
+    "ram",
+    "recent",
+    "job_cpu",
+    "job_ram",
+    "gpu",
+    "job_time_left",
+    "load1",
+    "age",
+    "slot",
+    "address",
+)
+RIGHT = {*NUMBERS, "slot", "age"}  # columns of numbers
 LABELS = dict({m.key: m.label for m in METRICS}, recent="Last 5 min", text="What")
 UNITS = dict({m.key: m.unit for m in METRICS}, age="s")
-SCALES = {"s": {"min": 60, "h": 3600, "d": 86400},
-          "B": {"KiB": 2 ** 10, "MiB": 2 ** 20, "GiB": 2 ** 30, "TiB": 2 ** 40}}
-GRAPHS = tuple(key for key in NUMBERS if key not in (
-    "interval", "cpus", "mem_total", "mem_used", "uptime", "gpus", "job_cpus", "job_mem_limit"))
+SCALES = {
+    "s": {"min": 60, "h": 3600, "d": 86400},
+    "B": {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40},
+}
+GRAPHS = tuple(
+    key
+    for key in NUMBERS
+    if key
+    not in (
+        "interval",
+        "cpus",
+        "mem_total",
+        "mem_used",
+        "uptime",
+        "gpus",
+        "job_cpus",
+        "job_mem_limit",
+    )
+)
 Query = Dict[str, str]
 STYLE = """
 :root{color-scheme:light dark;overflow-anchor:none;--bg:#fff;--fg:#1a1f26;--dim:#586371;
@@ -1310,27 +1707,54 @@ class Html(str):
 
 def fill(template: str, *values: object) -> Html:
     """Put values into the {} of some markup; a list stands for its items, None for nothing."""
-    return Html(template.format(*[
-        value if isinstance(value, Html) else "" if value is None else
-        "".join(item if isinstance(item, Html) else fill("{}", item) for item in value)
-        if isinstance(value, list) else html.escape(str(value)) for value in values]))
+    return Html(
+        template.format(
+            *[
+                value
+                if isinstance(value, Html)
+                else ""
+                if value is None
+                else "".join(
+                    item if isinstance(item, Html) else fill("{}", item)
+                    for item in value
+                )
+                if isinstance(value, list)
+                else html.escape(str(value))
+                for value in values
+            ]
+        )
+    )
 
 
 def render_value(key: str, value: Any) -> str:
     """A reading for people: fixed digits and a unit; a dash if it is unknown."""
     if value is None or isinstance(value, str) or key == "time":
-        return value or "-" if key != "time" else time.strftime("%T", time.localtime(value))
+        return (
+            value or "-"
+            if key != "time"
+            else time.strftime("%T", time.localtime(value))
+        )
     unit, slash, per = UNITS.get(key, "").partition("/")
-    size, unit = max([(1, unit)] + [(size, unit) for unit, size in SCALES.get(unit, {}).items()
-                                    if abs(value) >= size])
+    size, unit = max(
+        [(1, unit)]
+        + [
+            (size, unit)
+            for unit, size in SCALES.get(unit, {}).items()
+            if abs(value) >= size
+        ]
+    )
     number = "%.*f" % (1 if unit or key == "load1" else 0, value / size)
-    return ("%s %s" % (number if len(number) < 9 else "%.0e" % value, unit + slash + per)).rstrip()
+    return (
+        "%s %s" % (number if len(number) < 9 else "%.0e" % value, unit + slash + per)
+    ).rstrip()
 
 
 def name_of(row: Message) -> str:
     """What to call the node of a row: its name, or HOST:PORT."""
     name: str = row["node"] or row["address"] or ""
-    return re.sub(r"\('(.*)', (\d+)\)", r"\1:\2", name) if name.startswith("('") else name
+    return (
+        re.sub(r"\('(.*)', (\d+)\)", r"\1:\2", name) if name.startswith("('") else name
+    )
 
 
 def path_of(row: Message) -> str:
@@ -1340,8 +1764,11 @@ def path_of(row: Message) -> str:
 
 def natural(value: Any) -> Any:
     """A key to sort by: c2 comes before c10."""
-    return value if not isinstance(value, str) else re.sub(
-        r"\d+", lambda digits: digits.group().zfill(20), value.lower())
+    return (
+        value
+        if not isinstance(value, str)
+        else re.sub(r"\d+", lambda digits: digits.group().zfill(20), value.lower())
+    )
 
 
 def select(view: Snapshot, query: Query) -> List[Message]:
@@ -1351,99 +1778,187 @@ def select(view: Snapshot, query: Query) -> List[Message]:
     """
     jobs: Dict[Optional[str], List[Message]] = collections.defaultdict(list)
     for node in view.nodes:
-        jobs[node["job"]].append(dict(
-            node, load=node["cpu"] if node["job_cpu"] is None else node["job_cpu"],
-            marks=[mark.replace("_for_", " for ") for mark in (node["alerts"] or "").split()]))
+        jobs[node["job"]].append(
+            dict(
+                node,
+                load=node["cpu"] if node["job_cpu"] is None else node["job_cpu"],
+                marks=[
+                    mark.replace("_for_", " for ")
+                    for mark in (node["alerts"] or "").split()
+                ],
+            )
+        )
     for job, rows in jobs.items():
         total, others = sum(row["load"] for row in rows), len(rows) - 1
         for row in rows if job else ():
             if row["load"] < IDLE and total - row["load"] > BUSY * others:
                 row["marks"].append("idle")
     words, sort = query.get("q", "").lower().split(), query.get("sort") or "node"
-    found = [row for rows in jobs.values() for row in rows
-             if all(query.get(key) in (None, "", row[key]) for key in ("job", "user"))
-             and all(any(word in str(row[key] or "").lower() for key in (
-                 *TEXTS, "address", "marks")) for word in words)]
+    found = [
+        row
+        for rows in jobs.values()
+        for row in rows
+        if all(query.get(key) in (None, "", row[key]) for key in ("job", "user"))
+        and all(
+            any(
+                word in str(row[key] or "").lower()
+                for key in (*TEXTS, "address", "marks")
+            )
+            for word in words
+        )
+    ]
     key = sort.lstrip("-")
-    known = sorted((row for row in found if row.get(key) is not None),
-                   key=lambda row: natural(row[key]), reverse=sort.startswith("-"))
+    known = sorted(
+        (row for row in found if row.get(key) is not None),
+        key=lambda row: natural(row[key]),
+        reverse=sort.startswith("-"),
+    )
     return known + [row for row in found if row.get(key) is None]
 
 
 def gone(view: Snapshot, kind: str) -> List[Message]:
     """The nodes that left like this within GONE_SECONDS and are not back, the newest first."""
-    left = {(name_of(event), event["job"]): event for event in view.left
-            if event["kind"] in ("finished", "lost") and event["time"] > view.time - GONE_SECONDS}
+    left = {
+        (name_of(event), event["job"]): event
+        for event in view.left
+        if event["kind"] in ("finished", "lost")
+        and event["time"] > view.time - GONE_SECONDS
+    }
     for node in view.nodes if left else ():
         left.pop((name_of(node), node["job"]), None)
-    return [event for event in view.left[::-1] if event["kind"] == kind
-            and left.get((name_of(event), event["job"])) is event]
+    return [
+        event
+        for event in view.left[::-1]
+        if event["kind"] == kind and left.get((name_of(event), event["job"])) is event
+    ]
 
 
-def figures(view: Snapshot, rows: List[Message]) -> Tuple[str, List[Tuple[str, str, str]]]:
+def figures(
+    view: Snapshot, rows: List[Message]
+) -> Tuple[str, List[Tuple[str, str, str]]]:
     """What matters: (is all well?, [(label, figure, remark)])."""
-    counts = (("alerts", sum(bool(row["alerts"]) for row in rows)), ("idle", sum(
-        "idle" in row["marks"] for row in rows)), ("lost", len(gone(view, "lost"))))
+    counts = (
+        ("alerts", sum(bool(row["alerts"]) for row in rows)),
+        ("idle", sum("idle" in row["marks"] for row in rows)),
+        ("lost", len(gone(view, "lost"))),
+    )
     trouble = ", ".join("%s: %d" % count for count in counts if count[1]).capitalize()
     if view.beat > STALE_SECONDS:
-        trouble = "The collector has been silent for %.0f s: what you see is old" % view.beat
+        trouble = (
+            "The collector has been silent for %.0f s: what you see is old" % view.beat
+        )
     title = "\u26a0 " + trouble if trouble else "All is well" if rows else "No nodes"
-    cards = [("Nodes", "%d" % len(rows), "jobs: %d" % len({row["job"] for row in rows} - {None}))]
+    cards = [
+        (
+            "Nodes",
+            "%d" % len(rows),
+            "jobs: %d" % len({row["job"] for row in rows} - {None}),
+        )
+    ]
     for key in ("cpu", "ram") if rows else ():
         worst, name = max((row[key], name_of(row)) for row in rows)
-        cards.append((LABELS[key], "%.1f %%" % (sum(row[key] for row in rows) / len(rows)),
-                      "worst: %.1f %% %s" % (worst, name)))
+        cards.append(
+            (
+                LABELS[key],
+                "%.1f %%" % (sum(row[key] for row in rows) / len(rows)),
+                "worst: %.1f %% %s" % (worst, name),
+            )
+        )
     age = min([row["age"] for row in rows] or [0])
-    cards.append(("Newest sample", render_value("time", view.time - age), "%.1f s ago" % age))
+    cards.append(
+        ("Newest sample", render_value("time", view.time - age), "%.1f s ago" % age)
+    )
     return title, cards if rows else []
 
 
 def link(query: Query, **state: object) -> str:
     """The address of the page in the query's state, but for what is given."""
     state = dict(query, **state)
-    return "/?" + urllib.parse.urlencode([(key, state[key]) for key in (
-        "q", "job", "user", "group", "map", "sort", "page") if state.get(key)])
+    return "/?" + urllib.parse.urlencode(
+        [
+            (key, state[key])
+            for key in ("q", "job", "user", "group", "map", "sort", "page")
+            if state.get(key)
+        ]
+    )
 
 
 class Page:
     """A snapshot for a query as HTML; site has options, cost and series (see Dashboard)."""
 
     def __init__(self, view: Snapshot, query: Query, site: Any) -> None:
-        self.view, self.query, self.site, self.rows = view, query, site, select(view, query)
+        self.view, self.query, self.site, self.rows = (
+            view,
+            query,
+            site,
+            select(view, query),
+        )
 
-    def draw(self, row: Message, keys: Sequence[str], points: int, step: int, top: float) -> Html:
+    def draw(
+        self, row: Message, keys: Sequence[str], points: int, step: int, top: float
+    ) -> Html:
         """Curves of a node's last readings, from 0 to top, with gaps where they are unknown."""
         paths = []
         for key in keys:
-            path, pen = "", "M%d %dh0"      # a dot, should no line follow
+            path, pen = "", "M%d %dh0"  # a dot, should no line follow
             for x, value in enumerate(self.site.series(row, key, points, step)):
                 if value == value:
                     path += pen % (x, 100 - 100 * min(max(value / top, 0), 1))
                 pen = "L%d %d" if value == value else "M%d %dh0"
             paths.append(fill('<path class="{}" d="{}"/>', key, path))
-        return fill('<svg class="line" viewBox="0 0 {} 100" preserveAspectRatio="none"'
-                    ' aria-hidden="true">{}</svg>', points - 1, paths)
+        return fill(
+            '<svg class="line" viewBox="0 0 {} 100" preserveAspectRatio="none"'
+            ' aria-hidden="true">{}</svg>',
+            points - 1,
+            paths,
+        )
 
     def cell(self, key: str, row: Message) -> Html:
         """One cell of a table: a name is a link, a percentage has a bar behind it."""
         value, text = row.get(key), render_value(key, row.get(key))
         if key == "node":
-            return fill('<th scope="row" class="w"><a href="{}">{}</a>{}</th>', path_of(row),
-                        name_of(row), [fill('<b class="bad"> \u26a0\xa0{}</b>', mark)
-                                       for mark in row.get("marks", ())])
+            return fill(
+                '<th scope="row" class="w"><a href="{}">{}</a>{}</th>',
+                path_of(row),
+                name_of(row),
+                [
+                    fill('<b class="bad"> \u26a0\xa0{}</b>', mark)
+                    for mark in row.get("marks", ())
+                ],
+            )
         if key == "recent":
             return fill("<td>{}</td>", self.draw(row, ("cpu", "ram"), 30, 5, 100))
         if key == "job" and value:
             return fill('<td><a href="{}">{}</a></td>', link({}, job=value), value)
         if UNITS.get(key) == "%" and value is not None:
-            return fill('<td class="n">{}<svg class="bar {}" viewBox="0 0 100 1" aria-hidden="true"'
-                        ' preserveAspectRatio="none"><rect width="{}" height="1"/></svg></td>',
-                        text, key, min(max(value, 0), 100))
-        return fill('<td class="{}">{}</td>', "n" if key in RIGHT else "w" if key == "text" else
-                    value if key == "kind" else "", text)
+            return fill(
+                '<td class="n">{}<svg class="bar {}" viewBox="0 0 100 1" aria-hidden="true"'
+                ' preserveAspectRatio="none"><rect width="{}" height="1"/></svg></td>',
+                text,
+                key,
+                min(max(value, 0), 100),
+            )
+        return fill(
+            '<td class="{}">{}</td>',
+            "n"
+            if key in RIGHT
+            else "w"
+            if key == "text"
+            else value
+            if key == "kind"
+            else "",
+            text,
+        )
 
-    def table(self, name: str, caption: str, columns: Sequence[str],
-              bodies: Iterable[Tuple[Any, List[Message]]], sort: str = "", end: Any = None) -> Html:
+    def table(
+        self,
+        name: str,
+        caption: str,
+        columns: Sequence[str],
+        bodies: Iterable[Tuple[Any, List[Message]]],
+        sort: str = "",
+        end: Any = None,
+    ) -> Html:
         """A table that scrolls by itself; bodies: (heading or None, rows); sort: it can be."""
         head = []
         for key in columns:
@@ -1452,44 +1967,113 @@ class Page:
             if sort and key != "recent":
                 turned = link(self.query, sort="-" * (sort == key) + key, page="")
                 label = fill('<a href="{}">{}</a>', turned, label)
-            head.append(fill('<th scope="col" class="{}"{}>{}</th>', "n" if key in RIGHT else "",
-                             fill(' aria-sort="{}"', order) if order else None, label))
-        body = [fill('<tbody id="{}-{}">{}{}</tbody>', name, urllib.parse.quote(
-            rows[0].get("job") or "") if heading else "all", heading and fill(
-                '<tr><th class="job" scope="rowgroup" colspan="{}">{}</th></tr>', len(columns),
-                heading), [fill('<tr id="{}_{}">{}</tr>', name, row.get("slot") or int(
-                    row["time"] * 1e6), [self.cell(key, row) for key in columns]) for row in rows])
-                for heading, rows in bodies]
-        return fill('<section id="{}" class="scroll" tabindex="0" aria-label="{}"><table><caption>'
-                    "{}</caption><thead><tr>{}</tr></thead>{}</table>{}</section>", name, caption,
-                    caption, head, body, end)
+            head.append(
+                fill(
+                    '<th scope="col" class="{}"{}>{}</th>',
+                    "n" if key in RIGHT else "",
+                    fill(' aria-sort="{}"', order) if order else None,
+                    label,
+                )
+            )
+        body = [
+            fill(
+                '<tbody id="{}-{}">{}{}</tbody>',
+                name,
+                urllib.parse.quote(rows[0].get("job") or "") if heading else "all",
+                heading
+                and fill(
+                    '<tr><th class="job" scope="rowgroup" colspan="{}">{}</th></tr>',
+                    len(columns),
+                    heading,
+                ),
+                [
+                    fill(
+                        '<tr id="{}_{}">{}</tr>',
+                        name,
+                        row.get("slot") or int(row["time"] * 1e6),
+                        [self.cell(key, row) for key in columns],
+                    )
+                    for row in rows
+                ],
+            )
+            for heading, rows in bodies
+        ]
+        return fill(
+            '<section id="{}" class="scroll" tabindex="0" aria-label="{}"><table><caption>'
+            "{}</caption><thead><tr>{}</tr></thead>{}</table>{}</section>",
+            name,
+            caption,
+            caption,
+            head,
+            body,
+            end,
+        )
 
     def form(self) -> Html:
         """The state of the page, to be changed."""
-        choices = [(key, "all", sorted({node[key] for node in self.view.nodes if node[key]},
-                                       key=natural)) for key in ("job", "user")]
-        choices += [("group", "by job", ["no"]),
-                    ("map", "cpu", ["ram"] * (len(self.view.nodes) >= MAP_FROM))]
-        selects = [fill(' <label>{} <select name="{}"><option value="">{}</option>{}</select>'
-                        "</label>", key.capitalize(), key, first, [
-                            fill("<option{}>{}</option>", Html(
-                                " selected" * (self.query.get(key) == value)), value)
-                            for value in values]) for key, first, values in choices if values]
-        return fill('<form role="search"><label>Filter <input type="search" name="q" value="{}">'
-                    '</label>{} <input type="hidden" name="sort" value="{}">'
-                    '<noscript><button type="submit">Show</button></noscript></form>',
-                    self.query.get("q"), selects, self.query.get("sort"))
+        choices = [
+            (
+                key,
+                "all",
+                sorted(
+                    {node[key] for node in self.view.nodes if node[key]}, key=natural
+                ),
+            )
+            for key in ("job", "user")
+        ]
+        choices += [
+            ("group", "by job", ["no"]),
+            ("map", "cpu", ["ram"] * (len(self.view.nodes) >= MAP_FROM)),
+        ]
+        selects = [
+            fill(
+                ' <label>{} <select name="{}"><option value="">{}</option>{}</select>'
+                "</label>",
+                key.capitalize(),
+                key,
+                first,
+                [
+                    fill(
+                        "<option{}>{}</option>",
+                        Html(" selected" * (self.query.get(key) == value)),
+                        value,
+                    )
+                    for value in values
+                ],
+            )
+            for key, first, values in choices
+            if values
+        ]
+        return fill(
+            '<form role="search"><label>Filter <input type="search" name="q" value="{}">'
+            '</label>{} <input type="hidden" name="sort" value="{}">'
+            '<noscript><button type="submit">Show</button></noscript></form>',
+            self.query.get("q"),
+            selects,
+            self.query.get("sort"),
+        )
 
     def map(self) -> Html:
         """A tile for each node, filled as high as its reading."""
         key = "ram" if self.query.get("map") == "ram" else "cpu"
-        tiles = [fill('<a id="t{}" class="v{}{}" href="{}" aria-label="{}, {}"></a>', row["slot"],
-                      round(row[key] / 5), " al" * bool(row["alerts"]), path_of(row), name_of(row),
-                      "job %s, CPU %.1f %%, RAM %.1f %% %s" % (
-                          row["job"] or "-", row["cpu"], row["ram"], ", ".join(row["marks"])))
-                 for row in self.rows]
-        return fill('<section><h2>{} of every node</h2><div class="map">{}</div></section>',
-                    LABELS[key], tiles)
+        tiles = [
+            fill(
+                '<a id="t{}" class="v{}{}" href="{}" aria-label="{}, {}"></a>',
+                row["slot"],
+                round(row[key] / 5),
+                " al" * bool(row["alerts"]),
+                path_of(row),
+                name_of(row),
+                "job %s, CPU %.1f %%, RAM %.1f %% %s"
+                % (row["job"] or "-", row["cpu"], row["ram"], ", ".join(row["marks"])),
+            )
+            for row in self.rows
+        ]
+        return fill(
+            '<section><h2>{} of every node</h2><div class="map">{}</div></section>',
+            LABELS[key],
+            tiles,
+        )
 
     def nodes(self) -> Html:
         """The table of nodes: by job unless group=no, in pages when there are many."""
@@ -1500,190 +2084,406 @@ class Page:
         last, asked = -(-len(self.rows) // PAGE_ROWS), self.query.get("page", "")
         page = min(max(int(asked), 1), last) if asked.isdecimal() else 1
         shown = [row["slot"] for rows in jobs.values() for row in rows]
-        shown = shown[PAGE_ROWS * (page - 1):PAGE_ROWS * page]
-        columns = [key for key in COLUMNS if key == "node" or not (
-            grouped and key in ("job", "job_name", "user"))
-            and any(row.get(key, "") is not None for row in self.rows)]
+        shown = shown[PAGE_ROWS * (page - 1) : PAGE_ROWS * page]
+        columns = [
+            key
+            for key in COLUMNS
+            if key == "node"
+            or not (grouped and key in ("job", "job_name", "user"))
+            and any(row.get(key, "") is not None for row in self.rows)
+        ]
         bodies = []
         for job, rows in jobs.items():
-            words = [rows[0]["job_name"], rows[0]["user"], "nodes: %d" % len(rows),
-                     "CPU: %.1f %%" % (sum(row["cpu"] for row in rows) / len(rows))]
+            words = [
+                rows[0]["job_name"],
+                rows[0]["user"],
+                "nodes: %d" % len(rows),
+                "CPU: %.1f %%" % (sum(row["cpu"] for row in rows) / len(rows)),
+            ]
             heading = grouped and fill(
-                "<b>{}</b> {}", fill('Job <a href="{}">{}</a>', link({}, job=job), job) if job
-                else "No job", " \u00b7 ".join(word for word in words if word and job))
+                "<b>{}</b> {}",
+                fill('Job <a href="{}">{}</a>', link({}, job=job), job)
+                if job
+                else "No job",
+                " \u00b7 ".join(word for word in words if word and job),
+            )
             rows = [row for row in rows if row["slot"] in shown]
             bodies += [(heading or None, rows)] if rows else []
-        pages = [fill('<a href="{}"{}>{}</a> ', link(self.query, page=number), Html(
-            ' aria-current="page"' * (number == page)), number) for number in range(1, last + 1)]
-        return self.table("nodes", "Nodes", columns, bodies, self.query.get("sort") or "node",
-                          fill("<nav>Pages: {}</nav>", pages) if last > 1 else None)
+        pages = [
+            fill(
+                '<a href="{}"{}>{}</a> ',
+                link(self.query, page=number),
+                Html(' aria-current="page"' * (number == page)),
+                number,
+            )
+            for number in range(1, last + 1)
+        ]
+        return self.table(
+            "nodes",
+            "Nodes",
+            columns,
+            bodies,
+            self.query.get("sort") or "node",
+            fill("<nav>Pages: {}</nav>", pages) if last > 1 else None,
+        )
 
     def empty(self) -> Html:
         """What to do as long as there is no agent."""
         options = self.site.options
-        host = socket.gethostname() if options.host in ("0.0.0.0", "::", "") else options.host
+        host = (
+            socket.gethostname()
+            if options.host in ("0.0.0.0", "::", "")
+            else options.host
+        )
         secret = " --secret-file " + options.secret_file if options.secret_file else ""
-        return fill("<section><p>No agents yet: run on the node that you want to see</p><pre>"
-                    "python3 agent.py --host {0} --port {1}{2}</pre><p>or on every node of a job"
-                    "</p><pre>SENTINEL_HOST={0} SENTINEL_PORT={1} sbatch run_agent.slurm</pre>"
-                    "</section>", host, options.port, secret)
+        return fill(
+            "<section><p>No agents yet: run on the node that you want to see</p><pre>"
+            "python3 agent.py --host {0} --port {1}{2}</pre><p>or on every node of a job"
+            "</p><pre>SENTINEL_HOST={0} SENTINEL_PORT={1} sbatch run_agent.slurm</pre>"
+            "</section>",
+            host,
+            options.port,
+            secret,
+        )
 
     def whole(self, title: str, *parts: object) -> str:
         """A page around its parts."""
-        return fill(PAGE_HTML, title, Html(STYLE), title, list(parts), self.site.cost.get("text"),
-                    Html(SCRIPT))
+        return fill(
+            PAGE_HTML,
+            title,
+            Html(STYLE),
+            title,
+            list(parts),
+            self.site.cost.get("text"),
+            Html(SCRIPT),
+        )
 
     def all_nodes(self) -> str:
         """The page: what matters, every live node, what has gone and what happened."""
         title, cards = figures(self.view, self.rows)
         left = ("node", "job", "cpu", "ram", "time", "text")
-        tables = [("lost", "Recently gone", left, gone(self.view, "lost")),
-                  ("finished", "Recently finished", left, gone(self.view, "finished")),
-                  ("events", "Events", ("time", "kind", "node", "job", "text"),
-                   self.view.events[:-NEW_EVENTS - 1:-1])]
+        tables = [
+            ("lost", "Recently gone", left, gone(self.view, "lost")),
+            ("finished", "Recently finished", left, gone(self.view, "finished")),
+            (
+                "events",
+                "Events",
+                ("time", "kind", "node", "job", "text"),
+                self.view.events[: -NEW_EVENTS - 1 : -1],
+            ),
+        ]
         return self.whole(
-            title, cards and fill("<dl>{}</dl>", [fill(
-                "<div><dt>{}</dt><dd>{} <small>{}</small></dd></div>", *card) for card in cards]),
+            title,
+            cards
+            and fill(
+                "<dl>{}</dl>",
+                [
+                    fill("<div><dt>{}</dt><dd>{} <small>{}</small></dd></div>", *card)
+                    for card in cards
+                ],
+            ),
             self.form() if self.view.nodes else self.empty(),
             self.map() if len(self.rows) >= MAP_FROM else None,
             self.nodes() if self.rows else None,
-            fill("<aside>{}</aside>", [self.table(name, caption, columns, [(None, rows)])
-                                       for name, caption, columns, rows in tables if rows]))
+            fill(
+                "<aside>{}</aside>",
+                [
+                    self.table(name, caption, columns, [(None, rows)])
+                    for name, caption, columns, rows in tables
+                    if rows
+                ],
+            ),
+        )
 
     def one_node(self) -> str:
         """The page of a node: graphs, every reading, events; "" if it is not known."""
-        past = [event for event in self.view.events[::-1] if name_of(event) == self.query["node"]]
-        rows = [row for row in self.rows if name_of(row) == self.query["node"]] or past[:1]
-        columns = [key for key in COLUMNS + ("time", "kind", "text")
-                   if any(row.get(key) is not None for row in rows)]
-        parts = [fill('<p><a href="/">All nodes</a></p>'),
-                 self.table("nodes", "Last known", columns, [(None, rows)])]
+        past = [
+            event
+            for event in self.view.events[::-1]
+            if name_of(event) == self.query["node"]
+        ]
+        rows = [row for row in self.rows if name_of(row) == self.query["node"]] or past[
+            :1
+        ]
+        columns = [
+            key
+            for key in COLUMNS + ("time", "kind", "text")
+            if any(row.get(key) is not None for row in rows)
+        ]
+        parts = [
+            fill('<p><a href="/">All nodes</a></p>'),
+            self.table("nodes", "Last known", columns, [(None, rows)]),
+        ]
         for row in rows:
             graphs, readings = [], []
             for n, metric in enumerate(METRICS):
                 now = render_value(metric.key, row.get(metric.key))
-                readings += [{"slot": n + 1, "reading": metric.label, "now": now,
-                              "meaning": metric.help}] if now != "-" else []
+                readings += (
+                    [
+                        {
+                            "slot": n + 1,
+                            "reading": metric.label,
+                            "now": now,
+                            "meaning": metric.help,
+                        }
+                    ]
+                    if now != "-"
+                    else []
+                )
                 points = FINE if n < 2 else COARSE
-                known = list(filter(math.isfinite, self.site.series(row, metric.key, points, 1)))
+                known = list(
+                    filter(math.isfinite, self.site.series(row, metric.key, points, 1))
+                )
                 if known:
                     top = 100 if metric.unit == "%" else max(known + [1])
-                    graphs.append(fill(
-                        '<figure><figcaption>{} <b>{}</b></figcaption>{}<div class="axis"><span>'
-                        "10 min ago</span><span>{} to {}</span></div></figure>", metric.label, now,
-                        self.draw(row, [metric.key], points, 1, top), *[
-                            render_value(metric.key, edge(known)) for edge in (min, max)]))
-            parts += [fill('<div class="graphs">{}</div>', graphs),
-                      self.table("readings%d" % len(parts), "Readings",
-                                 ("reading", "now", "meaning"), [(None, readings)])]
-        parts.append(self.table("events", "Events", ("time", "kind", "job", "text"),
-                                [(None, past)]))
+                    graphs.append(
+                        fill(
+                            '<figure><figcaption>{} <b>{}</b></figcaption>{}<div class="axis">'
+                            "<span>"
+                            "10 min ago</span><span>{} to {}</span></div></figure>",
+                            metric.label,
+                            now,
+                            self.draw(row, [metric.key], points, 1, top),
+                            *[
+                                render_value(metric.key, edge(known))
+                                for edge in (min, max)
+                            ],
+                        )
+                    )
+            parts += [
+                fill('<div class="graphs">{}</div>', graphs),
+                self.table(
+                    "readings%d" % len(parts),
+                    "Readings",
+                    ("reading", "now", "meaning"),
+                    [(None, readings)],
+                ),
+            ]
+        parts.append(
+            self.table(
+                "events", "Events", ("time", "kind", "job", "text"), [(None, past)]
+            )
+        )
         return self.whole(self.query["node"], *parts) if rows else ""
 
 
 def render_nodes_json(view: Snapshot, query: Query, site: Any = None) -> str:
     """The live table as JSON."""
-    return json.dumps({"time": round(view.time, 3), "capacity": view.capacity, "nodes": view.nodes},
-                      ensure_ascii=False, allow_nan=False) + "\n"
+    return (
+        json.dumps(
+            {
+                "time": round(view.time, 3),
+                "capacity": view.capacity,
+                "nodes": view.nodes,
+            },
+            ensure_ascii=False,
+            allow_nan=False,
+        )
+        + "\n"
+    )
 
 
 def render_csv(view: Snapshot, query: Query, site: Any = None) -> str:
     """The live table as CSV (RFC 4180), in which no text is a formula to a spreadsheet."""
-    keys = ["slot", "address", "age", "since", "alerts"] + [metric.key for metric in METRICS]
+    keys = ["slot", "address", "age", "since", "alerts"] + [
+        metric.key for metric in METRICS
+    ]
     table, formulas = io.StringIO(), tuple("=+-@\uff1d\uff0b\uff0d\uff20")
-    csv.writer(table).writerows([keys] + [
-        ["'" + cell if isinstance(cell, str) and cell.startswith(formulas) else cell
-         for cell in map(node.get, keys)] for node in view.nodes])
+    csv.writer(table).writerows(
+        [keys]
+        + [
+            [
+                "'" + cell
+                if isinstance(cell, str) and cell.startswith(formulas)
+                else cell
+                for cell in map(node.get, keys)
+            ]
+            for node in view.nodes
+        ]
+    )
     return table.getvalue()
 
 
 def render_nodes_text(view: Snapshot, query: Query, site: Any = None) -> str:
     """The live table as aligned text; width in the query cuts its lines."""
+
     def columns(text: str) -> int:
-        return len(text) + (not text.isascii() and sum(
-            unicodedata.east_asian_width(char) in "WF" for char in text))
+        return len(text) + (
+            not text.isascii()
+            and sum(unicodedata.east_asian_width(char) in "WF" for char in text)
+        )
+
     nodes = select(view, query)
-    keys = [key for key in COLUMNS if key in ("node", "cpu", "ram")
-            or any(node.get(key) is not None for node in nodes)]
+    keys = [
+        key
+        for key in COLUMNS
+        if key in ("node", "cpu", "ram")
+        or any(node.get(key) is not None for node in nodes)
+    ]
     rows = [[LABELS.get(key, key.capitalize()) for key in keys]] + [
-        [name_of(node) if key == "node" else render_value(key, node[key])[:32] for key in keys]
-        for node in nodes]
-    (title, cards), widths = figures(view, nodes), [max(map(columns, row)) for row in zip(*rows)]
+        [
+            name_of(node) if key == "node" else render_value(key, node[key])[:32]
+            for key in keys
+        ]
+        for node in nodes
+    ]
+    (title, cards), widths = (
+        figures(view, nodes),
+        [max(map(columns, row)) for row in zip(*rows)],
+    )
     lines, width = [" | ".join([title, *map(" ".join, cards)])], query.get("width", "")
     for row in rows:
         blanks = [" " * (width - columns(text)) for text, width in zip(row, widths)]
-        lines.append("  ".join(blank + text if key in RIGHT else text + blank for key, text, blank
-                               in zip(keys, row, blanks)).rstrip())
-    return "".join(line[:int(width) if width.isdecimal() else None] + "\n" for line in lines)
+        lines.append(
+            "  ".join(
+                blank + text if key in RIGHT else text + blank
+                for key, text, blank in zip(keys, row, blanks)
+            ).rstrip()
+        )
+    return "".join(
+        line[: int(width) if width.isdecimal() else None] + "\n" for line in lines
+    )
 
 
 def render_metrics(view: Snapshot, query: Query, site: Any) -> str:
     """Prometheus text format 0.0.4; a collector that is silent has no nodes."""
+
     def labels(row: Message, **more: str) -> str:
-        named = dict(node=name_of(row), job=row["job"] or "", user=row["user"] or "", **more)
-        return ",".join("%s=%s" % (key, json.dumps(value, ensure_ascii=False))
-                        for key, value in named.items())
+        named = dict(
+            node=name_of(row), job=row["job"] or "", user=row["user"] or "", **more
+        )
+        return ",".join(
+            "%s=%s" % (key, json.dumps(value, ensure_ascii=False))
+            for key, value in named.items()
+        )
+
     nodes: Dict[str, Message] = {}
     for row in view.nodes if view.beat <= STALE_SECONDS else ():
-        nodes[labels(row, slot=str(row["slot"])) if labels(row) in nodes else labels(row)] = row
-    families = [("node_" + metric.prometheus, metric.help, [
-        (label, row[metric.key]) for label, row in nodes.items()])
-        for metric in METRICS if metric.prometheus]
+        nodes[
+            labels(row, slot=str(row["slot"])) if labels(row) in nodes else labels(row)
+        ] = row
+    families = [
+        (
+            "node_" + metric.prometheus,
+            metric.help,
+            [(label, row[metric.key]) for label, row in nodes.items()],
+        )
+        for metric in METRICS
+        if metric.prometheus
+    ]
     families += [
-        ("node_age_seconds", "Time since the last sample", [
-            (label, row["age"]) for label, row in nodes.items()]),
-        ("node_alert", "Rule that fires", [
-            (label + ',rule="%s"' % rule, 1) for label, row in nodes.items()
-            for rule in (row["alerts"] or "").split()]),
-        ("node_lost", "Node that was lost in the last ten minutes", [
-            (labels(event), 1) for event in gone(view, "lost")]),
+        (
+            "node_age_seconds",
+            "Time since the last sample",
+            [(label, row["age"]) for label, row in nodes.items()],
+        ),
+        (
+            "node_alert",
+            "Rule that fires",
+            [
+                (label + ',rule="%s"' % rule, 1)
+                for label, row in nodes.items()
+                for rule in (row["alerts"] or "").split()
+            ],
+        ),
+        (
+            "node_lost",
+            "Node that was lost in the last ten minutes",
+            [(labels(event), 1) for event in gone(view, "lost")],
+        ),
         ("nodes", "Nodes that send", [("", len(nodes))]),
         ("samples_total", "Samples taken", [("", view.samples)]),
-        ("collector_silence_seconds", "Time since the collector's heartbeat", [("", view.beat)]),
-        ("master_cpu_seconds_total", "CPU time of the master", [("", site.cost.get("seconds"))]),
-        ("master_memory_bytes", "The master's resident memory", [("", site.cost.get("memory"))])]
-    return "".join("# HELP sentinel_%s %s\n# TYPE sentinel_%s %s\n%s" % (
-        name, text, name, "counter" if name.endswith("_total") else "gauge", "".join(
-            "sentinel_%s{%s} %.15g\n" % (name, label, value)
-            for label, value in samples if value is not None)) for name, text, samples in families)
+        (
+            "collector_silence_seconds",
+            "Time since the collector's heartbeat",
+            [("", view.beat)],
+        ),
+        (
+            "master_cpu_seconds_total",
+            "CPU time of the master",
+            [("", site.cost.get("seconds"))],
+        ),
+        (
+            "master_memory_bytes",
+            "The master's resident memory",
+            [("", site.cost.get("memory"))],
+        ),
+    ]
+    return "".join(
+        "# HELP sentinel_%s %s\n# TYPE sentinel_%s %s\n%s"
+        % (
+            name,
+            text,
+            name,
+            "counter" if name.endswith("_total") else "gauge",
+            "".join(
+                "sentinel_%s{%s} %.15g\n" % (name, label, value)
+                for label, value in samples
+                if value is not None
+            ),
+        )
+        for name, text, samples in families
+    )
 
 
-HTML, JSON, TEXT = ("text/html; charset=utf-8", "application/json; charset=utf-8",
-                    "text/plain; charset=utf-8")
+HTML, JSON, TEXT = (
+    "text/html; charset=utf-8",
+    "application/json; charset=utf-8",
+    "text/plain; charset=utf-8",
+)
 ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
     "/": (HTML, lambda *about: Page(*about).all_nodes()),
     "/node/": (HTML, lambda *about: Page(*about).one_node()),
     "/api/nodes": (JSON, render_nodes_json),
-    "/api/events": (JSON, lambda view, query, site: json.dumps(
-        {"events": view.events}, ensure_ascii=False, allow_nan=False) + "\n"),
-    "/nodes.csv": ("text/csv; charset=utf-8", render_csv), "/nodes.txt": (TEXT, render_nodes_text),
+    "/api/events": (
+        JSON,
+        lambda view, query, site: (
+            json.dumps({"events": view.events}, ensure_ascii=False, allow_nan=False)
+            + "\n"
+        ),
+    ),
+    "/nodes.csv": ("text/csv; charset=utf-8", render_csv),
+    "/nodes.txt": (TEXT, render_nodes_text),
     "/metrics": ("text/plain; version=0.0.4; charset=utf-8", render_metrics),
-    "/healthz": (TEXT, lambda view, query, site:
-                 "ok\n" + (site.cost["text"] + "\n" if "verbose" in query else ""))}
+    "/healthz": (
+        TEXT,
+        lambda view, query, site: (
+            "ok\n" + (site.cost["text"] + "\n" if "verbose" in query else "")
+        ),
+    ),
+}
 
 # ============================================================================
 # Dashboard: sockets -> request -> pages
 # ============================================================================
 
-REQUEST = re.compile(rb"([A-Za-z]+) ([!-~]+) HTTP/1\.\d\r\n"
-                     rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n]*\r\n)*)\r\n")
+REQUEST = re.compile(
+    rb"([A-Za-z]+) ([!-~]+) HTTP/1\.\d\r\n"
+    rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n]*\r\n)*)\r\n"
+)
 COST = "This master takes %.1f %% of a core and %s of resident memory for %.1f samples a second"
-ACCOUNTS = 7                            # of what the master took, 10 s apart: a minute's mean
+ACCOUNTS = 7  # of what the master took, 10 s apart: a minute's mean
 PICK_NAME = operator.itemgetter(*map(NODE_KEYS.index, ("node", "address", "job")))
 PICK_GRAPHS = operator.itemgetter(*map(NODE_KEYS.index, GRAPHS))
 GAP = (math.nan,) * len(GRAPHS)
 BLANK = array.array("f", GAP[:2] * FINE + GAP[2:] * COARSE)
-MAX_LEFT = 1024                         # who left, to be remembered
-TICK_SECONDS = 2.0                      # between two looks at the table, for the graphs
-WATCHED_SECONDS = 60.0                  # without a request: only every fifth tick has a look
+MAX_LEFT = 1024  # who left, to be remembered
+TICK_SECONDS = 2.0  # between two looks at the table, for the graphs
+WATCHED_SECONDS = 60.0  # without a request: only every fifth tick has a look
 HEADERS = {
-    "Content-Type": TEXT, "Connection": "close", "Cache-Control": "no-store",
+    "Content-Type": TEXT,
+    "Connection": "close",
+    "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
     "Content-Security-Policy": "default-src 'none'; img-src data:; connect-src 'self'; form-action"
-    " 'self'; base-uri 'none'; frame-ancestors 'none'; style-src '%s'; script-src '%s'" % tuple(
+    " 'self'; base-uri 'none'; frame-ancestors 'none'; style-src '%s'; script-src '%s'"
+    % tuple(
         "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        for text in (STYLE, SCRIPT))}
+        for text in (STYLE, SCRIPT)
+    ),
+}
 
 
 class HTTPError(Exception):
@@ -1694,18 +2494,28 @@ def parse_request(head: bytes) -> Tuple[str, str, Query, Dict[str, str]]:
     """The bytes of a request -> method, path, query, headers; HTTPError (RFC 9112)."""
     match = REQUEST.fullmatch(head)
     if match and match.group(1) not in (b"GET", b"HEAD"):
-        raise HTTPError(405, "only GET and HEAD: this server is read-only", {"Allow": "GET, HEAD"})
+        raise HTTPError(
+            405, "only GET and HEAD: this server is read-only", {"Allow": "GET, HEAD"}
+        )
     if not match or not match.group(2).startswith(b"/"):
-        raise HTTPError(400, "a request must be: GET /path HTTP/1.1, and a header: Name: value")
+        raise HTTPError(
+            400, "a request must be: GET /path HTTP/1.1, and a header: Name: value"
+        )
     method, target, lines = (part.decode("latin-1") for part in match.groups())
     headers = [line.partition(":") for line in lines.split("\r\n")[:-1]]
     path, _, query = target.partition("?")
     try:
-        fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=16))
+        fields = dict(
+            urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=16)
+        )
     except ValueError:
         raise HTTPError(400, "more than 16 fields in the query") from None
-    return (method, urllib.parse.unquote(path), fields,
-            {name.lower(): value.strip() for name, _, value in headers})
+    return (
+        method,
+        urllib.parse.unquote(path),
+        fields,
+        {name.lower(): value.strip() for name, _, value in headers},
+    )
 
 
 def read_request(sock: socket.socket) -> bytes:
@@ -1719,23 +2529,27 @@ def read_request(sock: socket.socket) -> bytes:
             raise HTTPError(408, "no whole request in %g s" % HTTP_SECONDS) from None
         data += chunk
         if chunk and not data[:1].isalpha():
-            raise HTTPError(400, "this is no HTTP request; if it was https://, try http://")
+            raise HTTPError(
+                400, "this is no HTTP request; if it was https://, try http://"
+            )
         if len(data.partition(b"\r\n")[0]) > MAX_REQUEST_LINE:
-            raise HTTPError(414, "a request line of more than %d bytes" % MAX_REQUEST_LINE)
+            raise HTTPError(
+                414, "a request line of more than %d bytes" % MAX_REQUEST_LINE
+            )
         if len(data) > MAX_REQUEST:
             raise HTTPError(431, "headers of more than %d bytes" % MAX_REQUEST)
-    return data[:data.find(b"\r\n\r\n") + 4]
+    return data[: data.find(b"\r\n\r\n") + 4]
 
 
 class History:
     """The last ten minutes of every node, in one array of floats each; unknown is NaN.
 
-        cpu x FINE, ram x FINE: one a tick; each of the other GRAPHS x COARSE: one in FIFTH ticks
+    cpu x FINE, ram x FINE: one a tick; each of the other GRAPHS x COARSE: one in FIFTH ticks
     """
 
     def __init__(self) -> None:
         self.tick = 0
-        self.rings: Dict[Any, Tuple[int, Any]] = {}     # (name, job) -> last tick, array
+        self.rings: Dict[Any, Tuple[int, Any]] = {}  # (name, job) -> last tick, array
 
     def add(self, view: Snapshot, tick: int) -> None:
         """Note the readings of a tick; forget nodes that have been away for longer than a ring."""
@@ -1744,28 +2558,46 @@ class History:
             key, values = (node or address, job), PICK_GRAPHS(row)
             last, ring = self.rings.get(key) or (tick - 1, BLANK[:])
             for at in range(max(last + 1, tick - FINE + 1), tick + 1):
-                known = tick - last <= FIFTH or at == tick  # a longer gap is one in the graph, too
-                ring[at % FINE], ring[FINE + at % FINE], *rest = values if known else GAP
+                known = (
+                    tick - last <= FIFTH or at == tick
+                )  # a longer gap is one in the graph, too
+                ring[at % FINE], ring[FINE + at % FINE], *rest = (
+                    values if known else GAP
+                )
                 if at % FIFTH == 0:
-                    ring[2 * FINE + at // FIFTH % COARSE::COARSE] = array.array("f", rest)
+                    ring[2 * FINE + at // FIFTH % COARSE :: COARSE] = array.array(
+                        "f", rest
+                    )
             self.rings[key] = tick, ring
         kept = FINE if len(self.rings) <= 2 * view.capacity else 1
-        self.rings = {key: (last, ring) for key, (last, ring) in self.rings.items()
-                      if tick - last < kept}
+        self.rings = {
+            key: (last, ring)
+            for key, (last, ring) in self.rings.items()
+            if tick - last < kept
+        }
         self.tick = tick
 
     def series(self, row: Message, metric: str, points: int, step: int) -> List[float]:
         """A metric's last readings, every step-th of them, oldest first."""
         if metric not in GRAPHS:
             return []
-        index, (last, ring) = GRAPHS.index(metric), self.rings.get(
-            (name_of(row), row["job"]), (-FINE, ()))
-        start, size, unit = (index * FINE, FINE, 1) if index < 2 else (
-            2 * FINE + (index - 2) * COARSE, COARSE, FIFTH)
+        index, (last, ring) = (
+            GRAPHS.index(metric),
+            self.rings.get((name_of(row), row["job"]), (-FINE, ())),
+        )
+        start, size, unit = (
+            (index * FINE, FINE, 1)
+            if index < 2
+            else (2 * FINE + (index - 2) * COARSE, COARSE, FIFTH)
+        )
         step *= unit
         end = self.tick - self.tick % step
-        return [ring[start + tick // unit % size] if last - FINE < tick <= last else math.nan
-                for tick in range(end - (points - 1) * step, end + 1, step)]
+        return [
+            ring[start + tick // unit % size]
+            if last - FINE < tick <= last
+            else math.nan
+            for tick in range(end - (points - 1) * step, end + 1, step)
+        ]
 
 
 def measure(pid: int) -> Optional[Tuple[float, int]]:
@@ -1773,28 +2605,41 @@ def measure(pid: int) -> Optional[Tuple[float, int]]:
     pids, ticks, pages = [pid], 0, 0
     for pid in pids:
         with contextlib.suppress(OSError), open("/proc/%d/stat" % pid) as stat, open(
-                "/proc/%d/task/%d/children" % (pid, pid)) as children:
+            "/proc/%d/task/%d/children" % (pid, pid)
+        ) as children:
             fields = stat.read().rpartition(")")[2].split()
             pids.extend(map(int, children.read().split()))
-            ticks += sum(map(int, fields[11:15]))       # and of those that it has waited for
+            ticks += sum(map(int, fields[11:15]))  # and of those that it has waited for
             pages += int(fields[21])
-    return (ticks / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE")) if pages else None
+    return (
+        (ticks / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE"))
+        if pages
+        else None
+    )
 
 
 class Dashboard:
     """The role that answers browsers: a thread for each connection, one request each."""
 
-    def __init__(self, listener: socket.socket, table: Table, options: argparse.Namespace) -> None:
+    def __init__(
+        self, listener: socket.socket, table: Table, options: argparse.Namespace
+    ) -> None:
         self.listener, self.table, self.options = listener, table, options
         self.lock, self.waiting = threading.Lock(), Waiting(MAX_CLIENTS)
         self.view, self.viewed = table.snapshot(), time.monotonic()
-        self.asked = -math.inf                          # time.monotonic() of the last request
-        self.bodies: Dict[Any, bytes] = {}              # of this view
+        self.asked = -math.inf  # time.monotonic() of the last request
+        self.bodies: Dict[Any, bytes] = {}  # of this view
         self.cost: Message = {"text": "What this master takes is not known"}
-        self.accounts: Deque[Tuple[float, float, int]] = collections.deque(maxlen=ACCOUNTS)
+        self.accounts: Deque[Tuple[float, float, int]] = collections.deque(
+            maxlen=ACCOUNTS
+        )
         self.history = History()
         self.series = self.history.series
-        self.names = {socket.gethostname().lower(), options.dashboard_host.lower(), "localhost"}
+        self.names = {
+            socket.gethostname().lower(),
+            options.dashboard_host.lower(),
+            "localhost",
+        }
 
     def run(self) -> None:
         """Answer until the supervisor is gone."""
@@ -1803,12 +2648,14 @@ class Dashboard:
 
     def watch(self) -> None:
         """Every TICK_SECONDS: add to the history, and see what the master itself takes."""
-        self.names.add(socket.getfqdn().lower())        # which may take its time
+        self.names.add(socket.getfqdn().lower())  # which may take its time
         start = time.monotonic()
         while True:
             try:
                 tick = int((time.monotonic() - start) / TICK_SECONDS)
-                due = tick % FIFTH == 0 or tick == 1    # the first figures need not be waited for
+                due = (
+                    tick % FIFTH == 0 or tick == 1
+                )  # the first figures need not be waited for
                 if due or time.monotonic() - self.asked < WATCHED_SECONDS:
                     self.history.add(self.fresh(), tick)
                 taken = measure(self.table.pid) if due else None
@@ -1824,9 +2671,14 @@ class Dashboard:
         self.cost.update(seconds=seconds, memory=memory)
         if len(self.accounts) > 1:
             first, last = self.accounts[0], self.accounts[-1]
-            cpu, rate = (max(0.0, last[i] - first[i]) / (last[0] - first[0])
-                         for i in (1, 2))       # fewer samples: the collector started again
-            self.cost["text"] = COST % (100 * cpu, render_value("agent_rss", memory), rate)
+            cpu, rate = (
+                max(0.0, last[i] - first[i]) / (last[0] - first[0]) for i in (1, 2)
+            )  # fewer samples: the collector started again
+            self.cost["text"] = COST % (
+                100 * cpu,
+                render_value("agent_rss", memory),
+                rate,
+            )
 
     def serve(self, sock: socket.socket, address: Address) -> None:
         """Read one request, answer it, close."""
@@ -1841,16 +2693,24 @@ class Dashboard:
                 body = text.encode() + b"\n"
                 headers.update(*more)
             sock.settimeout(HTTP_SECONDS)
-            sock.sendall(("HTTP/1.1 %d %s\r\n%sContent-Length: %d\r\n\r\n" % (
-                status, HTTPStatus(status).phrase, "".join(
-                    "%s: %s\r\n" % field for field in headers.items()), len(body))).encode(
-                        "latin-1") + (b"" if method == "HEAD" else body))
+            sock.sendall(
+                (
+                    "HTTP/1.1 %d %s\r\n%sContent-Length: %d\r\n\r\n"
+                    % (
+                        status,
+                        HTTPStatus(status).phrase,
+                        "".join("%s: %s\r\n" % field for field in headers.items()),
+                        len(body),
+                    )
+                ).encode("latin-1")
+                + (b"" if method == "HEAD" else body)
+            )
             sock.shutdown(socket.SHUT_WR)
-            sock.settimeout(1.0)            # unread input would turn the close into a reset
+            sock.settimeout(1.0)  # unread input would turn the close into a reset
             while sock.recv(MAX_REQUEST) and time.monotonic() < deadline:
                 pass
         except OSError:
-            pass                            # the client went away; there is nobody to tell
+            pass  # the client went away; there is nobody to tell
         except Exception:
             log.exception("a defect, met while answering %s", address[0])
         finally:
@@ -1864,42 +2724,61 @@ class Dashboard:
         """
         with self.lock:
             if time.monotonic() - self.viewed > FRESH_SECONDS:
-                view, self.viewed, self.bodies = self.table.snapshot(), time.monotonic(), {}
-                known = {(event["time"], name_of(event)): event
-                         for event in self.view.left + view.events
-                         if event["kind"] in ("finished", "lost")
-                         and event["time"] > view.time - GONE_SECONDS}
-                view.left = sorted(known.values(), key=lambda event: event["time"])[-MAX_LEFT:]
+                view, self.viewed, self.bodies = (
+                    self.table.snapshot(),
+                    time.monotonic(),
+                    {},
+                )
+                known = {
+                    (event["time"], name_of(event)): event
+                    for event in self.view.left + view.events
+                    if event["kind"] in ("finished", "lost")
+                    and event["time"] > view.time - GONE_SECONDS
+                }
+                view.left = sorted(known.values(), key=lambda event: event["time"])[
+                    -MAX_LEFT:
+                ]
                 self.view = view
             return self.view
 
-    def admit(self, query: Query, fields: Dict[str, str], headers: Dict[str, str]) -> None:
+    def admit(
+        self, query: Query, fields: Dict[str, str], headers: Dict[str, str]
+    ) -> None:
         """HTTPError for a Host that is not ours (DNS rebinding) or no token (Jupyter's way)."""
         host = re.sub(r":\d*$", "", fields.get("host", "localhost")).lower()
         if host not in self.names and not re.fullmatch(r"[\d.]+|\[[\da-f:.]+\]", host):
-            raise HTTPError(421, "this master does not know itself by that name: use its address,"
-                            " or start it with --dashboard-host NAME")
+            raise HTTPError(
+                421,
+                "this master does not know itself by that name: use its address,"
+                " or start it with --dashboard-host NAME",
+            )
         if self.options.dashboard_token is None:
             return
         key = hashlib.sha256(self.options.dashboard_token.encode()).hexdigest()
         cookie = "sentinel_%d=%s" % (self.options.dashboard_port, key)
-        offer = query.pop("token", fields.get("authorization", "")[len("Bearer "):])
+        offer = query.pop("token", fields.get("authorization", "")[len("Bearer ") :])
         if hmac.compare_digest(hashlib.sha256(offer.encode()).hexdigest(), key):
             headers["Set-Cookie"] = cookie + "; Path=/; HttpOnly; SameSite=Strict"
-        elif not any(hmac.compare_digest(part.strip().encode(), cookie.encode())
-                     for part in fields.get("cookie", "").split(";")):
-            raise HTTPError(401, "a token is needed: open the address with ?token= that the master"
-                            " printed at its start, or send the header Authorization: Bearer TOKEN",
-                            {"WWW-Authenticate": "Bearer"})
+        elif not any(
+            hmac.compare_digest(part.strip().encode(), cookie.encode())
+            for part in fields.get("cookie", "").split(";")
+        ):
+            raise HTTPError(
+                401,
+                "a token is needed: open the address with ?token= that the master"
+                " printed at its start, or send the header Authorization: Bearer TOKEN",
+                {"WWW-Authenticate": "Bearer"},
+            )
 
-    def answer(self, path: str, query: Query, fields: Dict[str, str],
-               headers: Dict[str, str]) -> bytes:
+    def answer(
+        self, path: str, query: Query, fields: Dict[str, str], headers: Dict[str, str]
+    ) -> bytes:
         """The body of an answer; what is to be said of it goes to headers; HTTPError."""
         self.admit(query, fields, headers)
         if path == "/" and "text/html" not in fields.get("accept", "text/html"):
-            path = "/nodes.txt"             # curl
+            path = "/nodes.txt"  # curl
         if path.startswith("/node/"):
-            path, query["node"] = "/node/", path[len("/node/"):]
+            path, query["node"] = "/node/", path[len("/node/") :]
         if path not in ROUTES:
             raise HTTPError(404, "no such page; there are " + " ".join(ROUTES))
         self.asked, view, (kind, render) = time.monotonic(), self.fresh(), ROUTES[path]
@@ -1923,24 +2802,32 @@ class Dashboard:
 # Supervisor: processes and signals
 # ============================================================================
 
+
 class StartError(Exception):
     """The master cannot start; the text says why and what to do."""
 
 
 def setup_log(verbose: bool) -> None:
     """Log to stderr, one line a message."""
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr,
-                        level=logging.DEBUG if verbose else logging.INFO)
+    logging.basicConfig(
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+        level=logging.DEBUG if verbose else logging.INFO,
+    )
 
 
 def open_listener(flag: str, host: str, port: int) -> socket.socket:
     """A listening socket; ValueError (a bad host) or StartError when it cannot be had."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
     except (OSError, UnicodeError):
-        raise ValueError("argument %shost: %r is no address of this machine; 127.0.0.1 (for"
-                         " itself) and 0.0.0.0 (from everywhere) are" % (flag, host)) from None
+        raise ValueError(
+            "argument %shost: %r is no address of this machine; 127.0.0.1 (for"
+            " itself) and 0.0.0.0 (from everywhere) are" % (flag, host)
+        ) from None
     listener = socket.socket(family, kind, proto)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -1949,19 +2836,25 @@ def open_listener(flag: str, host: str, port: int) -> socket.socket:
         return listener
     except OSError as error:
         listener.close()
-        raise StartError("cannot listen on %s: %s; give another %sport or %shost" % (
-            join_address(host, port), error.strerror, flag, flag)) from None
+        raise StartError(
+            "cannot listen on %s: %s; give another %sport or %shost"
+            % (join_address(host, port), error.strerror, flag, flag)
+        ) from None
 
 
-def run_role(name: str, listener: socket.socket, lock: Any, options: argparse.Namespace) -> None:
+def run_role(
+    name: str, listener: socket.socket, lock: Any, options: argparse.Namespace
+) -> None:
     """The body of a child process: set it up, and run the role for as long as it goes."""
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C reaches the supervisor as well
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)   # nothing is lost with a role
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the supervisor as well
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is lost with a role
     setup_log(options.verbose)
     threading.stack_size(STACK_SIZE)
-    if name == "collector":             # its threads are never busy for long; being asked for the
-        sys.setswitchinterval(1.0)      # interpreter by thousands that wait costs it a core
+    if name == "collector":  # its threads are never busy for long; being asked for the
+        sys.setswitchinterval(1.0)  # interpreter by thousands that wait costs it a core
     role: Any = {"collector": Collector, "dashboard": Dashboard}[name]
     role(listener, Table.attach(options.shm_name, lock), options).run()
 
@@ -1973,8 +2866,14 @@ class AgentProcess(subprocess.Popen):  # type: ignore[type-arg]
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
-        command = [sys.executable, beside("agent.py"), "--host", reachable(options.host),
-                   "--port", str(options.port)]
+        command = [
+            sys.executable,
+            beside("agent.py"),
+            "--host",
+            reachable(options.host),
+            "--port",
+            str(options.port),
+        ]
         if options.secret_file:
             command += ["--secret-file", options.secret_file]
         super().__init__(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
@@ -2001,11 +2900,11 @@ class Supervisor:
         self.options = options
         self.names = ["collector", "dashboard"] + ["agent"] * options.with_agent
         self.lock: Any = None
-        self.running: Dict[str, Any] = {}                       # name -> process
+        self.running: Dict[str, Any] = {}  # name -> process
         self.signals: List[int] = []
-        self.started = dict.fromkeys(self.names, -math.inf)     # time.monotonic()
-        self.delay = dict.fromkeys(self.names, 0.0)             # seconds from then to the next
-        self.trouble: Dict[str, str] = {}                       # name -> why it cannot start
+        self.started = dict.fromkeys(self.names, -math.inf)  # time.monotonic()
+        self.delay = dict.fromkeys(self.names, 0.0)  # seconds from then to the next
+        self.trouble: Dict[str, str] = {}  # name -> why it cannot start
         self.wakeup, wakeup_end = os.pipe()
         os.set_blocking(wakeup_end, False)
         signal.set_wakeup_fd(wakeup_end)
@@ -2019,15 +2918,19 @@ class Supervisor:
         try:
             while not self.signals:
                 self.start_missing()
-                waits = [self.delay[name] for name in self.names if name not in self.running]
+                waits = [
+                    self.delay[name] for name in self.names if name not in self.running
+                ]
                 multiprocessing.connection.wait(
-                    [self.wakeup] + [process.sentinel for process in self.running.values()],
-                    min(waits) if waits else None)
+                    [self.wakeup]
+                    + [process.sentinel for process in self.running.values()],
+                    min(waits) if waits else None,
+                )
                 self.reap()
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
-            self.stop(["agent"])        # first: while there is somebody to say goodbye to
+            self.stop(["agent"])  # first: while there is somebody to say goodbye to
             self.stop(self.names)
 
     def new_lock(self) -> None:
@@ -2035,7 +2938,9 @@ class Supervisor:
         try:
             self.lock = multiprocessing.Lock()
         except OSError as error:
-            raise StartError("no lock: %s; free some of /dev/shm" % error.strerror) from None
+            raise StartError(
+                "no lock: %s; free some of /dev/shm" % error.strerror
+            ) from None
         self.table.load()
         self.table.reset()
 
@@ -2064,15 +2969,21 @@ class Supervisor:
             return AgentProcess(self.options)
         if not self.lock:
             self.new_lock()
-        role = multiprocessing.Process(target=run_role, name=name, args=(
-            name, self.listeners[name], self.lock, self.options))
+        role = multiprocessing.Process(
+            target=run_role,
+            name=name,
+            args=(name, self.listeners[name], self.lock, self.options),
+        )
         role.start()
         return role
 
     def reap(self) -> None:
         """Take note of what has ended; one that could not get the lock takes all roles along."""
-        ended = [name for name, process in self.running.items()
-                 if multiprocessing.connection.wait([process.sentinel], 0)]
+        ended = [
+            name
+            for name, process in self.running.items()
+            if multiprocessing.connection.wait([process.sentinel], 0)
+        ]
         if self.signals or not ended:
             return
         codes = self.stop(ended)
@@ -2114,8 +3025,10 @@ def reachable(host: str) -> str:
 # Command line
 # ============================================================================
 
+
 def number(kind: Any, low: float, high: float, what: str) -> Callable[[str], Any]:
     """An argparse type: a number within bounds."""
+
     def parse(text: str) -> Any:
         try:
             value = kind(text)
@@ -2123,7 +3036,10 @@ def number(kind: Any, low: float, high: float, what: str) -> Callable[[str], Any
             value = math.nan
         if low <= value <= high:
             return value
-        raise argparse.ArgumentTypeError("%r is no %s from %g to %g" % (text, what, low, high))
+        raise argparse.ArgumentTypeError(
+            "%r is no %s from %g to %g" % (text, what, low, high)
+        )
+
     return parse
 
 
@@ -2131,8 +3047,9 @@ def shm_argument(text: str) -> str:
     """An argparse type: a name of shared memory (shm_open(3); macOS allows 31 bytes)."""
     if re.fullmatch(r"[A-Za-z0-9_-]{1,30}", text):
         return text
-    raise argparse.ArgumentTypeError("%r is no name of shared memory; 1 to 30 letters, digits, _"
-                                     " and - are" % text)
+    raise argparse.ArgumentTypeError(
+        "%r is no name of shared memory; 1 to 30 letters, digits, _ and - are" % text
+    )
 
 
 def token_argument(text: str) -> str:
@@ -2146,15 +3063,24 @@ def read_secret(path: str) -> bytes:
     """The secret in a file that nobody else may read; one is made there if there is no file."""
     try:
         with contextlib.suppress(FileExistsError):
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            with os.fdopen(
+                os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w"
+            ) as file:
                 file.write(secrets.token_hex(32) + "\n")
-            log.info("made a secret in %s: give it to the agents by --secret-file", path)
+            log.info(
+                "made a secret in %s: give it to the agents by --secret-file", path
+            )
         with open(path, "rb") as file:
-            mode, secret = os.fstat(file.fileno()).st_mode, file.read(MAX_SAMPLE).strip()
+            mode, secret = (
+                os.fstat(file.fileno()).st_mode,
+                file.read(MAX_SAMPLE).strip(),
+            )
     except OSError as error:
         raise StartError("no secret in %s: %s" % (path, error.strerror)) from None
     if mode & 0o077:
-        raise StartError("others can read the secret in %s; run: chmod 600 %s" % (path, path))
+        raise StartError(
+            "others can read the secret in %s; run: chmod 600 %s" % (path, path)
+        )
     if not secret:
         raise StartError("no secret in %s; remove the file and it is made anew" % path)
     return secret
@@ -2164,35 +3090,85 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     port = number(int, 0, 65535, "port")
     about, _, end = __doc__.partition("\n\nExit codes")
-    parser = argparse.ArgumentParser(description=about, epilog="Exit codes" + end,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=about,
+        epilog="Exit codes" + end,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
-    add("--host", default="127.0.0.1",
-        help="listen for agents here (127.0.0.1); 0.0.0.0 if they are on other machines")
-    add("--port", type=port, default=13579, help="port for agents (13579); 0 picks a free one")
-    add("--dashboard-host", metavar="HOST", default="127.0.0.1",
-        help="listen for browsers here (127.0.0.1)")
-    add("--dashboard-port", metavar="PORT", type=port, default=8080,
-        help="port for browsers (8080); 0 picks a free one")
-    add("--max-agents", type=number(int, 1, 65536, "number"), default=1024, metavar="N",
-        help="how many agents may send at once (1024)")
-    add("--timeout", type=number(float, 0.5, 3600, "number of seconds"), default=5.0,
-        metavar="SECONDS", help="silence after which an agent is lost (5)")
-    add("--alert", type=parse_rule, action="append", metavar="RULE", default=[],
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="listen for agents here (127.0.0.1); 0.0.0.0 if they are on other machines",
+    )
+    add(
+        "--port",
+        type=port,
+        default=13579,
+        help="port for agents (13579); 0 picks a free one",
+    )
+    add(
+        "--dashboard-host",
+        metavar="HOST",
+        default="127.0.0.1",
+        help="listen for browsers here (127.0.0.1)",
+    )
+    add(
+        "--dashboard-port",
+        metavar="PORT",
+        type=port,
+        default=8080,
+        help="port for browsers (8080); 0 picks a free one",
+    )
+    add(
+        "--max-agents",
+        type=number(int, 1, 65536, "number"),
+        default=1024,
+        metavar="N",
+        help="how many agents may send at once (1024)",
+    )
+    add(
+        "--timeout",
+        type=number(float, 0.5, 3600, "number of seconds"),
+        default=5.0,
+        metavar="SECONDS",
+        help="silence after which an agent is lost (5)",
+    )
+    add(
+        "--alert",
+        type=parse_rule,
+        action="append",
+        metavar="RULE",
+        default=[],
         help="alert on METRIC>NUMBER or METRIC<NUMBER, with ' for SECONDS' behind if you like,"
         " instead of on %s; may be repeated; no-lost: lost nodes are no alert"
-        % " and ".join(DEFAULT_RULES))
-    add("--alert-command", metavar="CMD",
+        % " and ".join(DEFAULT_RULES),
+    )
+    add(
+        "--alert-command",
+        metavar="CMD",
         help="shell command for each alert; the facts are in SENTINEL_EVENT, SENTINEL_NODE,"
         " SENTINEL_JOB, SENTINEL_METRIC, SENTINEL_VALUE, SENTINEL_THRESHOLD, SENTINEL_COUNT;"
-        " what it starts ends with it")
-    add("--secret-file", metavar="FILE",
-        help="take samples only from agents with the same secret; made if there is no FILE")
-    add("--dashboard-token", type=token_argument, metavar="TOKEN|auto",
+        " what it starts ends with it",
+    )
+    add(
+        "--secret-file",
+        metavar="FILE",
+        help="take samples only from agents with the same secret; made if there is no FILE",
+    )
+    add(
+        "--dashboard-token",
+        type=token_argument,
+        metavar="TOKEN|auto",
         help="answer only who knows it; auto makes one, which others cannot see in the list of"
-        " processes, and prints the whole address")
-    add("--shm-name", type=shm_argument, metavar="NAME",
-        help="name of the shared memory (sentinel_PORT)")
+        " processes, and prints the whole address",
+    )
+    add(
+        "--shm-name",
+        type=shm_argument,
+        metavar="NAME",
+        help="name of the shared memory (sentinel_PORT)",
+    )
     add("--with-agent", action="store_true", help="watch this machine, too")
     add("--verbose", action="store_true", help="log every sample")
     return parser
@@ -2201,9 +3177,11 @@ def build_parser() -> argparse.ArgumentParser:
 def too_old() -> bool:
     """Whether this Python has no shared memory; says so."""
     if shared_memory is None:
-        print("error: %s needs Python 3.8 or newer, and this is %d.%d; try python3.11 or 'module"
-              " load python'" % ((os.path.basename(sys.argv[0]),) + sys.version_info[:2]),
-              file=sys.stderr)
+        print(
+            "error: %s needs Python 3.8 or newer, and this is %d.%d; try python3.11 or 'module"
+            " load python'" % ((os.path.basename(sys.argv[0]),) + sys.version_info[:2]),
+            file=sys.stderr,
+        )
     return shared_memory is None
 
 
@@ -2214,8 +3192,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser = build_parser()
     options = parser.parse_args(argv)
     options.lost = "no-lost" not in options.alert
-    options.rules = ([rule for rule in options.alert if isinstance(rule, Rule)]
-                     or [parse_rule(text) for text in DEFAULT_RULES])
+    options.rules = [rule for rule in options.alert if isinstance(rule, Rule)] or [
+        parse_rule(text) for text in DEFAULT_RULES
+    ]
     setup_log(options.verbose)
     try:
         return run_master(options)
@@ -2229,33 +3208,55 @@ def main(argv: Optional[List[str]] = None) -> int:
 def run_master(options: argparse.Namespace) -> int:
     """Bind, make the table, supervise: 0 when a signal ended it."""
     if options.with_agent and not os.path.exists(beside("agent.py")):
-        raise StartError("--with-agent needs agent.py beside master_server.py: copy it there")
+        raise StartError(
+            "--with-agent needs agent.py beside master_server.py: copy it there"
+        )
     options.secret = read_secret(options.secret_file) if options.secret_file else None
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(ValueError, OSError):          # macOS says unlimited, and means less
+    with contextlib.suppress(
+        ValueError, OSError
+    ):  # macOS says unlimited, and means less
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     supervisor = Supervisor(options)
     with contextlib.ExitStack() as stack:
         listeners = {
-            "collector": stack.enter_context(open_listener("--", options.host, options.port)),
-            "dashboard": stack.enter_context(open_listener(
-                "--dashboard-", options.dashboard_host, options.dashboard_port))}
+            "collector": stack.enter_context(
+                open_listener("--", options.host, options.port)
+            ),
+            "dashboard": stack.enter_context(
+                open_listener(
+                    "--dashboard-", options.dashboard_host, options.dashboard_port
+                )
+            ),
+        }
         options.port, options.dashboard_port = (
-            listener.getsockname()[1] for listener in listeners.values())
+            listener.getsockname()[1] for listener in listeners.values()
+        )
         options.shm_name = options.shm_name or "sentinel_%d" % options.port
         table = Table.create(options.shm_name, options.max_agents)
         stack.callback(table.unlink)
         # should this process be killed, the tracker may clean up behind it, but silently
         sys.warnoptions.append("ignore:resource_tracker")
         log.info("collector listening on %s", join_address(options.host, options.port))
-        log.info("dashboard listening on %s: open http://%s/%s - Ctrl-C stops",
-                 join_address(options.dashboard_host, options.dashboard_port), join_address(
-                     "localhost" if reachable(options.dashboard_host) in LOOPBACK
-                     else options.dashboard_host, options.dashboard_port), options.dashboard_token
-                 and "?" + urllib.parse.urlencode({"token": options.dashboard_token}) or "")
+        log.info(
+            "dashboard listening on %s: open http://%s/%s - Ctrl-C stops",
+            join_address(options.dashboard_host, options.dashboard_port),
+            join_address(
+                "localhost"
+                if reachable(options.dashboard_host) in LOOPBACK
+                else options.dashboard_host,
+                options.dashboard_port,
+            ),
+            options.dashboard_token
+            and "?" + urllib.parse.urlencode({"token": options.dashboard_token})
+            or "",
+        )
         if options.host not in LOOPBACK and not options.secret:
-            log.warning("anybody who reaches port %d can send samples: --secret-file keeps"
-                        " strangers out", options.port)
+            log.warning(
+                "anybody who reaches port %d can send samples: --secret-file keeps"
+                " strangers out",
+                options.port,
+            )
         supervisor.run(listeners, table)
     log.info("stopped")
     return 0

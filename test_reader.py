@@ -8,6 +8,7 @@ It runs on the master's machine, with master_server.py beside it.
 
 Exit codes: 0 done, 1 no master or no whole copy, 2 bad usage.
 """
+
 import argparse
 import os
 import sys
@@ -20,19 +21,35 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         import master_server
     except ImportError:
-        print("error: test_reader.py needs master_server.py beside it; copy it there",
-              file=sys.stderr)
+        print(
+            "error: test_reader.py needs master_server.py beside it; copy it there",
+            file=sys.stderr,
+        )
         return 1
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--port", type=master_server.number(int, 1, 65535, "port"), default=13579,
-                       help="the master's port for agents (default: 13579)")
-    which.add_argument("--shm-name", type=master_server.shm_argument, metavar="NAME",
-                       help="name of the shared memory (default: sentinel_PORT)")
-    parser.add_argument("--json", action="store_true", help="print what /api/nodes holds")
-    parser.add_argument("--watch", action="store_true",
-                        help="print again every 2 s, in place on a terminal, until Ctrl-C")
+    which.add_argument(
+        "--port",
+        type=master_server.number(int, 1, 65535, "port"),
+        default=13579,
+        help="the master's port for agents (default: 13579)",
+    )
+    which.add_argument(
+        "--shm-name",
+        type=master_server.shm_argument,
+        metavar="NAME",
+        help="name of the shared memory (default: sentinel_PORT)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print what /api/nodes holds"
+    )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="print again every 2 s, in place on a terminal, until Ctrl-C",
+    )
     options = parser.parse_args(argv)
     if master_server.too_old():
         return 1
@@ -42,9 +59,16 @@ def main(argv: Optional[List[str]] = None) -> int:
 def run(options: argparse.Namespace) -> int:
     """Attach and print: the exit code."""
     import master_server
-    render = master_server.render_nodes_json if options.json else master_server.render_nodes_text
+
+    render = (
+        master_server.render_nodes_json
+        if options.json
+        else master_server.render_nodes_text
+    )
     try:
-        table = master_server.Table.attach(options.shm_name or "sentinel_%d" % options.port)
+        table = master_server.Table.attach(
+            options.shm_name or "sentinel_%d" % options.port
+        )
         while True:
             text = render(table.snapshot(), {})
             if options.watch and sys.stdout.isatty():
@@ -55,11 +79,13 @@ def run(options: argparse.Namespace) -> int:
                 return 0
             time.sleep(2)
             if not table.owner_lives():
-                raise master_server.TableError("the master (pid %d) has ended" % table.pid)
+                raise master_server.TableError(
+                    "the master (pid %d) has ended" % table.pid
+                )
     except master_server.TableError as error:
         print("error: %s" % error, file=sys.stderr)
         return 1
-    except BrokenPipeError:             # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:

@@ -44,17 +44,17 @@ import time
 
 import support
 
-INTERVAL = 2.0              # seconds between two samples, and between two scrapes
-TOLERANCE = 4 / 3           # how far over its bound a row may be in --quick
-SAMPLES = 6                 # samples of the real agent that the load takes in turn
-SETTLE_LIMIT = 30.0         # seconds to become steady in
-SETTLED = 0.2               # how far apart two windows of INTERVAL may be, of the larger ...
-SETTLED_SHARE = 0.005       # ... or of a core
-KEEPS_UP = 0.9              # the part of samples or scrapes that must have been done in time
-OWN_VALUES = 5              # values that Prometheus adds to each target's, such as `up`
-START_LIMIT = 90.0          # seconds for 10,000 agents to be connected and answered
+INTERVAL = 2.0  # seconds between two samples, and between two scrapes
+TOLERANCE = 4 / 3  # how far over its bound a row may be in --quick
+SAMPLES = 6  # samples of the real agent that the load takes in turn
+SETTLE_LIMIT = 30.0  # seconds to become steady in
+SETTLED = 0.2  # how far apart two windows of INTERVAL may be, of the larger ...
+SETTLED_SHARE = 0.005  # ... or of a core
+KEEPS_UP = 0.9  # the part of samples or scrapes that must have been done in time
+OWN_VALUES = 5  # values that Prometheus adds to each target's, such as `up`
+START_LIMIT = 90.0  # seconds for 10,000 agents to be connected and answered
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
-KIB, MIB = 1024.0, 1024.0 ** 2
+KIB, MIB = 1024.0, 1024.0**2
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 PATH = os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"
 
@@ -62,6 +62,7 @@ PATH = os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"
 # ==========================================================================================
 # Rows: what was measured, its bound, the table
 # ==========================================================================================
+
 
 class Row(collections.namedtuple("Row", "what value unit bound sense note")):
     """One figure. bound is None for one that is only told; sense says which side is good."""
@@ -81,11 +82,17 @@ class Row(collections.namedtuple("Row", "what value unit bound sense note")):
 
     def cells(self):
         """The table's columns: what, measured, bound, holds."""
-        measured = show(self.value, self.unit) + (" (%s)" % self.note if self.note else "")
+        measured = show(self.value, self.unit) + (
+            " (%s)" % self.note if self.note else ""
+        )
         if self.bound is None:
             return self.what, measured, "", ""
-        return (self.what, measured, "%s %s" % (self.sense, show(self.bound, self.unit)),
-                "yes" if self.holds else "NO")
+        return (
+            self.what,
+            measured,
+            "%s %s" % (self.sense, show(self.bound, self.unit)),
+            "yes" if self.holds else "NO",
+        )
 
 
 def at_most(what, value, unit, bound, note=""):
@@ -102,7 +109,9 @@ def told(what, value, unit, note=""):
 
 def show(value, unit):
     """A value with three digits that count, and its unit."""
-    digits = 0 if value == int(value) or abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    digits = (
+        0 if value == int(value) or abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    )
     if 0 < abs(value) < 0.1:
         digits = 1 - math.floor(math.log10(abs(value)))
     return ("%.*f %s" % (digits, value, unit)).strip()
@@ -113,8 +122,10 @@ def render_table(rows):
     lines = [("what", "measured", "bound", "holds")] + [row.cells() for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, tuple("-" * width for width in widths))
-    return "\n".join("| %s |" % " | ".join(
-        cell.ljust(width) for cell, width in zip(line, widths)) for line in lines)
+    return "\n".join(
+        "| %s |" % " | ".join(cell.ljust(width) for cell, width in zip(line, widths))
+        for line in lines
+    )
 
 
 def percentile(values, percent):
@@ -126,7 +137,9 @@ def percentile(values, percent):
 def fit_slope(points):
     """The slope of the least-squares line through [(x, y)]."""
     x, y = (statistics.mean(column) for column in zip(*points))
-    return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
+    return sum((a - x) * (b - y) for a, b in points) / sum(
+        (a - x) ** 2 for a, _ in points
+    )
 
 
 def fit_exponent(points):
@@ -138,14 +151,19 @@ def fit_exponent(points):
 # Measuring: CPU, memory, steady state
 # ==========================================================================================
 
+
 def cpu_seconds(*pids):
     """CPU seconds so far of the processes, their descendants, and the children they reaped."""
     total = 0.0
     for pid in sum(([pid] + support.descendants(pid) for pid in pids), []):
         with open("/proc/%d/stat" % pid) as file:
-            fields = [int(word) for word in file.read().rpartition(")")[2].split()[11:15]]
+            fields = [
+                int(word) for word in file.read().rpartition(")")[2].split()[11:15]
+            ]
         try:
-            own = time.clock_gettime((~pid << 3) | 2)   # MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED)
+            own = time.clock_gettime(
+                (~pid << 3) | 2
+            )  # MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED)
         except OSError:
             own = (fields[0] + fields[1]) / CLOCK_TICKS
         total += own + (fields[2] + fields[3]) / CLOCK_TICKS
@@ -161,7 +179,9 @@ def own_pss(pid):
 
 def pss_bytes(*pids):
     """Proportional set size of the processes and all their descendants."""
-    return sum(own_pss(each) for pid in pids for each in [pid] + support.descendants(pid))
+    return sum(
+        own_pss(each) for pid in pids for each in [pid] + support.descendants(pid)
+    )
 
 
 def cpu_share(seconds, *groups):
@@ -177,44 +197,69 @@ def settle(*pids):
     deadline, shares = time.monotonic() + SETTLE_LIMIT, []
     while time.monotonic() < deadline:
         shares = shares[-1:] + cpu_share(INTERVAL, pids)
-        if len(shares) == 2 and (max(shares) - min(shares)
-                                 <= max(SETTLED * max(shares), SETTLED_SHARE)):
+        if len(shares) == 2 and (
+            max(shares) - min(shares) <= max(SETTLED * max(shares), SETTLED_SHARE)
+        ):
             return
-    print("  not steady after %g s: %s of a core" % (SETTLE_LIMIT, shares), file=sys.stderr)
+    print(
+        "  not steady after %g s: %s of a core" % (SETTLE_LIMIT, shares),
+        file=sys.stderr,
+    )
 
 
 def busy_share(seconds=1.0):
     """The share of all cores that was busy for that long: how quiet is this machine?"""
+
     def look():
         with open("/proc/stat") as file:
             ticks = [int(word) for word in file.readline().split()[1:9]]
         return ticks[3] + ticks[4], sum(ticks)
+
     idle, total = look()
     time.sleep(seconds)
     later = look()
     return 1.0 - (later[0] - idle) / max(1, later[1] - total)
 
 
-MACHINE = ("%(cores)d cores of %(cpu)s, Linux %(kernel)s, Python %(python)s, commit %(commit)s,"
-           " %(time)s")
+MACHINE = (
+    "%(cores)d cores of %(cpu)s, Linux %(kernel)s, Python %(python)s, commit %(commit)s,"
+    " %(time)s"
+)
 
 
 def describe_machine():
     """What the figures depend on."""
     with open("/proc/cpuinfo") as file:
-        models = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    commit = subprocess.run(["git", "-C", FOLDER, "rev-parse", "--short", "HEAD"],
-                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                            check=False).stdout if shutil.which("git") else b""
-    return {"cores": os.cpu_count(), "cpu": models[0] if models else platform.machine(),
-            "kernel": platform.release(), "python": platform.python_version(),
-            "commit": commit.decode().strip() or "unknown",
-            "time": time.strftime("%Y-%m-%d %H:%M"), "busy_before": round(busy_share(), 3)}
+        models = [
+            line.partition(":")[2].strip()
+            for line in file
+            if line.startswith("model name")
+        ]
+    commit = (
+        subprocess.run(
+            ["git", "-C", FOLDER, "rev-parse", "--short", "HEAD"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        ).stdout
+        if shutil.which("git")
+        else b""
+    )
+    return {
+        "cores": os.cpu_count(),
+        "cpu": models[0] if models else platform.machine(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "commit": commit.decode().strip() or "unknown",
+        "time": time.strftime("%Y-%m-%d %H:%M"),
+        "busy_before": round(busy_share(), 3),
+    }
 
 
 # ==========================================================================================
 # Needs
 # ==========================================================================================
+
 
 class Missing(Exception):
     """What a measurement needs is not here; the text names it."""
@@ -272,6 +317,7 @@ def fetch(port, path="/", seconds=10):
 # Agents: a sink for them, samples of a real one
 # ==========================================================================================
 
+
 class Sink:
     """Answers "ok" to whatever comes and counts it, on a thread."""
 
@@ -324,7 +370,9 @@ def record_samples(count=SAMPLES):
     """Samples that a real agent sent on this machine, dicts; they announce INTERVAL."""
     with socket.create_server((support.HOST, 0)) as listener:
         listener.settimeout(support.PATIENCE)
-        with support.start("agent.py", "--port", listener.getsockname()[1], "--interval", "0.5"):
+        with support.start(
+            "agent.py", "--port", listener.getsockname()[1], "--interval", "0.5"
+        ):
             sock = listener.accept()[0]
             sock.settimeout(support.PATIENCE)
             with sock, sock.makefile("rb") as stream:
@@ -332,12 +380,13 @@ def record_samples(count=SAMPLES):
                 for _ in range(count):
                     samples.append(dict(pickle.load(stream), interval=INTERVAL))
                     sock.sendall(b"ok\n")
-    return samples[1:]          # the first has no rates yet
+    return samples[1:]  # the first has no rates yet
 
 
 # ==========================================================================================
 # Fleet: a master, and a load that is N agents
 # ==========================================================================================
+
 
 class Fleet:
     """A master with N agents that send; entered, it is steady.
@@ -352,7 +401,9 @@ class Fleet:
         self.count, self.samples = count, stage.samples_file()
         self.options = ["--pace", pace, "--churn", churn, "--samples", self.samples]
         self.bridged, self.patch = bridge, patch
-        self.most = count - 2 * INTERVAL * churn    # at once: who is replaced comes when due
+        self.most = (
+            count - 2 * INTERVAL * churn
+        )  # at once: who is replaced comes when due
 
     def __enter__(self):
         self.stack = contextlib.ExitStack()
@@ -362,9 +413,11 @@ class Fleet:
         return self
 
     def start(self):
-        self.master = support.start_master("--max-agents", self.count + 100, patch=self.patch)
+        self.master = support.start_master(
+            "--max-agents", self.count + 100, patch=self.patch
+        )
         self.stack.callback(self.master.kill)
-        self.empty_share, = cpu_share(INTERVAL, [self.master.pid])
+        (self.empty_share,) = cpu_share(INTERVAL, [self.master.pid])
         self.empty_pss = pss_bytes(self.master.pid)
         port, self.bridge = self.master.port, None
         if self.bridged:
@@ -374,9 +427,17 @@ class Fleet:
             self.before_load()
         self.load = support.start("tests/load.py", port, self.count, *self.options)
         self.stack.callback(self.load.kill)
-        support.eventually(lambda: self.report()["agents"] >= self.most, START_LIMIT, "connect")
-        support.eventually(lambda: self.done_since(self.report(), 2 * INTERVAL)["answered"]
-                           >= KEEPS_UP * self.most / self.count, START_LIMIT, "answers in time")
+        support.eventually(
+            lambda: self.report()["agents"] >= self.most, START_LIMIT, "connect"
+        )
+        support.eventually(
+            lambda: (
+                self.done_since(self.report(), 2 * INTERVAL)["answered"]
+                >= KEEPS_UP * self.most / self.count
+            ),
+            START_LIMIT,
+            "answers in time",
+        )
         settle(self.master.pid)
 
     def report(self):
@@ -391,14 +452,21 @@ class Fleet:
         return {key: (now[key] - before[key]) / due for key in ("sent", "answered")}
 
     def __exit__(self, *_):
-        self.master.stop()      # first, or it would tell of every agent that it is lost
+        self.master.stop()  # first, or it would tell of every agent that it is lost
         self.stack.close()
 
 
 def start_bridge(port):
     """A running port_forward.py to that port: .port is its own."""
-    bridge = support.start("port_forward.py", "--host", support.HOST, "--local-port", 0,
-                           "--remote-port", port)
+    bridge = support.start(
+        "port_forward.py",
+        "--host",
+        support.HOST,
+        "--local-port",
+        0,
+        "--remote-port",
+        port,
+    )
     bridge.port = bridge.listening()
     return bridge
 
@@ -435,7 +503,9 @@ class Prometheus:
         self.count, self.samples = count, stage.samples()
         self.programs = need("prometheus"), need("nginx")
         self.values = len(exposition(self.samples[0]).splitlines())
-        self.round = count * (self.values + OWN_VALUES)     # what it stores when it has seen all
+        self.round = count * (
+            self.values + OWN_VALUES
+        )  # what it stores when it has seen all
 
     def __enter__(self):
         self.stack = contextlib.ExitStack()
@@ -453,20 +523,40 @@ class Prometheus:
         writer.start()
         self.stack.callback(writer.join)
         self.stack.callback(self.stop_writing.set)
-        targets = [{"targets": ["%s:%d" % (support.HOST, port)],
-                    "labels": {"instance": "node-%05d" % i}} for i in range(self.count)]
+        targets = [
+            {
+                "targets": ["%s:%d" % (support.HOST, port)],
+                "labels": {"instance": "node-%05d" % i},
+            }
+            for i in range(self.count)
+        ]
         facts = {"folder": folder, "port": port, "interval": INTERVAL}
-        for name, text in (("nginx.conf", NGINX % facts), ("prometheus.yml", PROMETHEUS % facts),
-                           ("targets.json", json.dumps(targets))):
+        for name, text in (
+            ("nginx.conf", NGINX % facts),
+            ("prometheus.yml", PROMETHEUS % facts),
+            ("targets.json", json.dumps(targets)),
+        ):
             with open(os.path.join(folder, name), "w") as file:
                 file.write(text)
         self.nginx = self.stack.enter_context(
-            run_peer(nginx, "-p", folder, "-c", folder + "/nginx.conf"))
-        self.tool = self.stack.enter_context(run_peer(
-            prometheus, "--config.file", folder + "/prometheus.yml", "--storage.tsdb.path",
-            folder + "/data", "--web.listen-address", "%s:%d" % (support.HOST, self.port),
-            "--log.level", "error"))
-        support.eventually(lambda: self.scraped() >= 2 * self.round, START_LIMIT, "scrapes")
+            run_peer(nginx, "-p", folder, "-c", folder + "/nginx.conf")
+        )
+        self.tool = self.stack.enter_context(
+            run_peer(
+                prometheus,
+                "--config.file",
+                folder + "/prometheus.yml",
+                "--storage.tsdb.path",
+                folder + "/data",
+                "--web.listen-address",
+                "%s:%d" % (support.HOST, self.port),
+                "--log.level",
+                "error",
+            )
+        )
+        support.eventually(
+            lambda: self.scraped() >= 2 * self.round, START_LIMIT, "scrapes"
+        )
         settle(self.tool.pid)
 
     def write_values(self, folder):
@@ -491,22 +581,27 @@ class Prometheus:
 
 def exposition(sample):
     """A sample's numbers as a target of Prometheus."""
-    return "".join("sentinel_%s %r\n" % (key, float(value)) for key, value in sample.items()
-                   if isinstance(value, (int, float)) and not isinstance(value, bool))
+    return "".join(
+        "sentinel_%s %r\n" % (key, float(value))
+        for key, value in sample.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    )
 
 
 # ==========================================================================================
 # Benches.  Each yields rows; its docstring says how it is measured.
 # ==========================================================================================
 
-BENCHES = collections.OrderedDict()     # name: (function, in --quick)
+BENCHES = collections.OrderedDict()  # name: (function, in --quick)
 
 
 def bench(quick=False):
     """Register a function of a Stage that yields rows."""
+
     def register(function):
         BENCHES[function.__name__] = function, quick
         return function
+
     return register
 
 
@@ -567,7 +662,8 @@ int main(int argc, char **argv)                 /* c_loop PORT SECONDS < SAMPLE 
     }
 }
 """
-CPU_AND_RAM_ONLY = """
+CPU_AND_RAM_ONLY = (
+    """
 import sys
 sys.path.insert(0, %r)
 import agent
@@ -578,14 +674,20 @@ def restricted(self, *args, **named):
 agent.Sampler.__init__ = restricted
 agent.Sampler.refresh_for_ever = lambda self: None
 sys.exit(agent.main(sys.argv[1:]))
-""" % support.ROOT
+"""
+    % support.ROOT
+)
 
 
 def compile_c_loop(folder):
     """Compile C_LOOP; its path."""
     path = os.path.join(folder, "c_loop")
-    subprocess.run([need("gcc", "cc"), "-O2", "-x", "c", "-", "-o", path], check=True,
-                   input=C_LOOP.encode(), timeout=60)
+    subprocess.run(
+        [need("gcc", "cc"), "-O2", "-x", "c", "-", "-o", path],
+        check=True,
+        input=C_LOOP.encode(),
+        timeout=60,
+    )
     return path
 
 
@@ -613,18 +715,44 @@ def agent_c(stage):
     would find warm in the caches what the one before it used, and a node has one agent.
     """
     path = compile_c_loop(stage.folder)
-    sample = pickle.dumps({key: stage.samples()[0][key] for key in (
-        "node", "user", "version", "interval", "ack", "cpus", "cpu", "ram", "mem_total",
-        "mem_used") if key in stage.samples()[0]}, protocol=4)
+    sample = pickle.dumps(
+        {
+            key: stage.samples()[0][key]
+            for key in (
+                "node",
+                "user",
+                "version",
+                "interval",
+                "ack",
+                "cpus",
+                "cpu",
+                "ram",
+                "mem_total",
+                "mem_used",
+            )
+            if key in stage.samples()[0]
+        },
+        protocol=4,
+    )
     with Sink() as ours, Sink() as theirs, contextlib.ExitStack() as stack:
         agents, loops = [], []
         for _ in range(10):
             time.sleep(INTERVAL / 20)
-            agents.append(stack.enter_context(support.start(
-                "-c", CPU_AND_RAM_ONLY, "--port", ours.port)))
+            agents.append(
+                stack.enter_context(
+                    support.start("-c", CPU_AND_RAM_ONLY, "--port", ours.port)
+                )
+            )
             time.sleep(INTERVAL / 20)
-            loops.append(stack.enter_context(support.Tool(
-                [path, str(theirs.port), "%d" % INTERVAL], {}, stdin=subprocess.PIPE)))
+            loops.append(
+                stack.enter_context(
+                    support.Tool(
+                        [path, str(theirs.port), "%d" % INTERVAL],
+                        {},
+                        stdin=subprocess.PIPE,
+                    )
+                )
+            )
             loops[-1].process.stdin.write(sample)
             loops[-1].process.stdin.close()
         support.eventually(lambda: min(ours.count, theirs.count) >= 30)
@@ -632,12 +760,22 @@ def agent_c(stage):
         time.sleep(stage.seconds(40, 12))
         cost = per_sample(start, spent(agents, ours))
         c_cost = per_sample(c_start, spent(loops, theirs))
-    yield at_most("agent, cpu and ram only: CPU per sample / C loop", cost / c_cost, "x", 2.5,
-                  "%.0f / %.0f us" % (cost * 1e6, c_cost * 1e6))
+    yield at_most(
+        "agent, cpu and ram only: CPU per sample / C loop",
+        cost / c_cost,
+        "x",
+        2.5,
+        "%.0f / %.0f us" % (cost * 1e6, c_cost * 1e6),
+    )
 
 
-JOB = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "bench", "SLURM_NODEID": "0",
-       "SLURM_JOB_CPUS_PER_NODE": "1", "SLURM_CPUS_ON_NODE": "1"}
+JOB = {
+    "SLURM_JOB_ID": "1",
+    "SLURM_JOB_NAME": "bench",
+    "SLURM_NODEID": "0",
+    "SLURM_JOB_CPUS_PER_NODE": "1",
+    "SLURM_CPUS_ON_NODE": "1",
+}
 
 
 def start_full_agent(stage, port):
@@ -653,8 +791,13 @@ def start_full_agent(stage, port):
     python = os.path.join(stage.folder, "python3")
     if not os.path.exists(python):
         shutil.copy(os.path.realpath(sys.executable), python)
-    return support.start("agent.py", "--port", port, python=python,
-                         env=dict(JOB, PYTHONHOME=sys.base_prefix))
+    return support.start(
+        "agent.py",
+        "--port",
+        port,
+        python=python,
+        env=dict(JOB, PYTHONHOME=sys.base_prefix),
+    )
 
 
 @bench(quick=True)
@@ -666,16 +809,22 @@ def agent_full(stage):
             time.sleep(INTERVAL / 10)
             agents.append(stack.enter_context(start_full_agent(stage, sink.port)))
         support.eventually(lambda: sink.count >= 30)
-        share, = cpu_share(stage.seconds(60, 15), [agent.pid for agent in agents])
+        (share,) = cpu_share(stage.seconds(60, 15), [agent.pid for agent in agents])
         for agent in agents[1:]:
             agent.stop()
         memory = pss_bytes(agents[0].pid)
-    yield at_most("agent, everything on, every 2 s: CPU", 100 * share / 10, "% of a core", 0.06,
-                  "%.0f us a sample" % (share / 10 * INTERVAL * 1e6))
+    yield at_most(
+        "agent, everything on, every 2 s: CPU",
+        100 * share / 10,
+        "% of a core",
+        0.06,
+        "%.0f us a sample" % (share / 10 * INTERVAL * 1e6),
+    )
     yield at_most("agent, everything on: memory (PSS)", memory / MIB, "MiB", 14)
 
 
 # ---- The master, nobody watching ---------------------------------------------------------
+
 
 def measure_fleet(fleet, seconds, peer=None):
     """(share of a core of the master, that of Prometheus, part of its scrapes it did in time).
@@ -687,9 +836,13 @@ def measure_fleet(fleet, seconds, peer=None):
     shares = cpu_share(seconds, [fleet.master.pid], [peer.tool.pid] if peer else [])
     done = fleet.done_since(before)
     if min(done.values()) < KEEPS_UP:
-        raise ValueError("too busy: %.0f %% of the samples were sent and %.0f %% answered in time"
-                         % (100 * done["sent"], 100 * done["answered"]))
-    scraped = (peer.scraped() - stored) / peer.round * INTERVAL / seconds if peer else 1.0
+        raise ValueError(
+            "too busy: %.0f %% of the samples were sent and %.0f %% answered in time"
+            % (100 * done["sent"], 100 * done["answered"])
+        )
+    scraped = (
+        (peer.scraped() - stored) / peer.round * INTERVAL / seconds if peer else 1.0
+    )
     return shares[0], shares[1] / scraped if scraped < KEEPS_UP else shares[1], scraped
 
 
@@ -704,19 +857,35 @@ def against_prometheus(stage, count, paces, seconds, cpu_bound=None, memory_boun
         for pace in paces:
             with Fleet(stage, count, pace) as fleet:
                 share, theirs, scraped = measure_fleet(fleet, seconds, peer)
-                memory, their_memory = pss_bytes(fleet.master.pid), pss_bytes(peer.tool.pid)
+                memory, their_memory = (
+                    pss_bytes(fleet.master.pid),
+                    pss_bytes(peer.tool.pid),
+                )
                 report = fleet.report()
             what = "master, %s agents at 2 s, %s: " % (format(count, ","), pace)
             late = ", %.0f %% of its scrapes in time" % (100 * scraped)
-            yield Row(what + "CPU / Prometheus", share / theirs, "x", cpu_bound,
-                      "<=" if cpu_bound else "", "%.1f / %.1f %% of a core, %d values%s" % (
-                          100 * share, 100 * theirs, peer.values, late * (scraped < KEEPS_UP)))
+            yield Row(
+                what + "CPU / Prometheus",
+                share / theirs,
+                "x",
+                cpu_bound,
+                "<=" if cpu_bound else "",
+                "%.1f / %.1f %% of a core, %d values%s"
+                % (100 * share, 100 * theirs, peer.values, late * (scraped < KEEPS_UP)),
+            )
             if pace == "even":
-                yield Row(what + "memory / Prometheus", memory / their_memory, "x",
-                          memory_bound, "<=" if memory_bound else "",
-                          "%.0f / %.0f MiB" % (memory / MIB, their_memory / MIB))
+                yield Row(
+                    what + "memory / Prometheus",
+                    memory / their_memory,
+                    "x",
+                    memory_bound,
+                    "<=" if memory_bound else "",
+                    "%.0f / %.0f MiB" % (memory / MIB, their_memory / MIB),
+                )
             if report["lost"]:
-                yield at_most(what + "false lost", report["lost"], "", 0, told_reasons(report))
+                yield at_most(
+                    what + "false lost", report["lost"], "", 0, told_reasons(report)
+                )
 
 
 @bench()
@@ -724,12 +893,16 @@ def master_20(stage):
     """A master without agents, and one with 20 of them at 2 s."""
     with support.start_master() as master:
         settle(master.pid)
-        share, = cpu_share(60, [master.pid])
+        (share,) = cpu_share(60, [master.pid])
     yield told("master, no agents: CPU", 100 * share, "% of a core")
     with Fleet(stage, 20) as fleet:
         share = measure_fleet(fleet, 60)[0]
-    yield told("master, 20 agents at 2 s: CPU", 100 * share, "% of a core",
-               "%.0f us a sample" % (share * INTERVAL / 20 * 1e6))
+    yield told(
+        "master, 20 agents at 2 s: CPU",
+        100 * share,
+        "% of a core",
+        "%.0f us a sample" % (share * INTERVAL / 20 * 1e6),
+    )
 
 
 @bench(quick=True)
@@ -759,24 +932,41 @@ def master_10000(stage):
             share = measure_fleet(fleet, 60)[0]
             memory, report = pss_bytes(fleet.master.pid), fleet.report()
         if pace == "even":
-            yield at_most("master, 10,000 agents: memory (PSS) an agent",
-                          memory / 10000 / KIB, "KiB", 48, "%.0f MiB in all" % (memory / MIB))
-        yield at_most("master, 10,000 agents at 2 s, %s: CPU" % pace, 100 * share,
-                      "% of a core", 60, "%.0f us a sample" % (share * INTERVAL / 10000 * 1e6))
-        yield at_most("master, 10,000 agents at 2 s, %s: false lost in 60 s" % pace,
-                      report["lost"], "", 0, told_reasons(report))
+            yield at_most(
+                "master, 10,000 agents: memory (PSS) an agent",
+                memory / 10000 / KIB,
+                "KiB",
+                48,
+                "%.0f MiB in all" % (memory / MIB),
+            )
+        yield at_most(
+            "master, 10,000 agents at 2 s, %s: CPU" % pace,
+            100 * share,
+            "% of a core",
+            60,
+            "%.0f us a sample" % (share * INTERVAL / 10000 * 1e6),
+        )
+        yield at_most(
+            "master, 10,000 agents at 2 s, %s: false lost in 60 s" % pace,
+            report["lost"],
+            "",
+            0,
+            told_reasons(report),
+        )
 
 
 def costs(fleet):
     """{cost: value} of a fleet's master, less what the empty master cost."""
     share, pages = measure_fleet(fleet, 20)[0], []
     for _ in range(5):
-        time.sleep(0.5)                     # one that is not in the cache any more
+        time.sleep(0.5)  # one that is not in the cache any more
         pages.append(fetch(fleet.master.page, seconds=60)[1:])
-    return {"the master's CPU": share - fleet.empty_share,
-            "the master's memory": pss_bytes(fleet.master.pid) - fleet.empty_pss,
-            "the page's size": len(pages[0][0]),
-            "the page's time": statistics.median(took for _, took in pages)}
+    return {
+        "the master's CPU": share - fleet.empty_share,
+        "the master's memory": pss_bytes(fleet.master.pid) - fleet.empty_pss,
+        "the page's size": len(pages[0][0]),
+        "the page's time": statistics.median(took for _, took in pages),
+    }
 
 
 @bench()
@@ -788,11 +978,16 @@ def growth(stage):
             for cost, value in costs(fleet).items():
                 points[cost].append((count, value))
     for cost, line in points.items():
-        yield told("growth of %s with 200 to 10,000 agents: exponent" % cost,
-                   fit_exponent(line), "", "%.2f in the last step" % fit_exponent(line[-2:]))
+        yield told(
+            "growth of %s with 200 to 10,000 agents: exponent" % cost,
+            fit_exponent(line),
+            "",
+            "%.2f in the last step" % fit_exponent(line[-2:]),
+        )
 
 
 # ---- The page ----------------------------------------------------------------------------
+
 
 @bench(quick=True)
 def page(stage):
@@ -809,12 +1004,20 @@ def page(stage):
             times.append(1000 * took)
             sizes.append(len(body))
             time.sleep(random.uniform(0, 0.1))
-    note = "p50 %.0f ms, %.0f KiB" % (percentile(times, 50), statistics.mean(sizes) / KIB)
-    yield at_most("page of 1,000 nodes while 1,000 agents send: p99", percentile(times, 99), "ms",
-                  100, note)
+    note = "p50 %.0f ms, %.0f KiB" % (
+        percentile(times, 50),
+        statistics.mean(sizes) / KIB,
+    )
+    yield at_most(
+        "page of 1,000 nodes while 1,000 agents send: p99",
+        percentile(times, 99),
+        "ms",
+        100,
+        note,
+    )
 
 
-BUCKETS = 100000                # of 10 us: how often the lock was held for so long
+BUCKETS = 100000  # of 10 us: how often the lock was held for so long
 HOLDERS = ("collector", "dashboard", "MainProcess")
 LOCK_PATCH = """
 import mmap, time
@@ -857,29 +1060,51 @@ def lock(stage):
         while time.monotonic() < deadline:
             fetch(fleet.master.page)
             time.sleep(0.1)
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
-        counts = [n for n, in struct.iter_unpack("=Q", held)]
-    for n, what, percent in ((0, "a sample is written: p99.9", 99.9),
-                             (1, "all of it is copied: p90", 90)):    # 3 a second, no more
-        holds = [bucket / 100.0 for bucket, count in enumerate(
-            counts[n * BUCKETS:(n + 1) * BUCKETS]) for _ in range(count)]
-        yield at_most("the table's lock, 1,000 agents, held while %s" % what,
-                      percentile(holds, percent), "ms", 1,
-                      "%d times, worst %.2f ms" % (len(holds), max(holds)))
+    with open(path, "rb") as file, mmap.mmap(
+        file.fileno(), 0, access=mmap.ACCESS_READ
+    ) as held:
+        counts = [n for (n,) in struct.iter_unpack("=Q", held)]
+    for n, what, percent in (
+        (0, "a sample is written: p99.9", 99.9),
+        (1, "all of it is copied: p90", 90),
+    ):  # 3 a second, no more
+        holds = [
+            bucket / 100.0
+            for bucket, count in enumerate(counts[n * BUCKETS : (n + 1) * BUCKETS])
+            for _ in range(count)
+        ]
+        yield at_most(
+            "the table's lock, 1,000 agents, held while %s" % what,
+            percentile(holds, percent),
+            "ms",
+            1,
+            "%d times, worst %.2f ms" % (len(holds), max(holds)),
+        )
 
 
 # ---- The bridge --------------------------------------------------------------------------
 
+
 def throughput(port, streams, seconds):
     """Bits a second that iperf3 gets to its server through that port."""
-    command = [need("iperf3"), "-c", support.HOST, "-p", str(port), "-P", str(streams),
-               "-t", str(seconds), "-J"]
+    command = [
+        need("iperf3"),
+        "-c",
+        support.HOST,
+        "-p",
+        str(port),
+        "-P",
+        str(streams),
+        "-t",
+        str(seconds),
+        "-J",
+    ]
     for _ in range(10):
         done = subprocess.run(command, stdout=subprocess.PIPE, timeout=60)
         answer = json.loads(done.stdout.decode())
         if "busy" not in answer.get("error", ""):
             break
-        time.sleep(0.5)             # the server still ends the test before
+        time.sleep(0.5)  # the server still ends the test before
     if "error" in answer:
         raise ValueError("iperf3: " + answer["error"])
     return answer["end"]["sum_received"]["bits_per_second"]
@@ -891,17 +1116,29 @@ def bridge_throughput(stage):
     iperf, socat = need("iperf3"), need("socat")
     target, port = free_port(), free_port()
     rounds = stage.seconds(5, 3)
-    with run_peer(iperf, "-s", "-B", support.HOST, "-p", target), start_bridge(target) as ours, \
-            run_peer(socat, "TCP-LISTEN:%d,bind=%s,fork,reuseaddr,backlog=128" % (
-                port, support.HOST), "TCP:%s:%d" % (support.HOST, target)):
+    with run_peer(iperf, "-s", "-B", support.HOST, "-p", target), start_bridge(
+        target
+    ) as ours, run_peer(
+        socat,
+        "TCP-LISTEN:%d,bind=%s,fork,reuseaddr,backlog=128" % (port, support.HOST),
+        "TCP:%s:%d" % (support.HOST, target),
+    ):
         support.eventually(lambda: listens(target) and listens(port))
         for streams, bound in ((1, 1.3), (50, None)):
-            speeds = [(throughput(ours.port, streams, 2), throughput(port, streams, 2))
-                      for _ in range(rounds)]
+            speeds = [
+                (throughput(ours.port, streams, 2), throughput(port, streams, 2))
+                for _ in range(rounds)
+            ]
             mine, theirs = (statistics.median(column) for column in zip(*speeds))
-            yield Row("bridge, %d stream%s: throughput / socat" % (streams, "s"[:streams > 1]),
-                      mine / theirs, "x", bound, ">=" if bound else "",
-                      "%.1f / %.1f Gbit/s" % (mine / 1e9, theirs / 1e9))
+            yield Row(
+                "bridge, %d stream%s: throughput / socat"
+                % (streams, "s"[: streams > 1]),
+                mine / theirs,
+                "x",
+                bound,
+                ">=" if bound else "",
+                "%.1f / %.1f Gbit/s" % (mine / 1e9, theirs / 1e9),
+            )
             if stage.quick:
                 break
 
@@ -909,35 +1146,51 @@ def bridge_throughput(stage):
 @bench(quick=True)
 def bridge_idle(stage):
     """1,000 connections through the bridge on which nothing is said."""
-    with Sink() as sink, start_bridge(sink.port) as bridge, contextlib.ExitStack() as stack:
+    with Sink() as sink, start_bridge(
+        sink.port
+    ) as bridge, contextlib.ExitStack() as stack:
         for _ in range(1000):
-            stack.enter_context(socket.create_connection((support.HOST, bridge.port), 10))
+            stack.enter_context(
+                socket.create_connection((support.HOST, bridge.port), 10)
+            )
         support.eventually(lambda: len(sink.socks) == 1000)
         settle(bridge.pid)
-        share, = cpu_share(stage.seconds(30, 10), [bridge.pid])
+        (share,) = cpu_share(stage.seconds(30, 10), [bridge.pid])
         memory = pss_bytes(bridge.pid)
-    yield at_most("bridge, 1,000 idle agents: CPU", 100 * share, "% of a core", 0.1,
-                  "%.1f MiB" % (memory / MIB))
+    yield at_most(
+        "bridge, 1,000 idle agents: CPU",
+        100 * share,
+        "% of a core",
+        0.1,
+        "%.1f MiB" % (memory / MIB),
+    )
 
 
 @bench()
 def bridge_agents(stage):
     """1,000 agents at 2 s through the bridge: what they cost there."""
     with Fleet(stage, 1000, bridge=True) as fleet:
-        share, = cpu_share(20, [fleet.bridge.pid])
+        (share,) = cpu_share(20, [fleet.bridge.pid])
         memory = pss_bytes(fleet.bridge.pid)
-    yield told("bridge, 1,000 agents at 2 s: CPU", 100 * share, "% of a core",
-               "%.1f MiB" % (memory / MIB))
+    yield told(
+        "bridge, 1,000 agents at 2 s: CPU",
+        100 * share,
+        "% of a core",
+        "%.1f MiB" % (memory / MIB),
+    )
 
 
 # ---- Time --------------------------------------------------------------------------------
+
 
 @bench(quick=True)
 def detection(stage):
     """Twenty nodes send, then fall silent at odd moments; until each has left the table."""
     trials, last, gone, beats = 20, {}, {}, [0.0] * 20
     with support.start_master() as master, contextlib.ExitStack() as stack:
-        agents = [stack.enter_context(support.PlainAgent(master.port)) for _ in range(trials)]
+        agents = [
+            stack.enter_context(support.PlainAgent(master.port)) for _ in range(trials)
+        ]
         stops = [time.monotonic() + random.uniform(1, 3) for _ in agents]
         while len(gone) < trials:
             now = time.monotonic()
@@ -952,9 +1205,13 @@ def detection(stage):
             if now > max(stops) + 20:
                 raise ValueError("a silent node stays in the table")
             time.sleep(0.01)
-    yield at_most("a killed node leaves the table after its last sample: worst of %d" % trials,
-                  max(gone.values()), "s", 5.5,
-                  "median %.2f s" % statistics.median(gone.values()))
+    yield at_most(
+        "a killed node leaves the table after its last sample: worst of %d" % trials,
+        max(gone.values()),
+        "s",
+        5.5,
+        "median %.2f s" % statistics.median(gone.values()),
+    )
 
 
 def time_to_page():
@@ -965,6 +1222,7 @@ def time_to_page():
         with contextlib.suppress(ConnectionError):
             return fetch(port)[0] == 200
         return False
+
     with support.start("master_server.py", "--port", 0, "--dashboard-port", port):
         while not served():
             if time.monotonic() - start > support.PATIENCE:
@@ -977,8 +1235,12 @@ def time_to_page():
 def startup(stage):
     """From the start of master_server.py to the first page, served: the median of five."""
     times = [1000 * time_to_page() for _ in range(5)]
-    yield told("from `python3 master_server.py` to a served page", statistics.median(times), "ms",
-               "worst %.0f ms" % max(times))
+    yield told(
+        "from `python3 master_server.py` to a served page",
+        statistics.median(times),
+        "ms",
+        "worst %.0f ms" % max(times),
+    )
 
 
 # ---- Other agents ------------------------------------------------------------------------
@@ -1011,6 +1273,7 @@ def beside_agent(stage, pid, ask=None):
         def scrape():
             while ask and not stop.wait(INTERVAL):
                 ask()
+
         scraper = threading.Thread(target=scrape)
         scraper.start()
         settle(pid)
@@ -1022,33 +1285,54 @@ def beside_agent(stage, pid, ask=None):
 
 def compare(name, ours, theirs):
     """The rows of an agent beside another one."""
-    yield told("agent, everything on: CPU / %s" % name, ours[0] / theirs[0], "x",
-               "%.3f / %.3f %% of a core" % (100 * ours[0], 100 * theirs[0]))
-    yield told("agent, everything on: memory / %s" % name, ours[1] / theirs[1], "x",
-               "%.1f / %.1f MiB" % (ours[1] / MIB, theirs[1] / MIB))
+    yield told(
+        "agent, everything on: CPU / %s" % name,
+        ours[0] / theirs[0],
+        "x",
+        "%.3f / %.3f %% of a core" % (100 * ours[0], 100 * theirs[0]),
+    )
+    yield told(
+        "agent, everything on: memory / %s" % name,
+        ours[1] / theirs[1],
+        "x",
+        "%.1f / %.1f MiB" % (ours[1] / MIB, theirs[1] / MIB),
+    )
 
 
 @bench()
 def node_exporter(stage):
     """An agent beside Prometheus's node_exporter with its defaults, scraped every 2 s."""
     port = free_port()
-    with run_peer(need("prometheus-node-exporter", "node_exporter"),
-                  "--web.listen-address", "%s:%d" % (support.HOST, port)) as peer:
+    with run_peer(
+        need("prometheus-node-exporter", "node_exporter"),
+        "--web.listen-address",
+        "%s:%d" % (support.HOST, port),
+    ) as peer:
         support.eventually(lambda: fetch(port, "/metrics")[0] == 200)
-        yield from compare("node_exporter", *beside_agent(
-            stage, peer.pid, lambda: fetch(port, "/metrics")))
+        yield from compare(
+            "node_exporter",
+            *beside_agent(stage, peer.pid, lambda: fetch(port, "/metrics")),
+        )
 
 
 @bench()
 def collectd(stage):
     """An agent beside collectd, which reads as much every 2 s and sends it by UDP."""
     program = need("collectd")
-    with tempfile.TemporaryDirectory() as folder, socket.socket(type=socket.SOCK_DGRAM) as sink:
+    with tempfile.TemporaryDirectory() as folder, socket.socket(
+        type=socket.SOCK_DGRAM
+    ) as sink:
         sink.bind((support.HOST, 0))
         path = os.path.join(folder, "collectd.conf")
         with open(path, "w") as file:
-            file.write(COLLECTD % {"interval": INTERVAL, "folder": folder,
-                                   "port": sink.getsockname()[1]})
+            file.write(
+                COLLECTD
+                % {
+                    "interval": INTERVAL,
+                    "folder": folder,
+                    "port": sink.getsockname()[1],
+                }
+            )
         with run_peer(program, "-f", "-C", path) as peer:
             yield from compare("collectd", *beside_agent(stage, peer.pid))
 
@@ -1056,6 +1340,7 @@ def collectd(stage):
 # ==========================================================================================
 # Command line
 # ==========================================================================================
+
 
 def measure(name, stage, rows):
     """Run one bench; its rows are put into the list and shown as soon as they are known."""
@@ -1081,13 +1366,26 @@ def run_benches(names, stage):
             if stage.quick and over and all(row.bound for row in over):
                 print("  far over its bound: once more", file=sys.stderr)
                 measure(name, stage, found)
-                first = {row.what: "%s at first" % show(row.value, row.unit) for row in over}
-                found[:] = [row._replace(note=", ".join(filter(None, (
-                    row.note, first.get(row.what))))) for row in found]
+                first = {
+                    row.what: "%s at first" % show(row.value, row.unit) for row in over
+                }
+                found[:] = [
+                    row._replace(
+                        note=", ".join(filter(None, (row.note, first.get(row.what))))
+                    )
+                    for row in found
+                ]
         except Missing as error:
             skipped[name] = "missing here: %s" % error
-        except (AssertionError, ArithmeticError, LookupError, OSError, ValueError,
-                http.client.HTTPException, subprocess.SubprocessError) as error:
+        except (
+            AssertionError,
+            ArithmeticError,
+            LookupError,
+            OSError,
+            ValueError,
+            http.client.HTTPException,
+            subprocess.SubprocessError,
+        ) as error:
             failed[name] = "%s: %.500s" % (type(error).__name__, error)
         rows += [(name, row) for row in found]
         for text in (skipped.get(name), failed.get(name)):
@@ -1107,20 +1405,41 @@ def check_writable(parser, path):
 def write_json(path, machine, rows, skipped, failed):
     """Every figure, for programs."""
     with open(path, "w") as file:
-        json.dump({"machine": machine, "skipped": skipped, "failed": failed,
-                   "rows": [dict(row._asdict(), bench=name, holds=row.holds)
-                            for name, row in rows]}, file, indent=1)
+        json.dump(
+            {
+                "machine": machine,
+                "skipped": skipped,
+                "failed": failed,
+                "rows": [
+                    dict(row._asdict(), bench=name, holds=row.holds)
+                    for name, row in rows
+                ],
+            },
+            file,
+            indent=1,
+        )
         file.write("\n")
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--only", metavar="NAME", action="append", choices=list(BENCHES),
-        help="this measurement; may be repeated")
+    add(
+        "--only",
+        metavar="NAME",
+        action="append",
+        choices=list(BENCHES),
+        help="this measurement; may be repeated",
+    )
     add("--quick", action="store_true", help="for CI: less of it, for less long")
-    add("--json", metavar="FILE", default="bench.json", help="write the figures there (bench.json)")
+    add(
+        "--json",
+        metavar="FILE",
+        default="bench.json",
+        help="write the figures there (bench.json)",
+    )
     add("--list", action="store_true", help="name and explain the measurements")
     return parser
 
@@ -1133,16 +1452,19 @@ def main(argv=None):
             print("%-18s %s" % (name, function.__doc__.partition("\n")[0]))
         return 0
     check_writable(parser, options.json)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # and so the tools end, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so the tools end, too
     machine = describe_machine()
-    names = options.only or [name for name, (_, quick) in BENCHES.items()
-                             if quick or not options.quick]
+    names = options.only or [
+        name for name, (_, quick) in BENCHES.items() if quick or not options.quick
+    ]
     with tempfile.TemporaryDirectory(prefix="sentinel-bench-") as folder:
         rows, skipped, failed = run_benches(names, Stage(options.quick, folder))
     print(MACHINE % machine)
     if machine["busy_before"] > 0.1:
-        print("busy with something else when this began (%.0f %%): do not trust the figures"
-              % (100 * machine["busy_before"]))
+        print(
+            "busy with something else when this began (%.0f %%): do not trust the figures"
+            % (100 * machine["busy_before"])
+        )
     print(render_table([row for _, row in rows]))
     for title, names in (("skipped", skipped), ("failed", failed)):
         for name, text in names.items():
@@ -1151,7 +1473,10 @@ def main(argv=None):
     tolerance = TOLERANCE if options.quick else 1.0
     forgiven = sum(row.holds is False and row.within(tolerance) for _, row in rows)
     if forgiven:
-        print("%d over its bound, by less than the third that --quick allows for noise" % forgiven)
+        print(
+            "%d over its bound, by less than the third that --quick allows for noise"
+            % forgiven
+        )
     if failed or skipped and os.environ.get("SENTINEL_TEST_ALL") == "1":
         return 1
     return 0 if all(row.within(tolerance) for _, row in rows) else 1

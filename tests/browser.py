@@ -97,17 +97,23 @@ class Browser:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=LIMIT)
         with contextlib.closing(connection):
             connection.request(
-                method, self.session + path, None if values is None else json.dumps(values)
+                method,
+                self.session + path,
+                None if values is None else json.dumps(values),
             )
             response = connection.getresponse()
             value = json.loads(response.read().decode("utf-8"))["value"]
         if response.status != 200:
-            raise BrowserError("%s: %s" % (value["error"], value["message"].split("\n")[0]))
+            raise BrowserError(
+                "%s: %s" % (value["error"], value["message"].split("\n")[0])
+            )
         return value
 
     def cdp(self, command, **params):
         """One command of Chromium's own protocol."""
-        return self.command("POST", "/goog/cdp/execute", {"cmd": command, "params": params})
+        return self.command(
+            "POST", "/goog/cdp/execute", {"cmd": command, "params": params}
+        )
 
     def open(self, url):
         """Go to an address and wait until it has loaded."""
@@ -128,19 +134,29 @@ class Browser:
 
     def run(self, script, *arguments):
         """Run JavaScript in the page; what it returns."""
-        return self.command("POST", "/execute/sync", {"script": script, "args": list(arguments)})
+        return self.command(
+            "POST", "/execute/sync", {"script": script, "args": list(arguments)}
+        )
 
     def wait(self, script, *arguments):
         """Run JavaScript whose last argument is to be called with the result."""
-        return self.command("POST", "/execute/async", {"script": script, "args": list(arguments)})
+        return self.command(
+            "POST", "/execute/async", {"script": script, "args": list(arguments)}
+        )
 
     def find(self, selector):
         """The first element of a CSS selector; BrowserError without one."""
-        found = self.command("POST", "/element", {"using": "css selector", "value": selector})
+        found = self.command(
+            "POST", "/element", {"using": "css selector", "value": selector}
+        )
         return Element(self, found[ELEMENT])
 
     def count(self, selector):
-        return len(self.command("POST", "/elements", {"using": "css selector", "value": selector}))
+        return len(
+            self.command(
+                "POST", "/elements", {"using": "css selector", "value": selector}
+            )
+        )
 
     def text(self, selector="body"):
         """What a reader sees of an element."""
@@ -148,9 +164,15 @@ class Browser:
 
     def press(self, *keys):
         """Press and let go of keys, one after another; U+E004 is Tab, U+E007 Enter."""
-        actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+        actions = [
+            {"type": kind, "value": key}
+            for key in keys
+            for kind in ("keyDown", "keyUp")
+        ]
         self.command(
-            "POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]}
+            "POST",
+            "/actions",
+            {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]},
         )
 
     def show_as(self, width, height, dark=False, scale=1, **features):
@@ -166,13 +188,17 @@ class Browser:
         self.cdp(
             "Emulation.setEmulatedMedia",
             features=[
-                {"name": name.replace("_", "-"), "value": value} for name, value in media.items()
+                {"name": name.replace("_", "-"), "value": value}
+                for name, value in media.items()
             ],
         )
 
     def messages(self):
         """What the browser has to complain about since the last time: console, CSP, network."""
-        return [entry["message"] for entry in self.command("POST", "/se/log", {"type": "browser"})]
+        return [
+            entry["message"]
+            for entry in self.command("POST", "/se/log", {"type": "browser"})
+        ]
 
     def screenshot(self, path, whole=False):
         """Write a PNG of what is visible, or of the whole page."""

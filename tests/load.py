@@ -28,22 +28,23 @@ import sys
 import time
 
 PLAIN = [{"cpu": 15.5, "ram": 40.2, "version": "1.0", "ack": True}]
-NAME = "node-%07d"              # all of one length: a name is written over another
-TICK = 0.001                    # seconds: a shorter sleep costs more than it spreads
+NAME = "node-%07d"  # all of one length: a name is written over another
+TICK = 0.001  # seconds: a shorter sleep costs more than it spreads
 REPORT_SECONDS = 1.0
-VALUES = 1024                   # different values of cpu and ram
-LOWEST, HIGHEST = 5.0, 85.0     # percent: nothing that would fire an alert
+VALUES = 1024  # different values of cpu and ram
+LOWEST, HIGHEST = 5.0, 85.0  # percent: nothing that would fire an alert
 CONNECTS_PER_SECOND = 500.0
 CONNECT_SECONDS = 10.0
 ANSWER_BYTES = 4096
-RESET = struct.pack("ii", 1, 0)             # SO_LINGER: close() sends RST, as a crash does
-WAYS = ("goodbye", "reset", "close", "silence")     # how agents leave under churn, in turn
-SILENT_SECONDS = 10.0           # then a silent one's socket is closed; the master was sooner
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST, as a crash does
+WAYS = ("goodbye", "reset", "close", "silence")  # how agents leave under churn, in turn
+SILENT_SECONDS = 10.0  # then a silent one's socket is closed; the master was sooner
 
 
 # ==========================================================================================
 # Samples: pickled once, written over for each agent
 # ==========================================================================================
+
 
 class Template:
     """The bytes of one sample, and where name, cpu and ram stand in them."""
@@ -56,17 +57,21 @@ class Template:
 
     def find_float(self, key):
         """Where the 8 bytes of a key's value are."""
-        lead = b"\x8c" + bytes([len(key)]) + key.encode() + b"\x94G"    # text, memoize, float
+        lead = (
+            b"\x8c" + bytes([len(key)]) + key.encode() + b"\x94G"
+        )  # text, memoize, float
         return self.data.index(lead) + len(lead)
 
     def fill(self, name, cpu, ram):
         """The bytes with another name (bytes) and values (8 bytes each)."""
         data = self.data
         if len(name) != len(NAME % 0):
-            raise ValueError("a name of another length would spoil the pickle: %r" % name)
-        data[self.name:self.name + len(name)] = name
+            raise ValueError(
+                "a name of another length would spoil the pickle: %r" % name
+            )
+        data[self.name : self.name + len(name)] = name
         for at, value in zip(self.floats, (cpu, ram)):
-            data[at:at + 8] = value
+            data[at : at + 8] = value
         return data
 
 
@@ -81,6 +86,7 @@ def read_samples(path):
 # ==========================================================================================
 # Pacing
 # ==========================================================================================
+
 
 def first_due(index, count, ramp):
     """Seconds after the start at which an agent connects: one after another over the ramp."""
@@ -98,19 +104,31 @@ def next_due(due, interval, pace):
 # Load
 # ==========================================================================================
 
+
 class Load:
     """All the agents of this process."""
 
     def __init__(self, options):
         self.options = options
-        self.templates = [dict(sample, interval=options.interval) for sample in
-                          read_samples(options.samples)]
-        self.templates = itertools.cycle([Template(sample) for sample in self.templates])
-        self.values = itertools.cycle([struct.pack(">d", round(random.uniform(LOWEST, HIGHEST), 1))
-                                       for _ in range(VALUES)])
-        self.socks, self.names = {}, itertools.count()      # index: socket; names are never reused
+        self.templates = [
+            dict(sample, interval=options.interval)
+            for sample in read_samples(options.samples)
+        ]
+        self.templates = itertools.cycle(
+            [Template(sample) for sample in self.templates]
+        )
+        self.values = itertools.cycle(
+            [
+                struct.pack(">d", round(random.uniform(LOWEST, HIGHEST), 1))
+                for _ in range(VALUES)
+            ]
+        )
+        self.socks, self.names = (
+            {},
+            itertools.count(),
+        )  # index: socket; names are never reused
         self.name_of, self.due = {}, []
-        self.silent = collections.deque()                   # (until, socket)
+        self.silent = collections.deque()  # (until, socket)
         self.sent = self.answered = self.lost = self.left = 0
         self.late, self.reasons, self.stopping = 0.0, {}, []
 
@@ -155,8 +173,11 @@ class Load:
                 raise ConnectionError("closed by the master")
             if index not in self.name_of:
                 self.name_of[index] = (NAME % next(self.names)).encode()
-            sock.send(next(self.templates).fill(self.name_of[index], next(self.values),
-                                                next(self.values)))
+            sock.send(
+                next(self.templates).fill(
+                    self.name_of[index], next(self.values), next(self.values)
+                )
+            )
             self.sent += 1
             return True
         except OSError as error:
@@ -169,7 +190,9 @@ class Load:
 
     def connect(self, index):
         """A new connection."""
-        sock = socket.create_connection((self.options.host, self.options.port), CONNECT_SECONDS)
+        sock = socket.create_connection(
+            (self.options.host, self.options.port), CONNECT_SECONDS
+        )
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setblocking(False)
         self.socks[index] = sock
@@ -181,12 +204,14 @@ class Load:
             text = sock.recv(ANSWER_BYTES)
         except BlockingIOError:
             return True
-        if text == b"ok\n":         # nearly always
+        if text == b"ok\n":  # nearly always
             self.answered += 1
             return True
         self.answered += text.count(b"ok\n")
         if b"error " in text:
-            raise ConnectionError(text[text.index(b"error "):].decode("utf-8", "replace").strip())
+            raise ConnectionError(
+                text[text.index(b"error ") :].decode("utf-8", "replace").strip()
+            )
         return bool(text)
 
     def replace(self, index):
@@ -207,22 +232,34 @@ class Load:
             elif way == "reset":
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         except OSError:
-            pass                    # the next sample of a dropped one would have told
+            pass  # the next sample of a dropped one would have told
         sock.close()
 
     def report(self):
         """One line: agents, samples, answers, who was dropped and why, worst delay, CPU, time."""
-        print(json.dumps({
-            "agents": len(self.socks), "sent": self.sent, "answered": self.answered,
-            "lost": self.lost, "left": self.left, "reasons": self.reasons,
-            "late": round(self.late, 4), "cpu": round(time.process_time(), 3),
-            "time": round(time.monotonic(), 3)}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "agents": len(self.socks),
+                    "sent": self.sent,
+                    "answered": self.answered,
+                    "lost": self.lost,
+                    "left": self.left,
+                    "reasons": self.reasons,
+                    "late": round(self.late, 4),
+                    "cpu": round(time.process_time(), 3),
+                    "time": round(time.monotonic(), 3),
+                }
+            ),
+            flush=True,
+        )
         self.late = 0.0
 
 
 # ==========================================================================================
 # Command line
 # ==========================================================================================
+
 
 def raise_limit(need):
     """Have that many descriptors, if the system allows it."""
@@ -231,7 +268,7 @@ def raise_limit(need):
         top = hard if hard == resource.RLIM_INFINITY else max(need, hard)
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (need, top))
-        except (ValueError, OSError):       # only root may pass the hard limit
+        except (ValueError, OSError):  # only root may pass the hard limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(need, hard), hard))
 
 
@@ -242,9 +279,23 @@ def build_parser():
     add("count", type=int)
     add("--host", default="127.0.0.1")
     add("--pace", choices=("even", "burst"), default="even")
-    add("--interval", type=float, default=2.0, help="seconds between samples of one agent")
-    add("--ramp", type=float, help="seconds in which all connect (500 in one, at least --interval)")
-    add("--churn", type=float, default=0.0, help="agents replaced by new ones each second")
+    add(
+        "--interval",
+        type=float,
+        default=2.0,
+        help="seconds between samples of one agent",
+    )
+    add(
+        "--ramp",
+        type=float,
+        help="seconds in which all connect (500 in one, at least --interval)",
+    )
+    add(
+        "--churn",
+        type=float,
+        default=0.0,
+        help="agents replaced by new ones each second",
+    )
     add("--samples", help="JSON file: list of samples to send in turn")
     return parser
 
@@ -258,7 +309,7 @@ def main(argv=None):
     load = Load(options)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda caught, _: load.stopping.append(caught))
-    gc.disable()                    # no cycles here, and a pause would be a burst
+    gc.disable()  # no cycles here, and a pause would be a burst
     try:
         load.run()
     except BrokenPipeError:

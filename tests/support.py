@@ -35,10 +35,10 @@ import unittest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PYTHON = os.environ.get("SENTINEL_TEST_PYTHON") or sys.executable
 HOST = "127.0.0.1"
-PATIENCE = 20           # seconds that a busy machine may take for what takes a fraction of one
-STOP_LIMIT = 20         # seconds to end after SIGTERM; then SIGKILL, which a test can see
-POLL = 0.05             # seconds between two looks
-MAX_SLOTS = 1024        # what the master has without --max-agents
+PATIENCE = 20  # seconds that a busy machine may take for what takes a fraction of one
+STOP_LIMIT = 20  # seconds to end after SIGTERM; then SIGKILL, which a test can see
+POLL = 0.05  # seconds between two looks
+MAX_SLOTS = 1024  # what the master has without --max-agents
 
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
@@ -48,13 +48,20 @@ if ROOT not in sys.path:
 # Patience: eventually, stays
 # ==========================================================================================
 
+
 def _look(check):
     """(value, text): a check that raises is one that does not hold yet."""
     try:
         value = check()
         return value, repr(value)
-    except (AssertionError, LookupError, OSError, TypeError, ValueError,
-            http.client.HTTPException) as error:
+    except (
+        AssertionError,
+        LookupError,
+        OSError,
+        TypeError,
+        ValueError,
+        http.client.HTTPException,
+    ) as error:
         return None, "%s: %s" % (type(error).__name__, error)
 
 
@@ -67,8 +74,10 @@ def eventually(check, seconds=PATIENCE, what=""):
         if value:
             return value
         if late:
-            raise AssertionError("not within %.1f s%s; last seen: %.2000s"
-                                 % (seconds, what and ": " + what, text))
+            raise AssertionError(
+                "not within %.1f s%s; last seen: %.2000s"
+                % (seconds, what and ": " + what, text)
+            )
         time.sleep(POLL)
 
 
@@ -78,14 +87,17 @@ def stays(check, seconds, what=""):
     while time.monotonic() - start < seconds:
         value, text = _look(check)
         if not value:
-            raise AssertionError("held for %.1f of %.1f s only%s; then: %.2000s" % (
-                time.monotonic() - start, seconds, what and ": " + what, text))
+            raise AssertionError(
+                "held for %.1f of %.1f s only%s; then: %.2000s"
+                % (time.monotonic() - start, seconds, what and ": " + what, text)
+            )
         time.sleep(POLL)
 
 
 # ==========================================================================================
 # Processes: start, start_master, run, Tool, alive, descendants
 # ==========================================================================================
+
 
 def _command(argv, python):
     """A tool's name stands for its path; anything else ("-c", "-m", a path) goes as it is."""
@@ -97,8 +109,11 @@ def _command(argv, python):
 
 def _environment(changes):
     """This one without what would change a tool's defaults; a None in `changes` removes a name."""
-    env = {name: value for name, value in os.environ.items()
-           if not name.startswith(("SENTINEL_", "SLURM"))}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SENTINEL_", "SLURM"))
+    }
     env.update(changes or {})
     return {name: str(value) for name, value in env.items() if value is not None}
 
@@ -106,8 +121,15 @@ def _environment(changes):
 def run(*argv, python=None, env=None, stdin="", seconds=60, **more):
     """Run a tool to its end: a CompletedProcess whose stdout and stderr are text."""
     return subprocess.run(
-        _command(argv, python), env=_environment(env), input=stdin, timeout=seconds,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, **more)
+        _command(argv, python),
+        env=_environment(env),
+        input=stdin,
+        timeout=seconds,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        universal_newlines=True,
+        **more,
+    )
 
 
 def start(*argv, python=None, env=None, **more):
@@ -147,7 +169,10 @@ def start_master(*flags, patch="", method="", **more):
         argv += [] if flag in flags else [flag, "0"]
     master = start(*(argv + list(flags)), **more)
     try:
-        master.port, master.page = master.listening("collector"), master.listening("dashboard")
+        master.port, master.page = (
+            master.listening("collector"),
+            master.listening("dashboard"),
+        )
     except BaseException:
         master.stop()
         raise
@@ -163,17 +188,27 @@ class Tool:
     _running = set()
 
     def __init__(self, command, env, **more):
-        for stream, default in (("stdin", subprocess.DEVNULL), ("stdout", subprocess.PIPE),
-                                ("stderr", subprocess.PIPE)):
+        for stream, default in (
+            ("stdin", subprocess.DEVNULL),
+            ("stdout", subprocess.PIPE),
+            ("stderr", subprocess.PIPE),
+        ):
             more.setdefault(stream, default)
         self.command = command
-        self.process = subprocess.Popen(command, env=env, start_new_session=True, **more)
+        self.process = subprocess.Popen(
+            command, env=env, start_new_session=True, **more
+        )
         Tool._running.add(self)
         self.pid = self.process.pid
         self._chunks = {"out": [], "log": []}
         self._readers = [
             threading.Thread(target=self._read, args=(pipe, name), daemon=True)
-            for pipe, name in ((self.process.stdout, "out"), (self.process.stderr, "log")) if pipe]
+            for pipe, name in (
+                (self.process.stdout, "out"),
+                (self.process.stderr, "log"),
+            )
+            if pipe
+        ]
         for reader in self._readers:
             reader.start()
 
@@ -199,22 +234,28 @@ class Tool:
 
     def listening(self, role="", seconds=PATIENCE):
         """The port that the tool names: "listening on HOST:PORT", of that role if one is given."""
-        line = r"%s *listening on (?:http://)?(?:\[[^]]*\]|[^\s:]*):(\d+)" % re.escape(role)
+        line = r"%s *listening on (?:http://)?(?:\[[^]]*\]|[^\s:]*):(\d+)" % re.escape(
+            role
+        )
         return int(self.logged(line, seconds).group(1))
 
     def logged(self, pattern, seconds=PATIENCE):
         """Wait until the log holds the pattern; returns the match."""
+
         def look():
             if self.code is None:
                 return re.search(pattern, self.log)
             self._finish_reading()
             return re.search(pattern, self.log) or "ended"
+
         try:
             found = eventually(look, seconds, "%r in the log" % pattern)
         except AssertionError as error:
             raise AssertionError("%s\n%s" % (error, self.log)) from None
         if found == "ended":
-            raise AssertionError("ended with %s before %r:\n%s" % (self.code, pattern, self.log))
+            raise AssertionError(
+                "ended with %s before %r:\n%s" % (self.code, pattern, self.log)
+            )
         return found
 
     def send_signal(self, number, group=False):
@@ -229,8 +270,10 @@ class Tool:
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise AssertionError("still running after %s s: %s\n%s" % (
-                seconds, " ".join(self.command), self.log)) from None
+            raise AssertionError(
+                "still running after %s s: %s\n%s"
+                % (seconds, " ".join(self.command), self.log)
+            ) from None
         self._finish_reading()
         return self.process.returncode
 
@@ -258,7 +301,7 @@ class Tool:
 
     def _finish_reading(self):
         for reader in self._readers:
-            reader.join(5)      # a grandchild may hold the pipe
+            reader.join(5)  # a grandchild may hold the pipe
 
     def __enter__(self):
         return self
@@ -312,6 +355,7 @@ def descendants(pid):
 # Shared memory: shm_names, shm_of, unlink_shm, slots
 # ==========================================================================================
 
+
 def shm_names():
     """What there is in /dev/shm."""
     return set(os.listdir("/dev/shm"))
@@ -340,13 +384,17 @@ def slots(name):
     """{address: (slot id, cpu, ram)}, read from offset 0 as the plan lays it out."""
     with open("/dev/shm/" + name, "rb") as file:
         data = file.read(MAX_SLOTS * struct.calcsize("i64sff"))
-    return {address.rstrip(b"\0").decode(): (number, cpu, ram)
-            for number, address, cpu, ram in struct.iter_unpack("i64sff", data) if number}
+    return {
+        address.rstrip(b"\0").decode(): (number, cpu, ram)
+        for number, address, cpu, ram in struct.iter_unpack("i64sff", data)
+        if number
+    }
 
 
 # ==========================================================================================
 # Clients: PlainAgent, get, nodes, row_of, events, page_text, closed_port
 # ==========================================================================================
+
 
 class PlainAgent:
     """The plan's five-line agent: connects, writes pickles, need not read."""
@@ -363,7 +411,7 @@ class PlainAgent:
     def send_bytes(self, data, step=None):
         """Raw bytes, in segments of `step` bytes if it is given."""
         for at in range(0, len(data), step or len(data) or 1):
-            self.socket.sendall(data[at:at + step] if step else data)
+            self.socket.sendall(data[at : at + step] if step else data)
 
     def read_line(self, seconds=PATIENCE):
         """The master's next line without its end; "" when it has closed the connection."""
@@ -386,7 +434,9 @@ class PlainAgent:
         try:
             chunk = self.socket.recv(65536)
         except socket.timeout:
-            raise AssertionError("no answer in time; so far: %r" % self._unread) from None
+            raise AssertionError(
+                "no answer in time; so far: %r" % self._unread
+            ) from None
         except ConnectionResetError:
             chunk = b""
         finally:
@@ -418,7 +468,9 @@ def get(port, path="/", method="GET", headers=None, seconds=PATIENCE, host=HOST)
     try:
         connection.request(method, path, headers=headers or {})
         with connection.getresponse() as response:
-            return Answer(response.status, response.msg, response.read().decode("utf-8"))
+            return Answer(
+                response.status, response.msg, response.read().decode("utf-8")
+            )
     finally:
         connection.close()
 
@@ -437,16 +489,22 @@ def nodes(port):
 
 def row_of(page, **wanted):
     """The one row of /api/nodes with these values, or None."""
-    rows = [row for row in nodes(page)
-            if all(row.get(key) == value for key, value in wanted.items())]
+    rows = [
+        row
+        for row in nodes(page)
+        if all(row.get(key) == value for key, value in wanted.items())
+    ]
     assert len(rows) <= 1, rows
     return rows[0] if rows else None
 
 
 def events(port, kind=None):
     """The entries of /api/events, of one kind if it is given."""
-    return [event for event in _json(port, "/api/events", "events")
-            if kind in (None, event["kind"])]
+    return [
+        event
+        for event in _json(port, "/api/events", "events")
+        if kind in (None, event["kind"])
+    ]
 
 
 def page_text(port, path="/"):
@@ -465,6 +523,7 @@ def closed_port(host=HOST):
 # ==========================================================================================
 # MasterTest
 # ==========================================================================================
+
 
 class MasterTest(unittest.TestCase):
     """Tests that share one master, started with `flags`, `patch` and `env`."""
@@ -494,21 +553,34 @@ class MasterTest(unittest.TestCase):
         return agent
 
     def row(self, seconds=PATIENCE, **wanted):
-        return eventually(lambda: row_of(self.master.page, **wanted), seconds, str(wanted))
+        return eventually(
+            lambda: row_of(self.master.page, **wanted), seconds, str(wanted)
+        )
 
     def gone(self, seconds=PATIENCE, **wanted):
-        return eventually(lambda: row_of(self.master.page, **wanted) is None, seconds,
-                          "%s is gone" % wanted)
+        return eventually(
+            lambda: row_of(self.master.page, **wanted) is None,
+            seconds,
+            "%s is gone" % wanted,
+        )
 
     def event(self, kind, node, seconds=PATIENCE):
         """The last event of that kind about that node, once there is one."""
-        return eventually(lambda: [event for event in events(self.master.page, kind)
-                                   if event["node"] == node], seconds, "%s %s" % (kind, node))[-1]
+        return eventually(
+            lambda: [
+                event
+                for event in events(self.master.page, kind)
+                if event["node"] == node
+            ],
+            seconds,
+            "%s %s" % (kind, node),
+        )[-1]
 
 
 # ==========================================================================================
 # Needs: requires, pythons
 # ==========================================================================================
+
 
 @functools.lru_cache()
 def pythons(first=(3, 6), last=(3, 13)):
@@ -516,21 +588,28 @@ def pythons(first=(3, 6), last=(3, 13)):
     found = {sys.version_info[:2]: sys.executable}
     pyenv = os.path.expanduser("~/.pyenv/versions")
     for name in sorted(os.listdir(pyenv)) if os.path.isdir(pyenv) else ():
-        found.setdefault(_version(os.path.join(pyenv, name, "bin", "python")),
-                         os.path.join(pyenv, name, "bin", "python"))
+        found.setdefault(
+            _version(os.path.join(pyenv, name, "bin", "python")),
+            os.path.join(pyenv, name, "bin", "python"),
+        )
     for minor in range(first[1], last[1] + 1):
         path = shutil.which("python3.%d" % minor)
         if path and (3, minor) not in found and _version(path):
             found[3, minor] = path
-    return {version: path for version, path in found.items()
-            if version and first <= version <= last}
+    return {
+        version: path
+        for version, path in found.items()
+        if version and first <= version <= last
+    }
 
 
 def _version(path):
     """(3, 11), or None if it does not start, as a shim without its version."""
     try:
         out = subprocess.check_output(
-            [path, "-c", "import sys; print(*sys.version_info[:2])"], stderr=subprocess.DEVNULL)
+            [path, "-c", "import sys; print(*sys.version_info[:2])"],
+            stderr=subprocess.DEVNULL,
+        )
         return tuple(int(number) for number in out.split())
     except (OSError, ValueError, subprocess.CalledProcessError):
         return None
@@ -572,9 +651,10 @@ def requires(*things):
             return test
         fail.__name__, fail.__doc__ = test.__name__, test.__doc__
         return fail
+
     return decorate
 
 
-if __name__ == "__main__":      # .ci/run asks: which interpreters are there?
+if __name__ == "__main__":  # .ci/run asks: which interpreters are there?
     for version, interpreter in sorted(pythons().items()):
         print("%d.%d" % version, interpreter)

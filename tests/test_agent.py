@@ -27,13 +27,21 @@ sys.path.insert(0, support.ROOT)
 import agent
 
 TREES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "proc")
-SLURM = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train", "SLURM_JOB_CPUS_PER_NODE": "16",
-         "SLURM_NODEID": "0", "SLURMD_NODENAME": "node017", "SLURM_JOB_END_TIME": "4102444800"}
+SLURM = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_JOB_NAME": "train",
+    "SLURM_JOB_CPUS_PER_NODE": "16",
+    "SLURM_NODEID": "0",
+    "SLURMD_NODENAME": "node017",
+    "SLURM_JOB_END_TIME": "4102444800",
+}
 
 
 def tree(kind):
     """The Probe of a tree in tests/proc."""
-    return agent.Probe(os.path.join(TREES, kind, "proc"), os.path.join(TREES, kind, "sys"))
+    return agent.Probe(
+        os.path.join(TREES, kind, "proc"), os.path.join(TREES, kind, "sys")
+    )
 
 
 def sample_of(kind, **environ):
@@ -55,6 +63,7 @@ def copy_of(test, kind):
     def write(path, text):
         with open(os.path.join(root, path), "w") as file:
             file.write(text)
+
     return agent.Probe(os.path.join(root, "proc"), os.path.join(root, "sys")), write
 
 
@@ -67,58 +76,100 @@ class Parsers(unittest.TestCase):
         self.assertEqual(agent.parse_cpu("cpu  1 2 3 4 5 6 7\n"), (9, 28))
 
     def test_memory_is_what_memavailable_says(self):
-        text = ("MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: 600 kB\nBuffers: 1 kB\n"
-                "SwapTotal: 50 kB\nSwapFree: 20 kB\n")
+        text = (
+            "MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: 600 kB\nBuffers: 1 kB\n"
+            "SwapTotal: 50 kB\nSwapFree: 20 kB\n"
+        )
         self.assertEqual(agent.parse_meminfo(text), (1024000, 614400, 51200, 20480))
 
     def test_before_linux_3_14_it_is_the_sum_that_free_took(self):
         with open(os.path.join(TREES, "centos6/proc/meminfo")) as file:
             text = file.read()
-        for end in ("", "HugePages_To"):        # as a file that is cut after 1 KiB ends
+        for end in ("", "HugePages_To"):  # as a file that is cut after 1 KiB ends
             total, available, swap, unused = agent.parse_meminfo(text + end)
             self.assertEqual(available, (1362580 + 39344 + 206060 + 34340 - 232) * 1024)
-        self.assertEqual((total, swap, unused), (1914844 * 1024, 2064376 * 1024, 1548282 * 1024))
+        self.assertEqual(
+            (total, swap, unused), (1914844 * 1024, 2064376 * 1024, 1548282 * 1024)
+        )
 
     def test_nvidia_smi_is_read_with_and_without_what_it_knows(self):
         table = (
             ("35, 1024, 40960\n", {"gpus": 1, "gpu": 35, "gpu_mem": 2.5}),
             ("100, 40960, 40960\n0, 0, 40960\n", {"gpus": 2, "gpu": 50, "gpu_mem": 50}),
-            ("[N/A], 10240, 40960\n20, 0, 40960\n", {"gpus": 2, "gpu": 20, "gpu_mem": 12.5}),
+            (
+                "[N/A], 10240, 40960\n20, 0, 40960\n",
+                {"gpus": 2, "gpu": 20, "gpu_mem": 12.5},
+            ),
             ("[N/A], [N/A], [N/A]\n", {"gpus": 1}),
             ("[Not Supported], [Not Supported], [Not Supported]\n", {"gpus": 1}),
             ("0, 0, 40960", {"gpus": 1, "gpu": 0, "gpu_mem": 0}),
             ("No devices were found\n", {}),
-            ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", {}),
-            ("", {}))
+            (
+                "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.",
+                {},
+            ),
+            ("", {}),
+        )
         for text, expected in table:
             with self.subTest(text):
                 self.assertEqual(dict(agent.parse_gpus(text)), expected)
 
     def test_time_left_is_read_in_every_form_that_squeue_has(self):
-        for text, seconds in (("1-02:03:04\n", 93784), ("2:03:04\n", 7384), ("9:55\n", 595),
-                              ("0:00\n", 0), ("10-00:00:00\n", 864000)):
+        for text, seconds in (
+            ("1-02:03:04\n", 93784),
+            ("2:03:04\n", 7384),
+            ("9:55\n", 595),
+            ("0:00\n", 0),
+            ("10-00:00:00\n", 864000),
+        ):
             with self.subTest(text):
                 parts = re.findall(agent.TIME_LEFT, text.strip())[0]
-                self.assertEqual(sum(int(part or 0) * unit for part, unit in zip(
-                    parts, (86400, 3600, 60, 1))), seconds)
-        for text in ("UNLIMITED", "NOT_SET", "INVALID", "", "slurm_load_jobs error: Invalid job"):
+                self.assertEqual(
+                    sum(
+                        int(part or 0) * unit
+                        for part, unit in zip(parts, (86400, 3600, 60, 1))
+                    ),
+                    seconds,
+                )
+        for text in (
+            "UNLIMITED",
+            "NOT_SET",
+            "INVALID",
+            "",
+            "slurm_load_jobs error: Invalid job",
+        ):
             self.assertEqual(re.findall(agent.TIME_LEFT, text), [])
 
     def test_the_jobs_level_of_a_cgroup_is_found_whatever_its_name(self):
         table = (
-            ("4:memory:/slurm_c1/uid_4242/job_1/step_0/task_0", "/slurm_c1/uid_4242/job_1"),
+            (
+                "4:memory:/slurm_c1/uid_4242/job_1/step_0/task_0",
+                "/slurm_c1/uid_4242/job_1",
+            ),
             ("4:memory:/slurm/uid_1000/job_1", "/slurm/uid_1000/job_1"),
-            ("0::/system.slice/slurmstepd.scope/job_1/step_0/user/task_0",
-             "/system.slice/slurmstepd.scope/job_1"),
-            ("0::/system.slice/c1_slurmstepd.scope/s1ABC/step_0",
-             "/system.slice/c1_slurmstepd.scope/s1ABC"),
-            ("0::/docker/0123/system.slice/slurmstepd.scope/job_9/step_extern",
-             "/docker/0123/system.slice/slurmstepd.scope/job_9"))
+            (
+                "0::/system.slice/slurmstepd.scope/job_1/step_0/user/task_0",
+                "/system.slice/slurmstepd.scope/job_1",
+            ),
+            (
+                "0::/system.slice/c1_slurmstepd.scope/s1ABC/step_0",
+                "/system.slice/c1_slurmstepd.scope/s1ABC",
+            ),
+            (
+                "0::/docker/0123/system.slice/slurmstepd.scope/job_9/step_extern",
+                "/docker/0123/system.slice/slurmstepd.scope/job_9",
+            ),
+        )
         for line, path in table:
             with self.subTest(line):
                 self.assertEqual(agent.JOB_CGROUP.findall(line + "\n")[0][1], path)
-        for line in ("0::/user.slice/user-1000.slice/session-1.scope", "4:memory:/",
-                     "0::/system.slice/slurmstepd.scope", "4:memory:/slurm/uid_1000", "nonsense"):
+        for line in (
+            "0::/user.slice/user-1000.slice/session-1.scope",
+            "4:memory:/",
+            "0::/system.slice/slurmstepd.scope",
+            "4:memory:/slurm/uid_1000",
+            "nonsense",
+        ):
             with self.subTest(line):
                 self.assertEqual(agent.JOB_CGROUP.findall(line + "\n"), [])
 
@@ -137,7 +188,11 @@ class Rates(unittest.TestCase):
 
     def test_a_counter_that_went_back_is_unknown_once(self):
         rates = agent.Rates()
-        for value, now, expected in ((10, 1.0, []), (5, 2.0, []), (7, 3.0, [("rx", 2.0)])):
+        for value, now, expected in (
+            (10, 1.0, []),
+            (5, 2.0, []),
+            (7, 3.0, [("rx", 2.0)]),
+        ):
             self.assertEqual(list(rates.change("rx", value, now)), expected)
 
     def test_no_time_gone_by_is_no_rate(self):
@@ -149,10 +204,31 @@ class Rates(unittest.TestCase):
 class Trees(unittest.TestCase):
     def test_a_plain_node_knows_everything_but_a_job_a_gpu_and_swap(self):
         sample = sample_of("debian")
-        self.assertEqual(set(sample), {
-            "node", "user", "version", "cpus", "cpu", "ram", "mem_total", "mem_used", "load1",
-            "procs", "uptime", "psi_cpu", "psi_mem", "psi_io", "net_rx", "net_tx", "disk_read",
-            "disk_write", "agent_cpu", "agent_rss"})
+        self.assertEqual(
+            set(sample),
+            {
+                "node",
+                "user",
+                "version",
+                "cpus",
+                "cpu",
+                "ram",
+                "mem_total",
+                "mem_used",
+                "load1",
+                "procs",
+                "uptime",
+                "psi_cpu",
+                "psi_mem",
+                "psi_io",
+                "net_rx",
+                "net_tx",
+                "disk_read",
+                "disk_write",
+                "agent_cpu",
+                "agent_rss",
+            },
+        )
         self.assertEqual(sample["cpus"], 2)
         self.assertEqual((sample["net_rx"], sample["disk_read"]), (0.0, 0.0))
 
@@ -160,17 +236,34 @@ class Trees(unittest.TestCase):
         sample = sample_of("centos6")
         self.assertEqual(sample["ram"], 14.2)
         self.assertEqual(sample["swap"], 25.0)
-        self.assertEqual((sample["load1"], sample["procs"], sample["uptime"]), (0.0, 121, 5440.11))
-        self.assertFalse({"psi_cpu", "psi_mem", "psi_io", "net_rx", "disk_read"} & set(sample))
+        self.assertEqual(
+            (sample["load1"], sample["procs"], sample["uptime"]), (0.0, 121, 5440.11)
+        )
+        self.assertFalse(
+            {"psi_cpu", "psi_mem", "psi_io", "net_rx", "disk_read"} & set(sample)
+        )
 
     def test_without_swap_there_is_no_percentage_of_it(self):
         self.assertNotIn("swap", sample_of("bonded"))
 
     def test_files_that_hold_nonsense_leave_cpu_and_ram_alone(self):
         sample = sample_of("broken", **SLURM)
-        self.assertEqual(set(sample) - {"agent_cpu", "agent_rss"}, {
-            "node", "user", "version", "cpus", "cpu", "ram", "mem_total", "mem_used", "job",
-            "job_name", "job_cpus"})
+        self.assertEqual(
+            set(sample) - {"agent_cpu", "agent_rss"},
+            {
+                "node",
+                "user",
+                "version",
+                "cpus",
+                "cpu",
+                "ram",
+                "mem_total",
+                "mem_used",
+                "job",
+                "job_name",
+                "job_cpus",
+            },
+        )
 
     def test_what_a_bond_a_bridge_or_a_partition_counts_is_not_counted_again(self):
         probe, write = copy_of(self, "bonded")
@@ -178,15 +271,27 @@ class Trees(unittest.TestCase):
         self.assertEqual(sampler.hardware["net"], ["eth0", "eth1"])
         self.assertEqual(sampler.hardware["block"], ["nvme0n1", "sda"])
         before = sampler.now
-        dev = probe.read("proc/net/dev").replace(" 1000000 ", " 1500000 ").replace(
-            "3000000", "9000000").replace("400000", "400100")
+        dev = (
+            probe.read("proc/net/dev")
+            .replace(" 1000000 ", " 1500000 ")
+            .replace("3000000", "9000000")
+            .replace("400000", "400100")
+        )
         write("proc/net/dev", dev)
-        write("proc/diskstats", probe.read("proc/diskstats").replace(
-            "2000 10 500 0 4000", "2100 10 500 0 4010").replace("80000", "80001"))
+        write(
+            "proc/diskstats",
+            probe.read("proc/diskstats")
+            .replace("2000 10 500 0 4000", "2100 10 500 0 4010")
+            .replace("80000", "80001"),
+        )
         sample = sampler.sample()
         seconds = sampler.now - before
-        for key, count in (("net_rx", 500000), ("net_tx", 100), ("disk_read", 101 * 512),
-                           ("disk_write", 10 * 512)):
+        for key, count in (
+            ("net_rx", 500000),
+            ("net_tx", 100),
+            ("disk_read", 101 * 512),
+            ("disk_write", 10 * 512),
+        ):
             self.assertAlmostEqual(sample[key] * seconds, count, delta=count / 1000.0)
 
     def test_in_a_container_without_devices_all_interfaces_but_loopback_count(self):
@@ -196,16 +301,24 @@ class Trees(unittest.TestCase):
         probe, write = copy_of(self, "bonded")
         write("proc/stat", "cpu  0 0 0 0 0 0 0 0 0 0\ncpu0 1\n")
         sampler = agent.Sampler(probe)
-        for busy, idle, percent in ((1000, 3000, 25.0), (1000, 3000, 25.0), (1000, 2990, 25.0),
-                                    (1100, 2990, 100.0), (1200, 2980, 100.0), (1200, 4000, 0.0),
-                                    (50, 60, 0.0)):
+        for busy, idle, percent in (
+            (1000, 3000, 25.0),
+            (1000, 3000, 25.0),
+            (1000, 2990, 25.0),
+            (1100, 2990, 100.0),
+            (1200, 2980, 100.0),
+            (1200, 4000, 0.0),
+            (50, 60, 0.0),
+        ):
             write("proc/stat", "cpu  %d 0 0 %d 0 0 0 0 0 0\ncpu0 1\n" % (busy, idle))
             self.assertEqual(sampler.sample()["cpu"], percent, (busy, idle))
 
     def test_amd_gpus_are_cards_that_tell_not_their_second_names(self):
         with mock.patch.dict(os.environ, {"PATH": "/nowhere"}):
             sampler = agent.Sampler(tree("amd"))
-            self.assertEqual(dict(sampler.read_gpus()), {"gpus": 2, "gpu": 50.0, "gpu_mem": 12.5})
+            self.assertEqual(
+                dict(sampler.read_gpus()), {"gpus": 2, "gpu": 50.0, "gpu_mem": 12.5}
+            )
 
     def test_a_node_without_a_gpu_has_no_gpu_keys(self):
         with mock.patch.dict(os.environ, {"PATH": "/nowhere"}):
@@ -214,7 +327,9 @@ class Trees(unittest.TestCase):
     def test_every_tree_says_where_it_came_from_and_gives_a_sample(self):
         for folder in sorted(os.listdir(TREES)):
             with self.subTest(folder):
-                self.assertTrue(os.path.getsize(os.path.join(TREES, folder, "NOTE")) > 60)
+                self.assertTrue(
+                    os.path.getsize(os.path.join(TREES, folder, "NOTE")) > 60
+                )
                 self.assertIn("cpu", sample_of(folder))
 
     def test_files_are_opened_once_and_read_again_in_place(self):
@@ -233,20 +348,22 @@ class Trees(unittest.TestCase):
         self.assertEqual(len(probe.read("proc/long")), 50000)
         os.symlink("/dev/zero", os.path.join(folder, "endless"))
         self.assertEqual(len(probe.read("proc/endless")), agent.FILE_BYTES)
-        with open("/proc/self/maps") as file:       # the kernel gives a page at a time
+        with open("/proc/self/maps") as file:  # the kernel gives a page at a time
             size = len(file.read())
-        self.assertGreater(len(agent.Probe().read("proc/self/maps")), min(size - 2000, 20000))
+        self.assertGreater(
+            len(agent.Probe().read("proc/self/maps")), min(size - 2000, 20000)
+        )
         self.assertGreater(size, 7000)
 
 
 class Job(unittest.TestCase):
-    GIB = 2 ** 30
+    GIB = 2**30
 
     def test_v1_counts_the_whole_job_anonymous_and_shared(self):
         sample = sample_of("slurm-v1", **dict(SLURM, SLURM_JOB_CPUS_PER_NODE="4"))
         self.assertEqual(sample["job_mem"], 160632832)
         self.assertEqual(sample["job_cache"], 204800)
-        self.assertEqual(sample["job_mem_limit"], 600 * 2 ** 20)
+        self.assertEqual(sample["job_mem_limit"], 600 * 2**20)
         self.assertEqual(sample["job_ram"], 25.5)
         self.assertEqual((sample["job_cpus"], sample["job_cpu"]), (4, 0.0))
         self.assertEqual((sample["job"], sample["job_name"]), ("4711", "train"))
@@ -270,14 +387,18 @@ class Job(unittest.TestCase):
 
     def test_max_is_no_limit(self):
         probe, write = copy_of(self, "slurm-v2")
-        write("sys/fs/cgroup/system.slice/slurmstepd.scope/job_4711/memory.max", "max\n")
+        write(
+            "sys/fs/cgroup/system.slice/slurmstepd.scope/job_4711/memory.max", "max\n"
+        )
         sample = agent.Sampler(probe).sample()
         self.assertIn("job_mem", sample)
         self.assertFalse({"job_mem_limit", "job_ram"} & set(sample))
 
     def test_outside_of_slurm_nothing_is_known_of_a_job(self):
         for kind in ("debian", "centos6", "bonded"):
-            self.assertFalse([key for key in sample_of(kind) if key.startswith("job")], kind)
+            self.assertFalse(
+                [key for key in sample_of(kind) if key.startswith("job")], kind
+            )
 
     def test_a_cgroup_that_cannot_be_read_is_unknown(self):
         probe, _ = copy_of(self, "slurm-v2")
@@ -289,11 +410,15 @@ class Job(unittest.TestCase):
 
     def test_job_cpu_is_percent_of_the_allocated_cpus(self):
         for kind, path, one in (
-                ("slurm-v1", "cpuacct/slurm_c1/uid_4242/job_3/cpuacct.usage", "%d\n"),
-                ("slurm-v2", "system.slice/slurmstepd.scope/job_4711/cpu.stat",
-                 "usage_usec %d\n")):
+            ("slurm-v1", "cpuacct/slurm_c1/uid_4242/job_3/cpuacct.usage", "%d\n"),
+            (
+                "slurm-v2",
+                "system.slice/slurmstepd.scope/job_4711/cpu.stat",
+                "usage_usec %d\n",
+            ),
+        ):
             probe, write = copy_of(self, kind)
-            unit = 10 ** 9 if kind == "slurm-v1" else 10 ** 6
+            unit = 10**9 if kind == "slurm-v1" else 10**6
             with self.subTest(kind), mock.patch.dict(os.environ, SLURM):
                 sampler = agent.Sampler(probe)
                 write("sys/fs/cgroup/" + path, one % (10000 * unit))
@@ -301,12 +426,18 @@ class Job(unittest.TestCase):
                 before = sampler.now
                 write("sys/fs/cgroup/" + path, one % (10004 * unit))
                 percent = sampler.sample()["job_cpu"]
-                self.assertAlmostEqual(percent, 100 * 4 / (sampler.now - before) / 16,
-                                       delta=percent / 100)
+                self.assertAlmostEqual(
+                    percent, 100 * 4 / (sampler.now - before) / 16, delta=percent / 100
+                )
 
     def test_the_allocated_cpus_are_those_of_this_node(self):
-        for text, nth, cpus in (("4", "0", 4), ("72(x2),36", "0", 72), ("72(x2),36", "1", 72),
-                                ("72(x2),36", "2", 36), ("1(x3)", "", 1)):
+        for text, nth, cpus in (
+            ("4", "0", 4),
+            ("72(x2),36", "0", 72),
+            ("72(x2),36", "1", 72),
+            ("72(x2),36", "2", 36),
+            ("1(x3)", "", 1),
+        ):
             with self.subTest(text + "/" + nth):
                 environ = {"SLURM_JOB_CPUS_PER_NODE": text, "SLURM_NODEID": nth}
                 self.assertEqual(sample_of("debian", **environ)["job_cpus"], cpus)
@@ -326,7 +457,9 @@ class StandIns(unittest.TestCase):
     def setUp(self):
         self.folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, self.folder)
-        path = mock.patch.dict(os.environ, {"PATH": self.folder + ":" + os.environ["PATH"]})
+        path = mock.patch.dict(
+            os.environ, {"PATH": self.folder + ":" + os.environ["PATH"]}
+        )
         path.start()
         self.addCleanup(path.stop)
         for name in [name for name in os.environ if name.startswith("SLURM")]:
@@ -339,20 +472,33 @@ class StandIns(unittest.TestCase):
         os.chmod(path, 0o755)
 
     def test_nvidia_smi_is_asked_for_what_is_shown(self):
-        self.play("nvidia-smi", 'echo "$@" >%s/asked; echo "35, 1024, 40960"' % self.folder)
-        self.assertEqual(dict(agent.Sampler(tree("debian")).read_gpus()),
-                         {"gpus": 1, "gpu": 35.0, "gpu_mem": 2.5})
+        self.play(
+            "nvidia-smi", 'echo "$@" >%s/asked; echo "35, 1024, 40960"' % self.folder
+        )
+        self.assertEqual(
+            dict(agent.Sampler(tree("debian")).read_gpus()),
+            {"gpus": 1, "gpu": 35.0, "gpu_mem": 2.5},
+        )
         with open(self.folder + "/asked") as file:
-            self.assertEqual(file.read(), "--query-gpu=utilization.gpu,memory.used,memory.total"
-                                          " --format=csv,noheader,nounits\n")
+            self.assertEqual(
+                file.read(),
+                "--query-gpu=utilization.gpu,memory.used,memory.total"
+                " --format=csv,noheader,nounits\n",
+            )
 
     def test_nvidia_smi_that_fails_is_no_gpu(self):
-        self.play("nvidia-smi", "echo NVIDIA-SMI has failed because it could not; exit 9")
+        self.play(
+            "nvidia-smi", "echo NVIDIA-SMI has failed because it could not; exit 9"
+        )
         self.assertEqual(dict(agent.Sampler(tree("debian")).read_gpus()), {})
 
-    def test_nvidia_smi_that_hangs_is_ended_with_its_children_and_holds_nothing_up(self):
-        self.play("nvidia-smi", "trap '' TERM; echo $$ >%s/pid; sleep 600; sleep 600"
-                  % self.folder)
+    def test_nvidia_smi_that_hangs_is_ended_with_its_children_and_holds_nothing_up(
+        self,
+    ):
+        self.play(
+            "nvidia-smi",
+            "trap '' TERM; echo $$ >%s/pid; sleep 600; sleep 600" % self.folder,
+        )
         with mock.patch.object(agent, "WAIT_SECONDS", 1):
             began = time.monotonic()
             self.assertEqual(dict(agent.Sampler(tree("debian")).read_gpus()), {})
@@ -361,10 +507,19 @@ class StandIns(unittest.TestCase):
             pid = int(file.read())
         eventually(lambda: not support.alive(pid), 5)
 
-    def test_an_agent_with_a_hanging_nvidia_smi_samples_on_the_beat_and_ends_at_once(self):
+    def test_an_agent_with_a_hanging_nvidia_smi_samples_on_the_beat_and_ends_at_once(
+        self,
+    ):
         self.play("nvidia-smi", "exec sleep 600")
-        with support.start("agent.py", "--port", support.closed_port(), "--interval", "0.2",
-                           "--verbose", env={"PATH": os.environ["PATH"]}) as tool:
+        with support.start(
+            "agent.py",
+            "--port",
+            support.closed_port(),
+            "--interval",
+            "0.2",
+            "--verbose",
+            env={"PATH": os.environ["PATH"]},
+        ) as tool:
             eventually(lambda: tool.log.count("'cpu'") > 10, 10)
             began = time.monotonic()
             self.assertEqual(tool.stop(), 0)
@@ -394,7 +549,9 @@ class StandIns(unittest.TestCase):
     def test_squeue_is_not_asked_when_slurm_has_told_the_end_or_there_is_no_job(self):
         self.play("squeue", "touch %s/asked" % self.folder)
         self.assertEqual(dict(agent.Sampler(tree("debian")).read_time_left()), {})
-        os.environ.update(SLURM_JOB_ID="4711", SLURM_JOB_END_TIME=str(int(time.time()) + 100))
+        os.environ.update(
+            SLURM_JOB_ID="4711", SLURM_JOB_END_TIME=str(int(time.time()) + 100)
+        )
         left = dict(agent.Sampler(tree("debian")).read_time_left())["job_time_left"]
         self.assertTrue(95 < left <= 100)
         self.assertFalse(os.path.exists(self.folder + "/asked"))
@@ -411,7 +568,9 @@ class StandIns(unittest.TestCase):
     def test_a_job_id_is_one_word_and_never_a_command(self):
         self.play("squeue", 'echo "$3" >%s/asked; echo 10:00' % self.folder)
         os.environ["SLURM_JOB_ID"] = job = "1 2; touch %s/harm $(touch %s/harm)" % (
-            self.folder, self.folder)
+            self.folder,
+            self.folder,
+        )
         dict(agent.Sampler(tree("debian")).read_time_left())
         self.assertFalse(os.path.exists(self.folder + "/harm"))
         with open(self.folder + "/asked") as file:
@@ -423,11 +582,15 @@ class Truth(unittest.TestCase):
 
     def test_load_is_that_of_getloadavg(self):
         sampler = agent.Sampler()
-        eventually(lambda: abs(sampler.sample()["load1"] - os.getloadavg()[0]) < 0.02, 5)
+        eventually(
+            lambda: abs(sampler.sample()["load1"] - os.getloadavg()[0]) < 0.02, 5
+        )
 
     def test_cpus_are_those_of_nproc(self):
-        self.assertEqual(agent.Sampler().sample()["cpus"],
-                         int(subprocess.check_output(["nproc", "--all"])))
+        self.assertEqual(
+            agent.Sampler().sample()["cpus"],
+            int(subprocess.check_output(["nproc", "--all"])),
+        )
 
     def test_memory_is_that_of_free(self):
         def agrees():
@@ -436,22 +599,30 @@ class Truth(unittest.TestCase):
             total, available = int(lines[1].split()[1]), int(lines[1].split()[6])
             self.assertEqual(sample["mem_total"], total)
             return abs(sample["ram"] - 100 * (1 - available / total)) < 1
+
         eventually(agrees, 5)
 
     def test_filesystems_are_those_of_df(self):
         def agrees():
             sample = agent.collect(agent.Sampler().slow_readers)
             for key, path in (("disk", "."), ("disk_tmp", "/tmp")):
-                line = subprocess.check_output(["df", "-P", path]).decode().splitlines()[1]
-                self.assertAlmostEqual(sample[key], int(line.split()[4][:-1]), delta=1.05)
+                line = (
+                    subprocess.check_output(["df", "-P", path]).decode().splitlines()[1]
+                )
+                self.assertAlmostEqual(
+                    sample[key], int(line.split()[4][:-1]), delta=1.05
+                )
             return True
+
         eventually(agrees, 5)
 
     def test_cpu_goes_up_under_load_and_down_again(self):
         sampler = agent.Sampler()
-        time_of = lambda: agent.parse_cpu(sampler.probe.read("proc/stat"))     # noqa: E731
-        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
-                for _ in range(os.cpu_count())]
+        time_of = lambda: agent.parse_cpu(sampler.probe.read("proc/stat"))  # noqa: E731
+        busy = [
+            subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            for _ in range(os.cpu_count())
+        ]
         try:
             sampler.sample()
             before, start = time_of(), time.monotonic()
@@ -468,7 +639,7 @@ class Truth(unittest.TestCase):
     def test_the_first_sample_has_a_real_delta_within_half_a_second(self):
         began = time.monotonic()
         sample = agent.get_system_stats()
-        self.assertLess(time.monotonic() - began, 5)        # the slow readings are in it
+        self.assertLess(time.monotonic() - began, 5)  # the slow readings are in it
         self.assertTrue(0 <= sample["cpu"] <= 100)
         self.assertIn("disk", sample)
 
@@ -481,14 +652,14 @@ class Truth(unittest.TestCase):
         listener.listen(1)
         with listener, socket.create_connection(listener.getsockname()) as sender:
             receiver = listener.accept()[0]
-            thread = threading.Thread(target=sender.sendall, args=(b"x" * 2 ** 24,))
+            thread = threading.Thread(target=sender.sendall, args=(b"x" * 2**24,))
             thread.start()
-            left = 2 ** 24
+            left = 2**24
             while left:
                 left -= len(receiver.recv(65536))
             thread.join()
             receiver.close()
-        self.assertLess(sampler.sample()["net_rx"], 2 ** 24)
+        self.assertLess(sampler.sample()["net_rx"], 2**24)
 
     def test_its_own_cost_is_what_proc_says(self):
         sampler = agent.Sampler()
@@ -512,7 +683,7 @@ class Truth(unittest.TestCase):
 
 
 class CommandLine(unittest.TestCase):
-    BAD = (         # words, what the one line must hold
+    BAD = (  # words, what the one line must hold
         (["--nonsense"], "--nonsense.*allowed: --host --port"),
         (["extra"], "extra.*allowed"),
         (["--hos", "x"], "--hos x.*allowed"),
@@ -544,17 +715,33 @@ class CommandLine(unittest.TestCase):
         (["--name", "x" * 64], "allowed: 1 to 63 printable characters"),
         (["--name", "a\nb"], r"--name 'a\\nb'; allowed: 1 to 63 printable characters"),
         (["--"], "allowed: .* COMMAND"),
-        (["--once", "--", "true"], "allowed: .*COMMAND.*not with --once"))
+        (["--once", "--", "true"], "allowed: .*COMMAND.*not with --once"),
+    )
 
     def test_bad_usage_is_one_line_that_says_what_is_allowed(self):
         for words, pattern in self.BAD:
             with self.subTest(words):
-                done = subprocess.run(
-                    [support.PYTHON, "-c", "import sys, agent; sys.exit(agent.main(sys.argv[1:]))"]
-                    + words, cwd=support.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                    timeout=20) if len(words) == 1 else None
-                code, text = (done.returncode, done.stderr.decode()) if done else self.refusal(
-                    words)
+                done = (
+                    subprocess.run(
+                        [
+                            support.PYTHON,
+                            "-c",
+                            "import sys, agent; sys.exit(agent.main(sys.argv[1:]))",
+                        ]
+                        + words,
+                        cwd=support.ROOT,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.PIPE,
+                        timeout=20,
+                    )
+                    if len(words) == 1
+                    else None
+                )
+                code, text = (
+                    (done.returncode, done.stderr.decode())
+                    if done
+                    else self.refusal(words)
+                )
                 self.assertEqual(code, 2)
                 self.assertRegex(text, r"\A[^\n]*error: [^\n]*%s[^\n]*\n\Z" % pattern)
 
@@ -562,19 +749,26 @@ class CommandLine(unittest.TestCase):
         """(exit code, stderr) of main in this process."""
         with mock.patch("sys.stderr") as stderr, self.assertRaises(SystemExit) as stop:
             agent.main(words)
-        return stop.exception.code, "".join(call[0][0] for call in stderr.write.call_args_list)
+        return stop.exception.code, "".join(
+            call[0][0] for call in stderr.write.call_args_list
+        )
 
     def test_good_usage_is_taken(self):
-        for text, hosts in (("login", [("", "login", "")]), ("10.0.0.1:9,login", [
-                ("", "10.0.0.1", "9"), ("", "login", "")]), ("[::1]:13580", [("::1", "", "13580")]),
-                ("[fe80::1%eth0]", [("fe80::1%eth0", "", "")]),
-                ("a_b.c-d:65535", [("", "a_b.c-d", "65535")])):
+        for text, hosts in (
+            ("login", [("", "login", "")]),
+            ("10.0.0.1:9,login", [("", "10.0.0.1", "9"), ("", "login", "")]),
+            ("[::1]:13580", [("::1", "", "13580")]),
+            ("[fe80::1%eth0]", [("fe80::1%eth0", "", "")]),
+            ("a_b.c-d:65535", [("", "a_b.c-d", "65535")]),
+        ):
             with self.subTest(text):
                 self.assertTrue(re.match("(?:%s)\\Z" % agent.CHECKS["host"][0], text))
                 self.assertEqual(re.findall(agent.HOST, text), hosts)
-        for flag, texts in (("interval", ("0.1", ".5", "1", "2", "2.", "9.75", "59.9", "60",
-                                          "60.0")), ("port", ("1", "13579", "65535")),
-                            ("name", ("c1", "x" * 63, "K\u00f6ln 3"))):
+        for flag, texts in (
+            ("interval", ("0.1", ".5", "1", "2", "2.", "9.75", "59.9", "60", "60.0")),
+            ("port", ("1", "13579", "65535")),
+            ("name", ("c1", "x" * 63, "K\u00f6ln 3")),
+        ):
             for text in texts:
                 with self.subTest(flag + " " + text):
                     self.assertTrue(re.match("(?:%s)\\Z" % agent.CHECKS[flag][0], text))
@@ -586,27 +780,59 @@ class CommandLine(unittest.TestCase):
             self.assertRegex(done.stderr, r"\A[^\n]*error: [^\n]*allowed[^\n]*\n\Z")
 
     def test_an_empty_variable_is_none(self):
-        done = support.run("agent.py", "--once", env={
-            "SENTINEL_PORT": "", "SENTINEL_HOST": "", "SENTINEL_SECRET_FILE": "",
-            "SLURM_JOB_END_TIME": ""})
+        done = support.run(
+            "agent.py",
+            "--once",
+            env={
+                "SENTINEL_PORT": "",
+                "SENTINEL_HOST": "",
+                "SENTINEL_SECRET_FILE": "",
+                "SLURM_JOB_END_TIME": "",
+            },
+        )
         self.assertEqual(done.returncode, 0, done.stderr)
 
     def test_once_prints_one_sample_as_json(self):
-        done = support.run("agent.py", "--once", "--name", "K\u00f6ln 3", "--interval", "0.5",
-                           env={"SLURM_JOB_ID": "42", "SLURM_JOB_END_TIME": "4102444800"})
+        done = support.run(
+            "agent.py",
+            "--once",
+            "--name",
+            "K\u00f6ln 3",
+            "--interval",
+            "0.5",
+            env={"SLURM_JOB_ID": "42", "SLURM_JOB_END_TIME": "4102444800"},
+        )
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         sample = json.loads(done.stdout)
         self.assertEqual(done.stdout.count("\n"), 1)
-        self.assertEqual((sample["node"], sample["job"], sample["interval"]),
-                         ("K\u00f6ln 3", "42", 0.5))
-        self.assertGreater(sample["job_time_left"], 10 ** 6)
-        self.assertTrue({"cpu", "ram", "user", "load1", "cpus", "mem_total", "mem_used", "version",
-                         "disk", "disk_tmp"} <= set(sample))
+        self.assertEqual(
+            (sample["node"], sample["job"], sample["interval"]),
+            ("K\u00f6ln 3", "42", 0.5),
+        )
+        self.assertGreater(sample["job_time_left"], 10**6)
+        self.assertTrue(
+            {
+                "cpu",
+                "ram",
+                "user",
+                "load1",
+                "cpus",
+                "mem_total",
+                "mem_used",
+                "version",
+                "disk",
+                "disk_tmp",
+            }
+            <= set(sample)
+        )
 
     def test_the_node_is_named_by_flag_by_slurm_or_by_its_host(self):
         host = socket.gethostname().split(".")[0]
-        for words, environ, name in ((["--name", "a"], {"SLURMD_NODENAME": "b"}, "a"),
-                                     ([], {"SLURMD_NODENAME": "b"}, "b"), ([], {}, host)):
+        for words, environ, name in (
+            (["--name", "a"], {"SLURMD_NODENAME": "b"}, "a"),
+            ([], {"SLURMD_NODENAME": "b"}, "b"),
+            ([], {}, host),
+        ):
             done = support.run("agent.py", "--once", *words, env=environ)
             self.assertEqual(json.loads(done.stdout)["node"], name)
 
@@ -616,25 +842,51 @@ class CommandLine(unittest.TestCase):
         self.assertRegex(done.stderr, r"\Aerror: [^\n]*/nonexistent/[^\n]*\n\Z")
 
     def test_other_trees_can_be_read_by_flag(self):
-        done = support.run("agent.py", "--once", "--procfs", os.path.join(TREES, "slurm-v2/proc"),
-                           "--sysfs", os.path.join(TREES, "slurm-v2/sys"), env=SLURM)
+        done = support.run(
+            "agent.py",
+            "--once",
+            "--procfs",
+            os.path.join(TREES, "slurm-v2/proc"),
+            "--sysfs",
+            os.path.join(TREES, "slurm-v2/sys"),
+            env=SLURM,
+        )
         sample = json.loads(done.stdout)
         self.assertEqual((sample["cpus"], sample["job_ram"]), (64, 19.1))
 
     def test_help_names_every_flag_and_the_exit_codes(self):
         done = support.run("agent.py", "--help")
         self.assertEqual((done.returncode, done.stderr), (0, ""))
-        for word in ("--host", "--port", "--interval", "--name", "--secret-file", "--procfs",
-                     "--sysfs", "--once", "--report", "--verbose", "-- ./my_app", "127",
-                     "SENTINEL_HOST", "SENTINEL_PORT"):
+        for word in (
+            "--host",
+            "--port",
+            "--interval",
+            "--name",
+            "--secret-file",
+            "--procfs",
+            "--sysfs",
+            "--once",
+            "--report",
+            "--verbose",
+            "-- ./my_app",
+            "127",
+            "SENTINEL_HOST",
+            "SENTINEL_PORT",
+        ):
             self.assertIn(word, done.stdout)
 
     def test_the_oldest_and_the_newest_python_here_run_it(self):
         pythons = support.pythons()
         for version in (min(pythons), max(pythons)):
             with self.subTest(version):
-                done = support.run("-W", "error", "agent.py", "--once", python=pythons[version],
-                                   cwd=support.ROOT)
+                done = support.run(
+                    "-W",
+                    "error",
+                    "agent.py",
+                    "--once",
+                    python=pythons[version],
+                    cwd=support.ROOT,
+                )
                 self.assertEqual((done.returncode, done.stderr), (0, ""))
                 self.assertIn("ram", json.loads(done.stdout))
 
@@ -657,14 +909,18 @@ class OffLinux(unittest.TestCase):
     def run_with(self, folder, text):
         with open(os.path.join(folder, "psutil.py"), "w") as file:
             file.write(text)
-        return support.run("-c", self.START, cwd=support.ROOT, env={"PYTHONPATH": folder})
+        return support.run(
+            "-c", self.START, cwd=support.ROOT, env={"PYTHONPATH": folder}
+        )
 
     def test_psutil_is_used_where_there_is_no_proc(self):
         with tempfile.TemporaryDirectory() as folder:
             done = self.run_with(folder, self.PSUTIL)
         self.assertEqual(done.returncode, 0, done.stderr)
         sample = json.loads(done.stdout)
-        self.assertEqual((sample["cpu"], sample["ram"], sample["swap"]), (75.0, 75.0, 10.0))
+        self.assertEqual(
+            (sample["cpu"], sample["ram"], sample["swap"]), (75.0, 75.0, 10.0)
+        )
         self.assertEqual((sample["mem_total"], sample["procs"]), (1000 << 20, 3))
         self.assertIn("disk", sample)
 

@@ -20,29 +20,46 @@ from test_agent_link import DummyServer, start_agent
 sys.path.insert(0, support.ROOT)
 import agent
 
-JOB = {"SLURM_JOB_ID": "42", "SLURM_JOB_NAME": "train", "SLURM_JOB_END_TIME": "4102444800",
-       "SLURM_JOB_CPUS_PER_NODE": "4", "SLURM_NODEID": "0", "SLURMD_NODENAME": "c1"}
+JOB = {
+    "SLURM_JOB_ID": "42",
+    "SLURM_JOB_NAME": "train",
+    "SLURM_JOB_END_TIME": "4102444800",
+    "SLURM_JOB_CPUS_PER_NODE": "4",
+    "SLURM_NODEID": "0",
+    "SLURMD_NODENAME": "c1",
+}
 
 
 def around(*command, port=None, **more):
     """Run a command under an agent that has no master, or one at `port`, to its end."""
-    return support.run("agent.py", "--port", port or support.closed_port(), "--", *command, **more)
+    return support.run(
+        "agent.py", "--port", port or support.closed_port(), "--", *command, **more
+    )
 
 
 class Command(unittest.TestCase):
     def test_it_ends_with_the_exit_code_of_the_command(self):
-        for script, code in (("exit 0", 0), ("exit 3", 3), ("exit 255", 255),
-                             ("kill -TERM $$", 143), ("kill -KILL $$", 137),
-                             ("kill -SEGV $$", 139)):
+        for script, code in (
+            ("exit 0", 0),
+            ("exit 3", 3),
+            ("exit 255", 255),
+            ("kill -TERM $$", 143),
+            ("kill -KILL $$", 137),
+            ("kill -SEGV $$", 139),
+        ):
             with self.subTest(script):
                 self.assertEqual(around("sh", "-c", script).returncode, code)
 
     def test_no_such_command_is_127_and_one_that_cannot_run_126(self):
-        for name, code, words in (("./nonexistent", 127, "No such file"),
-                                  ("/etc", 126, "Permission denied")):
+        for name, code, words in (
+            ("./nonexistent", 127, "No such file"),
+            ("/etc", 126, "Permission denied"),
+        ):
             done = around(name)
             self.assertEqual(done.returncode, code)
-            self.assertRegex(done.stderr, r"\Aerror: [^\n]*%s[^\n]*%s[^\n]*\n\Z" % (words, name))
+            self.assertRegex(
+                done.stderr, r"\Aerror: [^\n]*%s[^\n]*%s[^\n]*\n\Z" % (words, name)
+            )
 
     def test_its_streams_are_those_of_the_command(self):
         done = around("sh", "-c", "cat; echo talk >&2", stdin="data\n")
@@ -51,18 +68,30 @@ class Command(unittest.TestCase):
 
     def test_its_words_reach_the_command_as_they_are(self):
         words = ["--host", "x", "--", "-c", "a b", "", "\u00e4"]
-        done = around(sys.executable, "-c", "import sys; print(ascii(sys.argv[1:]))", *words)
+        done = around(
+            sys.executable, "-c", "import sys; print(ascii(sys.argv[1:]))", *words
+        )
         self.assertEqual(done.stdout, ascii(words) + "\n")
 
     def test_files_that_it_inherited_reach_the_command(self):
-        reader, writer = os.pipe()      # as PMI_FD of srun --mpi=pmi2
+        reader, writer = os.pipe()  # as PMI_FD of srun --mpi=pmi2
         os.set_inheritable(writer, True)
         with open(reader, "rb") as file:
             done = subprocess.run(
-                [support.PYTHON, os.path.join(support.ROOT, "agent.py"), "--port",
-                 str(support.closed_port()), "--", sys.executable, "-c",
-                 "import os; os.write(%d, b'here')" % writer],
-                close_fds=False, stderr=subprocess.DEVNULL, timeout=20)
+                [
+                    support.PYTHON,
+                    os.path.join(support.ROOT, "agent.py"),
+                    "--port",
+                    str(support.closed_port()),
+                    "--",
+                    sys.executable,
+                    "-c",
+                    "import os; os.write(%d, b'here')" % writer,
+                ],
+                close_fds=False,
+                stderr=subprocess.DEVNULL,
+                timeout=20,
+            )
             os.close(writer)
             self.assertEqual((done.returncode, file.read()), (0, b"here"))
 
@@ -71,7 +100,7 @@ class Command(unittest.TestCase):
         bare = support.run("-c", "pass")
         bare_seconds = time.monotonic() - began
         self.assertEqual(bare.returncode, 0)
-        for host in ("127.0.0.1", "no-such-host.invalid", "192.0.2.1"):      # TEST-NET-1
+        for host in ("127.0.0.1", "no-such-host.invalid", "192.0.2.1"):  # TEST-NET-1
             with self.subTest(host):
                 began = time.monotonic()
                 done = around("true", env={"SENTINEL_HOST": host})
@@ -87,49 +116,81 @@ class Command(unittest.TestCase):
 
     def test_the_goodbye_has_its_exit_code_and_the_report(self):
         with DummyServer(answer=b"ok\n") as server:
-            for script, bye in (("sleep 0.6; exit 3", "exit 3"), ("sleep 0.6", "exit 0"),
-                                ("sleep 0.6; kill -KILL $$", "SIGKILL")):
+            for script, bye in (
+                ("sleep 0.6; exit 3", "exit 3"),
+                ("sleep 0.6", "exit 0"),
+                ("sleep 0.6; kill -KILL $$", "SIGKILL"),
+            ):
                 with self.subTest(script):
                     around("sh", "-c", script, port=server.port)
-                    last = eventually(lambda: server.dicts and "bye" in server.dicts[-1]
-                                      and server.dicts[-1])
+                    last = eventually(
+                        lambda: (
+                            server.dicts
+                            and "bye" in server.dicts[-1]
+                            and server.dicts[-1]
+                        )
+                    )
                     self.assertEqual(last["bye"], bye)
-                    self.assertRegex(last["report"], "ran 0:00:0[01]; CPU mean .*memory peak")
+                    self.assertRegex(
+                        last["report"], "ran 0:00:0[01]; CPU mean .*memory peak"
+                    )
                     self.assertLessEqual(len(last["report"].encode()), 255)
                     self.assertTrue([s for s in server.dicts if "cpu" in s])
                     server.samples.clear()
 
     def test_signals_reach_the_command(self):
-        script = ("for s in TERM INT HUP USR1 USR2; do trap \"echo got $s\" $s; done; echo ready;"
-                  " i=0; while [ $i -lt 400 ]; do i=$((i+1)); sleep 0.05; done")
-        with start_agent("--port", support.closed_port(), "--", "sh", "-c", script) as tool:
+        script = (
+            'for s in TERM INT HUP USR1 USR2; do trap "echo got $s" $s; done; echo ready;'
+            " i=0; while [ $i -lt 400 ]; do i=$((i+1)); sleep 0.05; done"
+        )
+        with start_agent(
+            "--port", support.closed_port(), "--", "sh", "-c", script
+        ) as tool:
             eventually(lambda: "ready" in tool.out)
-            for name in ("INT", "HUP", "USR1", "USR2", "TERM", "USR1"):     # after TERM, too
+            for name in (
+                "INT",
+                "HUP",
+                "USR1",
+                "USR2",
+                "TERM",
+                "USR1",
+            ):  # after TERM, too
                 before = tool.out.count("got " + name)
                 tool.send_signal(getattr(signal, "SIG" + name))
-                eventually(lambda name=name, before=before:
-                           tool.out.count("got " + name) == before + 1)
+                eventually(
+                    lambda name=name, before=before: (
+                        tool.out.count("got " + name) == before + 1
+                    )
+                )
                 self.assertIsNone(tool.code)
             tool.kill()
 
     def test_what_is_typed_at_a_terminal_reaches_the_command_once(self):
-        program = ("import signal, time\nseen = []\n"
-                   "signal.signal(signal.SIGINT, lambda *a: seen.append(1))\n"
-                   "print('ready', flush=True)\n"
-                   "end = time.monotonic() + 1.5\n"
-                   "while time.monotonic() < end: time.sleep(0.05)\n"
-                   "print('seen', len(seen), flush=True)\n")
-        with Terminal("--port", support.closed_port(), "--", sys.executable, "-c",
-                      program) as terminal:
+        program = (
+            "import signal, time\nseen = []\n"
+            "signal.signal(signal.SIGINT, lambda *a: seen.append(1))\n"
+            "print('ready', flush=True)\n"
+            "end = time.monotonic() + 1.5\n"
+            "while time.monotonic() < end: time.sleep(0.05)\n"
+            "print('seen', len(seen), flush=True)\n"
+        )
+        with Terminal(
+            "--port", support.closed_port(), "--", sys.executable, "-c", program
+        ) as terminal:
             terminal.shows("ready")
             os.write(terminal.fd, b"\x03")
             terminal.shows("seen 1")
 
     def test_sigterm_is_reported_within_two_seconds_though_the_command_stays(self):
         with DummyServer(answer=b"ok\n") as server, start_agent(
-                "--port", server.port, "--", "sh", "-c",
-                "trap '' TERM; echo ready; i=0; while [ $i -lt 60 ]; do i=$((i+1)); sleep 0.05;"
-                " done; exit 5") as tool:
+            "--port",
+            server.port,
+            "--",
+            "sh",
+            "-c",
+            "trap '' TERM; echo ready; i=0; while [ $i -lt 60 ]; do i=$((i+1)); sleep 0.05;"
+            " done; exit 5",
+        ) as tool:
             eventually(lambda: server.samples and "ready" in tool.out)
             tool.send_signal(signal.SIGTERM)
             tool.logged("report of .*, SIGTERM: ran", 2)
@@ -139,13 +200,31 @@ class Command(unittest.TestCase):
             self.assertNotIn("lost the master", tool.log)
 
     def test_the_command_goes_on_when_watching_fails(self):
-        with start_agent("--port", support.closed_port(), "--", "sh", "-c", "sleep 1; exit 4",
-                         patch="agent.Sampler.sample = None") as tool:
-            self.assertEqual(tool.wait(), 1)        # not even started: there is nothing to watch
-        patch = ("import time\ndef fail(self, *a):\n    raise RuntimeError('odd')\n"
-                 "agent.Link.exchange = fail")
-        with start_agent("--port", support.closed_port(), "--", "sh", "-c", "sleep 1; exit 4",
-                         patch=patch) as tool:
+        with start_agent(
+            "--port",
+            support.closed_port(),
+            "--",
+            "sh",
+            "-c",
+            "sleep 1; exit 4",
+            patch="agent.Sampler.sample = None",
+        ) as tool:
+            self.assertEqual(
+                tool.wait(), 1
+            )  # not even started: there is nothing to watch
+        patch = (
+            "import time\ndef fail(self, *a):\n    raise RuntimeError('odd')\n"
+            "agent.Link.exchange = fail"
+        )
+        with start_agent(
+            "--port",
+            support.closed_port(),
+            "--",
+            "sh",
+            "-c",
+            "sleep 1; exit 4",
+            patch=patch,
+        ) as tool:
             tool.logged("stopped watching: RuntimeError")
             self.assertEqual(tool.wait(), 4)
 
@@ -153,53 +232,113 @@ class Command(unittest.TestCase):
         reader, writer = os.pipe()
         os.close(reader)
         done = subprocess.run(
-            [support.PYTHON, os.path.join(support.ROOT, "agent.py"), "--port",
-             str(support.closed_port()), "--", "sh", "-c", "sleep 0.5; exit 6"],
-            stderr=writer, timeout=20)
+            [
+                support.PYTHON,
+                os.path.join(support.ROOT, "agent.py"),
+                "--port",
+                str(support.closed_port()),
+                "--",
+                "sh",
+                "-c",
+                "sleep 0.5; exit 6",
+            ],
+            stderr=writer,
+            timeout=20,
+        )
         os.close(writer)
         self.assertEqual(done.returncode, 6)
 
 
 class Reports(unittest.TestCase):
-    GIB = 2 ** 30
+    GIB = 2**30
 
     def lines(self, **last):
         """The report of two samples, 10 s each."""
         report = agent.Report()
-        first = dict(last, cpu=0.0, job_cpu=20.0) if "job_cpu" in last else dict(last, cpu=0.0)
+        first = (
+            dict(last, cpu=0.0, job_cpu=20.0)
+            if "job_cpu" in last
+            else dict(last, cpu=0.0)
+        )
         for sample in (first, last):
             report.add(sample, 10.0)
         return list(report.lines(last))
 
     def test_it_says_what_was_used_of_what_was_asked_for(self):
-        text = self.lines(cpu=50.0, job_cpu=30.0, cpus=64, job_cpus=4, job_mem=11.2 * self.GIB,
-                          mem_used=1.0, mem_total=512 * self.GIB, job_mem_limit=64 * self.GIB,
-                          gpu=3.0, gpus=2)
-        self.assertEqual(text, [
-            "ran 0:00:20", "CPU mean 25.0 %, peak 30.0 % of 4 CPUs",
-            "memory peak 11.2 GB of 64 GB", "GPU mean 3.0 % of 2",
-            "asked for 64 GB, peak 11.2 GB: --mem=14G would do"])
+        text = self.lines(
+            cpu=50.0,
+            job_cpu=30.0,
+            cpus=64,
+            job_cpus=4,
+            job_mem=11.2 * self.GIB,
+            mem_used=1.0,
+            mem_total=512 * self.GIB,
+            job_mem_limit=64 * self.GIB,
+            gpu=3.0,
+            gpus=2,
+        )
+        self.assertEqual(
+            text,
+            [
+                "ran 0:00:20",
+                "CPU mean 25.0 %, peak 30.0 % of 4 CPUs",
+                "memory peak 11.2 GB of 64 GB",
+                "GPU mean 3.0 % of 2",
+                "asked for 64 GB, peak 11.2 GB: --mem=14G would do",
+            ],
+        )
 
     def test_without_a_job_it_is_about_the_node(self):
-        self.assertEqual(self.lines(cpu=50.0, cpus=2, mem_used=2.0 * self.GIB,
-                                    mem_total=8 * self.GIB), [
-            "ran 0:00:20", "CPU mean 25.0 %, peak 50.0 % of the node's 2 CPUs",
-            "memory peak 2 GB of the node's 8 GB"])
+        self.assertEqual(
+            self.lines(
+                cpu=50.0, cpus=2, mem_used=2.0 * self.GIB, mem_total=8 * self.GIB
+            ),
+            [
+                "ran 0:00:20",
+                "CPU mean 25.0 %, peak 50.0 % of the node's 2 CPUs",
+                "memory peak 2 GB of the node's 8 GB",
+            ],
+        )
 
     def test_memory_is_advised_on_when_it_was_too_much_or_nearly_too_little(self):
-        for peak, limit, advice in ((0.2, 0.6, "--mem=300M"), (0.55, 0.6, "--mem=700M"),
-                                    (5.0, 6.5, None), (10.0, 10.0, "--mem=12G"),
-                                    (1.0, 64.0, "--mem=2G"), (0.01, 0.1, None),
-                                    (0.001, 4.0, "--mem=100M")):
-            text = "; ".join(self.lines(
-                cpu=1.0, job_cpu=1.0, cpus=2, job_cpus=2, job_mem=peak * self.GIB, mem_used=1.0,
-                job_mem_limit=limit * self.GIB, mem_total=512 * self.GIB))
+        for peak, limit, advice in (
+            (0.2, 0.6, "--mem=300M"),
+            (0.55, 0.6, "--mem=700M"),
+            (5.0, 6.5, None),
+            (10.0, 10.0, "--mem=12G"),
+            (1.0, 64.0, "--mem=2G"),
+            (0.01, 0.1, None),
+            (0.001, 4.0, "--mem=100M"),
+        ):
+            text = "; ".join(
+                self.lines(
+                    cpu=1.0,
+                    job_cpu=1.0,
+                    cpus=2,
+                    job_cpus=2,
+                    job_mem=peak * self.GIB,
+                    mem_used=1.0,
+                    job_mem_limit=limit * self.GIB,
+                    mem_total=512 * self.GIB,
+                )
+            )
             with self.subTest(text):
-                self.assertEqual(re.findall("--mem=[0-9]+[GM]", text), [advice] if advice else [])
+                self.assertEqual(
+                    re.findall("--mem=[0-9]+[GM]", text), [advice] if advice else []
+                )
 
     def test_a_job_without_a_limit_gets_no_advice(self):
-        text = "; ".join(self.lines(cpu=1.0, job_cpu=1.0, cpus=2, job_cpus=2,
-                                    job_mem=self.GIB, mem_used=1.0, mem_total=8 * self.GIB))
+        text = "; ".join(
+            self.lines(
+                cpu=1.0,
+                job_cpu=1.0,
+                cpus=2,
+                job_cpus=2,
+                job_mem=self.GIB,
+                mem_used=1.0,
+                mem_total=8 * self.GIB,
+            )
+        )
         self.assertNotIn("--mem", text)
         self.assertIn("memory peak 1 GB of 8 GB", text)
 
@@ -219,8 +358,9 @@ class Reports(unittest.TestCase):
 
     def test_it_comes_at_the_end_of_a_job_and_not_of_a_plain_agent(self):
         for environ, count in ((JOB, 1), ({}, 0)):
-            with DummyServer(answer=b"ok\n") as server, \
-                    start_agent("--port", server.port, env=environ) as tool:
+            with DummyServer(answer=b"ok\n") as server, start_agent(
+                "--port", server.port, env=environ
+            ) as tool:
                 eventually(lambda: server.samples)
                 tool.send_signal(signal.SIGTERM)
                 self.assertEqual(tool.wait(2), 0)
@@ -231,27 +371,52 @@ class Reports(unittest.TestCase):
     def test_it_can_be_kept_as_json(self):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "report.json")
-            support.run("agent.py", "--port", support.closed_port(), "--report", path, "--",
-                        "sleep", "0.5", env=JOB)
+            support.run(
+                "agent.py",
+                "--port",
+                support.closed_port(),
+                "--report",
+                path,
+                "--",
+                "sleep",
+                "0.5",
+                env=JOB,
+            )
             with open(path) as file:
                 facts = json.load(file)
-            self.assertEqual((facts["node"], facts["job"], facts["ended"]), ("c1", "42", "exit 0"))
+            self.assertEqual(
+                (facts["node"], facts["job"], facts["ended"]), ("c1", "42", "exit 0")
+            )
             seconds, mean, peak = facts["totals"]["cpu"]
             self.assertTrue(0.4 < seconds < 5 and 0 <= mean <= peak <= 100)
             self.assertRegex(facts["text"][0], "ran 0:")
 
     def test_a_report_that_cannot_be_written_is_said_before_the_work_begins(self):
-        done = support.run("agent.py", "--port", support.closed_port(), "--report",
-                           "/nonexistent/report.json", "--", "echo", "ran")
+        done = support.run(
+            "agent.py",
+            "--port",
+            support.closed_port(),
+            "--report",
+            "/nonexistent/report.json",
+            "--",
+            "echo",
+            "ran",
+        )
         self.assertEqual((done.returncode, done.stdout), (1, ""))
-        self.assertRegex(done.stderr, r"\Aerror: [^\n]*/nonexistent/report.json[^\n]*\n\Z")
+        self.assertRegex(
+            done.stderr, r"\Aerror: [^\n]*/nonexistent/report.json[^\n]*\n\Z"
+        )
 
     def test_the_mean_agrees_with_what_the_command_used(self):
         """A command that burns half a CPU of this machine; the node's other load is measured."""
         with open("/proc/stat") as file:
             before = agent.parse_cpu(file.read())
-        done = around(sys.executable, "-c", "import time\nend = time.monotonic() + 2\n"
-                      "while time.monotonic() < end: pass")
+        done = around(
+            sys.executable,
+            "-c",
+            "import time\nend = time.monotonic() + 2\n"
+            "while time.monotonic() < end: pass",
+        )
         with open("/proc/stat") as file:
             after = agent.parse_cpu(file.read())
         real = 100 * (1 - (after[0] - before[0]) / (after[1] - before[1]))
@@ -263,10 +428,17 @@ class Terminal:
     """An agent on a terminal of its own; .text is what it shows."""
 
     def __init__(self, *flags, **environ):
-        words = [support.PYTHON, os.path.join(support.ROOT, "agent.py")] + [str(f) for f in flags]
+        words = [support.PYTHON, os.path.join(support.ROOT, "agent.py")] + [
+            str(f) for f in flags
+        ]
         self.fd, end = pty.openpty()
-        self.process = subprocess.Popen(["setsid", "--ctty"] + words, stdin=end, stdout=end,
-                                        stderr=end, env=dict(os.environ, **environ))
+        self.process = subprocess.Popen(
+            ["setsid", "--ctty"] + words,
+            stdin=end,
+            stdout=end,
+            stderr=end,
+            env=dict(os.environ, **environ),
+        )
         os.close(end)
         self.chunks = []
         self.reader = threading.Thread(target=self.read, daemon=True)
@@ -276,7 +448,7 @@ class Terminal:
         try:
             for chunk in iter(lambda: os.read(self.fd, 4096), b""):
                 self.chunks.append(chunk)
-        except OSError:         # the other side has ended
+        except OSError:  # the other side has ended
             pass
 
     @property
@@ -298,15 +470,18 @@ class Terminal:
 
 class Screen(unittest.TestCase):
     def test_a_terminal_shows_one_line_that_is_alive(self):
-        with DummyServer(answer=b"ok\n") as server, \
-                Terminal("--port", server.port, "--interval", "0.2") as terminal:
+        with DummyServer(answer=b"ok\n") as server, Terminal(
+            "--port", server.port, "--interval", "0.2"
+        ) as terminal:
             status = r"\r\x1b\[K\d\d:\d\d:\d\d agent: cpu [0-9.]+ %, ram [0-9.]+ %, "
             terminal.shows(status + "acknowledged by 127.0.0.1:%d" % server.port)
             eventually(lambda: len(re.findall(status, terminal.text)) > 5)
-            self.assertEqual(terminal.text.count("\n"), 1)      # connected to ...
+            self.assertEqual(terminal.text.count("\n"), 1)  # connected to ...
             os.write(terminal.fd, b"\x03")
             self.assertEqual(terminal.process.wait(10), 0)
-            terminal.shows("goodbye: SIGINT\r\n$")    # what follows begins on a line of its own
+            terminal.shows(
+                "goodbye: SIGINT\r\n$"
+            )  # what follows begins on a line of its own
         self.assertEqual(server.dicts[-1], {"bye": "SIGINT"})
 
     def test_it_says_when_nobody_answers(self):
@@ -314,20 +489,25 @@ class Screen(unittest.TestCase):
             terminal.shows("no answer from 127.0.0.1:")
 
     def test_there_are_no_colours_at_all(self):
-        with Terminal("--port", support.closed_port(), "--interval", "0.2",
-                      NO_COLOR="1") as terminal:
+        with Terminal(
+            "--port", support.closed_port(), "--interval", "0.2", NO_COLOR="1"
+        ) as terminal:
             terminal.shows("no answer from")
             self.assertNotIn("\x1b[", terminal.text.replace("\r\x1b[K", ""))
 
     def test_a_file_gets_plain_lines(self):
-        with DummyServer(answer=b"ok\n") as server, \
-                start_agent("--port", server.port, "--interval", "0.2") as tool:
+        with DummyServer(answer=b"ok\n") as server, start_agent(
+            "--port", server.port, "--interval", "0.2"
+        ) as tool:
             eventually(lambda: len(server.samples) > 5)
-            self.assertRegex(tool.log, r"\A\d\d:\d\d:\d\d agent: connected to 127.0.0.1:\d+\n\Z")
+            self.assertRegex(
+                tool.log, r"\A\d\d:\d\d:\d\d agent: connected to 127.0.0.1:\d+\n\Z"
+            )
 
     def test_verbose_logs_each_sample(self):
         with DummyServer(answer=b"ok\n") as server, start_agent(
-                "--port", server.port, "--interval", "0.2", "--verbose") as tool:
+            "--port", server.port, "--interval", "0.2", "--verbose"
+        ) as tool:
             eventually(lambda: tool.log.count("'cpu': ") > 3)
             self.assertGreater(len(pickle.dumps(server.dicts[0])), 100)
 

@@ -31,9 +31,16 @@ class AlertMasterTest(MasterTest):
 class AlertCommand(AlertMasterTest):
     """Rules, once each way, and the command that is told."""
 
-    flags = ("--alert", "cpu>50", "--alert", "ram>95 for 1", "--alert", "swap<10",
-             "--alert-command",
-             'env | grep ^SENTINEL_ | sort > "$TOLD/$$" && mv "$TOLD/$$" "$TOLD/told.$$"; exit 3')
+    flags = (
+        "--alert",
+        "cpu>50",
+        "--alert",
+        "ram>95 for 1",
+        "--alert",
+        "swap<10",
+        "--alert-command",
+        'env | grep ^SENTINEL_ | sort > "$TOLD/$$" && mv "$TOLD/$$" "$TOLD/told.$$"; exit 3',
+    )
 
     def commands(self, node):
         """What the command was told about a node: a list of dicts."""
@@ -41,14 +48,19 @@ class AlertCommand(AlertMasterTest):
         for name in sorted(os.listdir(self.folder)):
             if name.startswith("told."):
                 with open(os.path.join(self.folder, name), encoding="utf-8") as file:
-                    facts = dict(line.partition("=")[::2] for line in file.read().splitlines())
+                    facts = dict(
+                        line.partition("=")[::2] for line in file.read().splitlines()
+                    )
                 if facts.get("SENTINEL_NODE") == node:
                     found.append(facts)
         return found
 
     def told_of(self, node):
-        return [(event["kind"], event["text"]) for event in events(self.master.page)
-                if event["node"] == node and event["kind"] in ("alert", "resolved")]
+        return [
+            (event["kind"], event["text"])
+            for event in events(self.master.page)
+            if event["node"] == node and event["kind"] in ("alert", "resolved")
+        ]
 
     def samples(self, node, *values, **more):
         """An agent whose cpu had these values, each taken for certain."""
@@ -61,10 +73,16 @@ class AlertCommand(AlertMasterTest):
     def test_an_alert_fires_once_and_resolves_once(self):
         self.samples("once", 50, 51, 99, 51, 50, 49, 46, 51, 45.5)
         self.samples("twice", 60, 60, 45, 45, 60, 60)
-        kinds = [kind for kind, _ in eventually(
-            lambda: len(self.told_of("twice")) == 3 and self.told_of("twice"))]
+        kinds = [
+            kind
+            for kind, _ in eventually(
+                lambda: len(self.told_of("twice")) == 3 and self.told_of("twice")
+            )
+        ]
         self.assertEqual(kinds, ["alert", "resolved", "alert"])
-        self.assertEqual(len(self.told_of("once")), 1, "5 points below before it is resolved")
+        self.assertEqual(
+            len(self.told_of("once")), 1, "5 points below before it is resolved"
+        )
         self.assertRegex(self.told_of("twice")[0][1], r"cpu.*60.*cpu>50")
         lines = re.findall("CRITICAL WARNING: .*twice.*", self.master.log)
         self.assertEqual(len(lines), 2, lines)
@@ -77,6 +95,7 @@ class AlertCommand(AlertMasterTest):
         def ask():
             agent.send({"cpu": 1, "ram": 99, "node": "patient"})
             return self.told_of("patient")
+
         self.assertIn("ram>95 for 1", eventually(ask)[0][1])
         self.assertGreater(time.monotonic() - start, 0.8)
         self.assertEqual(self.told_of("brief"), [])
@@ -89,21 +108,37 @@ class AlertCommand(AlertMasterTest):
 
     def test_the_command_gets_the_facts_in_its_environment(self):
         agent = self.samples("facts", 75.5, job="4711")
-        facts, = eventually(lambda: self.commands("facts"))
+        (facts,) = eventually(lambda: self.commands("facts"))
         self.assertEqual(
-            [facts["SENTINEL_" + key]
-             for key in ("EVENT", "NODE", "JOB", "METRIC", "VALUE", "THRESHOLD")],
-            ["alert", "facts", "4711", "cpu", "75.5", "50"] if facts["SENTINEL_THRESHOLD"] == "50"
-            else ["alert", "facts", "4711", "cpu", "75.5", "50.0"])
+            [
+                facts["SENTINEL_" + key]
+                for key in ("EVENT", "NODE", "JOB", "METRIC", "VALUE", "THRESHOLD")
+            ],
+            ["alert", "facts", "4711", "cpu", "75.5", "50"]
+            if facts["SENTINEL_THRESHOLD"] == "50"
+            else ["alert", "facts", "4711", "cpu", "75.5", "50.0"],
+        )
         agent.reset()
         facts = eventually(lambda: self.commands("facts")[1:])
-        self.assertIn(("lost", "lost"), [(f["SENTINEL_EVENT"], f["SENTINEL_METRIC"])
-                                         for f in self.commands("facts")])
+        self.assertIn(
+            ("lost", "lost"),
+            [
+                (f["SENTINEL_EVENT"], f["SENTINEL_METRIC"])
+                for f in self.commands("facts")
+            ],
+        )
 
     def test_hostile_names_stay_data(self):
         marker = os.path.join(self.folder, "pwned")
-        for name in ("$(touch %s)" % marker, "`touch %s`" % marker, "; touch %s #" % marker,
-                     "' && touch %s '" % marker, '" | touch %s "' % marker, "--help", "%s%n$HOME"):
+        for name in (
+            "$(touch %s)" % marker,
+            "`touch %s`" % marker,
+            "; touch %s #" % marker,
+            "' && touch %s '" % marker,
+            '" | touch %s "' % marker,
+            "--help",
+            "%s%n$HOME",
+        ):
             with self.subTest(name):
                 self.samples(name, 99)
                 eventually(lambda name=name: self.commands(name))
@@ -119,8 +154,12 @@ class AlertCommand(AlertMasterTest):
 
 class HangingCommand(AlertMasterTest):
     patch = "master_server.COMMAND_SECONDS = 1.0"
-    flags = ("--alert", "cpu>50", "--alert-command",
-             'echo $SENTINEL_NODE $$ >> "$TOLD/pids"; sleep 600 & sleep 600; wait')
+    flags = (
+        "--alert",
+        "cpu>50",
+        "--alert-command",
+        'echo $SENTINEL_NODE $$ >> "$TOLD/pids"; sleep 600 & sleep 600; wait',
+    )
 
     def pids(self):
         with open(os.path.join(self.folder, "pids")) as file:
@@ -128,12 +167,13 @@ class HangingCommand(AlertMasterTest):
 
     def test_it_is_killed_at_its_limit_with_its_children_while_samples_go_on(self):
         import master_server
+
         self.assertEqual(master_server.COMMAND_SECONDS, 30, "but for this test's patch")
         agents = [self.agent(), self.agent()]
         for number, agent in enumerate(agents):
             agent.send({"cpu": 99, "ram": 1, "node": "n%d" % number, "ack": True})
             self.assertEqual(agent.read_line(), "ok")
-        (name, pid), = eventually(self.pids).items()
+        ((name, pid),) = eventually(self.pids).items()
         family = [pid] + eventually(lambda: support.descendants(pid))
         agents[0].send({"cpu": 98, "ram": 1, "node": "n0", "ack": True})
         self.assertEqual(agents[0].read_line(), "ok")
@@ -151,10 +191,16 @@ class Unknown(unittest.TestCase):
 
                 def judge(rule=rule, state=state, **more):
                     row = master_server.check_sample(dict({"cpu": 1, "ram": 1}, **more))
-                    return [kind for kind, _, _ in master_server.judge([rule], state, row, 0.0)]
+                    return [
+                        kind
+                        for kind, _, _ in master_server.judge([rule], state, row, 0.0)
+                    ]
+
                 self.assertEqual((judge(), state), ([], {}))
                 self.assertEqual(judge(swap=100.0 - quiet), ["alert"])
-                self.assertEqual((judge(), judge(swap="high"), state), ([], [], {rule: None}))
+                self.assertEqual(
+                    (judge(), judge(swap="high"), state), ([], [], {rule: None})
+                )
                 self.assertEqual((judge(swap=quiet), state), (["resolved"], {}))
 
 

@@ -20,7 +20,7 @@ import support
 class Figures(unittest.TestCase):
     def test_the_exponent_of_a_power_law_is_found(self):
         for exponent in (0.0, 0.5, 1.0, 2.0):
-            points = [(n, 0.07 * n ** exponent) for n in (200, 1000, 5000, 10000)]
+            points = [(n, 0.07 * n**exponent) for n in (200, 1000, 5000, 10000)]
             self.assertAlmostEqual(bench.fit_exponent(points), exponent)
 
     def test_noise_on_both_sides_leaves_the_exponent(self):
@@ -28,31 +28,50 @@ class Figures(unittest.TestCase):
         self.assertAlmostEqual(bench.fit_exponent(points), 1.0)
 
     def test_the_slope_of_a_line_is_found(self):
-        self.assertAlmostEqual(bench.fit_slope([(x, 3 - 0.25 * x) for x in (1, 2, 5, 9)]), -0.25)
+        self.assertAlmostEqual(
+            bench.fit_slope([(x, 3 - 0.25 * x) for x in (1, 2, 5, 9)]), -0.25
+        )
 
     def test_two_disturbed_tools_of_ten_change_nothing_of_the_cost_of_a_sample(self):
         before = [1.0] * 10, 100
         self.assertAlmostEqual(bench.per_sample(before, ([1.003] * 10, 160)), 0.0005)
         disturbed = [1.023, 1.5] + [1.003] * 8
         self.assertAlmostEqual(bench.per_sample(before, (disturbed, 160)), 0.0005)
-        self.assertAlmostEqual(bench.per_sample(before, ([1.003, 1.006] * 5, 160)), 0.00075)
+        self.assertAlmostEqual(
+            bench.per_sample(before, ([1.003, 1.006] * 5, 160)), 0.00075
+        )
 
     def test_a_percentile_is_one_of_the_values(self):
         values = list(range(100, 0, -1))
-        self.assertEqual([bench.percentile(values, p) for p in (0, 1, 50, 99, 99.5, 100)],
-                         [1, 1, 50, 99, 100, 100])
+        self.assertEqual(
+            [bench.percentile(values, p) for p in (0, 1, 50, 99, 99.5, 100)],
+            [1, 1, 50, 99, 100, 100],
+        )
         self.assertEqual(bench.percentile([7], 99), 7)
 
     def test_a_value_is_shown_with_the_digits_that_count(self):
-        cases = [(0, ""), (3, "x"), (0.4567, "x"), (12.34, "MiB"), (123.4, "ms"), (0.01234, "%"),
-                 (0.06, "%")]
-        self.assertEqual([bench.show(*case) for case in cases],
-                         ["0", "3 x", "0.46 x", "12.3 MiB", "123 ms", "0.012 %", "0.060 %"])
+        cases = [
+            (0, ""),
+            (3, "x"),
+            (0.4567, "x"),
+            (12.34, "MiB"),
+            (123.4, "ms"),
+            (0.01234, "%"),
+            (0.06, "%"),
+        ]
+        self.assertEqual(
+            [bench.show(*case) for case in cases],
+            ["0", "3 x", "0.46 x", "12.3 MiB", "123 ms", "0.012 %", "0.060 %"],
+        )
 
 
 class Bounds(unittest.TestCase):
     def test_a_row_holds_on_its_bound_and_not_past_it(self):
-        for value, at_most, at_least in ((1.9, True, False), (2.0, True, True), (2.1, False, True)):
+        for value, at_most, at_least in (
+            (1.9, True, False),
+            (2.0, True, True),
+            (2.1, False, True),
+        ):
             with self.subTest(value):
                 self.assertEqual(bench.at_most("", value, "x", 2.0).holds, at_most)
                 self.assertEqual(bench.at_least("", value, "x", 2.0).holds, at_least)
@@ -68,28 +87,40 @@ class Bounds(unittest.TestCase):
         self.assertFalse(bench.at_most("", 1, "", 0).within(bench.TOLERANCE))
 
     def test_what_has_no_bound_neither_holds_nor_fails(self):
-        row = bench.told("", 10 ** 9, "s")
+        row = bench.told("", 10**9, "s")
         self.assertIsNone(row.holds)
         self.assertTrue(row.within(1.0))
 
 
 class Table(unittest.TestCase):
-    ROWS = [bench.at_most("agent", 2.25, "x", 2.5, "9 / 4 us"), bench.told("start", 300, "ms"),
-            bench.at_least("bridge", 1.0, "x", 1.3)]
+    ROWS = [
+        bench.at_most("agent", 2.25, "x", 2.5, "9 / 4 us"),
+        bench.told("start", 300, "ms"),
+        bench.at_least("bridge", 1.0, "x", 1.3),
+    ]
 
     def test_it_is_markdown_that_can_be_read_as_it_is(self):
-        self.assertEqual(bench.render_table(self.ROWS).splitlines(), [
-            "| what   | measured          | bound     | holds |",
-            "| ------ | ----------------- | --------- | ----- |",
-            "| agent  | 2.25 x (9 / 4 us) | <= 2.50 x | yes   |",
-            "| start  | 300 ms            |           |       |",
-            "| bridge | 1 x               | >= 1.30 x | NO    |"])
+        self.assertEqual(
+            bench.render_table(self.ROWS).splitlines(),
+            [
+                "| what   | measured          | bound     | holds |",
+                "| ------ | ----------------- | --------- | ----- |",
+                "| agent  | 2.25 x (9 / 4 us) | <= 2.50 x | yes   |",
+                "| start  | 300 ms            |           |       |",
+                "| bridge | 1 x               | >= 1.30 x | NO    |",
+            ],
+        )
 
     def test_the_json_holds_every_figure(self):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "bench.json")
-            bench.write_json(path, {"cores": 2}, [("one", row) for row in self.ROWS],
-                             {"peer": "missing here: peer"}, {})
+            bench.write_json(
+                path,
+                {"cores": 2},
+                [("one", row) for row in self.ROWS],
+                {"peer": "missing here: peer"},
+                {},
+            )
             with open(path) as file:
                 content = json.load(file)
         self.assertEqual(content["machine"], {"cores": 2})
@@ -98,20 +129,32 @@ class Table(unittest.TestCase):
         self.assertEqual(content["rows"][0]["bound"], 2.5)
 
     def run_benches(self, quick, **benches):
-        with mock.patch.dict(bench.BENCHES, {name: (function, quick) for name, function in
-                                             benches.items()}), \
-                contextlib.redirect_stderr(io.StringIO()):
+        with mock.patch.dict(
+            bench.BENCHES,
+            {name: (function, quick) for name, function in benches.items()},
+        ), contextlib.redirect_stderr(io.StringIO()):
             return bench.run_benches(list(benches), bench.Stage(quick, ""))
 
-    def test_what_is_far_over_its_bound_has_a_second_chance_when_it_is_quick_and_says_so(self):
+    def test_what_is_far_over_its_bound_has_a_second_chance_when_it_is_quick_and_says_so(
+        self,
+    ):
         for quick, bound, values, expected, note in (
-                (False, 2.0, [3.0, 1.0], 3.0, ""), (True, 2.0, [3.0, 1.0], 1.0, "3 x at first"),
-                (True, 2.0, [2.5, 1.0], 2.5, ""), (True, 0, [1, 0], 1, "")):
+            (False, 2.0, [3.0, 1.0], 3.0, ""),
+            (True, 2.0, [3.0, 1.0], 1.0, "3 x at first"),
+            (True, 2.0, [2.5, 1.0], 2.5, ""),
+            (True, 0, [1, 0], 1, ""),
+        ):
             with self.subTest(quick=quick, values=values):
                 left = iter(values)
-                rows, _, _ = self.run_benches(quick, noisy=lambda stage, left=left, bound=bound: [
-                    bench.at_most("", next(left), "x", bound)])
-                self.assertEqual([(row.value, row.note) for _, row in rows], [(expected, note)])
+                rows, _, _ = self.run_benches(
+                    quick,
+                    noisy=lambda stage, left=left, bound=bound: [
+                        bench.at_most("", next(left), "x", bound)
+                    ],
+                )
+                self.assertEqual(
+                    [(row.value, row.note) for _, row in rows], [(expected, note)]
+                )
 
     def test_the_exit_code_tells_whether_all_was_measured_and_holds(self):
         def lacks(stage):
@@ -119,35 +162,48 @@ class Table(unittest.TestCase):
 
         def breaks(stage):
             raise ValueError("broken")
+
         for code, everything, flags, function in (
-                (0, "", [], lambda stage: [bench.at_most("", 2.0, "x", 2.0)]),
-                (1, "", [], lambda stage: [bench.at_most("", 2.1, "x", 2.0)]),
-                (0, "", ["--quick"], lambda stage: [bench.at_most("", 2.6, "x", 2.0)]),
-                (0, "", ["--quick"], lambda stage: [bench.at_most("", 1.9, "x", 2.0)]),
-                (1, "", ["--quick"], lambda stage: [bench.at_most("", 2.7, "x", 2.0)]),
-                (1, "", [], breaks), (0, "", [], lacks), (1, "1", [], lacks)):
-            with self.subTest(code=code, flags=flags), tempfile.TemporaryDirectory() as folder, \
-                    mock.patch.dict(os.environ, {"SENTINEL_TEST_ALL": everything}), \
-                    mock.patch.object(bench, "BENCHES", {"one": (function, True)}), \
-                    mock.patch("signal.signal"), \
-                    contextlib.redirect_stdout(io.StringIO()) as told, \
-                    contextlib.redirect_stderr(io.StringIO()):
+            (0, "", [], lambda stage: [bench.at_most("", 2.0, "x", 2.0)]),
+            (1, "", [], lambda stage: [bench.at_most("", 2.1, "x", 2.0)]),
+            (0, "", ["--quick"], lambda stage: [bench.at_most("", 2.6, "x", 2.0)]),
+            (0, "", ["--quick"], lambda stage: [bench.at_most("", 1.9, "x", 2.0)]),
+            (1, "", ["--quick"], lambda stage: [bench.at_most("", 2.7, "x", 2.0)]),
+            (1, "", [], breaks),
+            (0, "", [], lacks),
+            (1, "1", [], lacks),
+        ):
+            with self.subTest(
+                code=code, flags=flags
+            ), tempfile.TemporaryDirectory() as folder, mock.patch.dict(
+                os.environ, {"SENTINEL_TEST_ALL": everything}
+            ), mock.patch.object(
+                bench, "BENCHES", {"one": (function, True)}
+            ), mock.patch("signal.signal"), contextlib.redirect_stdout(
+                io.StringIO()
+            ) as told, contextlib.redirect_stderr(io.StringIO()):
                 path = os.path.join(folder, "bench.json")
                 self.assertEqual(bench.main(flags + ["--json", path]), code)
                 self.assertTrue(os.path.exists(path))
-                self.assertEqual(code == 0 and "| NO " in told.getvalue(),
-                                 "1 over its bound, by less" in told.getvalue())
+                self.assertEqual(
+                    code == 0 and "| NO " in told.getvalue(),
+                    "1 over its bound, by less" in told.getvalue(),
+                )
 
     def test_figures_that_cannot_be_written_are_refused_before_the_work(self):
         for module in (bench, soak):
-            with self.subTest(module.__name__), tempfile.TemporaryDirectory() as folder, \
-                    mock.patch.object(module, "describe_machine", create=True) as work, \
-                    contextlib.redirect_stderr(io.StringIO()) as told:
+            with self.subTest(
+                module.__name__
+            ), tempfile.TemporaryDirectory() as folder, mock.patch.object(
+                module, "describe_machine", create=True
+            ) as work, contextlib.redirect_stderr(io.StringIO()) as told:
                 for path in (folder, os.path.join(folder, "none", "x.json")):
                     with self.assertRaises(SystemExit) as end:
                         module.main(["--json", path])
                     self.assertEqual(end.exception.code, 2)
-                    self.assertIn("no file can be written at %r" % path, told.getvalue())
+                    self.assertIn(
+                        "no file can be written at %r" % path, told.getvalue()
+                    )
                 work.assert_not_called()
 
     def test_what_is_missing_is_skipped_by_name_and_what_breaks_fails_alone(self):
@@ -167,37 +223,57 @@ class Table(unittest.TestCase):
 
 class Measuring(unittest.TestCase):
     def test_it_is_steady_when_two_windows_agree_and_never_after_one(self):
-        for shares, windows in (([0.5, 0.5], 2), ([0.5, 0.3, 0.25], 3), ([0.001, 0.004], 2)):
+        for shares, windows in (
+            ([0.5, 0.5], 2),
+            ([0.5, 0.3, 0.25], 3),
+            ([0.001, 0.004], 2),
+        ):
             with self.subTest(shares), mock.patch.object(
-                    bench, "cpu_share", side_effect=[[share] for share in shares]) as measured:
+                bench, "cpu_share", side_effect=[[share] for share in shares]
+            ) as measured:
                 bench.settle(1)
                 self.assertEqual(measured.call_count, windows)
 
     def test_what_is_never_steady_is_told(self):
         told = io.StringIO()
-        with mock.patch.object(bench, "SETTLE_LIMIT", 0.05), contextlib.redirect_stderr(told), \
-                mock.patch.object(bench, "cpu_share", side_effect=itertools.cycle([[0.1], [0.9]])):
+        with mock.patch.object(bench, "SETTLE_LIMIT", 0.05), contextlib.redirect_stderr(
+            told
+        ), mock.patch.object(
+            bench, "cpu_share", side_effect=itertools.cycle([[0.1], [0.9]])
+        ):
             bench.settle(1)
         self.assertIn("not steady", told.getvalue())
 
     def test_a_load_or_a_master_that_falls_behind_is_no_figure(self):
-        for sent, answered, fails in ((1000, 1000, False), (1000, 800, True), (800, 800, True)):
+        for sent, answered, fails in (
+            (1000, 1000, False),
+            (1000, 800, True),
+            (800, 800, True),
+        ):
             fleet = bench.Fleet.__new__(bench.Fleet)
-            reports = [{"sent": 0, "answered": 0, "time": 0.0},
-                       {"sent": sent, "answered": answered, "time": 20.0}]
+            reports = [
+                {"sent": 0, "answered": 0, "time": 0.0},
+                {"sent": sent, "answered": answered, "time": 20.0},
+            ]
             fleet.count, fleet.master = 100, mock.Mock(pid=1)
             fleet.report = iter(reports).__next__
             with self.subTest(sent=sent, answered=answered), mock.patch.object(
-                    bench, "cpu_share", return_value=[0.3, 0.0]):
+                bench, "cpu_share", return_value=[0.3, 0.0]
+            ):
                 if fails:
-                    self.assertRaisesRegex(ValueError, "too busy", bench.measure_fleet, fleet, 20)
+                    self.assertRaisesRegex(
+                        ValueError, "too busy", bench.measure_fleet, fleet, 20
+                    )
                 else:
                     self.assertEqual(bench.measure_fleet(fleet, 20)[0], 0.3)
 
     def test_cpu_counts_a_process_and_its_children(self):
         burn = "import time\nwhile time.process_time() < 0.3: pass\n"
-        nested = burn + "import subprocess, sys\nsubprocess.run([sys.executable, '-c', %r])\n" \
+        nested = (
+            burn
+            + "import subprocess, sys\nsubprocess.run([sys.executable, '-c', %r])\n"
             "print('done', flush=True)\ntime.sleep(60)" % burn
+        )
         with support.start("-c", nested) as tool:
             support.eventually(lambda: "done" in tool.out)
             self.assertGreater(bench.cpu_seconds(tool.pid), 0.55)
@@ -207,7 +283,7 @@ class Measuring(unittest.TestCase):
         fill = "held = b'x' * 2 ** 25\nprint('done', flush=True)\nimport time; time.sleep(60)"
         with support.start("-c", fill) as tool:
             support.eventually(lambda: "done" in tool.out)
-            self.assertTrue(2 ** 25 < bench.pss_bytes(tool.pid) < 2 ** 26)
+            self.assertTrue(2**25 < bench.pss_bytes(tool.pid) < 2**26)
 
     def test_a_listener_is_found_without_a_connection(self):
         with bench.Sink() as sink:
@@ -222,44 +298,74 @@ class Measuring(unittest.TestCase):
 class Soak(unittest.TestCase):
     def memory(self, *sizes):
         """The rows of looks, one a minute, at a process of so many MiB."""
-        return list(soak.judge_memory([(60.0 * minute, {"bridge": {"memory": size * 2 ** 20}})
-                                       for minute, size in enumerate(sizes)]))
+        return list(
+            soak.judge_memory(
+                [
+                    (60.0 * minute, {"bridge": {"memory": size * 2**20}})
+                    for minute, size in enumerate(sizes)
+                ]
+            )
+        )
 
     def test_memory_may_grow_at_first_and_not_after_that(self):
-        warm, = self.memory(*[5, 8] + [10] * 18)
+        (warm,) = self.memory(*[5, 8] + [10] * 18)
         self.assertTrue(warm.holds)
-        grows, = self.memory(*[10 + 0.05 * minute for minute in range(20)])
+        (grows,) = self.memory(*[10 + 0.05 * minute for minute in range(20)])
         self.assertFalse(grows.holds)
         self.assertIn("+3072 KiB an hour", grows.note)
-        shrinks, = self.memory(*[10 - 0.05 * minute for minute in range(20)])
+        (shrinks,) = self.memory(*[10 - 0.05 * minute for minute in range(20)])
         self.assertTrue(shrinks.holds)
 
     def test_a_short_soak_shows_growth_and_does_not_judge_it(self):
-        short, = self.memory(*range(10, 25))
+        (short,) = self.memory(*range(10, 25))
         self.assertIsNone(short.holds)
         self.assertIn("too short", short.note)
-        long, = self.memory(*range(10, 26))
+        (long,) = self.memory(*range(10, 26))
         self.assertFalse(long.holds)
 
     def test_nonsense_is_refused_before_the_work(self):
-        for flags in (["--minutes", "0"], ["--agents", "0"], ["--churn", "-1"], ["--minutes", "x"]):
-            with self.subTest(flags), contextlib.redirect_stderr(io.StringIO()) as told, \
-                    self.assertRaises(SystemExit) as end:
+        for flags in (
+            ["--minutes", "0"],
+            ["--agents", "0"],
+            ["--churn", "-1"],
+            ["--minutes", "x"],
+        ):
+            with self.subTest(flags), contextlib.redirect_stderr(
+                io.StringIO()
+            ) as told, self.assertRaises(SystemExit) as end:
                 soak.build_parser().parse_args(flags)
             self.assertEqual(end.exception.code, 2)
             self.assertIn(flags[0], told.getvalue())
 
     def test_each_thread_descriptor_and_slot_that_stays_is_seen(self):
         def look(threads=1, descriptors=9):
-            return {"collector": {"memory": 1, "threads": threads, "descriptors": descriptors}}
-        for after, slots, bad in ((look(), 0, 0), (look(threads=2), 0, 1),
-                                  (look(descriptors=10), 0, 1), (look(), 1, 1)):
+            return {
+                "collector": {
+                    "memory": 1,
+                    "threads": threads,
+                    "descriptors": descriptors,
+                }
+            }
+
+        for after, slots, bad in (
+            (look(), 0, 0),
+            (look(threads=2), 0, 1),
+            (look(descriptors=10), 0, 1),
+            (look(), 1, 1),
+        ):
             rows = list(soak.judge_rest(look(), after, slots))
             self.assertEqual(sum(not row.holds for row in rows), bad)
 
 
 class Load(unittest.TestCase):
-    SAMPLE = {"cpu": 0.0, "ram": 0.0, "load1": 1.5, "user": "me", "ack": True, "cpus": 2}
+    SAMPLE = {
+        "cpu": 0.0,
+        "ram": 0.0,
+        "load1": 1.5,
+        "user": "me",
+        "ack": True,
+        "cpus": 2,
+    }
 
     def test_an_agent_keeps_its_name_and_who_replaces_it_has_the_next(self):
         with bench.Sink() as sink:
@@ -275,25 +381,41 @@ class Load(unittest.TestCase):
 
     def test_a_template_is_filled_with_name_and_values(self):
         template = load.Template(self.SAMPLE)
-        for name, cpu, ram in (("node-0000007", 15.5, 40.2), ("node-9999999", 80.0, 5.0)):
-            data = template.fill(name.encode(), struct.pack(">d", cpu), struct.pack(">d", ram))
-            self.assertEqual(pickle.loads(data), dict(self.SAMPLE, node=name, cpu=cpu, ram=ram))
+        for name, cpu, ram in (
+            ("node-0000007", 15.5, 40.2),
+            ("node-9999999", 80.0, 5.0),
+        ):
+            data = template.fill(
+                name.encode(), struct.pack(">d", cpu), struct.pack(">d", ram)
+            )
+            self.assertEqual(
+                pickle.loads(data), dict(self.SAMPLE, node=name, cpu=cpu, ram=ram)
+            )
         with self.assertRaisesRegex(ValueError, "node-10000000"):
             template.fill(b"node-10000000", bytes(8), bytes(8))
 
     def test_agents_connect_one_after_another_over_the_ramp(self):
-        self.assertEqual([load.first_due(i, 4, 2.0) for i in range(4)], [0.0, 0.5, 1.0, 1.5])
+        self.assertEqual(
+            [load.first_due(i, 4, 2.0) for i in range(4)], [0.0, 0.5, 1.0, 1.5]
+        )
 
     def test_an_even_load_keeps_its_distance_and_a_burst_meets(self):
         self.assertEqual(load.next_due(10.5, 2.0, "even"), 12.5)
-        self.assertEqual({load.next_due(due, 2.0, "burst") for due in (10.0, 10.5, 11.9)}, {12.0})
+        self.assertEqual(
+            {load.next_due(due, 2.0, "burst") for due in (10.0, 10.5, 11.9)}, {12.0}
+        )
 
     def test_a_load_sends_reads_and_notices_who_was_dropped(self):
         with bench.Sink() as sink, support.start(
-                "tests/load.py", sink.port, 3, "--interval", "0.2") as tool:
+            "tests/load.py", sink.port, 3, "--interval", "0.2"
+        ) as tool:
+
             def report():
                 return json.loads(tool.out.splitlines()[-1])
-            support.eventually(lambda: report()["agents"] == 3 and report()["answered"] > 6)
+
+            support.eventually(
+                lambda: report()["agents"] == 3 and report()["answered"] > 6
+            )
             for sock in list(sink.socks)[:1]:
                 sock.shutdown(2)
             support.eventually(lambda: report()["lost"] == 1)
@@ -301,9 +423,12 @@ class Load(unittest.TestCase):
 
     def test_churn_replaces_agents_by_new_ones(self):
         with bench.Sink() as sink, support.start(
-                "tests/load.py", sink.port, 4, "--interval", "0.2", "--churn", 10) as tool:
+            "tests/load.py", sink.port, 4, "--interval", "0.2", "--churn", 10
+        ) as tool:
+
             def report():
                 return json.loads(tool.out.splitlines()[-1])
+
             support.eventually(lambda: report()["left"] >= 6)
             self.assertEqual(report()["lost"], 0)
             support.eventually(lambda: report()["agents"] >= 3)

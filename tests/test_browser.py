@@ -21,11 +21,16 @@ NODE_PATH = os.environ.get("NODE_PATH", "")  # where npm put axe-core and html-v
 JOBS = (
     ("4711", "train_resnet50", "alice", 16),
     ("4712", "md_npt_310K", "bjorn", 12),
-    ("4713", "a_very_long_job_name_that_somebody_really_gave_to_a_job_of_his", "chloe", 12),
+    (
+        "4713",
+        "a_very_long_job_name_that_somebody_really_gave_to_a_job_of_his",
+        "chloe",
+        12,
+    ),
 )
 HOSTILE = (
     "<script>alert(1)</script>",
-    "\"><img src=x onerror=alert(1)>",
+    '"><img src=x onerror=alert(1)>',
     "a/b?c#d e%2f",
     "학습",
     "a-name-of-sixty-four-letters-that-does-not-fit-anywhere-at-all-x",
@@ -54,7 +59,11 @@ class Load:
 
     def __init__(self, port, known, values=None):
         self.port, self.known, self.values = port, list(known), values or {}
-        self.stack, self.over, self.agents = contextlib.ExitStack(), threading.Event(), {}
+        self.stack, self.over, self.agents = (
+            contextlib.ExitStack(),
+            threading.Event(),
+            {},
+        )
         self.thread = threading.Thread(target=self.run, daemon=True)
 
     def run(self):
@@ -63,8 +72,12 @@ class Load:
             for number, known in enumerate(self.known):
                 try:
                     if number not in self.agents:
-                        self.agents[number] = self.stack.enter_context(PlainAgent(self.port))
-                    cpu = self.values.get(known.get("node"), (number * 7 + second) % 60 + 25)
+                        self.agents[number] = self.stack.enter_context(
+                            PlainAgent(self.port)
+                        )
+                    cpu = self.values.get(
+                        known.get("node"), (number * 7 + second) % 60 + 25
+                    )
                     self.agents[number].send(
                         dict(
                             known,
@@ -113,8 +126,12 @@ class InBrowser(unittest.TestCase):
     def setUpClass(cls):
         cls.stack = contextlib.ExitStack()
         try:
-            cls.master = cls.stack.enter_context(start_master("--max-agents", "2048", *cls.flags))
-            cls.load = cls.stack.enter_context(Load(cls.master.port, cls.known(), cls.values))
+            cls.master = cls.stack.enter_context(
+                start_master("--max-agents", "2048", *cls.flags)
+            )
+            cls.load = cls.stack.enter_context(
+                Load(cls.master.port, cls.known(), cls.values)
+            )
             cls.browser = cls.stack.enter_context(Browser(script=cls.script))
             eventually(lambda: len(support.nodes(cls.master.page)) >= cls.count, 60)
         except BaseException:
@@ -157,7 +174,9 @@ class InBrowser(unittest.TestCase):
         self.browser.run("window.mark = 7")
 
     def assertSamePage(self):
-        self.assertEqual(self.browser.run("return window.mark"), 7, "the page was loaded anew")
+        self.assertEqual(
+            self.browser.run("return window.mark"), 7, "the page was loaded anew"
+        )
 
     def after_update(self, check, seconds=12):
         eventually(check, seconds)
@@ -170,7 +189,8 @@ class FortyNodes(InBrowser):
     def test_the_first_paint_shows_every_node_by_job(self):
         self.assertEqual(len(self.names()), 40)
         self.assertIn(
-            "Job 4711 train_resnet50 \u00b7 alice \u00b7 nodes: 16", self.browser.text("#nodes")
+            "Job 4711 train_resnet50 \u00b7 alice \u00b7 nodes: 16",
+            self.browser.text("#nodes"),
         )
         self.assertEqual(self.browser.count(".map a"), 0)
         self.assertEqual(self.browser.title, "All is well - Cluster Sentinel")
@@ -201,7 +221,9 @@ class FortyNodes(InBrowser):
         self.assertSamePage()
         self.open(self.browser.path)
         self.assertEqual(len(self.names()), 12)
-        self.assertEqual(self.browser.run("return document.querySelector('input').value"), "md_npt")
+        self.assertEqual(
+            self.browser.run("return document.querySelector('input').value"), "md_npt"
+        )
 
     def test_a_job_and_a_user_can_be_chosen(self):
         for name, value, count in (("job", "4711", 16), ("user", "chloe", 12)):
@@ -221,7 +243,9 @@ class FortyNodes(InBrowser):
         eventually(lambda: self.browser.path == "/node/c01")
         self.assertEqual(self.browser.text("h1"), "c01")
         for label in ("CPU", "RAM", "Load", "Received"):
-            eventually(lambda label=label: label in self.browser.text(".graphs"), 15, label)
+            eventually(
+                lambda label=label: label in self.browser.text(".graphs"), 15, label
+            )
         self.assertTrue(self.browser.count("figure path[d*=L]"))
         self.assertIn("Memory that is not available", self.browser.text("body"))
         self.assertIn("connected", self.browser.text("#events"))
@@ -235,7 +259,7 @@ class FortyNodes(InBrowser):
         self.assertSamePage()
 
     def test_an_update_keeps_focus_scroll_and_selection(self):
-        self.open("/?sort=-cpu")            # rows change places
+        self.open("/?sort=-cpu")  # rows change places
         self.stamp()
         self.browser.run(
             "const find = name => [...document.querySelectorAll('#nodes th a')].find("
@@ -246,7 +270,9 @@ class FortyNodes(InBrowser):
         updates, order = self.browser.run(count), self.names()
         eventually(lambda: self.names() != order, 20)
         eventually(lambda: self.browser.run(count) > updates + 2, 20)
-        self.assertEqual(self.browser.run("return document.activeElement.textContent"), "c07")
+        self.assertEqual(
+            self.browser.run("return document.activeElement.textContent"), "c07"
+        )
         self.assertEqual(self.browser.run("return Math.round(scrollY)"), 300)
         self.assertEqual(self.browser.run("return getSelection().toString()"), "11")
         self.assertSamePage()
@@ -290,7 +316,9 @@ class FortyNodes(InBrowser):
                 self.browser.show_as(width, height)
                 self.open(path)
                 self.assertLessEqual(
-                    self.browser.run("return document.documentElement.scrollWidth"), width, path
+                    self.browser.run("return document.documentElement.scrollWidth"),
+                    width,
+                    path,
                 )
                 self.assertTrue(
                     self.browser.run(
@@ -336,7 +364,9 @@ class ThousandNodes(InBrowser):
     def test_a_tile_names_its_node_when_pointed_at_or_focused_and_opens_it(self):
         named = "return getComputedStyle(document.activeElement, '::after').content"
         self.browser.run("document.querySelector('.map a').focus()")
-        self.assertRegex(self.browser.run(named), r"c0001, job 5000, CPU [\d.]+ %, RAM 40.0 %")
+        self.assertRegex(
+            self.browser.run(named), r"c0001, job 5000, CPU [\d.]+ %, RAM 40.0 %"
+        )
         self.browser.press(TAB)
         self.assertRegex(self.browser.run(named), "c0002")
         self.browser.press(ENTER)
@@ -391,7 +421,8 @@ class Hostile(InBrowser):
     @classmethod
     def known(cls):
         return [
-            {"node": name, "job": name, "job_name": name, "user": name} for name in HOSTILE
+            {"node": name, "job": name, "job_name": name, "user": name}
+            for name in HOSTILE
         ] + fleet(35)
 
     def test_names_stay_text_on_every_page(self):
@@ -419,14 +450,18 @@ class Hostile(InBrowser):
             for path in ("/", "/?group=no", "/node/" + HOSTILE[-1]):
                 self.open(path)
                 self.assertLessEqual(
-                    self.browser.run("return document.documentElement.scrollWidth"), width, path
+                    self.browser.run("return document.documentElement.scrollWidth"),
+                    width,
+                    path,
                 )
 
 
 class ComingAndGoing(InBrowser):
     count = 6
 
-    def test_1_a_node_that_is_lost_leaves_the_table_and_one_that_finishes_is_calmer(self):
+    def test_1_a_node_that_is_lost_leaves_the_table_and_one_that_finishes_is_calmer(
+        self,
+    ):
         self.load.leave(0)
         eventually(lambda: "c01" in self.browser.text("#lost"))
         self.assertNotIn("c01", self.names())
@@ -458,7 +493,9 @@ class ComingAndGoing(InBrowser):
         self.master.stop()
         eventually(lambda: "No answer since" in self.browser.text("#notice"), 10)
         self.assertRegex(self.browser.text("#notice"), r"since \d\d:\d\d:\d\d")
-        self.assertIn("stale", self.browser.run("return document.querySelector('main').className"))
+        self.assertIn(
+            "stale", self.browser.run("return document.querySelector('main').className")
+        )
         with start_master(
             "--port", str(self.master.port), "--dashboard-port", str(self.master.page)
         ):
@@ -471,11 +508,14 @@ class ComingAndGoing(InBrowser):
 
 @requires("chromium", "chromedriver")
 class Empty(unittest.TestCase):
-    def test_the_empty_page_says_what_to_run_and_the_first_agent_appears_by_itself(self):
+    def test_the_empty_page_says_what_to_run_and_the_first_agent_appears_by_itself(
+        self,
+    ):
         with start_master() as master, Browser() as browser:
             browser.open("http://localhost:%d/" % master.page)
             self.assertIn(
-                "python3 agent.py --host 127.0.0.1 --port %d" % master.port, browser.text("main")
+                "python3 agent.py --host 127.0.0.1 --port %d" % master.port,
+                browser.text("main"),
             )
             self.assertEqual(browser.messages(), [])
             with Load(master.port, fleet(1)):
@@ -499,7 +539,13 @@ class Rules(InBrowser):
     """axe-core's and html-validate's rules, on every kind of page."""
 
     values = {"c03": 99.0, "c20": 1.0}
-    paths = ("/?page=2", "/?sort=-cpu&q=c0&group=no", "/node/c03", "/?q=nobody", "/node/c40")
+    paths = (
+        "/?page=2",
+        "/?sort=-cpu&q=c0&group=no",
+        "/node/c03",
+        "/?q=nobody",
+        "/node/c40",
+    )
 
     @classmethod
     def known(cls):
@@ -514,7 +560,9 @@ class Rules(InBrowser):
 
     @requires("/" + os.path.join(NODE_PATH, "axe-core", "axe.min.js").lstrip("/"))
     def test_axe_finds_no_violation_on_any_page_in_either_theme(self):
-        with open(os.path.join(NODE_PATH, "axe-core", "axe.min.js"), encoding="utf-8") as file:
+        with open(
+            os.path.join(NODE_PATH, "axe-core", "axe.min.js"), encoding="utf-8"
+        ) as file:
             axe = file.read()
         check = (
             "const done = arguments[0]; axe.run(document, {runOnly: ['wcag2a', 'wcag2aa',"
@@ -530,12 +578,17 @@ class Rules(InBrowser):
 
     @requires(
         "node",
-        "/" + os.path.join(NODE_PATH, "html-validate", "bin", "html-validate.mjs").lstrip("/"),
+        "/"
+        + os.path.join(NODE_PATH, "html-validate", "bin", "html-validate.mjs").lstrip(
+            "/"
+        ),
     )
     def test_html_validate_finds_no_error_on_any_page(self):
         with tempfile.TemporaryDirectory() as folder:
             for number, path in enumerate((*self.paths, "/")):
-                with open(os.path.join(folder, "%d.html" % number), "w", encoding="utf-8") as file:
+                with open(
+                    os.path.join(folder, "%d.html" % number), "w", encoding="utf-8"
+                ) as file:
                     file.write(support.get(self.master.page, path).text)
             with open(os.path.join(folder, ".htmlvalidate.json"), "w") as file:
                 json.dump(
@@ -558,7 +611,9 @@ class Rules(InBrowser):
             done = subprocess.run(
                 [
                     "node",
-                    os.path.join(NODE_PATH, "html-validate", "bin", "html-validate.mjs"),
+                    os.path.join(
+                        NODE_PATH, "html-validate", "bin", "html-validate.mjs"
+                    ),
                     folder,
                 ],
                 stdout=subprocess.PIPE,

@@ -49,7 +49,9 @@ class Parser(unittest.TestCase):
             ),
             ("GET", "/node/a/b c", {"q": "학", "x": ""}, {"host": "h:1", "x-y": "z"}),
         )
-        self.assertEqual(master.parse_request(b"HEAD / HTTP/1.0\r\n\r\n"), ("HEAD", "/", {}, {}))
+        self.assertEqual(
+            master.parse_request(b"HEAD / HTTP/1.0\r\n\r\n"), ("HEAD", "/", {}, {})
+        )
 
     def test_whatever_is_no_request_is_refused_with_its_status(self):
         many = "&".join("a%d=1" % n for n in range(17)).encode()
@@ -94,7 +96,8 @@ class Parser(unittest.TestCase):
             for _ in range(chance.randrange(1, 6)):
                 at = chance.randrange(len(data))
                 data[at : at + chance.choice((0, 1, 4))] = bytes(
-                    chance.choice(b"\r\n :?&=%/\x00\xff[]GET1.") for _ in range(chance.randrange(4))
+                    chance.choice(b"\r\n :?&=%/\x00\xff[]GET1.")
+                    for _ in range(chance.randrange(4))
                 )
             try:
                 method, path, query, headers = master.parse_request(bytes(data))
@@ -107,14 +110,16 @@ class Parser(unittest.TestCase):
 class Cost(unittest.TestCase):
     def test_a_process_that_has_ended_still_counts_or_the_counter_would_fall(self):
         burn = "import time\nwhile time.process_time() < 0.5: pass"
-        code = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', %r])\n" \
+        code = (
+            "import subprocess, sys\nsubprocess.run([sys.executable, '-c', %r])\n"
             "print('done', flush=True)\nsys.stdin.read()" % burn
+        )
         with support.start("-c", code, stdin=subprocess.PIPE) as tool:
             self.addCleanup(tool.process.stdin.close)
             eventually(lambda: "done" in tool.out)
             seconds, memory = master.measure(tool.pid)
         self.assertGreater(seconds, 0.45)
-        self.assertGreater(memory, 2 ** 20)
+        self.assertGreater(memory, 2**20)
 
     def test_what_cannot_be_seen_is_none_and_not_nothing(self):
         with support.start("-c", "") as tool:
@@ -123,17 +128,22 @@ class Cost(unittest.TestCase):
 
     def test_what_it_takes_is_the_mean_of_a_minute_and_never_less_than_nothing(self):
         board = types.SimpleNamespace(
-            accounts=collections.deque(maxlen=master.ACCOUNTS), cost={},
-            view=types.SimpleNamespace(samples=0))
+            accounts=collections.deque(maxlen=master.ACCOUNTS),
+            cost={},
+            view=types.SimpleNamespace(samples=0),
+        )
         told = []
-        with mock.patch.object(master.time, "monotonic", side_effect=itertools.count(0, 10)):
+        with mock.patch.object(
+            master.time, "monotonic", side_effect=itertools.count(0, 10)
+        ):
             for seconds in [0, 30] + [30 + n for n in range(6)] + [0]:
-                master.Dashboard.account(board, seconds, 2 ** 20)
+                master.Dashboard.account(board, seconds, 2**20)
                 told.append(board.cost.get("text", "").partition(" % ")[0].split()[-1:])
                 board.view.samples += 5
         # what it took at first is in the mean for a minute, and then no more
-        self.assertEqual(told[:2] + told[6:], [
-            [], ["300.0"], ["56.7"], ["8.3"], ["0.0"]])
+        self.assertEqual(
+            told[:2] + told[6:], [[], ["300.0"], ["56.7"], ["8.3"], ["0.0"]]
+        )
         self.assertIn("for 0.5 samples a second", board.cost["text"])
 
 
@@ -143,8 +153,14 @@ class Rendered(unittest.TestCase):
     def ask(self, count, query=""):
         """That many browsers at once; the set of what they are answered."""
         bodies = set()
-        threads = [threading.Thread(target=lambda: bodies.add(
-            self.dashboard.answer("/", {"q": query}, {}, {}))) for _ in range(count)]
+        threads = [
+            threading.Thread(
+                target=lambda: bodies.add(
+                    self.dashboard.answer("/", {"q": query}, {}, {})
+                )
+            )
+            for _ in range(count)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -153,17 +169,21 @@ class Rendered(unittest.TestCase):
 
     def render(self, view, query, site):
         self.pages += 1
-        time.sleep(0.05)                        # long enough for the others to come
+        time.sleep(0.05)  # long enough for the others to come
         return "page %d" % self.pages
 
     def test_a_page_is_rendered_once_a_copy_of_the_table_whoever_asks(self):
         self.pages = 0
         table = mock.Mock()
         table.snapshot.side_effect = lambda: types.SimpleNamespace(
-            left=[], events=[], time=0.0, beat=0.1)
-        options = types.SimpleNamespace(dashboard_host="localhost", dashboard_token=None)
-        with mock.patch.dict(master.ROUTES, {"/": (master.HTML, self.render)}), \
-                mock.patch.object(master, "FRESH_SECONDS", 1000):
+            left=[], events=[], time=0.0, beat=0.1
+        )
+        options = types.SimpleNamespace(
+            dashboard_host="localhost", dashboard_token=None
+        )
+        with mock.patch.dict(
+            master.ROUTES, {"/": (master.HTML, self.render)}
+        ), mock.patch.object(master, "FRESH_SECONDS", 1000):
             self.dashboard = master.Dashboard(None, table, options)
             self.assertEqual(self.ask(20), {b"page 1"})
             self.assertEqual(self.ask(5, "c1"), {b"page 2"})
@@ -234,15 +254,22 @@ class Paths(Served):
                 self.assertIn(text, answer.text)
                 self.assertEqual(answer.headers["Cache-Control"], "no-store")
                 self.assertEqual(answer.headers["X-Content-Type-Options"], "nosniff")
-                self.assertIn("default-src 'none'", answer.headers["Content-Security-Policy"])
+                self.assertIn(
+                    "default-src 'none'", answer.headers["Content-Security-Policy"]
+                )
                 self.assertEqual(answer.headers["Connection"], "close")
 
     def test_head_says_the_same_and_sends_nothing(self):
         for path in ("/", "/nodes.txt", "/nobody"):
-            raw = request(self.page, b"HEAD %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % path.encode())
+            raw = request(
+                self.page,
+                b"HEAD %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % path.encode(),
+            )
             head, _, body = raw.partition(b"\r\n\r\n")
             self.assertEqual(body, b"")
-            self.assertGreater(int(re.search(rb"Content-Length: (\d+)", head).group(1)), 2)
+            self.assertGreater(
+                int(re.search(rb"Content-Length: (\d+)", head).group(1)), 2
+            )
 
     def test_curl_gets_text_and_a_browser_or_who_does_not_say_gets_html(self):
         for accept, kind in (
@@ -257,14 +284,22 @@ class Paths(Served):
             ) as link:
                 link.request("GET", "/", headers=headers)
                 response = link.getresponse()
-                self.assertTrue(response.headers["Content-Type"].startswith(kind), accept)
+                self.assertTrue(
+                    response.headers["Content-Type"].startswith(kind), accept
+                )
                 self.assertIn("Accept", response.headers["Vary"])
 
     def test_an_answer_is_packed_for_who_can_unpack_it(self):
         import gzip
 
-        with contextlib.closing(http.client.HTTPConnection(HOST, self.page, timeout=20)) as link:
-            link.request("GET", "/", headers={"Accept-Encoding": "gzip, br", "Accept": "text/html"})
+        with contextlib.closing(
+            http.client.HTTPConnection(HOST, self.page, timeout=20)
+        ) as link:
+            link.request(
+                "GET",
+                "/",
+                headers={"Accept-Encoding": "gzip, br", "Accept": "text/html"},
+            )
             response = link.getresponse()
             body = response.read()
         self.assertEqual(response.headers["Content-Encoding"], "gzip")
@@ -277,7 +312,10 @@ class Paths(Served):
             (414, line % (b"a" * 5000) + b"\r\n"),
             (414, b"GET /" + b"a" * 5000),
             (431, line % b"" + b"A: b\r\n" * 4000 + b"\r\n"),
-            (405, b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nabc"),
+            (
+                405,
+                b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nabc",
+            ),
             (400, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"),
             (400, b"\x80\x02}q\x00."),
             (400, line % (b"?" + b"&".join(b"a%d=1" % n for n in range(20))) + b"\r\n"),
@@ -287,7 +325,9 @@ class Paths(Served):
                 self.assertEqual(int(answer.split(b" ")[1]), status_)
                 self.assertIn(b"Content-Type: text/plain", answer)
                 self.assertEqual(answer.split(b"\r\n\r\n")[1].count(b"\n"), 1)
-        self.assertIn(b"Allow: GET, HEAD", request(self.page, b"PUT / HTTP/1.1\r\n\r\n"))
+        self.assertIn(
+            b"Allow: GET, HEAD", request(self.page, b"PUT / HTTP/1.1\r\n\r\n")
+        )
 
     def test_half_a_request_has_five_seconds(self):
         start = time.monotonic()
@@ -296,9 +336,9 @@ class Paths(Served):
 
     def test_single_bytes_do_not_renew_the_five_seconds(self):
         start = time.monotonic()
-        with socket.create_connection((HOST, self.page), 10) as client, contextlib.suppress(
-            OSError
-        ):
+        with socket.create_connection(
+            (HOST, self.page), 10
+        ) as client, contextlib.suppress(OSError):
             client.settimeout(0.3)
             while time.monotonic() - start < 10:
                 client.sendall(b"G")
@@ -316,8 +356,10 @@ class Paths(Served):
         self.assertNotIn("defect", self.master.log)
 
     def test_health_tells_what_the_master_itself_takes(self):
-        takes = (r"ok\nThis master takes (\S+) % of a core and (\S+) MiB of resident memory"
-                 r" for (\S+) samples a second\n")
+        takes = (
+            r"ok\nThis master takes (\S+) % of a core and (\S+) MiB of resident memory"
+            r" for (\S+) samples a second\n"
+        )
         with start_master("--with-agent") as tool:
             told = set()
 
@@ -326,12 +368,19 @@ class Paths(Served):
                 found = re.fullmatch(takes, answer)
                 told.update(() if found else {answer})
                 return found
+
             figures = eventually(look)
-        self.assertEqual(told, {"ok\nWhat this master takes is not known\n"}, "until it was seen")
+        self.assertEqual(
+            told, {"ok\nWhat this master takes is not known\n"}, "until it was seen"
+        )
         self.assertGreater(min(map(float, figures.groups())), 0, figures[0])
         text = get(self.page, "/metrics").text
-        self.assertGreater(float(re.search(r"master_cpu_seconds_total\{\} (.*)", text).group(1)), 0)
-        self.assertGreater(float(re.search(r"master_memory_bytes\{\} (.*)", text).group(1)), 1e7)
+        self.assertGreater(
+            float(re.search(r"master_cpu_seconds_total\{\} (.*)", text).group(1)), 0
+        )
+        self.assertGreater(
+            float(re.search(r"master_memory_bytes\{\} (.*)", text).group(1)), 1e7
+        )
 
     def test_the_table_is_copied_at_most_four_times_a_second_whoever_asks(self):
         start, times = time.monotonic(), set()
@@ -423,15 +472,23 @@ class Token(Served):
                 self.assertNotIn(TOKEN, answer.text)
                 self.assertEqual(answer.headers["WWW-Authenticate"], "Bearer")
         for token in ("", "x", TOKEN[:-1], TOKEN + "x", "auto"):
-            self.assertEqual(self.ask("/?" + urllib.parse.urlencode({"token": token})).status, 401)
+            self.assertEqual(
+                self.ask("/?" + urllib.parse.urlencode({"token": token})).status, 401
+            )
 
-    def test_the_address_that_the_master_printed_gives_a_cookie_that_opens_every_path(self):
-        address = re.search(r"open http://localhost:%d(/\S*)" % self.page, self.master.log).group(1)
+    def test_the_address_that_the_master_printed_gives_a_cookie_that_opens_every_path(
+        self,
+    ):
+        address = re.search(
+            r"open http://localhost:%d(/\S*)" % self.page, self.master.log
+        ).group(1)
         answer = self.ask(address, Accept="text/html")
         self.assertEqual(answer.status, 200)
         cookie = answer.headers["Set-Cookie"]
         self.assertRegex(
-            cookie, r"^sentinel_%d=[0-9a-f]{64}; Path=/; HttpOnly; SameSite=Strict$" % self.page
+            cookie,
+            r"^sentinel_%d=[0-9a-f]{64}; Path=/; HttpOnly; SameSite=Strict$"
+            % self.page,
         )
         self.assertNotIn(TOKEN, cookie)
         for path in self.paths:
@@ -452,7 +509,8 @@ class Token(Served):
     def test_auto_makes_a_token_and_prints_the_whole_address(self):
         with start_master("--dashboard-token", "auto") as other:
             path = re.search(
-                r"open http://localhost:%d(/\?token=[\w-]{32})\s" % other.page, other.log
+                r"open http://localhost:%d(/\?token=[\w-]{32})\s" % other.page,
+                other.log,
             )
             self.assertEqual(get(other.page, path.group(1)).status, 200)
             self.assertEqual(get(other.page, "/").status, 401)
@@ -473,7 +531,9 @@ class Many(Served):
             self.assertEqual(get(self.page, "/healthz", seconds=10).status, 200)
             self.assertLess(time.monotonic() - start, seconds)
 
-    def test_a_good_client_is_answered_within_a_second_beside_500_that_send_slowly(self):
+    def test_a_good_client_is_answered_within_a_second_beside_500_that_send_slowly(
+        self,
+    ):
         with contextlib.ExitStack() as stack:
             slow = [
                 stack.enter_context(socket.create_connection((HOST, self.page), 10))
@@ -535,7 +595,9 @@ class TextBrowsers(Served):
 
     @requires("lynx")
     def test_lynx_shows_the_whole_page(self):
-        self.assertReadable(self.dump("lynx", "-dump", "-nonumbers", "-nolist", "-width=160"))
+        self.assertReadable(
+            self.dump("lynx", "-dump", "-nonumbers", "-nolist", "-width=160")
+        )
 
     @requires("w3m")
     def test_w3m_shows_the_whole_page(self):
@@ -543,7 +605,9 @@ class TextBrowsers(Served):
 
     def test_watch_would_show_aligned_text(self):
         text = get(self.page, "/nodes.txt?width=40&sort=-cpu").text
-        self.assertEqual([line.split()[0] for line in text.splitlines()[2:]], ["<b>", "a/b", "c1"])
+        self.assertEqual(
+            [line.split()[0] for line in text.splitlines()[2:]], ["<b>", "a/b", "c1"]
+        )
         self.assertLessEqual(max(map(len, text.splitlines())), 40)
 
 

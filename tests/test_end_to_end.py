@@ -20,7 +20,17 @@ import unittest
 
 import support
 from support import (
-    HOST, MasterTest, PlainAgent, events, eventually, get, nodes, page_text, requires, row_of)
+    HOST,
+    MasterTest,
+    PlainAgent,
+    events,
+    eventually,
+    get,
+    nodes,
+    page_text,
+    requires,
+    row_of,
+)
 
 FIVE_LINES = """\
 import pickle, socket, time
@@ -29,7 +39,7 @@ while True:
     s.sendall(pickle.dumps({"cpu": 15.5, "ram": 40.2}))
     time.sleep(2)
 """
-DETECTION = 5.5         # seconds from a node's last sample to its end in the table
+DETECTION = 5.5  # seconds from a node's last sample to its end in the table
 
 
 @contextlib.contextmanager
@@ -49,18 +59,30 @@ class LivePath(MasterTest):
     def assertShown(self, address, cpu, ram):
         """The same numbers on the page, in the API, in the reader and at offset 0."""
         row = self.row(address=str(address), cpu=cpu, ram=ram)
-        eventually(lambda: re.search(
-            r"\b%.1f %%.* %.1f %%.* %d \('%s', %d\)" % (cpu, ram, row["slot"], *address),
-            page_text(self.master.page)))
-        slot, raw_cpu, raw_ram = support.slots("sentinel_%d" % self.master.port)[str(address)]
-        self.assertEqual((slot, round(raw_cpu, 3), round(raw_ram, 3)), (row["slot"], cpu, ram))
+        eventually(
+            lambda: re.search(
+                r"\b%.1f %%.* %.1f %%.* %d \('%s', %d\)"
+                % (cpu, ram, row["slot"], *address),
+                page_text(self.master.page),
+            )
+        )
+        slot, raw_cpu, raw_ram = support.slots("sentinel_%d" % self.master.port)[
+            str(address)
+        ]
+        self.assertEqual(
+            (slot, round(raw_cpu, 3), round(raw_ram, 3)), (row["slot"], cpu, ram)
+        )
         done = support.run("test_reader.py", "--port", self.master.port)
         line = [line for line in done.stdout.splitlines() if str(address) in line]
         self.assertEqual((done.returncode, done.stderr, len(line)), (0, "", 1), done)
         for shown in (row["slot"], cpu, ram):
             self.assertRegex(line[0], r"(^|\s)%s\b" % shown)
         done = support.run("test_reader.py", "--port", self.master.port, "--json")
-        rows = [row for row in json.loads(done.stdout)["nodes"] if row["address"] == str(address)]
+        rows = [
+            row
+            for row in json.loads(done.stdout)["nodes"]
+            if row["address"] == str(address)
+        ]
         self.assertEqual([(row["cpu"], row["ram"]) for row in rows], [(cpu, ram)])
 
     def test_the_five_lines_of_the_plan_are_an_agent(self):
@@ -76,18 +98,41 @@ class LivePath(MasterTest):
         for number, (protocol, step) in enumerate(ways, 1):
             agent, name = self.agent(), "protocol %d step %s" % (protocol, step)
             sent[name] = number + 0.5, 99 - number
-            agent.send_bytes(pickle.dumps({"cpu": number + 0.5, "ram": 99 - number, "node": name,
-                                           "interval": 60}, protocol), step)
-        eventually(lambda: sent == {row["node"]: (row["cpu"], row["ram"])
-                                    for row in nodes(self.master.page) if row["node"] in sent})
+            agent.send_bytes(
+                pickle.dumps(
+                    {
+                        "cpu": number + 0.5,
+                        "ram": 99 - number,
+                        "node": name,
+                        "interval": 60,
+                    },
+                    protocol,
+                ),
+                step,
+            )
+        eventually(
+            lambda: (
+                sent
+                == {
+                    row["node"]: (row["cpu"], row["ram"])
+                    for row in nodes(self.master.page)
+                    if row["node"] in sent
+                }
+            )
+        )
         self.assertShown(agent.address, *sent[name])
         agent.send({"cpu": 87.5, "ram": 3})
         self.assertShown(agent.address, 87.5, 3)
 
     def test_samples_that_share_a_segment_are_all_taken(self):
         agent = self.agent()
-        samples = [{"cpu": cpu, "ram": 1, "ack": True, "node": "many"} for cpu in (11, 12, 13.5)]
-        whole = b"".join(pickle.dumps(sample, 2 + at) for at, sample in enumerate(samples))
+        samples = [
+            {"cpu": cpu, "ram": 1, "ack": True, "node": "many"}
+            for cpu in (11, 12, 13.5)
+        ]
+        whole = b"".join(
+            pickle.dumps(sample, 2 + at) for at, sample in enumerate(samples)
+        )
         agent.send_bytes(whole + pickle.dumps(samples[0])[:9])
         self.assertEqual([agent.read_line() for _ in samples], ["ok"] * 3)
         self.row(node="many", cpu=13.5)
@@ -96,20 +141,40 @@ class LivePath(MasterTest):
         self.row(node="many", cpu=11)
 
     def test_whole_numbers_and_odd_but_flat_dicts_are_samples_too(self):
-        for number, sample in enumerate((
-                {"cpu": 0, "ram": 100}, {"ram": 1.25, "cpu": 100, "future": "x", "more": None},
+        for number, sample in enumerate(
+            (
+                {"cpu": 0, "ram": 100},
+                {"ram": 1.25, "cpu": 100, "future": "x", "more": None},
                 dict({"k%d" % n: n for n in range(62)}, cpu=1, ram=2),
-                {"cpu": 1, "ram": 2, "x": "y" * 255, "big": -2 ** 63, "é" * 127: True})):
+                {"cpu": 1, "ram": 2, "x": "y" * 255, "big": -(2**63), "é" * 127: True},
+            )
+        ):
             for protocol in (2, 4):
-                with self.subTest(number=number, protocol=protocol), \
-                        PlainAgent(self.master.port) as agent:
-                    agent.send(dict(sample, ack=True) if number != 2 else sample, protocol)
-                    self.row(address=str(agent.address), cpu=sample["cpu"], ram=sample["ram"])
+                with self.subTest(number=number, protocol=protocol), PlainAgent(
+                    self.master.port
+                ) as agent:
+                    agent.send(
+                        dict(sample, ack=True) if number != 2 else sample, protocol
+                    )
+                    self.row(
+                        address=str(agent.address), cpu=sample["cpu"], ram=sample["ram"]
+                    )
 
     def test_unknown_is_null_and_an_optional_key_of_the_wrong_type_is_unknown(self):
         agent = self.agent()
-        agent.send({"cpu": 1, "ram": 2, "node": 7, "job": None, "load1": "high", "cpus": True,
-                    "user": 1.5, "interval": "often", "swap": 0})
+        agent.send(
+            {
+                "cpu": 1,
+                "ram": 2,
+                "node": 7,
+                "job": None,
+                "load1": "high",
+                "cpus": True,
+                "user": 1.5,
+                "interval": "often",
+                "swap": 0,
+            }
+        )
         row = self.row(address=str(agent.address))
         for key in ("node", "job", "load1", "cpus", "user", "interval", "mem_total"):
             self.assertIsNone(row[key], key)
@@ -144,7 +209,9 @@ class LivePath(MasterTest):
 
 @requires("chromium", "chromedriver")
 class InABrowser(MasterTest):
-    def test_a_real_browser_shows_new_numbers_by_itself_with_and_without_javascript(self):
+    def test_a_real_browser_shows_new_numbers_by_itself_with_and_without_javascript(
+        self,
+    ):
         for javascript in (True, False):
             with self.subTest(javascript=javascript), Browser(javascript) as browser:
                 self.watch_in(browser, "seen-%s" % javascript)
@@ -165,16 +232,43 @@ class Browser:
         self.profile = tempfile.mkdtemp(prefix="sentinel-chromium-")
         port = support.closed_port()
         self.driver = support.start(
-            "-c", "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])",
-            shutil.which("chromedriver"), "--port=%d" % port)
+            "-c",
+            "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])",
+            shutil.which("chromedriver"),
+            "--port=%d" % port,
+        )
         self.http = http.client.HTTPConnection(HOST, port, timeout=60)
-        arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
-                     "--no-first-run", "--disable-background-networking", "--disable-sync",
-                     "--disable-component-update", "--user-data-dir=" + self.profile]
-        scripts = {"profile.managed_default_content_settings.javascript": 1 if javascript else 2}
+        arguments = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-sync",
+            "--disable-component-update",
+            "--user-data-dir=" + self.profile,
+        ]
+        scripts = {
+            "profile.managed_default_content_settings.javascript": 1
+            if javascript
+            else 2
+        }
         self.path = "/session"
-        session = eventually(lambda: self.ask("POST", "", {"capabilities": {"alwaysMatch": {
-            "goog:chromeOptions": {"args": arguments, "prefs": scripts}}}}), 60)
+        session = eventually(
+            lambda: self.ask(
+                "POST",
+                "",
+                {
+                    "capabilities": {
+                        "alwaysMatch": {
+                            "goog:chromeOptions": {"args": arguments, "prefs": scripts}
+                        }
+                    }
+                },
+            ),
+            60,
+        )
         self.path += "/" + session["sessionId"]
 
     def ask(self, method, path, body=None):
@@ -192,8 +286,11 @@ class Browser:
         self.ask("POST", "/url", {"url": url})
 
     def text(self):
-        return self.ask("POST", "/execute/sync",
-                        {"script": "return document.body.innerText", "args": []})
+        return self.ask(
+            "POST",
+            "/execute/sync",
+            {"script": "return document.body.innerText", "args": []},
+        )
 
     def __enter__(self):
         return self
@@ -210,7 +307,11 @@ class RealAgent(MasterTest):
     """The final checkpoint: agent, page, load; and the truth of the numbers."""
 
     def test_a_dummy_server_prints_a_new_dictionary_every_two_seconds(self):
-        with socket.create_server((HOST, 0)) if hasattr(socket, "create_server") else None as dummy:
+        with (
+            socket.create_server((HOST, 0))
+            if hasattr(socket, "create_server")
+            else None
+        ) as dummy:
             dummy.settimeout(support.PATIENCE)
             started = time.monotonic()
             agent = support.start("agent.py", "--port", dummy.getsockname()[1])
@@ -222,7 +323,9 @@ class RealAgent(MasterTest):
                 for _ in range(4):
                     samples.append(pickle.load(stream))
                     times.append(time.monotonic())
-        self.assertLess(times[0] - started, 3, "the first goes out within 1 s of the start")
+        self.assertLess(
+            times[0] - started, 3, "the first goes out within 1 s of the start"
+        )
         self.assertAlmostEqual((times[3] - times[0]) / 3, 2, delta=0.2)
         for sample in samples:
             self.assertIs(type(sample), dict)
@@ -232,19 +335,33 @@ class RealAgent(MasterTest):
                 self.assertTrue(0 <= sample[key] <= 100)
 
     def test_get_system_stats_returns_cpu_and_ram_in_percent(self):
-        done = support.run("-c", "import agent, json; print(json.dumps(agent.get_system_stats()))",
-                           cwd=support.ROOT)
+        done = support.run(
+            "-c",
+            "import agent, json; print(json.dumps(agent.get_system_stats()))",
+            cwd=support.ROOT,
+        )
         stats = json.loads(done.stdout)
         for key in ("cpu", "ram"):
             self.assertTrue(0 <= stats[key] <= 100)
             self.assertEqual(stats[key], round(stats[key], 1))
 
     def test_everything_that_an_agent_knows_of_its_job_is_shown(self):
-        self.real_agent("--name", "c1", "--interval", "0.5", env={
-            "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train & test", "USER": "ann"})
+        self.real_agent(
+            "--name",
+            "c1",
+            "--interval",
+            "0.5",
+            env={
+                "SLURM_JOB_ID": "4711",
+                "SLURM_JOB_NAME": "train & test",
+                "USER": "ann",
+            },
+        )
         row = self.row(node="c1")
-        self.assertEqual([row[key] for key in ("job", "job_name", "interval", "cpus")],
-                         ["4711", "train & test", 0.5, os.cpu_count()])
+        self.assertEqual(
+            [row[key] for key in ("job", "job_name", "interval", "cpus")],
+            ["4711", "train & test", 0.5, os.cpu_count()],
+        )
         with open("/proc/meminfo") as file:
             total = int(re.search(r"MemTotal: +(\d+) kB", file.read()).group(1)) * 1024
         self.assertEqual(row["mem_total"], total)
@@ -257,19 +374,28 @@ class RealAgent(MasterTest):
         self.real_agent("--name", "loaded", "--interval", "0.5")
         cpus = os.cpu_count()
         with load(cpus):
-            high = eventually(lambda: (row_of(self.master.page, node="loaded") or {}).get("cpu", 0)
-                              > 95 and row_of(self.master.page, node="loaded")["cpu"], 60)
+            high = eventually(
+                lambda: (
+                    (row_of(self.master.page, node="loaded") or {}).get("cpu", 0) > 95
+                    and row_of(self.master.page, node="loaded")["cpu"]
+                ),
+                60,
+            )
             shown = page_text(self.master.page).partition("loaded")[2]
             self.assertRegex(shown, r"\b(9\d|100)(\.\d)?\b")
             self.master.logged("CRITICAL WARNING: .*loaded.*cpu")
             self.event("alert", "loaded")
-        eventually(lambda: row_of(self.master.page, node="loaded")["cpu"] < high - 20, 60,
-                   "the load is over")
+        eventually(
+            lambda: row_of(self.master.page, node="loaded")["cpu"] < high - 20,
+            60,
+            "the load is over",
+        )
         self.event("resolved", "loaded", 60)
 
     @requires("module psutil")
     def test_cpu_agrees_with_psutil_within_three_points_under_load(self):
         import psutil
+
         with load(1), socket.socket() as dummy:
             dummy.bind((HOST, 0))
             dummy.listen(1)
@@ -292,8 +418,9 @@ class RealAgent(MasterTest):
         self.real_agent("--name", "truth", "--interval", "3")
         with load(os.cpu_count()):
             eventually(lambda: row_of(self.master.page, node="truth")["cpu"] > 90, 60)
-            top = subprocess.check_output(["top", "-b", "-n", "2", "-d", "3"], env={"LC_ALL": "C",
-                                          "TERM": "dumb"}).decode()
+            top = subprocess.check_output(
+                ["top", "-b", "-n", "2", "-d", "3"], env={"LC_ALL": "C", "TERM": "dumb"}
+            ).decode()
             idle, wait = re.findall(r"([\d.]+) id, +([\d.]+) wa", top)[-1]
             row = row_of(self.master.page, node="truth")
         self.assertAlmostEqual(row["cpu"], 100 - float(idle) - float(wait), delta=3)
@@ -307,13 +434,19 @@ class RealAgent(MasterTest):
             eventually(lambda: holder.out)
             seen = self.row(node="memory")["since"]
             self.assertEqual(seen, before["since"])
-            eventually(lambda: row_of(self.master.page, node="memory")["mem_used"]
-                       > before["mem_used"] + (300 << 20))
+            eventually(
+                lambda: (
+                    row_of(self.master.page, node="memory")["mem_used"]
+                    > before["mem_used"] + (300 << 20)
+                )
+            )
             row = self.row(node="memory")
             out = subprocess.check_output(["free", "-b"], env={"LC_ALL": "C"}).decode()
         names, values = (line.split() for line in out.splitlines()[:2])
         free = dict(zip(names, map(int, values[1:])))
-        self.assertAlmostEqual(row["ram"], 100 - 100 * free["available"] / free["total"], delta=3)
+        self.assertAlmostEqual(
+            row["ram"], 100 - 100 * free["available"] / free["total"], delta=3
+        )
 
     def test_once_prints_the_sample_that_the_master_would_get(self):
         done = support.run("agent.py", "--once", "--name", "n")
@@ -324,8 +457,12 @@ class RealAgent(MasterTest):
     def test_one_command_shows_this_machine_live(self):
         with support.start_master("--with-agent") as master:
             row = eventually(lambda: nodes(master.page))[0]
-            eventually(lambda: nodes(master.page)[0]["age"] < row["age"]
-                       or nodes(master.page)[0]["cpu"] != row["cpu"])
+            eventually(
+                lambda: (
+                    nodes(master.page)[0]["age"] < row["age"]
+                    or nodes(master.page)[0]["cpu"] != row["cpu"]
+                )
+            )
             children = support.descendants(master.pid)
             self.assertEqual(master.stop(), 0)
             self.assertNotRegex(master.log, "CRITICAL WARNING: .* lost")
@@ -337,11 +474,13 @@ class Timeline:
 
     class Track:
         """last: the newest sample's time; first_gone: when the row was first missing."""
+
         first = last = gone = None
         addresses = ()
 
     def __init__(self, master):
         import master_server
+
         self.table = master_server.Table.attach("sentinel_%d" % master.port)
         self.tracks, self.stall, self.failure = {}, 0.0, None
         self.ended = threading.Event()
@@ -376,14 +515,39 @@ class Silence(MasterTest):
         cls.started = time.monotonic()
         cls.timeline = Timeline(cls.master)
         cls.cleanup = contextlib.ExitStack()
-        cls.stopped = cls.cleanup.enter_context(support.start(
-            "agent.py", "--port", cls.master.port, "--name", "stopped", "--interval", "0.5"))
-        cls.slow = cls.cleanup.enter_context(support.start(
-            "agent.py", "--port", cls.master.port, "--name", "slow", "--interval", "10"))
+        cls.stopped = cls.cleanup.enter_context(
+            support.start(
+                "agent.py",
+                "--port",
+                cls.master.port,
+                "--name",
+                "stopped",
+                "--interval",
+                "0.5",
+            )
+        )
+        cls.slow = cls.cleanup.enter_context(
+            support.start(
+                "agent.py",
+                "--port",
+                cls.master.port,
+                "--name",
+                "slow",
+                "--interval",
+                "10",
+            )
+        )
         cls.agents = {}
-        for name, sample in (("silent", {}), ("announced", {"interval": 2.6}),
-                             ("dripping", {}), ("late-drip", {}), ("quick", {"interval": 0.1})):
-            agent = cls.agents[name] = cls.cleanup.enter_context(PlainAgent(cls.master.port))
+        for name, sample in (
+            ("silent", {}),
+            ("announced", {"interval": 2.6}),
+            ("dripping", {}),
+            ("late-drip", {}),
+            ("quick", {"interval": 0.1}),
+        ):
+            agent = cls.agents[name] = cls.cleanup.enter_context(
+                PlainAgent(cls.master.port)
+            )
             agent.send(dict(sample, cpu=1, ram=1, node=name))
         cls.mute = cls.cleanup.enter_context(PlainAgent(cls.master.port))
         cls.ended = threading.Event()
@@ -400,7 +564,7 @@ class Silence(MasterTest):
             if cls.ended.wait(1):
                 return
             with contextlib.suppress(OSError):
-                cls.agents["dripping"].send_bytes(whole[at:at + 1])
+                cls.agents["dripping"].send_bytes(whole[at : at + 1])
                 if at == 3:
                     cls.agents["late-drip"].send_bytes(whole[:1])
 
@@ -415,19 +579,28 @@ class Silence(MasterTest):
     def assertGoneInTime(self, name, first=4.9, last=DETECTION):
         eventually(lambda: self.timeline.tracks[name].gone, 15, name)
         track = self.timeline.tracks[name]
-        noise = self.timeline.stall     # how long this machine kept the test itself from looking
+        noise = (
+            self.timeline.stall
+        )  # how long this machine kept the test itself from looking
         self.assertGreater(track.gone - track.last, first)
         self.assertLess(track.gone - track.last, last + noise)
 
     def test_a_stopped_agent_is_gone_within_5_5_s_of_its_last_sample(self):
         self.assertGoneInTime("stopped")
-        eventually(lambda: "stopped" not in page_text(
-            self.master.page).partition("Recently gone")[0], 2.5)
+        eventually(
+            lambda: (
+                "stopped"
+                not in page_text(self.master.page).partition("Recently gone")[0]
+            ),
+            2.5,
+        )
         self.assertIn("no sample for 5 s", self.event("lost", "stopped")["text"])
 
     def test_a_silent_connection_is_gone_within_5_5_s_of_its_last_sample(self):
         self.assertGoneInTime("silent")
-        self.assertRegex(self.agents["silent"].read_to_end(), r"^error no sample for 5 s\n$")
+        self.assertRegex(
+            self.agents["silent"].read_to_end(), r"^error no sample for 5 s\n$"
+        )
 
     def test_one_byte_a_second_does_not_renew_the_deadline(self):
         self.assertGoneInTime("dripping")
@@ -447,10 +620,17 @@ class Silence(MasterTest):
         self.assertLess(time.monotonic() - self.started, 30)
 
     def test_an_agent_with_an_interval_of_ten_seconds_is_not_dropped(self):
-        eventually(lambda: self.timeline.tracks["slow"].last
-                   > self.timeline.tracks["slow"].first + 9, 15)
+        eventually(
+            lambda: (
+                self.timeline.tracks["slow"].last
+                > self.timeline.tracks["slow"].first + 9
+            ),
+            15,
+        )
         self.assertIsNone(self.timeline.tracks["slow"].gone)
-        self.assertNotIn("slow", [event["node"] for event in events(self.master.page, "lost")])
+        self.assertNotIn(
+            "slow", [event["node"] for event in events(self.master.page, "lost")]
+        )
 
 
 class Endings(MasterTest):
@@ -488,8 +668,13 @@ class Endings(MasterTest):
         self.end("plain", lambda agent: agent.close())
         for node in ("bye", "plain"):
             self.event("finished", node)
-            self.assertFalse([event for event in events(self.master.page)
-                              if (event["kind"], event["node"]) == ("lost", node)])
+            self.assertFalse(
+                [
+                    event
+                    for event in events(self.master.page)
+                    if (event["kind"], event["node"]) == ("lost", node)
+                ]
+            )
 
     def test_a_reset_a_torn_sample_and_an_agent_without_goodbye_are_lost(self):
         self.end("reset", lambda agent: agent.reset())
@@ -498,6 +683,7 @@ class Endings(MasterTest):
         def tear(agent):
             agent.send_bytes(pickle.dumps({"cpu": 1, "ram": 1})[:20])
             agent.close()
+
         self.end("torn", tear)
         for node in ("reset", "without", "torn"):
             self.event("lost", node)
@@ -508,7 +694,11 @@ class Endings(MasterTest):
         self.event("lost", "returns")
         self.agent().send({"cpu": 1, "ram": 1, "node": "returns"})
         self.event("resolved", "returns")
-        told = [event["kind"] for event in events(self.master.page) if event["node"] == "returns"]
+        told = [
+            event["kind"]
+            for event in events(self.master.page)
+            if event["node"] == "returns"
+        ]
         self.assertEqual(sorted(told), ["connected", "connected", "lost", "resolved"])
 
 
@@ -520,7 +710,9 @@ class Many(unittest.TestCase):
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
         self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
 
-    def test_11_then_100_then_1024_agents_show_and_the_next_is_told_that_it_is_full(self):
+    def test_11_then_100_then_1024_agents_show_and_the_next_is_told_that_it_is_full(
+        self,
+    ):
         with support.start_master() as master, contextlib.ExitStack() as stack:
             agents = []
 
@@ -528,12 +720,25 @@ class Many(unittest.TestCase):
                 while len(agents) < count:
                     agent = stack.enter_context(PlainAgent(master.port))
                     agents.append(agent)
-                    agent.send({"cpu": len(agents) % 100, "ram": 1, "interval": 60,
-                                "node": "n%d" % len(agents)})
-                rows = eventually(lambda: len(nodes(master.page)) == count and nodes(master.page))
-                self.assertEqual({row["address"] for row in rows},
-                                 {str(agent.address) for agent in agents})
-                self.assertEqual({row["slot"] for row in rows}, set(range(1, count + 1)))
+                    agent.send(
+                        {
+                            "cpu": len(agents) % 100,
+                            "ram": 1,
+                            "interval": 60,
+                            "node": "n%d" % len(agents),
+                        }
+                    )
+                rows = eventually(
+                    lambda: len(nodes(master.page)) == count and nodes(master.page)
+                )
+                self.assertEqual(
+                    {row["address"] for row in rows},
+                    {str(agent.address) for agent in agents},
+                )
+                self.assertEqual(
+                    {row["slot"] for row in rows}, set(range(1, count + 1))
+                )
+
             for count in (11, 100):
                 join(count)
                 page = page_text(master.page)
@@ -542,7 +747,9 @@ class Many(unittest.TestCase):
             join(1024)
             with PlainAgent(master.port) as late:
                 late.send({"cpu": 1, "ram": 1, "node": "late"})
-                self.assertEqual(late.read_to_end(), "error master is full (1024 agents)\n")
+                self.assertEqual(
+                    late.read_to_end(), "error master is full (1024 agents)\n"
+                )
             agents.pop(500).close()
             eventually(lambda: len(nodes(master.page)) == 1023)
             with PlainAgent(master.port) as next_one:
@@ -551,7 +758,9 @@ class Many(unittest.TestCase):
                 eventually(lambda: row_of(master.page, node="next"))["slot"]
 
     def test_idle_connections_take_no_slot(self):
-        with support.start_master("--max-agents", "3") as master, contextlib.ExitStack() as stack:
+        with support.start_master(
+            "--max-agents", "3"
+        ) as master, contextlib.ExitStack() as stack:
             for _ in range(50):
                 stack.enter_context(PlainAgent(master.port))
             agents = [stack.enter_context(PlainAgent(master.port)) for _ in range(4)]
@@ -559,7 +768,9 @@ class Many(unittest.TestCase):
                 agent.send({"cpu": 1, "ram": 1, "ack": True})
                 self.assertEqual(agent.read_line(), "ok")
             agents[3].send({"cpu": 1, "ram": 1})
-            self.assertEqual(agents[3].read_to_end(), "error master is full (3 agents)\n")
+            self.assertEqual(
+                agents[3].read_to_end(), "error master is full (3 agents)\n"
+            )
 
 
 if __name__ == "__main__":

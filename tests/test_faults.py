@@ -41,18 +41,29 @@ import unittest
 
 import support
 from support import (
-    HOST, PlainAgent, alive, descendants, eventually, events, get, nodes, page_text, requires,
-    row_of, stays)
+    HOST,
+    PlainAgent,
+    alive,
+    descendants,
+    eventually,
+    events,
+    get,
+    nodes,
+    page_text,
+    requires,
+    row_of,
+    stays,
+)
 
 import master_server
 from test_trust import Witness
 
 SEED = int(os.environ.get("SENTINEL_TEST_SEED", "1"))
-BACK = 8                # seconds until a killed role answers again; 5 on an idle machine
-SHOWN = 15              # seconds until agents are shown again; 10 on an idle machine
-FRESH = 4.0             # seconds: an older row of a live agent is a stale one
-STOPPED = 10            # seconds from SIGSTOP to SIGCONT
-LIMIT = 4.0             # seconds that an alert command gets here, instead of 30
+BACK = 8  # seconds until a killed role answers again; 5 on an idle machine
+SHOWN = 15  # seconds until agents are shown again; 10 on an idle machine
+FRESH = 4.0  # seconds: an older row of a live agent is a stale one
+STOPPED = 10  # seconds from SIGSTOP to SIGCONT
+LIMIT = 4.0  # seconds that an alert command gets here, instead of 30
 NOISE = "Traceback|resource_tracker|leaked|Exception ignored|Warning:|a defect"
 
 
@@ -62,18 +73,46 @@ class World:
     def __init__(self, *flags, patch="", bridge=False, **more):
         self.stack = contextlib.ExitStack()
         self.folder = self.stack.enter_context(tempfile.TemporaryDirectory())
-        command = 'echo "$SENTINEL_NODE $$" >> "$TOLD/pids"; sleep 600 & sleep 600; wait'
-        self.master = self.add(support.start_master(
-            "--alert", "gpu>95", "--alert-command", command, *flags,
-            patch="master_server.COMMAND_SECONDS = %s\n%s" % (LIMIT, patch),
-            env={"TOLD": self.folder}, **more))
-        self.agent = self.add(support.start(
-            "agent.py", "--port", self.master.port, "--name", "direct", "--interval", "0.5"))
+        command = (
+            'echo "$SENTINEL_NODE $$" >> "$TOLD/pids"; sleep 600 & sleep 600; wait'
+        )
+        self.master = self.add(
+            support.start_master(
+                "--alert",
+                "gpu>95",
+                "--alert-command",
+                command,
+                *flags,
+                patch="master_server.COMMAND_SECONDS = %s\n%s" % (LIMIT, patch),
+                env={"TOLD": self.folder},
+                **more,
+            )
+        )
+        self.agent = self.add(
+            support.start(
+                "agent.py",
+                "--port",
+                self.master.port,
+                "--name",
+                "direct",
+                "--interval",
+                "0.5",
+            )
+        )
         if bridge:
             self.bridge_port = 0
             self.start_bridge()
-            self.bridged = self.add(support.start(
-                "agent.py", "--port", self.bridge_port, "--name", "bridged", "--interval", "0.5"))
+            self.bridged = self.add(
+                support.start(
+                    "agent.py",
+                    "--port",
+                    self.bridge_port,
+                    "--name",
+                    "bridged",
+                    "--interval",
+                    "0.5",
+                )
+            )
         self.names = {"direct", "bridged"} if bridge else {"direct"}
         eventually(self.shown)
 
@@ -82,18 +121,26 @@ class World:
         return tool
 
     def start_bridge(self):
-        self.bridge = self.add(support.start(
-            "port_forward.py", "--host", HOST, "--local-port", self.bridge_port,
-            "--remote-port", self.master.port))
+        self.bridge = self.add(
+            support.start(
+                "port_forward.py",
+                "--host",
+                HOST,
+                "--local-port",
+                self.bridge_port,
+                "--remote-port",
+                self.master.port,
+            )
+        )
         self.bridge_port = self.bridge.listening()
 
     def close(self):
         for pid in [int(pid) for _, pid in self.commands()]:
             with contextlib.suppress(OSError):
-                os.killpg(pid, signal.SIGKILL)      # whatever a failed test has left
+                os.killpg(pid, signal.SIGKILL)  # whatever a failed test has left
         self.master.stop()
         self.stack.close()
-        with contextlib.suppress(FileNotFoundError):    # of a master that was killed
+        with contextlib.suppress(FileNotFoundError):  # of a master that was killed
             os.unlink("/dev/shm/sentinel_%d" % self.master.port)
 
     def pid(self, role):
@@ -107,8 +154,9 @@ class World:
         """Whether each of its agents has one row, and a fresh one."""
         rows = [row for row in nodes(self.master.page) if row["node"] in self.names]
         wanted = set(names) or self.names
-        return (sorted(row["node"] for row in rows) == sorted({row["node"] for row in rows})
-                and wanted <= {row["node"] for row in rows if row["age"] < FRESH})
+        return sorted(row["node"] for row in rows) == sorted(
+            {row["node"] for row in rows}
+        ) and wanted <= {row["node"] for row in rows if row["age"] < FRESH}
 
     def healthy(self):
         return get(self.master.page, "/healthz", seconds=3).status == 200
@@ -129,11 +177,18 @@ class World:
         with PlainAgent(self.master.port) as agent:
             agent.send({"cpu": 1, "ram": 1, "gpu": 99, "node": node, "ack": True})
             assert agent.read_line() == "ok"
-        return int(eventually(lambda: dict(self.commands()).get(node), LIMIT + SHOWN,
-                              "the command is told of " + node))
+        return int(
+            eventually(
+                lambda: dict(self.commands()).get(node),
+                LIMIT + SHOWN,
+                "the command is told of " + node,
+            )
+        )
 
     def events(self, kind, node):
-        return [event for event in events(self.master.page, kind) if event["node"] == node]
+        return [
+            event for event in events(self.master.page, kind) if event["node"] == node
+        ]
 
     def end(self):
         """Stop the master; it must have been an ordinary end."""
@@ -173,6 +228,7 @@ def no_answer(port):
 # The table: one function for each pair
 # ==========================================================================================
 
+
 def kill_supervisor(world):
     command = world.alert("hot")
     roles = [pid for pid in descendants(world.master.pid) if pid != command]
@@ -193,6 +249,7 @@ def kill_collector(world):
     def ask():
         while not ended.wait(0.05):
             answers.append(get(world.master.page, "/healthz").status)
+
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     world.stack.callback(ended.set)
@@ -233,7 +290,9 @@ def kill_command(world):
 def kill_agent(world):
     with Witness(world.master.port) as witness:
         world.agent.send_signal(signal.SIGKILL)
-        eventually(lambda: not world.row("direct") and world.events("lost", "direct"), 3)
+        eventually(
+            lambda: not world.row("direct") and world.events("lost", "direct"), 3
+        )
         witness.check()
     world.end()
 
@@ -241,7 +300,9 @@ def kill_agent(world):
 def kill_bridge(world):
     with Witness(world.master.port) as witness:
         world.bridge.kill()
-        eventually(lambda: not world.row("bridged") and world.events("lost", "bridged"), 3)
+        eventually(
+            lambda: not world.row("bridged") and world.events("lost", "bridged"), 3
+        )
         assert world.shown("direct")
         world.start_bridge()
         eventually(lambda: world.shown("bridged"), SHOWN, "back with a new bridge")
@@ -265,11 +326,15 @@ def stop_supervisor(world):
 def stop_collector(world):
     before = world.pid("collector")
     with stopped(before):
-        answer = eventually(lambda: not world.healthy() and get(world.master.page, "/healthz"), 8)
+        answer = eventually(
+            lambda: not world.healthy() and get(world.master.page, "/healthz"), 8
+        )
         assert answer.status == 503 and "collector" in answer.text, answer
         assert re.search(r"(?i)collector has \w+", page_text(world.master.page))
         stays(lambda: not world.healthy(), 1)
-        assert all(row["age"] > 2 for row in nodes(world.master.page)), "old numbers have an age"
+        assert all(row["age"] > 2 for row in nodes(world.master.page)), (
+            "old numbers have an age"
+        )
     world.recovered()
     assert not re.search(r"(?i)collector has \w+", page_text(world.master.page))
     world.end()
@@ -302,7 +367,9 @@ def stop_command(world):
 def stop_agent(world):
     with Witness(world.master.port) as witness:
         with stopped(world.agent.pid):
-            eventually(lambda: not world.row("direct") and world.events("lost", "direct"), 8)
+            eventually(
+                lambda: not world.row("direct") and world.events("lost", "direct"), 8
+            )
         eventually(lambda: world.shown() and world.events("resolved", "direct"), SHOWN)
         witness.check()
     world.end()
@@ -311,7 +378,9 @@ def stop_agent(world):
 def stop_bridge(world):
     with Witness(world.master.port) as witness:
         with stopped(world.bridge.pid):
-            eventually(lambda: not world.row("bridged") and world.events("lost", "bridged"), 8)
+            eventually(
+                lambda: not world.row("bridged") and world.events("lost", "bridged"), 8
+            )
             assert world.shown("direct")
         eventually(lambda: world.shown("bridged", "direct"), SHOWN + 10)
         assert not world.events("lost", "direct")
@@ -324,8 +393,12 @@ class Column:
 
     def __init__(self, *scenarios):
         self.failures = {}
-        self.threads = {scenario.__name__: threading.Thread(
-            target=self.play, args=(scenario,), daemon=True) for scenario in scenarios}
+        self.threads = {
+            scenario.__name__: threading.Thread(
+                target=self.play, args=(scenario,), daemon=True
+            )
+            for scenario in scenarios
+        }
         for thread in self.threads.values():
             thread.start()
 
@@ -338,8 +411,14 @@ class Column:
             finally:
                 log = world.master.log[-3000:]
                 world.close()
-        except BaseException as error:      # also a SystemExit is one that the test has to tell
-            self.failures[scenario.__name__] = "%s: %s\n%s" % (type(error).__name__, error, log)
+        except (
+            BaseException
+        ) as error:  # also a SystemExit is one that the test has to tell
+            self.failures[scenario.__name__] = "%s: %s\n%s" % (
+                type(error).__name__,
+                error,
+                log,
+            )
 
     def check(self, test):
         for name, thread in self.threads.items():
@@ -354,12 +433,24 @@ class Table(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        cls.stopped = Column(stop_supervisor, stop_collector, stop_dashboard, stop_command,
-                             stop_agent, stop_bridge)
+        cls.stopped = Column(
+            stop_supervisor,
+            stop_collector,
+            stop_dashboard,
+            stop_command,
+            stop_agent,
+            stop_bridge,
+        )
 
     def test_a_killed_process_is_replaced_and_nobody_else_notices(self):
-        Column(kill_supervisor, kill_collector, kill_dashboard, kill_command, kill_agent,
-               kill_bridge).check(self)
+        Column(
+            kill_supervisor,
+            kill_collector,
+            kill_dashboard,
+            kill_command,
+            kill_agent,
+            kill_bridge,
+        ).check(self)
 
     def test_a_process_that_is_stopped_for_ten_seconds_goes_on_afterwards(self):
         self.stopped.check(self)
@@ -463,9 +554,18 @@ class InsideTheLock(unittest.TestCase):
         self.world.end()
 
     def test_who_never_holds_the_lock_leaves_it_alone_at_any_moment(self):
-        agents = {"load%d" % number: support.start(
-            "agent.py", "--port", self.world.master.port, "--name", "load%d" % number,
-            "--interval", "0.1") for number in range(2)}
+        agents = {
+            "load%d" % number: support.start(
+                "agent.py",
+                "--port",
+                self.world.master.port,
+                "--name",
+                "load%d" % number,
+                "--interval",
+                "0.1",
+            )
+            for number in range(2)
+        }
         for name, agent in agents.items():
             self.addCleanup(agent.kill)
             eventually(lambda n=name: self.world.row(n))
@@ -502,9 +602,16 @@ class SharedMemoryFull(unittest.TestCase):
 
     def start(self, size, *flags):
         """A master whose /dev/shm has that size."""
-        tool = support.start("-c", IN_SMALL_SHM % size,
-                             os.path.join(support.ROOT, "master_server.py"),
-                             "--port", 0, "--dashboard-port", 0, *flags)
+        tool = support.start(
+            "-c",
+            IN_SMALL_SHM % size,
+            os.path.join(support.ROOT, "master_server.py"),
+            "--port",
+            0,
+            "--dashboard-port",
+            0,
+            *flags,
+        )
         self.addCleanup(tool.stop)
         return tool
 
@@ -513,7 +620,9 @@ class SharedMemoryFull(unittest.TestCase):
             with self.subTest(size):
                 tool = self.start(size)
                 self.assertEqual(tool.wait(), 1, tool.log)
-                self.assertRegex(tool.log, r"\Aerror: [^\n]*/dev/shm[^\n]*--max-agents[^\n]*\n\Z")
+                self.assertRegex(
+                    tool.log, r"\Aerror: [^\n]*/dev/shm[^\n]*--max-agents[^\n]*\n\Z"
+                )
 
     def test_every_size_from_too_little_to_enough_is_an_error_or_a_master(self):
         """Between the two there is room for the table, and none for a semaphore."""
@@ -521,7 +630,9 @@ class SharedMemoryFull(unittest.TestCase):
         for size in range(76, 92, 4):
             tool = self.start("%dk" % size, "--max-agents", "16")
             try:
-                eventually(lambda t=tool: t.code is not None or "dashboard started" in t.log)
+                eventually(
+                    lambda t=tool: t.code is not None or "dashboard started" in t.log
+                )
             finally:
                 code = tool.stop()
             results.append(code)
@@ -543,13 +654,21 @@ class SharedMemoryFull(unittest.TestCase):
         with contextlib.ExitStack() as stack:
             for number in range(64):
                 agent = stack.enter_context(PlainAgent(port))
-                agent.send({"cpu": number, "ram": 1, "node": "n%d" % number, "ack": True})
+                agent.send(
+                    {"cpu": number, "ram": 1, "node": "n%d" % number, "ack": True}
+                )
                 self.assertEqual(agent.read_line(), "ok")
             eventually(lambda: {row["cpu"] for row in nodes(page)} == set(range(64)))
             collector = int(re.findall(r"collector started, pid (\d+)", tool.log)[-1])
             os.kill(collector, signal.SIGKILL)
-            eventually(lambda: tool.log.count("collector started") > 1
-                       and get(page, "/healthz").status == 200, BACK, "without any new room")
+            eventually(
+                lambda: (
+                    tool.log.count("collector started") > 1
+                    and get(page, "/healthz").status == 200
+                ),
+                BACK,
+                "without any new room",
+            )
         self.assertEqual(tool.stop(), 0)
         self.assertNotRegex(tool.log, NOISE)
 
@@ -558,7 +677,9 @@ class SharedMemoryFull(unittest.TestCase):
         port, page = tool.listening("collector"), tool.listening("dashboard")
         eventually(lambda: get(page, "/healthz").status == 200)
         collector = int(tool.logged(r"collector started, pid (\d+)").group(1))
-        lock = open(semaphore(collector), "rb")     # its room is taken until this is closed
+        lock = open(
+            semaphore(collector), "rb"
+        )  # its room is taken until this is closed
         self.addCleanup(lock.close)
         filler = os.path.join(shm_of(tool.pid), "filler")
         with open(filler, "wb", 0) as file, contextlib.suppress(OSError):
@@ -568,7 +689,9 @@ class SharedMemoryFull(unittest.TestCase):
         eventually(lambda: no_answer(page) and "exit code 75" in tool.log, BACK)
         tool.logged("(?i)cannot start the collector.*No space", BACK)
         stays(lambda: tool.code is None, 2.5)
-        self.assertEqual(len(re.findall("cannot start the collector", tool.log)), 1, tool.log)
+        self.assertEqual(
+            len(re.findall("cannot start the collector", tool.log)), 1, tool.log
+        )
         os.unlink(filler)
         eventually(lambda: get(page, "/healthz").status == 200, SHOWN)
 
@@ -577,6 +700,7 @@ class SharedMemoryFull(unittest.TestCase):
             with PlainAgent(port) as agent:
                 agent.send({"cpu": 1, "ram": 1, "ack": True})
                 return agent.read_line() == "ok"
+
         eventually(join, SHOWN)
         self.assertEqual(tool.stop(), 0)
         self.assertNotRegex(tool.log, NOISE)
@@ -600,6 +724,7 @@ def hold_lock(pid, port):
             with contextlib.suppress(OSError), PlainAgent(port) as agent:
                 for _ in range(450):
                     agent.send_bytes(data)
+
     floods = [threading.Thread(target=flood, daemon=True) for _ in range(2)]
     for each in floods:
         each.start()
@@ -608,8 +733,11 @@ def hold_lock(pid, port):
             os.kill(pid, signal.SIGSTOP)
             eventually(lambda: support._stat(pid)[0] == "T", 2)
             with open(shm, "rb") as file:
-                file.seek(-(master_server.SEQUENCE.size + master_server.COUNTS.size), os.SEEK_END)
-                if file.read(1)[0] % 2:         # odd: a write is under way, under the lock
+                file.seek(
+                    -(master_server.SEQUENCE.size + master_server.COUNTS.size),
+                    os.SEEK_END,
+                )
+                if file.read(1)[0] % 2:  # odd: a write is under way, under the lock
                     return True
             os.kill(pid, signal.SIGCONT)
             time.sleep(random.random() / 500)
@@ -632,14 +760,19 @@ class Descriptors(unittest.TestCase):
     def start(self):
         """A master with 48 descriptors a process; what is told is told again after a second."""
         return support.start_master(
-            "--timeout", "60",
+            "--timeout",
+            "60",
             patch="master_server.REFUSAL_SECONDS, master_server.PIN_SECONDS = 1.0, 0.1",
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48)))
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48)),
+        )
 
     @staticmethod
     def lines(master):
-        return len(re.findall("cannot take new connections for now: .*Too many open files",
-                              master.log))
+        return len(
+            re.findall(
+                "cannot take new connections for now: .*Too many open files", master.log
+            )
+        )
 
     def test_no_descriptors_for_agents_or_for_browsers_is_told_and_passes(self):
         with self.start() as master, Witness(master.port) as witness:
@@ -669,7 +802,10 @@ class Descriptors(unittest.TestCase):
                 while time.monotonic() - start < 4:
                     with contextlib.suppress(OSError), PlainAgent(master.port):
                         time.sleep(0.3)
-            threads = [threading.Thread(target=come_and_go, daemon=True) for _ in range(80)]
+
+            threads = [
+                threading.Thread(target=come_and_go, daemon=True) for _ in range(80)
+            ]
             for thread in threads:
                 thread.start()
             for thread in threads:
@@ -704,18 +840,30 @@ class Threads(unittest.TestCase):
             file.write(str(os.getpid()))
 
     def test_no_threads_is_told_to_those_who_come_and_recovers(self):
-        with support.start_master(preexec_fn=self.enter) as master, \
-                Witness(master.port) as witness:
-            eventually(lambda: row_of(master.page, node="witness") and get(
-                master.page, "/healthz").status == 200)
-            time.sleep(0.5)                         # that request's thread ends
+        with support.start_master(preexec_fn=self.enter) as master, Witness(
+            master.port
+        ) as witness:
+            eventually(
+                lambda: (
+                    row_of(master.page, node="witness")
+                    and get(master.page, "/healthz").status == 200
+                )
+            )
+            time.sleep(0.5)  # that request's thread ends
             self.limit(1)
             for port in (master.port, master.page):
                 for _ in range(6):
                     with PlainAgent(port) as agent:
                         self.assertRegex(agent.read_to_end(), "^(error .*threads)?")
-            self.assertLessEqual(len(re.findall("cannot take new connections for now: .*thread",
-                                                master.log)), 4, "one line each, and again later")
+            self.assertLessEqual(
+                len(
+                    re.findall(
+                        "cannot take new connections for now: .*thread", master.log
+                    )
+                ),
+                4,
+                "one line each, and again later",
+            )
             witness.check()
             before = int(re.findall(r"dashboard started, pid (\d+)", master.log)[-1])
             self.limit(1)
@@ -759,21 +907,36 @@ class Clock(unittest.TestCase):
         self.shift(0)
         env = {"SHIFT": self.path}
         agent_main = "%s\nimport sys\nsys.path.insert(0, %r)\nimport agent\nsys.exit(agent.main())"
-        with support.start_master("--timeout", "2", "--alert", "cpu>50 for 1", patch=SHIFTED,
-                                  env=env) as master, \
-                Witness(master.port) as witness, \
-                support.start("-c", agent_main % (SHIFTED, support.ROOT), "--port", master.port,
-                              "--name", "real", "--interval", "0.5", env=env):
+        with support.start_master(
+            "--timeout", "2", "--alert", "cpu>50 for 1", patch=SHIFTED, env=env
+        ) as master, Witness(master.port) as witness, support.start(
+            "-c",
+            agent_main % (SHIFTED, support.ROOT),
+            "--port",
+            master.port,
+            "--name",
+            "real",
+            "--interval",
+            "0.5",
+            env=env,
+        ):
             eventually(lambda: row_of(master.page, node="real"))
             eventually(lambda: row_of(master.page, node="witness"))
             for seconds in (-7200, 86400):
                 with self.subTest(seconds):
                     self.shift(seconds)
-                    stays(lambda: all(0 <= row["age"] < FRESH for row in nodes(master.page))
-                          and len(nodes(master.page)) == 2
-                          and get(master.page, "/healthz").status == 200, 1)
-                    self.assertLessEqual({event["node"] for event in events(master.page, "lost")},
-                                         {"silent"})
+                    stays(
+                        lambda: (
+                            all(0 <= row["age"] < FRESH for row in nodes(master.page))
+                            and len(nodes(master.page)) == 2
+                            and get(master.page, "/healthz").status == 200
+                        ),
+                        1,
+                    )
+                    self.assertLessEqual(
+                        {event["node"] for event in events(master.page, "lost")},
+                        {"silent"},
+                    )
                     self.silence_is_noticed_in_time(master)
                     self.assertEqual(get(master.page).status, 200)
             witness.check()

@@ -18,25 +18,51 @@ import sys
 import time
 import unittest
 
-from master_server import (UNKNOWN, HTTPError, WireError, check_sample, parse_pickle,
-                           parse_request)
-from test_wire import harmless, hostile, real, same, shape_differs, short, slowly_unpickled
+from master_server import (
+    UNKNOWN,
+    HTTPError,
+    WireError,
+    check_sample,
+    parse_pickle,
+    parse_request,
+)
+from test_wire import (
+    harmless,
+    hostile,
+    real,
+    same,
+    shape_differs,
+    short,
+    slowly_unpickled,
+)
 
 SEED = int(os.environ.get("SENTINEL_TEST_SEED", "1"))
 INPUTS = int(os.environ.get("SENTINEL_FUZZ_INPUTS", "200000"))
 CODES = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes]
 # what the arguments of opcodes become: the edges of every size that there is
-EDGES = [struct.pack("<" + code, value) for code, values in (
-    ("B", (0, 1, 2, 5, 6, 8, 9, 127, 128, 254, 255)), ("H", (0, 255, 256, 0xffff)),
-    ("I", (0, 255, 256, 16384, 16385, 0x7fffffff, 0x80000000, 0xffffffff)),
-    ("Q", (0, 16384, 16385, 1 << 32, 1 << 62, 1 << 63, (1 << 64) - 1))) for value in values]
+EDGES = [
+    struct.pack("<" + code, value)
+    for code, values in (
+        ("B", (0, 1, 2, 5, 6, 8, 9, 127, 128, 254, 255)),
+        ("H", (0, 255, 256, 0xFFFF)),
+        ("I", (0, 255, 256, 16384, 16385, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)),
+        ("Q", (0, 16384, 16385, 1 << 32, 1 << 62, 1 << 63, (1 << 64) - 1)),
+    )
+    for value in values
+]
 EDGES += [struct.pack(">d", value) for value in (0.0, -0.0, 100.0, 100.1, -1.0, 1e308)]
-EDGES += [b"\x7f\xf8" + bytes(6), b"\x7f\xf0" + bytes(6), b"\xff\xf0" + bytes(6), b"\xff" * 8]
+EDGES += [
+    b"\x7f\xf8" + bytes(6),
+    b"\x7f\xf0" + bytes(6),
+    b"\xff\xf0" + bytes(6),
+    b"\xff" * 8,
+]
 
 
 # ==========================================================================================
 # Mutations
 # ==========================================================================================
+
 
 def places(data):
     """Where the opcodes of a pickle are, as far as pickletools can tell."""
@@ -44,7 +70,7 @@ def places(data):
     try:
         for _, _, at in pickletools.genops(data):
             found.append(at)
-    except Exception:       # hostile seeds are no pickles: their first part will do
+    except Exception:  # hostile seeds are no pickles: their first part will do
         return found
     return found
 
@@ -57,8 +83,20 @@ class Mutator:
     def __init__(self, seeds, rng):
         self.rng = rng
         self.seeds = [(data, self.places(data)) for data in seeds]
-        self.ways = [self.flip, self.flip, self.overwrite, self.truncate, self.splice, self.repeat,
-                     self.delete, self.edge, self.edge, self.swap, self.swap, self.insert]
+        self.ways = [
+            self.flip,
+            self.flip,
+            self.overwrite,
+            self.truncate,
+            self.splice,
+            self.repeat,
+            self.delete,
+            self.edge,
+            self.edge,
+            self.swap,
+            self.swap,
+            self.insert,
+        ]
 
     def make(self):
         """One input, one to four mutations away from a seed."""
@@ -83,34 +121,34 @@ class Mutator:
 
     def truncate(self, data, at):
         """No end."""
-        del data[self.place(data):]
+        del data[self.place(data) :]
 
     def splice(self, data, at):
         """The begin of one seed and the end of another, cut at opcodes."""
         other, there = self.rng.choice(self.seeds)
-        data[self.rng.choice(at):] = other[self.rng.choice(there):]
+        data[self.rng.choice(at) :] = other[self.rng.choice(there) :]
 
     def repeat(self, data, at):
         """A part twice, or many times."""
         begin = self.place(data)
-        part = bytes(data[begin:begin + self.rng.randrange(1, 40)])
+        part = bytes(data[begin : begin + self.rng.randrange(1, 40)])
         data[begin:begin] = part * self.rng.choice((1, 1, 2, 10, 300))
 
     def delete(self, data, at):
         """A part missing."""
         begin = self.place(data)
-        del data[begin:begin + self.rng.randrange(1, 12)]
+        del data[begin : begin + self.rng.randrange(1, 12)]
 
     def edge(self, data, at):
         """A length, index or number at an edge of its size, right behind an opcode."""
         begin = self.rng.choice(at) + 1
         edge = self.rng.choice(self.edges)
-        data[begin:begin + len(edge)] = edge
+        data[begin : begin + len(edge)] = edge
 
     def swap(self, data, at):
         """Another opcode in the place of one."""
         begin = self.rng.choice(at)
-        data[begin:begin + 1] = self.rng.choice(self.codes)
+        data[begin : begin + 1] = self.rng.choice(self.codes)
 
     def insert(self, data, at):
         """An opcode more, maybe with an argument."""
@@ -121,12 +159,30 @@ class Mutator:
 
 def seeds():
     """Valid samples of every protocol and an agent's own, what was found, the hostile table."""
-    agents = {"cpu": 15.5, "ram": 40.2, "node": "c1", "user": "ada", "job": "4711", "ack": True,
-              "job_name": "train", "version": "1.0", "interval": 2.0, "load1": 0.5, "cpus": 64,
-              "mem_total": 1 << 38, "mem_used": 2.5e10, "net_rx": 1e6, "procs": 512.0}
+    agents = {
+        "cpu": 15.5,
+        "ram": 40.2,
+        "node": "c1",
+        "user": "ada",
+        "job": "4711",
+        "ack": True,
+        "job_name": "train",
+        "version": "1.0",
+        "interval": 2.0,
+        "load1": 0.5,
+        "cpus": 64,
+        "mem_total": 1 << 38,
+        "mem_used": 2.5e10,
+        "net_rx": 1e6,
+        "procs": 512.0,
+    }
     good = [pickle.dumps(agents, protocol) for protocol in (2, 3, 4)]
     good += [data for _, data in harmless() if len(data) < 2000]
-    good += [pickle.dumps({"auth": "ab" * 32}, 2), pickle.dumps({"bye": "finished"}, 2), *FOUND]
+    good += [
+        pickle.dumps({"auth": "ab" * 32}, 2),
+        pickle.dumps({"bye": "finished"}, 2),
+        *FOUND,
+    ]
     bad = [data for _, data, _ in hostile() if len(data) < 2000]
     return good * (8 * len(bad) // len(good)) + bad
 
@@ -137,13 +193,23 @@ FOUND = (
     # a float from the memo: the short way knew one of the two
     b"\x80\x04}(" + short("cpu") + real(1.5) + b"\x94" + short("ram") + b"h\0u.",
     # two floats whose sum is none
-    b"\x80\x04}(" + short("cpu") + real(1) + short("ram") + real(2) + short("a") + real(1e308)
-    + short("b") + real(1e308) + b"u.")
+    b"\x80\x04}("
+    + short("cpu")
+    + real(1)
+    + short("ram")
+    + real(2)
+    + short("a")
+    + real(1e308)
+    + short("b")
+    + real(1e308)
+    + b"u.",
+)
 
 
 # ==========================================================================================
 # What must hold for any bytes
 # ==========================================================================================
+
 
 def result_of(data):
     """(dict, size, shape), None, or the WireError; any other exception goes through."""
@@ -162,7 +228,9 @@ def defect(data, rng):
         if not str(found).isprintable() or len(str(found)) > 200:
             return "a reason that cannot be logged: %r" % found, "refused"
         more = result_of(data + b"u.")
-        return ("" if isinstance(more, WireError) else "refused, and then not"), "refused"
+        return (
+            "" if isinstance(more, WireError) else "refused, and then not"
+        ), "refused"
     result, size, _ = found
     cut = rng.randrange(1, size)
     if result_of(data[:cut]) is not None:
@@ -170,7 +238,10 @@ def defect(data, rng):
     again = result_of(data[:size] + b"\x80\x02}u.")
     if not isinstance(again, tuple) or again[1] != size or not same(again[0], result):
         return "what follows changes it", "dict"
-    if any(type(value) not in (type(None), bool, int, float, str) for value in result.values()):
+    if any(
+        type(value) not in (type(None), bool, int, float, str)
+        for value in result.values()
+    ):
         return "a value that is not flat", "dict"
     wrong = shape_differs(data, rng)
     if wrong:
@@ -179,8 +250,9 @@ def defect(data, rng):
         checked = check_sample(result)
     except WireError:
         return "", "dict"
-    if (list(map(type, checked)) != list(map(type, UNKNOWN))
-            or not all(0 <= value <= 100 for value in checked[:2])):
+    if list(map(type, checked)) != list(map(type, UNKNOWN)) or not all(
+        0 <= value <= 100 for value in checked[:2]
+    ):
         return "check_sample let %r through" % (checked,), "sample"
     return "", "sample"
 
@@ -190,9 +262,15 @@ def disagreement(data):
     result, size, _ = parse_pickle(data)
     try:
         theirs = slowly_unpickled(data[:size])
-    except Exception:       # a memo without a value, a wrong frame: refused there, harmless here
+    except (
+        Exception
+    ):  # a memo without a value, a wrong frame: refused there, harmless here
         return None
-    return "" if type(theirs) is dict and same(theirs, result) else "pickle says %r" % theirs
+    return (
+        ""
+        if type(theirs) is dict and same(theirs, result)
+        else "pickle says %r" % theirs
+    )
 
 
 def fuzz(seed, count):
@@ -206,7 +284,10 @@ def fuzz(seed, count):
             wrong, outcome = defect(data, rng)
             if outcome == "sample" and not wrong and not outcomes["sample"] % 4:
                 said = disagreement(data)
-                wrong, outcomes["compared"] = said or "", outcomes["compared"] + (said == "")
+                wrong, outcomes["compared"] = (
+                    said or "",
+                    outcomes["compared"] + (said == ""),
+                )
         except Exception as error:
             wrong = "%s: %s" % (type(error).__name__, error)
         if wrong:
@@ -219,16 +300,26 @@ class Fuzz(unittest.TestCase):
     def test_two_hundred_thousand_mutated_inputs_have_no_outcome_but_the_three(self):
         start = time.monotonic()
         pool = multiprocessing.get_context("fork").Pool(2)
-        parts = pool.starmap(fuzz, [(SEED * 100 + part, INPUTS // 8) for part in range(8)])
+        parts = pool.starmap(
+            fuzz, [(SEED * 100 + part, INPUTS // 8) for part in range(8)]
+        )
         pool.close()
         pool.join()
         for wrong, _ in parts:
             self.assertEqual(wrong, "")
         total = {key: sum(part[key] for _, part in parts) for key in parts[0][1]}
-        sys.stderr.write("%d inputs in %.0f s: %s " % (INPUTS, time.monotonic() - start, total))
-        for outcome, share in (("incomplete", 0.02), ("refused", 0.2), ("sample", 0.05),
-                               ("compared", 0.01)):
-            self.assertGreater(total[outcome], INPUTS * share, "else it tries too little")
+        sys.stderr.write(
+            "%d inputs in %.0f s: %s " % (INPUTS, time.monotonic() - start, total)
+        )
+        for outcome, share in (
+            ("incomplete", 0.02),
+            ("refused", 0.2),
+            ("sample", 0.05),
+            ("compared", 0.01),
+        ):
+            self.assertGreater(
+                total[outcome], INPUTS * share, "else it tries too little"
+            )
 
 
 # ==========================================================================================
@@ -236,23 +327,43 @@ class Fuzz(unittest.TestCase):
 # ==========================================================================================
 
 # Requests of the two kinds that atheris came up with: a traceback instead of an answer, once.
-FOUND_REQUESTS = (b"GET //[1 HTTP/1.1\r\n\r\n", b"GET //[x]y HTTP/1.1\r\n\r\n",
-                  b"GET /?" + b"&a" * 17 + b" HTTP/1.1\r\n\r\n",
-                  b"GET /?;&&=&&&%&%%2 HTTP/1.1\r\n\r\n")
+FOUND_REQUESTS = (
+    b"GET //[1 HTTP/1.1\r\n\r\n",
+    b"GET //[x]y HTTP/1.1\r\n\r\n",
+    b"GET /?" + b"&a" * 17 + b" HTTP/1.1\r\n\r\n",
+    b"GET /?;&&=&&&%&%%2 HTTP/1.1\r\n\r\n",
+)
 REQUESTS = FOUND_REQUESTS + (
     b"GET / HTTP/1.1\r\nHost: localhost:8080\r\n\r\n",
     b"HEAD /api/nodes?sort=-cpu&q=c1&job=42 HTTP/1.0\r\nHost: 127.0.0.1\r\nCookie: a=b\r\n\r\n",
     b"GET /node/%C3%BC%2f%00%ff?token=abc HTTP/1.1\r\nHost: [::1]:8080\r\n"
     b"Authorization: Bearer abc\r\nAccept: */*\r\n\r\n",
-    b"POST / HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc")
+    b"POST / HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc",
+)
 
 
 class RequestMutator(Mutator):
     """As pickles: the same mutations, at the marks of a request."""
 
     codes = [bytes([code]) for code in b" /?&=%:;\r\n\t\0#[]@\\+\x7f\x80\xff"]
-    edges = [b"\r\n", b"\r\n\r\n", b" HTTP/1.1", b" HTTP/9.9", b"//", b"..", b"%00", b"%", b"[::1",
-             b"&" * 20, b"A: b\r\n" * 50, b"x" * 3000, b"Host: x\r\n", b"http://a/", b"*", b"\n "]
+    edges = [
+        b"\r\n",
+        b"\r\n\r\n",
+        b" HTTP/1.1",
+        b" HTTP/9.9",
+        b"//",
+        b"..",
+        b"%00",
+        b"%",
+        b"[::1",
+        b"&" * 20,
+        b"A: b\r\n" * 50,
+        b"x" * 3000,
+        b"Host: x\r\n",
+        b"http://a/",
+        b"*",
+        b"\n ",
+    ]
 
     @staticmethod
     def places(data):
@@ -273,8 +384,14 @@ class Requests(unittest.TestCase):
         self.assertIn(method, ("GET", "HEAD"), data)
         self.assertTrue(path.startswith("/"), data)
         self.assertLessEqual(len(query), 16, data)
-        self.assertEqual({type(text) for text in (path, *query, *query.values(), *headers,
-                                                  *headers.values())}, {str}, data)
+        self.assertEqual(
+            {
+                type(text)
+                for text in (path, *query, *query.values(), *headers, *headers.values())
+            },
+            {str},
+            data,
+        )
         return 200
 
     def test_what_was_found_has_an_answer(self):

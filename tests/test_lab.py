@@ -21,12 +21,29 @@ import unittest
 import support
 from support import PATIENCE, eventually, stays
 
-NEEDS = ("root", "slurmctld", "slurmd", "sbatch", "munged", "sshd", "ssh", "ip", "nft", "setpriv")
+NEEDS = (
+    "root",
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "munged",
+    "sshd",
+    "ssh",
+    "ip",
+    "nft",
+    "setpriv",
+)
 SCRIPT = os.path.join(support.ROOT, "tests", "lab.sh")
-TOOLS = ("agent.py", "master_server.py", "port_forward.py", "run_agent.slurm", "net_debug.slurm",
-         "utils")
-PORT, BRIDGE, PAGE = 13579, 13580, 8080     # what the tools have by default
-LOGIN = "10.77.2.1"                         # the login node as the compute nodes see it
+TOOLS = (
+    "agent.py",
+    "master_server.py",
+    "port_forward.py",
+    "run_agent.slurm",
+    "net_debug.slurm",
+    "utils",
+)
+PORT, BRIDGE, PAGE = 13579, 13580, 8080  # what the tools have by default
+LOGIN = "10.77.2.1"  # the login node as the compute nodes see it
 HEARS = "import socket; socket.create_connection((%r, %d), 5).close()"
 
 # A browser: paths come in, documents go out, one a line.
@@ -46,20 +63,34 @@ class Lab:
 
     def __init__(self):
         self.dir = tempfile.mkdtemp(prefix="sentinel-lab-")
-        self.env = {"LAB_DIR": self.dir, "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
-        if os.path.isdir("/sys/fs/cgroup/memory"):      # cgroup v1: jobs with limits, as elsewhere
+        self.env = {
+            "LAB_DIR": self.dir,
+            "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin",
+        }
+        if os.path.isdir(
+            "/sys/fs/cgroup/memory"
+        ):  # cgroup v1: jobs with limits, as elsewhere
             self.env["LAB_CGROUP"] = "1"
 
     def call(self, *words, seconds=60):
-        return subprocess.run([SCRIPT, *words], env=self.env, timeout=seconds, cwd=self.dir,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, universal_newlines=True)
+        return subprocess.run(
+            [SCRIPT, *words],
+            env=self.env,
+            timeout=seconds,
+            cwd=self.dir,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            universal_newlines=True,
+        )
 
     def must(self, *words, **more):
         """Call lab.sh; its output, or an error if it failed."""
         done = self.call(*words, **more)
         if done.returncode:
-            raise AssertionError("%s: %d\n%s" % (" ".join(words), done.returncode, done.stdout))
+            raise AssertionError(
+                "%s: %d\n%s" % (" ".join(words), done.returncode, done.stdout)
+            )
         return done.stdout.strip()
 
     def up(self):
@@ -83,7 +114,9 @@ class Lab:
 
     def start(self, host, *words, **more):
         """A Tool that runs there, as tester, until it is stopped."""
-        return support.Tool([SCRIPT, "run", "tester@" + host, *map(str, words)], self.env, **more)
+        return support.Tool(
+            [SCRIPT, "run", "tester@" + host, *map(str, words)], self.env, **more
+        )
 
     def path(self, *names):
         """A file in the home that login, c1 and c2 share."""
@@ -101,8 +134,10 @@ class Lab:
 
     def queue(self):
         """{job id: state} of what has not ended."""
-        return dict(line.split() for line in
-                    self.run("login", "squeue", "-h", "-o", "%A %T").splitlines())
+        return dict(
+            line.split()
+            for line in self.run("login", "squeue", "-h", "-o", "%A %T").splitlines()
+        )
 
     def ended(self, job):
         """Wait until a job has ended; its output."""
@@ -113,8 +148,14 @@ class Lab:
         """Cancel whatever runs and wait until both nodes are free."""
         self.run("login", "scancel", "--user=tester")
         eventually(lambda: not self.queue(), 30, "no job is left")
-        eventually(lambda: self.run("login", "sinfo", "-hN", "-t", "idle", "-o", "%N").split()
-                   == ["c1", "c2"], 30, "both nodes are idle")
+        eventually(
+            lambda: (
+                self.run("login", "sinfo", "-hN", "-t", "idle", "-o", "%N").split()
+                == ["c1", "c2"]
+            ),
+            30,
+            "both nodes are idle",
+        )
 
     def pids(self, host, tool):
         """The pids, as they are outside, of the processes on a host that run `python3 TOOL`."""
@@ -125,7 +166,10 @@ class Lab:
             with contextlib.suppress(OSError):
                 with open("/proc/%s/cmdline" % name, "rb") as file:
                     words = file.read().split(b"\0")
-                if words[1:2] == [tool.encode()] and os.readlink("/proc/%s/ns/net" % name) == here:
+                if (
+                    words[1:2] == [tool.encode()]
+                    and os.readlink("/proc/%s/ns/net" % name) == here
+                ):
                     found.append(int(name))
         return found
 
@@ -151,14 +195,21 @@ class Browser:
     """Looks at the dashboard of a host from that very host."""
 
     def __init__(self, host):
-        self.tool = LAB.start(host, "python3", "-u", "-c", BROWSER, stdin=subprocess.PIPE)
+        self.tool = LAB.start(
+            host, "python3", "-u", "-c", BROWSER, stdin=subprocess.PIPE
+        )
         self.read = 0
 
     def get(self, path):
         self.tool.process.stdin.write(path.encode() + b"\n")
         self.tool.process.stdin.flush()
-        line = eventually(lambda: self.tool.out[self.read:].partition("\n")[1]
-                          and self.tool.out[self.read:].partition("\n")[0], what=path)
+        line = eventually(
+            lambda: (
+                self.tool.out[self.read :].partition("\n")[1]
+                and self.tool.out[self.read :].partition("\n")[0]
+            ),
+            what=path,
+        )
         self.read += len(line) + 1
         answer = json.loads(line)
         if isinstance(answer, dict):
@@ -173,21 +224,30 @@ class Browser:
 
     def names(self, **wanted):
         """The sorted names of the rows with these values."""
-        return sorted(row["node"] for row in self.nodes()
-                      if all(row[key] == value for key, value in wanted.items()))
+        return sorted(
+            row["node"]
+            for row in self.nodes()
+            if all(row[key] == value for key, value in wanted.items())
+        )
 
     def events(self, kind, node=None, since=0.0):
-        return [event for event in json.loads(self.get("/api/events"))["events"]
-                if event["kind"] == kind and node in (None, event["node"])
-                and event["time"] >= since]
+        return [
+            event
+            for event in json.loads(self.get("/api/events"))["events"]
+            if event["kind"] == kind
+            and node in (None, event["node"])
+            and event["time"] >= since
+        ]
 
 
 @contextlib.contextmanager
 def firewall(host, way, side, verdict, ports="{%d, %d}" % (PORT, BRIDGE)):
     """What comes "in" to a host or goes "out" of it with these TCP ports meets that verdict."""
     table = "ip sentinel_" + side
-    rules = ("add table {0}; add chain {0} way {{type filter hook {1}put priority 0;}};"
-             "add rule {0} way tcp {2} {3} {4}").format(table, way, side, ports, verdict)
+    rules = (
+        "add table {0}; add chain {0} way {{type filter hook {1}put priority 0;}};"
+        "add rule {0} way tcp {2} {3} {4}"
+    ).format(table, way, side, ports, verdict)
     LAB.run(host, "nft", rules, user="root")
     try:
         yield
@@ -195,7 +255,7 @@ def firewall(host, way, side, verdict, ports="{%d, %d}" % (PORT, BRIDGE)):
         LAB.run(host, "nft", "delete table " + table, user="root")
 
 
-LAB = None      # up from the first test that needs it to the end of this module
+LAB = None  # up from the first test that needs it to the end of this module
 
 
 def tearDownModule():
@@ -213,7 +273,9 @@ class LabTest(unittest.TestCase):
     def setUpClass(cls):
         global LAB
         if LAB is None:
-            namespaces = subprocess.run(["unshare", "-m", "-u", "-i", "-n", "-p", "-f", "true"])
+            namespaces = subprocess.run(
+                ["unshare", "-m", "-u", "-i", "-n", "-p", "-f", "true"]
+            )
             if namespaces.returncode and os.environ.get("SENTINEL_TEST_ALL") != "1":
                 raise unittest.SkipTest("missing here: the right to make namespaces")
             lab = Lab()
@@ -236,7 +298,7 @@ class LabTest(unittest.TestCase):
             cls.master = cls.start_master()
             cls.browser = Browser(cls.place)
             cls.tools.callback(cls.browser.tool.stop)
-            cls.tools.callback(lambda: cls.master.stop())       # the last of them
+            cls.tools.callback(lambda: cls.master.stop())  # the last of them
         if cls.place == "laptop":
             cls.tunnel, cls.bridge = cls.start_tunnel(), cls.start_bridge()
             cls.tools.callback(lambda: cls.tunnel.stop())
@@ -251,10 +313,24 @@ class LabTest(unittest.TestCase):
 
     @classmethod
     def start_tunnel(cls):
-        tunnel = LAB.start("laptop", "ssh", "-N", "-o", "ExitOnForwardFailure=yes", "-o",
-                           "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3",
-                           "-R", "%d:localhost:%d" % (PORT, PORT), "login")
-        eventually(lambda: tunnel.code is None and LAB.listens("login", PORT), what="the tunnel")
+        tunnel = LAB.start(
+            "laptop",
+            "ssh",
+            "-N",
+            "-o",
+            "ExitOnForwardFailure=yes",
+            "-o",
+            "ServerAliveInterval=5",
+            "-o",
+            "ServerAliveCountMax=3",
+            "-R",
+            "%d:localhost:%d" % (PORT, PORT),
+            "login",
+        )
+        eventually(
+            lambda: tunnel.code is None and LAB.listens("login", PORT),
+            what="the tunnel",
+        )
         return tunnel
 
     @classmethod
@@ -279,8 +355,11 @@ class LabTest(unittest.TestCase):
 
     def shown(self, *names, seconds=PATIENCE, **wanted):
         """Wait until exactly these nodes have the rows with these values; the rows, by node."""
-        eventually(lambda: self.browser.names(**wanted) == sorted(names), seconds,
-                   "%s shows %s" % (wanted, names))
+        eventually(
+            lambda: self.browser.names(**wanted) == sorted(names),
+            seconds,
+            "%s shows %s" % (wanted, names),
+        )
         return {row["node"]: row for row in self.browser.nodes()}
 
     def both_nodes_run(self, *flags, **more):
@@ -290,8 +369,11 @@ class LabTest(unittest.TestCase):
         return job
 
     def event(self, kind, node, since, seconds=PATIENCE):
-        return eventually(lambda: self.browser.events(kind, node, since), seconds,
-                          "%s %s" % (kind, node))[-1]
+        return eventually(
+            lambda: self.browser.events(kind, node, since),
+            seconds,
+            "%s %s" % (kind, node),
+        )[-1]
 
 
 class ScenariosOnLogin(LabTest):
@@ -303,26 +385,33 @@ class ScenariosOnLogin(LabTest):
         # number, how it is started, the agent's --host, where it shows or why it does not
         (1, "on login", "127.0.0.1", "login"),
         (7, "sbatch", LOGIN, "c1"),
-        (8, "sbatch", "192.168.1.1", "unreachable"),        # the guessed gateway
+        (8, "sbatch", "192.168.1.1", "unreachable"),  # the guessed gateway
     )
 
     @classmethod
     def start_all(cls):
         super().start_all()
         if cls.tunnel_only:
-            cls.bridge.stop()           # no bridge: the plan had none yet
+            cls.bridge.stop()  # no bridge: the plan had none yet
 
     def test_the_scenarios_that_work_and_those_that_cannot(self):
         agents = []
         for number, start, host, _ in self.table:
-            words = ["python3", "agent.py", "--host", host, "--name", "scenario%d" % number]
+            words = [
+                "python3",
+                "agent.py",
+                "--host",
+                host,
+                "--name",
+                "scenario%d" % number,
+            ]
             log = "scenario%d.log" % number
             if start == "on login":
                 agent = LAB.start("login", *words)
             elif start == "sbatch":
                 LAB.sbatch("--output=" + log, "--wrap", "exec " + " ".join(words))
                 agent = None
-            else:                       # salloc, which runs its command where it is called
+            else:  # salloc, which runs its command where it is called
                 step = ["srun"] if start == "salloc srun" else []
                 agent = LAB.start("login", "salloc", "-Q", "--nodes=1", *step, *words)
             agents.append((agent, log))
@@ -332,16 +421,24 @@ class ScenariosOnLogin(LabTest):
             with self.subTest("scenario %d" % number, how=start, host=host):
                 name = "scenario%d" % number
                 if outcome in ("login", "c1"):
-                    row = eventually(lambda name=name: [
-                        row for row in self.browser.nodes() if row["node"] == name])[0]
-                    self.assertEqual(row["job"], None if start == "on login" else row["job"])
+                    row = eventually(
+                        lambda name=name: [
+                            row for row in self.browser.nodes() if row["node"] == name
+                        ]
+                    )[0]
+                    self.assertEqual(
+                        row["job"], None if start == "on login" else row["job"]
+                    )
                     self.assertIs(start == "on login", row["job"] is None)
                 else:
-                    eventually(lambda agent=agent, log=log, outcome=outcome: re.search(
-                        "cannot reach the master.*" + outcome, agent.log if agent
-                        else LAB.text(log)), what=name)
+                    eventually(
+                        lambda agent=agent, log=log, outcome=outcome: re.search(
+                            "cannot reach the master.*" + outcome,
+                            agent.log if agent else LAB.text(log),
+                        ),
+                        what=name,
+                    )
                     self.assertEqual(self.browser.names(node=name), [])
-
 
     @staticmethod
     def end(agent):
@@ -358,10 +455,10 @@ class ScenariosOnLaptop(ScenariosOnLogin):
     place = "laptop"
     tunnel_only = True
     table = (
-        (2, "on login", "127.0.0.1", "login"),              # through the tunnel
-        (3, "salloc", "127.0.0.1", "login"),                # salloc alone runs on the login node
-        (4, "salloc srun", LOGIN, "refused"),               # the tunnel hears the loopback only
-        (5, "sbatch", "127.0.0.1", "refused"),              # the compute node's own loopback
+        (2, "on login", "127.0.0.1", "login"),  # through the tunnel
+        (3, "salloc", "127.0.0.1", "login"),  # salloc alone runs on the login node
+        (4, "salloc srun", LOGIN, "refused"),  # the tunnel hears the loopback only
+        (5, "sbatch", "127.0.0.1", "refused"),  # the compute node's own loopback
         (6, "sbatch", LOGIN, "refused"),
         (9, "sbatch", "login", "refused"),
     )
@@ -372,12 +469,16 @@ class SolutionA(LabTest):
 
     place = "login"
 
-    def test_both_nodes_of_a_job_are_shown_by_name_job_and_user_also_on_the_laptop(self):
+    def test_both_nodes_of_a_job_are_shown_by_name_job_and_user_also_on_the_laptop(
+        self,
+    ):
         job = self.both_nodes_run()
         rows = {row["node"]: row for row in self.browser.nodes()}
         for node, address in (("c1", "10.77.2.11"), ("c2", "10.77.2.12")):
-            self.assertEqual((rows[node]["job"], rows[node]["user"], rows[node]["job_name"]),
-                             (job, "tester", "sentinel"))
+            self.assertEqual(
+                (rows[node]["job"], rows[node]["user"], rows[node]["job_name"]),
+                (job, "tester", "sentinel"),
+            )
             self.assertIn(address, rows[node]["address"])
         with LAB.start("laptop", "ssh", "-N", "-L", "8080:localhost:8080", "login"):
             eventually(lambda: LAB.listens("laptop", PAGE))
@@ -403,10 +504,14 @@ class SolutionA(LabTest):
         LAB.kill("c2", "agent.py")
         last = 0
         while "c2" in [row["node"] for row in table["nodes"]]:
-            last = [table["time"] - row["age"] for row in table["nodes"] if row["node"] == "c2"][0]
+            last = [
+                table["time"] - row["age"]
+                for row in table["nodes"]
+                if row["node"] == "c2"
+            ][0]
             self.assertLess(time.time() - last, 7)
             table = self.browser.table()
-        self.assertLess(table["time"] - last, 5.6)      # the looks are a moment apart
+        self.assertLess(table["time"] - last, 5.6)  # the looks are a moment apart
         self.assertLess(self.event("lost", "c2", start)["time"] - last, 5.5)
         self.assertEqual(self.browser.names(), ["c1"])
 
@@ -433,8 +538,12 @@ class SolutionA(LabTest):
         TCP doubles its wait before each repetition: a sample that is sent soon after the start of
         a 3 s cut arrives 3 s later, 5 s after the one before, which is the limit.
         """
+
         def age():
-            return [row["age"] for row in self.browser.nodes() if row["node"] == node][0]
+            return [row["age"] for row in self.browser.nodes() if row["node"] == node][
+                0
+            ]
+
         eventually(lambda: age() < 0.1)
         LAB.must("cut", node)
         if age() < 0.3:
@@ -455,18 +564,40 @@ class SolutionA(LabTest):
     def test_a_requeued_job_has_two_rows_told_apart_while_its_old_process_lives(self):
         job = LAB.sbatch("--nodes=1", "--nodelist=c1", "--requeue", "run_agent.slurm")
         self.shown("c1", job=job)
-        slurm = "{6817, 6818}"          # that has lost c1, the agent there has lost nobody
+        slurm = "{6817, 6818}"  # that has lost c1, the agent there has lost nobody
         try:
-            with firewall("c1", "out", "dport", "drop", slurm), \
-                    firewall("c1", "out", "sport", "drop", slurm):
-                LAB.run("login", "scontrol", "update", "nodename=c1", "state=down", "reason=test",
-                        user="root")
-                LAB.run("login", "scontrol", "update", "job=" + job, "reqnodelist=",
-                        "starttime=now", user="root")
+            with firewall("c1", "out", "dport", "drop", slurm), firewall(
+                "c1", "out", "sport", "drop", slurm
+            ):
+                LAB.run(
+                    "login",
+                    "scontrol",
+                    "update",
+                    "nodename=c1",
+                    "state=down",
+                    "reason=test",
+                    user="root",
+                )
+                LAB.run(
+                    "login",
+                    "scontrol",
+                    "update",
+                    "job=" + job,
+                    "reqnodelist=",
+                    "starttime=now",
+                    user="root",
+                )
                 rows = self.shown("c1", "c2", job=job, seconds=40)
                 self.assertNotEqual(rows["c1"]["slot"], rows["c2"]["slot"])
         finally:
-            LAB.run("login", "scontrol", "update", "nodename=c1", "state=resume", user="root")
+            LAB.run(
+                "login",
+                "scontrol",
+                "update",
+                "nodename=c1",
+                "state=resume",
+                user="root",
+            )
 
 
 class Jobs(LabTest):
@@ -476,15 +607,19 @@ class Jobs(LabTest):
 
     def test_each_task_of_an_array_has_a_row_of_its_own_job(self):
         LAB.sbatch("--array=1-3", "run_agent.slurm")
-        rows = eventually(lambda: len(self.browser.nodes()) == 3 and self.browser.nodes())
+        rows = eventually(
+            lambda: len(self.browser.nodes()) == 3 and self.browser.nodes()
+        )
         self.assertEqual(len({row["job"] for row in rows}), 3)
 
     def test_the_master_may_be_named_in_every_way_that_sbatch_has(self):
-        for flags, env in (([], ["SENTINEL_HOST=" + LOGIN]),
-                           (["--export=SENTINEL_HOST=%s,SENTINEL_PORT=%d" % (LOGIN, PORT)], []),
-                           (["--export=ALL,SENTINEL_HOST=%s:%d" % (LOGIN, PORT)], []),
-                           ([], ["SENTINEL_HOST=192.168.1.1,login", "SENTINEL_PORT=%d" % PORT]),
-                           (["--export=NONE"], [])):
+        for flags, env in (
+            ([], ["SENTINEL_HOST=" + LOGIN]),
+            (["--export=SENTINEL_HOST=%s,SENTINEL_PORT=%d" % (LOGIN, PORT)], []),
+            (["--export=ALL,SENTINEL_HOST=%s:%d" % (LOGIN, PORT)], []),
+            ([], ["SENTINEL_HOST=192.168.1.1,login", "SENTINEL_PORT=%d" % PORT]),
+            (["--export=NONE"], []),
+        ):
             with self.subTest(" ".join(flags + env)):
                 job = LAB.sbatch(*flags, "run_agent.slurm", env=env)
                 self.shown(*self.shown_nodes(job), job=job)
@@ -494,8 +629,10 @@ class Jobs(LabTest):
 
     def test_a_sidecar_watches_a_job_and_ends_with_it(self):
         with open(os.path.join(support.ROOT, "run_agent.slurm")) as file:
-            lines = re.search(r"(?m)^#     (srun --overlap .*\\)\n# (.*&)$", file.read())
-        sidecar = "%s\n%s\n" % lines.groups()         # the very lines that the comment gives
+            lines = re.search(
+                r"(?m)^#     (srun --overlap .*\\)\n# (.*&)$", file.read()
+            )
+        sidecar = "%s\n%s\n" % lines.groups()  # the very lines that the comment gives
         work = "srun bash -c 'until [ -e go%d ]; do sleep 0.2; done' &\n"
         for number, script in enumerate((sidecar + work, work + "sleep 2\n" + sidecar)):
             with self.subTest(script):
@@ -521,20 +658,33 @@ class Jobs(LabTest):
             LAB.ended(job)
         finally:
             LAB.run("c1", "umount", python, user="root")
-        self.assertIn("error: no python3 of 3.6 or later on c1", LAB.text("sentinel-%s.log" % job))
+        self.assertIn(
+            "error: no python3 of 3.6 or later on c1", LAB.text("sentinel-%s.log" % job)
+        )
         self.assertIn("ExitCode=1:0", LAB.run("login", "scontrol", "show", "job", job))
 
     def test_submitted_from_elsewhere_it_says_where_from_instead(self):
-        job = LAB.run("login", "sh", "-c", "cd utils && sbatch --parsable ../run_agent.slurm")
+        job = LAB.run(
+            "login", "sh", "-c", "cd utils && sbatch --parsable ../run_agent.slurm"
+        )
         LAB.ended(job)
-        self.assertRegex(LAB.text("utils/sentinel-%s.log" % job), "error: no agent.py in .*/utils:")
+        self.assertRegex(
+            LAB.text("utils/sentinel-%s.log" % job), "error: no agent.py in .*/utils:"
+        )
 
     def test_the_dummy_task_runs_and_its_output_is_where_the_comment_says(self):
         job = LAB.sbatch("utils/run_dummy_task.slurm", "1")
         LAB.ended(job)
         text = LAB.text("dummy-%s.log" % job)
-        for words in ("node    c1", "user    tester", "job     " + job, "folder  /home/tester",
-                      "this line went to stderr", "1 of 1 seconds", "done"):
+        for words in (
+            "node    c1",
+            "user    tester",
+            "job     " + job,
+            "folder  /home/tester",
+            "this line went to stderr",
+            "1 of 1 seconds",
+            "done",
+        ):
             self.assertIn(words, text)
 
 
@@ -555,12 +705,23 @@ class NetDebug(LabTest):
     def test_with_a_master_on_the_login_node_its_last_line_is_what_to_submit(self):
         answers, text, command = self.report()
         self.assertRegex(answers["login:13579"], "^open ")
-        self.assertRegex(answers["login:13580"], r"^refused +reachable, nothing listens")
+        self.assertRegex(
+            answers["login:13580"], r"^refused +reachable, nothing listens"
+        )
         self.assertRegex(answers["10.77.2.1:13579"], "^open +an address of login")
-        for words in ("c1, Linux", "user tester", "Python 3", "eth0 10.77.2.11/24",
-                      "10.77.2.0/24 dev eth0", "login: 10.77.2.1", "SLURM_SUBMIT_HOST=login"):
+        for words in (
+            "c1, Linux",
+            "user tester",
+            "Python 3",
+            "eth0 10.77.2.11/24",
+            "10.77.2.0/24 dev eth0",
+            "login: 10.77.2.1",
+            "SLURM_SUBMIT_HOST=login",
+        ):
             self.assertIn(words, text)
-        self.assertEqual(command, "SENTINEL_HOST=login SENTINEL_PORT=13579 sbatch run_agent.slurm")
+        self.assertEqual(
+            command, "SENTINEL_HOST=login SENTINEL_PORT=13579 sbatch run_agent.slurm"
+        )
         LAB.run("login", "sh", "-c", command)
         self.shown("c1")
 
@@ -568,18 +729,23 @@ class NetDebug(LabTest):
         self.master.stop()
         try:
             with firewall("login", "in", "dport", "drop", "13581"):
-                answers, text, command = self.report(env=[
-                    "SENTINEL_HOST=10.77.1.2,login:13581,no-such-host,127.0.0.1"])
+                answers, text, command = self.report(
+                    env=["SENTINEL_HOST=10.77.1.2,login:13581,no-such-host,127.0.0.1"]
+                )
         finally:
             type(self).master = self.start_master()
         for candidate, answer in (
-                ("10.77.1.2:13579", "unreachable +no way"), ("login:13581", "timed out +filtered"),
-                ("no-such-host:13579", "no address +that name is unknown"),
-                ("login:13579", "refused +reachable, nothing listens"),
-                ("127.0.0.1:13579", "refused")):
+            ("10.77.1.2:13579", "unreachable +no way"),
+            ("login:13581", "timed out +filtered"),
+            ("no-such-host:13579", "no address +that name is unknown"),
+            ("login:13579", "refused +reachable, nothing listens"),
+            ("127.0.0.1:13579", "refused"),
+        ):
             self.assertRegex(answers[candidate], "^" + answer)
         self.assertIn("listens on 127.0.0.1 of the login node only", text)
-        self.assertEqual(command, "SENTINEL_HOST=login:13579,login:13580 sbatch run_agent.slurm")
+        self.assertEqual(
+            command, "SENTINEL_HOST=login:13579,login:13580 sbatch run_agent.slurm"
+        )
         LAB.run("login", "sh", "-c", command)
         eventually(self.browser.names)
 
@@ -588,7 +754,8 @@ class NetDebug(LabTest):
             answers, _, command = self.report()
         self.assertRegex(answers["login:13580"], "^unreachable +no way")
         self.assertEqual(
-            command, "SENTINEL_HOST=$(hostname -I | tr -s ' ' ,) sbatch net_debug.slurm")
+            command, "SENTINEL_HOST=$(hostname -I | tr -s ' ' ,) sbatch net_debug.slurm"
+        )
         self.assertRegex(LAB.run("login", "sh", "-c", command), "^Submitted batch job")
 
     def test_without_ip_and_getent_it_finds_the_same(self):
@@ -596,20 +763,32 @@ class NetDebug(LabTest):
         for name in ("uname", "id", "sort", "grep", "env", "paste"):
             os.symlink(shutil.which(name), LAB.path("few", name))
         answers, text, command = self.report("--export=ALL,PATH=/home/tester/few")
-        for words in ("10.77.2.11", "10.77.2.0 mask 255.255.255.0 via 0.0.0.0 dev eth0",
-                      "login: 10.77.2.1", "no python3"):
+        for words in (
+            "10.77.2.11",
+            "10.77.2.0 mask 255.255.255.0 via 0.0.0.0 dev eth0",
+            "login: 10.77.2.1",
+            "no python3",
+        ):
             self.assertIn(words, text)
         self.assertRegex(answers["10.77.2.1:13579"], "^open ")
-        self.assertEqual(command, "SENTINEL_HOST=login SENTINEL_PORT=13579 sbatch run_agent.slurm")
+        self.assertEqual(
+            command, "SENTINEL_HOST=login SENTINEL_PORT=13579 sbatch run_agent.slurm"
+        )
 
     def test_called_inside_a_job_it_names_the_trap(self):
-        outer = LAB.sbatch("--nodelist=c1", "--output=outer.log", "--wrap",
-                           "sbatch --parsable --nodelist=c1 net_debug.slurm")
+        outer = LAB.sbatch(
+            "--nodelist=c1",
+            "--output=outer.log",
+            "--wrap",
+            "sbatch --parsable --nodelist=c1 net_debug.slurm",
+        )
         LAB.ended(outer)
         inner = LAB.text("outer.log").strip()
         LAB.ended(inner)
-        self.assertIn("SLURM_SUBMIT_HOST is this node, since sbatch was called inside a job",
-                      LAB.text("netdebug-%s.log" % inner))
+        self.assertIn(
+            "SLURM_SUBMIT_HOST is this node, since sbatch was called inside a job",
+            LAB.text("netdebug-%s.log" % inner),
+        )
 
 
 class SolutionB(LabTest):
@@ -627,7 +806,9 @@ class SolutionB(LabTest):
         for row in rows:
             self.assertRegex(row["address"], r"'(127\.0\.0\.1|::1)'")
 
-    def test_a_bridge_that_is_killed_and_started_again_has_all_agents_back_within_10_s(self):
+    def test_a_bridge_that_is_killed_and_started_again_has_all_agents_back_within_10_s(
+        self,
+    ):
         self.both_nodes_run()
         start = time.time()
         LAB.kill("login", "port_forward.py")
@@ -644,19 +825,21 @@ class SolutionB(LabTest):
         type(self).master = self.start_master()
         self.shown("c1", "c2", seconds=10)
 
-    def test_a_laptop_that_sleeps_for_60_s_has_all_agents_back_30_s_after_the_tunnel(self):
+    def test_a_laptop_that_sleeps_for_60_s_has_all_agents_back_30_s_after_the_tunnel(
+        self,
+    ):
         job = self.both_nodes_run()
         start = time.time()
         LAB.must("cut", "laptop")
         for node in ("c1", "c2"):
             self.event("lost", node, start, 8)
-        self.assertEqual(self.tunnel.wait(30), 255)         # ServerAliveInterval has noticed
+        self.assertEqual(self.tunnel.wait(30), 255)  # ServerAliveInterval has noticed
         log = "sentinel-%s.log" % job
         eventually(lambda: LAB.text(log).count("no answer for 10 s") == 2, 20)
         stays(lambda: self.browser.nodes() == [], start + 60 - time.time())
         LAB.must("heal", "laptop")
         healed = time.time()
-        while True:                     # as a user does: again, until the old sshd has given up
+        while True:  # as a user does: again, until the old sshd has given up
             try:
                 type(self).tunnel = self.start_tunnel()
                 break
@@ -676,16 +859,36 @@ class OneCommand(LabTest):
         super().start_all()
         cls.tunnel.stop()
         cls.bridge.stop()
-        LAB.run("login", "/usr/sbin/sshd", "-f", os.path.join(LAB.dir, "etc/ssh/sshd_config"),
-                "-o", "Port=2222", "-o", "PidFile=/run/sshd2.pid", "-o", "ClientAliveInterval=1",
-                "-o", "ClientAliveCountMax=2", user="root")     # one that gives up soon
+        LAB.run(
+            "login",
+            "/usr/sbin/sshd",
+            "-f",
+            os.path.join(LAB.dir, "etc/ssh/sshd_config"),
+            "-o",
+            "Port=2222",
+            "-o",
+            "PidFile=/run/sshd2.pid",
+            "-o",
+            "ClientAliveInterval=1",
+            "-o",
+            "ClientAliveCountMax=2",
+            user="root",
+        )  # one that gives up soon
 
     def one_command(self, *flags):
         with open(os.path.join(support.ROOT, "port_forward.py")) as script:
             ssh = LAB.start(
-                "laptop", "ssh", *flags, "-o", "ExitOnForwardFailure=yes",
-                "-R", "%d:localhost:%d" % (PORT, PORT), "login",
-                "python3 - --local-port %d --remote-port %d" % (BRIDGE, PORT), stdin=script)
+                "laptop",
+                "ssh",
+                *flags,
+                "-o",
+                "ExitOnForwardFailure=yes",
+                "-R",
+                "%d:localhost:%d" % (PORT, PORT),
+                "login",
+                "python3 - --local-port %d --remote-port %d" % (BRIDGE, PORT),
+                stdin=script,
+            )
         self.addCleanup(ssh.stop)
         self.assertEqual(ssh.listening(), BRIDGE)
         return ssh

@@ -17,12 +17,12 @@ import support
 import test_lab
 from support import PATIENCE, eventually
 
-NEEDS = test_lab.NEEDS + ("/sys/fs/cgroup/memory/cgroup.procs",)      # cgroup v1
+NEEDS = test_lab.NEEDS + ("/sys/fs/cgroup/memory/cgroup.procs",)  # cgroup v1
 OLD = (3, 6)
-OTHER_PORT, OTHER_PAGE = 13590, 8090        # a second master, with a rule of its own
-LONG = 3 * PATIENCE                         # the machine may be busy with other things
-TIME_LIMIT = 60 + 30 + LONG                 # a minute, Slurm looks every half, and KillWait
-MIB = 2 ** 20
+OTHER_PORT, OTHER_PAGE = 13590, 8090  # a second master, with a rule of its own
+LONG = 3 * PATIENCE  # the machine may be busy with other things
+TIME_LIMIT = 60 + 30 + LONG  # a minute, Slurm looks every half, and KillWait
+MIB = 2**20
 
 # The work of a job: allocate a share of the limit, burn a CPU or not, until the file JOB.enough.
 # With "more" it then takes more than there is.  It prints what the kernel says about the job.
@@ -62,39 +62,72 @@ AGENT = "agent.py --host login --interval 0.5"
 # exec: Slurm sends a cancelled job's TERM to the script, not to what a shell has started; when that
 # shell ends, what is left is killed.  Exit codes can be seen without it.
 WRAPPED = "exec python3 " + AGENT + " -- python3 work.py "
-SIDECAR = ("srun --overlap --mem=0 --nodes=$SLURM_NNODES --ntasks=$SLURM_NNODES"
-           " --ntasks-per-node=1 python3 " + AGENT + "%s &\n")
-JOBS = {        # name: memory in MiB, flags of sbatch, script
+SIDECAR = (
+    "srun --overlap --mem=0 --nodes=$SLURM_NNODES --ntasks=$SLURM_NNODES"
+    " --ntasks-per-node=1 python3 " + AGENT + "%s &\n"
+)
+JOBS = {  # name: memory in MiB, flags of sbatch, script
     "limit": (100, ["--time=1"], WRAPPED + "0"),
     "burn": (200, ["--cpus-per-task=4"], WRAPPED + "0 burn"),
-    "full": (600, [], "python3 " + AGENT + " -- /usr/bin/time -v python3 work.py 3 fill\n"
-             "echo code $?"),
+    "full": (
+        600,
+        [],
+        "python3 " + AGENT + " -- /usr/bin/time -v python3 work.py 3 fill\n"
+        "echo code $?",
+    ),
     "over": (200, [], WRAPPED[5:] + "0 fill more\necho code $?"),
-    "idle": (1000, [], SIDECAR % (" --port %d" % OTHER_PORT) + "exec python3 work.py 0"),
-    "sidecar": (100, [], SIDECAR % ""
-                + "python3 work.py 0\nscancel --signal=TERM $SLURM_JOB_ID.0\nwait"),
+    "idle": (
+        1000,
+        [],
+        SIDECAR % (" --port %d" % OTHER_PORT) + "exec python3 work.py 0",
+    ),
+    "sidecar": (
+        100,
+        [],
+        SIDECAR % "" + "python3 work.py 0\nscancel --signal=TERM $SLURM_JOB_ID.0\nwait",
+    ),
     "cancel": (100, [], WRAPPED + "0"),
-    "old": (100, ["--cpus-per-task=2"], "export LD_LIBRARY_PATH=$PWD/old/lib\n"
-            "exec old/bin/python3.6 " + AGENT + " -- old/bin/python3.6 work.py 0 fill burn")}
+    "old": (
+        100,
+        ["--cpus-per-task=2"],
+        "export LD_LIBRARY_PATH=$PWD/old/lib\n"
+        "exec old/bin/python3.6 " + AGENT + " -- old/bin/python3.6 work.py 0 fill burn",
+    ),
+}
 
 LAB = None
 
 
 class Lab(test_lab.Lab):
     def up(self):
-        self.env["LAB_CPUS"] = "8"      # what a node claims: room for all jobs at once
+        self.env["LAB_CPUS"] = "8"  # what a node claims: room for all jobs at once
         super().up()
 
     def take(self, python):
         """Copy what an interpreter needs into the home of the cluster, as `old`."""
-        prefix = subprocess.check_output([python, "-c", "import sys; print(sys.base_prefix)"],
-                                         universal_newlines=True).strip()
+        prefix = subprocess.check_output(
+            [python, "-c", "import sys; print(sys.base_prefix)"],
+            universal_newlines=True,
+        ).strip()
         inside = "lib/python%d.%d" % OLD
-        skip = shutil.ignore_patterns("test", "tests", "site-packages", "config-*", "__pycache__",
-                                      "idlelib", "lib2to3", "ensurepip", "tkinter")
-        shutil.copytree(os.path.join(prefix, inside), self.path("old", inside), ignore=skip)
+        skip = shutil.ignore_patterns(
+            "test",
+            "tests",
+            "site-packages",
+            "config-*",
+            "__pycache__",
+            "idlelib",
+            "lib2to3",
+            "ensurepip",
+            "tkinter",
+        )
+        shutil.copytree(
+            os.path.join(prefix, inside), self.path("old", inside), ignore=skip
+        )
         os.mkdir(self.path("old", "bin"))
-        shutil.copy(os.path.join(prefix, "bin", "python%d.%d" % OLD), self.path("old", "bin"))
+        shutil.copy(
+            os.path.join(prefix, "bin", "python%d.%d" % OLD), self.path("old", "bin")
+        )
         for library in glob.glob(os.path.join(prefix, "lib", "libpython*.so*")):
             shutil.copy(library, self.path("old", "lib"))
 
@@ -103,7 +136,9 @@ class Lab(test_lab.Lab):
         for node in "c1", "c2":
             with open(os.path.join(self.dir, node, "cgroup.list")) as file:
                 for line in file:
-                    path = os.path.join(line.strip(), "slurm_" + node, "uid_4242", "job_" + job)
+                    path = os.path.join(
+                        line.strip(), "slurm_" + node, "uid_4242", "job_" + job
+                    )
                     if "/cgroup/%s/" % controller in path and os.path.isdir(path):
                         return path
         raise LookupError("no %s cgroup of job %s" % (controller, job))
@@ -114,19 +149,22 @@ class Lab(test_lab.Lab):
 
     def hurry(self, job):
         """All of a job goes before whatever else this machine does."""
-        for path in glob.glob(self.cgroup("cpuacct", job) + "/**/cgroup.procs", recursive=True):
+        for path in glob.glob(
+            self.cgroup("cpuacct", job) + "/**/cgroup.procs", recursive=True
+        ):
             with open(path) as file:
                 for pid in file.read().split():
                     with contextlib.suppress(OSError):
                         os.setpriority(os.PRIO_PROCESS, int(pid), -20)
-                        with open("/proc/%s/autogroup" % pid, "w") as group:    # sched(7)
+                        with open("/proc/%s/autogroup" % pid, "w") as group:  # sched(7)
                             group.write("-20")
 
 
 class Browser(test_lab.Browser):
     def __init__(self):
-        self.tool = LAB.start("login", "python3", "-u", "-c", test_lab.BROWSER,
-                              stdin=subprocess.PIPE)
+        self.tool = LAB.start(
+            "login", "python3", "-u", "-c", test_lab.BROWSER, stdin=subprocess.PIPE
+        )
         self.read = 0
 
 
@@ -137,7 +175,9 @@ class Jobs(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         global LAB
-        namespaces = subprocess.run(["unshare", "-m", "-u", "-i", "-n", "-p", "-f", "true"])
+        namespaces = subprocess.run(
+            ["unshare", "-m", "-u", "-i", "-n", "-p", "-f", "true"]
+        )
         if namespaces.returncode and os.environ.get("SENTINEL_TEST_ALL") != "1":
             raise unittest.SkipTest("missing here: the right to make namespaces")
         cls.tools = contextlib.ExitStack()
@@ -156,17 +196,29 @@ class Jobs(unittest.TestCase):
 
     @classmethod
     def start_all(cls):
-        cls.master = LAB.start("login", "python3", "master_server.py", "--host", "0.0.0.0")
+        cls.master = LAB.start(
+            "login", "python3", "master_server.py", "--host", "0.0.0.0"
+        )
         cls.tools.callback(cls.master.stop)
         cls.other = LAB.start(
-            "login", "python3", "master_server.py", "--host", "0.0.0.0", "--port", OTHER_PORT,
-            "--dashboard-port", OTHER_PAGE, "--alert", "job_cpu<10 for 2")
+            "login",
+            "python3",
+            "master_server.py",
+            "--host",
+            "0.0.0.0",
+            "--port",
+            OTHER_PORT,
+            "--dashboard-port",
+            OTHER_PAGE,
+            "--alert",
+            "job_cpu<10 for 2",
+        )
         cls.tools.callback(cls.other.stop)
         cls.master.listening("dashboard")
         cls.other.listening("dashboard")
         cls.browser = Browser()
         cls.tools.callback(cls.browser.tool.stop)
-        cls.tools.callback(LAB.no_jobs)         # the first of them
+        cls.tools.callback(LAB.no_jobs)  # the first of them
         pythons = support.pythons()
         if OLD in pythons:
             LAB.take(pythons[OLD])
@@ -186,8 +238,11 @@ class Jobs(unittest.TestCase):
 
     def said(self, name, pattern, seconds=LONG):
         """Wait until the job's output holds that; the match."""
-        return eventually(lambda: re.search(pattern, self.out(name)), seconds,
-                          "job %s says %r" % (name, pattern))
+        return eventually(
+            lambda: re.search(pattern, self.out(name)),
+            seconds,
+            "job %s says %r" % (name, pattern),
+        )
 
     def row(self, name):
         """The job's row on the page."""
@@ -196,9 +251,14 @@ class Jobs(unittest.TestCase):
     def event(self, kind, name, text="", seconds=LONG):
         """Wait for an event of a job."""
         return eventually(
-            lambda: [event for event in self.browser.events(kind)
-                     if event["job"] == self.jobs[name] and text in event["text"]],
-            seconds, "%s %s of job %s" % (kind, text, name))[0]
+            lambda: [
+                event
+                for event in self.browser.events(kind)
+                if event["job"] == self.jobs[name] and text in event["text"]
+            ],
+            seconds,
+            "%s %s of job %s" % (kind, text, name),
+        )[0]
 
     def enough(self, name):
         """Tell a job that the test has seen enough."""
@@ -209,26 +269,37 @@ class Jobs(unittest.TestCase):
         """How Slurm says that the job has ended."""
         job = self.jobs[name]
         eventually(lambda: job not in LAB.queue(), seconds, "job %s ends" % name)
-        return re.search(r"JobState=(\S+)",
-                         LAB.run("login", "scontrol", "-o", "show", "job", job)).group(1)
+        return re.search(
+            r"JobState=(\S+)", LAB.run("login", "scontrol", "-o", "show", "job", job)
+        ).group(1)
 
     def memory(self, name):
         """(anonymous and shared memory, limit) of a job in bytes, as the kernel has it."""
         job = self.jobs[name]
         words = LAB.read("memory", job, "memory.stat").split()
-        used = sum(int(words[words.index(word) + 1]) for word in ("total_rss", "total_shmem"))
+        used = sum(
+            int(words[words.index(word) + 1]) for word in ("total_rss", "total_shmem")
+        )
         return used, int(LAB.read("memory", job, "memory.limit_in_bytes"))
 
     def killed(self, name):
         """How often the kernel has killed for want of memory in this job."""
-        return sum(int(count) for count in re.findall(
-            r"oom_kill (\d+)", LAB.read("memory", self.jobs[name], "memory.oom_control")))
+        return sum(
+            int(count)
+            for count in re.findall(
+                r"oom_kill (\d+)",
+                LAB.read("memory", self.jobs[name], "memory.oom_control"),
+            )
+        )
 
     def within_5_percent(self, value, truth):
-        self.assertLessEqual(abs(value - truth), 0.05 * truth, "%s is not %s" % (value, truth))
+        self.assertLessEqual(
+            abs(value - truth), 0.05 * truth, "%s is not %s" % (value, truth)
+        )
 
     def cpu_agrees(self, name, cpus):
         """What the page shows for 3 s is what cpuacct.usage says about them: one CPU of these."""
+
         def used():
             nanoseconds = int(LAB.read("cpuacct", self.jobs[name], "cpuacct.usage"))
             return nanoseconds / 1e9, time.monotonic()
@@ -251,22 +322,35 @@ class Jobs(unittest.TestCase):
 
     def left_a_report(self, name, ended):
         """The report is in slurm-%j.out and on the page, with a goodbye."""
-        self.said(name, r"agent: report of c\d.* %s\b.* \d+:\d\d:\d\d\n" % re.escape(ended))
+        self.said(
+            name, r"agent: report of c\d.* %s\b.* \d+:\d\d:\d\d\n" % re.escape(ended)
+        )
         self.assertRegex(self.out(name), r"report of c\d.*: CPU mean .* CPUs\n")
-        self.assertRegex(self.out(name), r"report of c\d.*: memory peak .* GB of .* GB\n")
+        self.assertRegex(
+            self.out(name), r"report of c\d.*: memory peak .* GB of .* GB\n"
+        )
         text = self.event("finished", name)["text"]
         for line in re.findall(r"report of c\d.*?: (.*)", self.out(name)):
             self.assertIn(line, text)
-        self.assertEqual([event for event in self.browser.events("lost")
-                          if event["job"] == self.jobs[name]], [])
+        self.assertEqual(
+            [
+                event
+                for event in self.browser.events("lost")
+                if event["job"] == self.jobs[name]
+            ],
+            [],
+        )
 
     # ---- the tests ----
 
     def test_0_the_time_left_is_what_squeue_says(self):
         left = eventually(lambda: self.row("limit")["job_time_left"], LONG)
-        minutes, seconds = LAB.run("login", "squeue", "-h", "-j", self.jobs["limit"],
-                                   "-o", "%L").split(":")
-        self.assertLess(abs(left - 60 * int(minutes) - int(seconds)), 15)   # it is read every 10
+        minutes, seconds = LAB.run(
+            "login", "squeue", "-h", "-j", self.jobs["limit"], "-o", "%L"
+        ).split(":")
+        self.assertLess(
+            abs(left - 60 * int(minutes) - int(seconds)), 15
+        )  # it is read every 10
 
     def test_1_a_job_that_burns_one_of_its_four_cpus_is_at_25_percent(self):
         self.said("burn", "ready")
@@ -280,23 +364,31 @@ class Jobs(unittest.TestCase):
         self.assertEqual(self.state("idle"), "CANCELLED")
         peak, suggested = self.other.logged(
             r"finished .*SIGTERM.*; memory peak (\S+) GB of 0.9\d+ GB; "
-            r"asked for .* GB.*: --mem=(\d+)M would do", LONG).groups()
+            r"asked for .* GB.*: --mem=(\d+)M would do",
+            LONG,
+        ).groups()
         self.assertTrue(1.1 * 1024 * float(peak) < int(suggested) < 500, suggested)
 
-    def test_a_job_that_fills_its_memory_is_warned_and_the_numbers_are_the_kernels(self):
+    def test_a_job_that_fills_its_memory_is_warned_and_the_numbers_are_the_kernels(
+        self,
+    ):
         self.said("full", "ready")
         self.assertIn("job_ram", self.event("alert", "full", "job_ram")["text"])
         used, limit = self.memory("full")
-        row = eventually(lambda: self.row("full")["job_ram"] > 94 and self.row("full"), LONG)
+        row = eventually(
+            lambda: self.row("full")["job_ram"] > 94 and self.row("full"), LONG
+        )
         self.assertGreater(100 * used / limit, 94)
         self.within_5_percent(row["job_ram"], 100 * used / limit)
         self.within_5_percent(row["job_mem"], used)
         self.assertEqual(row["job_mem_limit"], limit)
         self.assertEqual(self.killed("full"), 0)
         self.enough("full")
-        resident = int(self.said("full", r"Maximum resident set size \(kbytes\): (\d+)").group(1))
+        resident = int(
+            self.said("full", r"Maximum resident set size \(kbytes\): (\d+)").group(1)
+        )
         peak = float(self.said("full", r"memory peak (\S+) GB of 0\.5\d+ GB").group(1))
-        self.within_5_percent(peak * 2 ** 20, resident)
+        self.within_5_percent(peak * 2**20, resident)
         self.said("full", "code 3")
         self.left_a_report("full", "exit 3")
 
@@ -330,14 +422,18 @@ class Jobs(unittest.TestCase):
         self.event("alert", "old", "job_ram")
         self.said("old", "ready")
         used, limit = self.memory("old")
-        row = eventually(lambda: self.row("old")["job_ram"] > 93 and self.row("old"), LONG)
+        row = eventually(
+            lambda: self.row("old")["job_ram"] > 93 and self.row("old"), LONG
+        )
         self.within_5_percent(row["job_ram"], 100 * used / limit)
         self.assertEqual(self.killed("old"), 0)
         self.cpu_agrees("old", 2)
         self.left_a_report("old", "exit 0")
 
     def test_z_a_job_that_hits_its_time_limit_was_warned_and_leaves_its_report(self):
-        self.assertIn("job_time_left", self.event("alert", "limit", "job_time_left")["text"])
+        self.assertIn(
+            "job_time_left", self.event("alert", "limit", "job_time_left")["text"]
+        )
         self.assertEqual(self.state("limit", TIME_LIMIT), "TIMEOUT")
         self.left_a_report("limit", "SIGTERM")
 

@@ -13,13 +13,20 @@ class DummyTask(unittest.TestCase):
     def test_it_says_where_it_runs_counts_and_is_done(self):
         done = support.run(TASK, "1", env={"SLURM_JOB_ID": "42"}, cwd=support.ROOT)
         self.assertEqual(done.returncode, 0, done.stderr)
-        for line in ("node    " + socket.gethostname(), "job     42", "folder  " + support.ROOT,
-                     "1 of 1 seconds", "done"):
+        for line in (
+            "node    " + socket.gethostname(),
+            "job     42",
+            "folder  " + support.ROOT,
+            "1 of 1 seconds",
+            "done",
+        ):
             self.assertIn(line, done.stdout.splitlines())
         self.assertEqual(done.stderr, "this line went to stderr\n")
 
     def test_without_slurm_it_says_so(self):
-        self.assertIn("job     none: not started by Slurm", support.run(TASK, "0").stdout)
+        self.assertIn(
+            "job     none: not started by Slurm", support.run(TASK, "0").stdout
+        )
 
     def test_a_mistake_is_one_line_and_exit_2(self):
         for words in (["soon"], ["-1"], ["99999"], [""]):

@@ -21,14 +21,14 @@ import master_server as master
 NOW = 1700000000.0
 HOSTILE = [
     "<script>alert(1)</script>",
-    "\"><img src=x onerror=alert(1)>",
+    '"><img src=x onerror=alert(1)>',
     "' onfocus='x",
     "a&amp;b",
     "{0} {} {x} %s %(x)s",
     "../..",
     "a/b?c#d e%2f",
     "=cmd|'/C calc'!A0",
-    "\\\" } 1\n",
+    '\\" } 1\n',
     "\u202eevil",
     "\uff1dSUM(1)",
     "학습",
@@ -71,14 +71,27 @@ def fields(row):
     """A row of a snapshot as the table holds it: text is bytes, unknown numbers are NaN."""
     for key in master.NODE_KEYS:
         text = key in master.TEXTS or key in ("address", "alerts")
-        yield (row[key] or "").encode() if text else math.nan if row[key] is None else row[key]
+        yield (
+            (row[key] or "").encode()
+            if text
+            else math.nan
+            if row[key] is None
+            else row[key]
+        )
 
 
 def view(nodes=(), events=(), beat=0.2):
     nodes, events = list(nodes), list(events)
     return types.SimpleNamespace(
-        time=NOW, capacity=1024, beat=beat, nodes=nodes, events=events, left=events, samples=1234,
-        rows=lambda: map(tuple, map(fields, nodes)))
+        time=NOW,
+        capacity=1024,
+        beat=beat,
+        nodes=nodes,
+        events=events,
+        left=events,
+        samples=1234,
+        rows=lambda: map(tuple, map(fields, nodes)),
+    )
 
 
 def site(**options):
@@ -136,7 +149,8 @@ def names(page):
     """The nodes of the table of nodes, in their order."""
     table = re.search(r'<section id="nodes"(.*?)</section>', page, re.S).group(1)
     return [
-        html.unescape(name) for name in re.findall(r'<th scope="row".*?<a [^>]*>(.*?)</a>', table)
+        html.unescape(name)
+        for name in re.findall(r'<th scope="row".*?<a [^>]*>(.*?)</a>', table)
     ]
 
 
@@ -178,7 +192,8 @@ class Readings(unittest.TestCase):
     def test_c2_sorts_before_c10_and_a_number_as_a_number(self):
         values = ["c10", "c2", "C1", "c2a", "n", "c1x20", "c1x3"]
         self.assertEqual(
-            sorted(values, key=master.natural), ["C1", "c1x3", "c1x20", "c2", "c2a", "c10", "n"]
+            sorted(values, key=master.natural),
+            ["C1", "c1x3", "c1x20", "c2", "c2a", "c10", "n"],
         )
         self.assertEqual(sorted([3.5, 20, 1], key=master.natural), [1, 3.5, 20])
 
@@ -228,19 +243,31 @@ class Selection(unittest.TestCase):
             self.assertEqual(len(self.slots(sort="-" + key)), 3)
 
     def marks(self, *rows):
-        return [row["slot"] for row in master.select(view(rows), {}) if "idle" in row["marks"]]
+        return [
+            row["slot"]
+            for row in master.select(view(rows), {})
+            if "idle" in row["marks"]
+        ]
 
     def test_a_node_that_idles_while_the_rest_of_its_job_works_is_marked(self):
         busy = [node(n, job="7", cpu=90.0) for n in (1, 2)]
         self.assertEqual(self.marks(*busy, node(3, job="7", cpu=2.0)), [3])
-        self.assertEqual(self.marks(*busy, node(3, job="7", cpu=90.0, job_cpu=2.0)), [3])
+        self.assertEqual(
+            self.marks(*busy, node(3, job="7", cpu=90.0, job_cpu=2.0)), [3]
+        )
         self.assertEqual(self.marks(*busy, node(3, job="7", cpu=2.0, job_cpu=99.0)), [])
 
-    def test_no_node_is_marked_that_is_alone_or_elsewhere_or_rests_with_the_others(self):
+    def test_no_node_is_marked_that_is_alone_or_elsewhere_or_rests_with_the_others(
+        self,
+    ):
         self.assertEqual(self.marks(node(1, job="7", cpu=1.0)), [])
         self.assertEqual(self.marks(node(1, cpu=1.0), node(2, cpu=90.0)), [])
-        self.assertEqual(self.marks(node(1, job="7", cpu=1.0), node(2, job="8", cpu=90.0)), [])
-        self.assertEqual(self.marks(*[node(n, job="7", cpu=1.0) for n in (1, 2, 3)]), [])
+        self.assertEqual(
+            self.marks(node(1, job="7", cpu=1.0), node(2, job="8", cpu=90.0)), []
+        )
+        self.assertEqual(
+            self.marks(*[node(n, job="7", cpu=1.0) for n in (1, 2, 3)]), []
+        )
 
     def test_rules_that_fire_are_marks(self):
         (row,) = master.select(view([node(1, alerts="cpu>90 job_ram>95_for_30")]), {})
@@ -262,12 +289,18 @@ class Gone(unittest.TestCase):
             [(row["node"], row["time"]) for row in master.gone(snapshot, "lost")],
             [("twice", NOW - 20)],
         )
-        self.assertEqual([row["node"] for row in master.gone(snapshot, "finished")], ["done"])
+        self.assertEqual(
+            [row["node"] for row in master.gone(snapshot, "finished")], ["done"]
+        )
 
     def test_the_same_node_in_another_job_is_another_one(self):
         events = [event("lost", "c1", 5, job="1")]
-        self.assertEqual(len(master.gone(view([node(1, node="c1", job="2")], events), "lost")), 1)
-        self.assertEqual(len(master.gone(view([node(1, node="c1", job="1")], events), "lost")), 0)
+        self.assertEqual(
+            len(master.gone(view([node(1, node="c1", job="2")], events), "lost")), 1
+        )
+        self.assertEqual(
+            len(master.gone(view([node(1, node="c1", job="1")], events), "lost")), 0
+        )
 
     def test_the_page_lists_the_lost_with_their_last_values_out_of_the_live_table(self):
         page = render(
@@ -283,7 +316,8 @@ class Gone(unittest.TestCase):
         self.assertEqual(names(page), ["c1"])
         text = words(page)
         self.assertRegex(
-            text, r"Recently gone .*c9 - 50\.0 % 60\.0 % \d\d:\d\d:\d\d no sample for 5 s"
+            text,
+            r"Recently gone .*c9 - 50\.0 % 60\.0 % \d\d:\d\d:\d\d no sample for 5 s",
         )
         self.assertRegex(text, r"Recently finished .*c8 .* peak 11\.2 GiB .*Events")
 
@@ -307,7 +341,9 @@ class Sentence(unittest.TestCase):
             "\u26a0 Alerts: 1, lost: 1",
         )
 
-    def test_a_collector_that_stopped_is_said_instead_of_showing_old_numbers_as_live(self):
+    def test_a_collector_that_stopped_is_said_instead_of_showing_old_numbers_as_live(
+        self,
+    ):
         snapshot = view([node(1)], beat=12.0)
         self.assertIn("silent for 12 s: what you see is old", self.title(snapshot))
         self.assertIn("silent for 12 s", words(render("/", snapshot)))
@@ -326,7 +362,15 @@ class Sentence(unittest.TestCase):
 class Html(unittest.TestCase):
     def pages(self):
         rows = [
-            node(n, node=name, job=name, job_name=name, user=name, version=name, alerts="cpu>90")
+            node(
+                n,
+                node=name,
+                job=name,
+                job_name=name,
+                user=name,
+                version=name,
+                alerts="cpu>90",
+            )
             for n, name in enumerate(HOSTILE, 1)
         ]
         events = [
@@ -341,7 +385,12 @@ class Html(unittest.TestCase):
                 {"group": "no"},
                 {"q": HOSTILE[0]},
                 {"job": HOSTILE[1], "sort": "-cpu"},
-                {"sort": HOSTILE[1], "user": HOSTILE[2], "page": "\u0662", "map": HOSTILE[1]},
+                {
+                    "sort": HOSTILE[1],
+                    "user": HOSTILE[2],
+                    "page": "\u0662",
+                    "map": HOSTILE[1],
+                },
             ):
                 yield render("/", snapshot, **query)
             for name in HOSTILE:
@@ -351,21 +400,31 @@ class Html(unittest.TestCase):
         for page in self.pages():
             outline = Outline(page)
             self.assertEqual(len(outline.all("script")), 1)
-            self.assertFalse({"img", "iframe", "object"} & {tag for tag, _ in outline.elements})
+            self.assertFalse(
+                {"img", "iframe", "object"} & {tag for tag, _ in outline.elements}
+            )
             for tag, attributes in outline.elements:
                 for name in attributes:
-                    self.assertFalse(name.startswith("on") or name == "style", (tag, attributes))
+                    self.assertFalse(
+                        name.startswith("on") or name == "style", (tag, attributes)
+                    )
 
     def test_fill_escapes_whatever_is_no_markup_yet(self):
-        made = master.fill("<b>{}</b>{}{}{}", "<i>", ["&", master.Html("<hr>"), 5, None], None, '"')
+        made = master.fill(
+            "<b>{}</b>{}{}{}", "<i>", ["&", master.Html("<hr>"), 5, None], None, '"'
+        )
         self.assertEqual(made, "<b>&lt;i&gt;</b>&amp;<hr>5&quot;")
         self.assertEqual(master.fill("{}", made), made)
 
     def test_every_table_scrolls_by_itself_can_be_focused_and_has_a_name(self):
-        page = render("/", view([node(1)], [event("lost", "c9"), event("finished", "c8")]))
+        page = render(
+            "/", view([node(1)], [event("lost", "c9"), event("finished", "c8")])
+        )
         sections = Outline(page).all("section")
-        self.assertEqual([section["aria-label"] for section in sections],
-                         ["Nodes", "Recently gone", "Recently finished", "Events"])
+        self.assertEqual(
+            [section["aria-label"] for section in sections],
+            ["Nodes", "Recently gone", "Recently finished", "Events"],
+        )
         for section in sections:
             self.assertEqual((section["class"], section["tabindex"]), ("scroll", "0"))
         self.assertEqual(page.count("<caption>"), 4)
@@ -375,14 +434,20 @@ class Html(unittest.TestCase):
             for tag, attributes in Outline(page).elements:
                 for name in ("href", "src", "action"):
                     if name in attributes:
-                        self.assertRegex(attributes[name], r"^(/(?!/)|data:,$)", (tag, attributes))
+                        self.assertRegex(
+                            attributes[name], r"^(/(?!/)|data:,$)", (tag, attributes)
+                        )
 
     def test_ids_are_unique_on_a_page(self):
         for page in self.pages():
             ids = [
-                attributes["id"] for _, attributes in Outline(page).elements if "id" in attributes
+                attributes["id"]
+                for _, attributes in Outline(page).elements
+                if "id" in attributes
             ]
-            self.assertEqual(len(ids), len(set(ids)), [i for i in ids if ids.count(i) > 1][:4])
+            self.assertEqual(
+                len(ids), len(set(ids)), [i for i in ids if ids.count(i) > 1][:4]
+            )
 
     def test_the_policy_allows_the_pages_own_style_and_script_and_nothing_else(self):
         policy = master.HEADERS["Content-Security-Policy"]
@@ -395,14 +460,18 @@ class Html(unittest.TestCase):
         self.assertNotIn("unsafe", policy)
 
     def test_the_empty_page_is_small_and_says_what_to_run(self):
-        page = master.ROUTES["/"][1](view(), {}, site(host="0.0.0.0", port=4711, secret_file="key"))
+        page = master.ROUTES["/"][1](
+            view(), {}, site(host="0.0.0.0", port=4711, secret_file="key")
+        )
         self.assertLess(len(page), 40 * 1024)
         self.assertIn(
             "python3 agent.py --host %s --port 4711 --secret-file key"
             % master.socket.gethostname(),
             words(page),
         )
-        self.assertIn("python3 agent.py --host 127.0.0.1 --port 13579", words(render("/", view())))
+        self.assertIn(
+            "python3 agent.py --host 127.0.0.1 --port 13579", words(render("/", view()))
+        )
         self.assertNotIn("Nodes", words(page))
 
     def test_the_script_is_short(self):
@@ -436,16 +505,26 @@ class Html(unittest.TestCase):
         ]
         self.assertEqual(names(render("/", view(rows), sort="-cpu")), ["b", "c", "a"])
 
-    def test_a_map_leads_above_sixty_nodes_and_the_table_has_pages_above_a_hundred(self):
+    def test_a_map_leads_above_sixty_nodes_and_the_table_has_pages_above_a_hundred(
+        self,
+    ):
         def many(count):
-            return view(node(n, node="c%d" % n, cpu=float(n % 101)) for n in range(1, count + 1))
+            return view(
+                node(n, node="c%d" % n, cpu=float(n % 101)) for n in range(1, count + 1)
+            )
 
-        for count, tiles, rows in ((60, 0, 60), (61, 61, 61), (100, 100, 100), (101, 101, 100)):
+        for count, tiles, rows in (
+            (60, 0, 60),
+            (61, 61, 61),
+            (100, 100, 100),
+            (101, 101, 100),
+        ):
             page = render("/", many(count))
             self.assertEqual(len(re.findall(r'<a id="t\d+"', page)), tiles)
             self.assertEqual(len(names(page)), rows)
         self.assertEqual(
-            names(render("/", many(250), page="3")), ["c%d" % n for n in range(201, 251)]
+            names(render("/", many(250), page="3")),
+            ["c%d" % n for n in range(201, 251)],
         )
         for page in ("0", "-1", "x", "4", "9" * 4000):
             self.assertTrue(names(render("/", many(250), page=page)), page)
@@ -470,13 +549,19 @@ class Html(unittest.TestCase):
             page="2",
             token="secret",
         )
-        links = [html.unescape(attributes["href"]) for attributes in Outline(page).all("a")]
-        self.assertIn("/?q=c&user=ann&sort=cpu", links)  # turned around, from the first page
+        links = [
+            html.unescape(attributes["href"]) for attributes in Outline(page).all("a")
+        ]
+        self.assertIn(
+            "/?q=c&user=ann&sort=cpu", links
+        )  # turned around, from the first page
         self.assertIn("/?q=c&user=ann&sort=-cpu&page=1", links)
         self.assertNotIn("secret", page)
 
     def test_a_percentage_has_a_bar_and_never_one_that_is_too_long(self):
-        page = render("/", view([node(1, cpu=37.5, gpu=250.0, gpu_mem=-3.0, job_ram=12.0)]))
+        page = render(
+            "/", view([node(1, cpu=37.5, gpu=250.0, gpu_mem=-3.0, job_ram=12.0)])
+        )
         self.assertIn('class="bar cpu"', page)
         self.assertEqual(
             re.findall(r'<rect width="([^"]*)"', page), ["37.5", "20.0", "12.0", "100"]
@@ -499,7 +584,10 @@ class NodePage(unittest.TestCase):
                 "/node/",
                 view(
                     [row, node(2, node="c2")],
-                    [event("connected", "c1", 9, "from here"), event("alert", "c2", 5, "not this")],
+                    [
+                        event("connected", "c1", 9, "from here"),
+                        event("alert", "c2", 5, "not this"),
+                    ],
                 ),
                 node="c1",
             )
@@ -517,18 +605,27 @@ class NodePage(unittest.TestCase):
         self.assertEqual(page.count("<caption>Readings"), 2)
 
     def test_a_node_without_a_name_is_known_by_its_address(self):
-        self.assertIn("10.0.0.7:40007", render("/node/", view([node(7)]), node="10.0.0.7:40007"))
+        self.assertIn(
+            "10.0.0.7:40007", render("/node/", view([node(7)]), node="10.0.0.7:40007")
+        )
         self.assertIn('href="/node/10.0.0.7%3A40007"', render("/", view([node(7)])))
 
     def test_one_that_is_gone_shows_how_it_ended_and_a_stranger_is_none(self):
         text = words(
-            render("/node/", view([], [event("lost", "c1", 5, "no sample for 5 s")]), node="c1")
+            render(
+                "/node/",
+                view([], [event("lost", "c1", 5, "no sample for 5 s")]),
+                node="c1",
+            )
         )
         self.assertIn("no sample for 5 s", text)
         self.assertEqual(render("/node/", view([node(1, node="c1")]), node="c2"), "")
 
     def test_graphs_are_drawn_with_gaps_where_nothing_is_known(self):
-        values = {"cpu": [math.nan, 0.0, 100.0, math.nan, 50.0], "net_rx": [0.0, 4096.0]}
+        values = {
+            "cpu": [math.nan, 0.0, 100.0, math.nan, 50.0],
+            "net_rx": [0.0, 4096.0],
+        }
         about = site()
         about.series = lambda row, metric, points, step: values.get(metric, [])
         page = master.ROUTES["/node/"][1](
@@ -547,7 +644,18 @@ class Past(unittest.TestCase):
         history = master.History()
         for tick in ticks:
             history.add(
-                view([node(1, node="c1", cpu=float(tick % 100), net_rx=float(tick), **known)]), tick
+                view(
+                    [
+                        node(
+                            1,
+                            node="c1",
+                            cpu=float(tick % 100),
+                            net_rx=float(tick),
+                            **known,
+                        )
+                    ]
+                ),
+                tick,
             )
         return history
 
@@ -556,25 +664,33 @@ class Past(unittest.TestCase):
         self.assertEqual(history.series(row, "cpu", 3, 1), [19.0, 20.0, 21.0])
         self.assertEqual(history.series(row, "cpu", 300, 1)[0], 1022 % 100)
         self.assertEqual(
-            history.series(row, "net_rx", 60, 1), [float(n) for n in range(1025, 1321, 5)]
+            history.series(row, "net_rx", 60, 1),
+            [float(n) for n in range(1025, 1321, 5)],
         )
-        self.assertEqual(history.series(row, "cpu", 2, 3), [17.0, 20.0])  # ticks that 3 divides
+        self.assertEqual(
+            history.series(row, "cpu", 2, 3), [17.0, 20.0]
+        )  # ticks that 3 divides
 
     def test_a_graph_does_not_jitter_as_time_goes_on(self):
         shots = [
-            self.fill(range(end)).series(node(1, node="c1"), "cpu", 20, 3) for end in (99, 100, 101)
+            self.fill(range(end)).series(node(1, node="c1"), "cpu", 20, 3)
+            for end in (99, 100, 101)
         ]
         self.assertEqual(shots[1], shots[2])
         self.assertEqual(shots[0][1:], shots[1][:-1])
 
     def test_a_short_gap_is_bridged_and_a_long_one_is_one(self):
         row = node(1, node="c1")
-        self.assertEqual(self.fill([10, 15]).series(row, "cpu", 6, 1), [10.0] + [15.0] * 5)
+        self.assertEqual(
+            self.fill([10, 15]).series(row, "cpu", 6, 1), [10.0] + [15.0] * 5
+        )
         values = self.fill([10, 17]).series(row, "cpu", 8, 1)
         self.assertEqual((values[0], values[-1]), (10.0, 17.0))
         self.assertTrue(all(map(math.isnan, values[1:-1])))
 
-    def test_a_node_that_left_stays_ten_minutes_and_a_silent_collector_adds_nothing(self):
+    def test_a_node_that_left_stays_ten_minutes_and_a_silent_collector_adds_nothing(
+        self,
+    ):
         history = self.fill(range(5))
         history.add(view([node(1, node="c1", cpu=99.0)], beat=9.0), 5)
         self.assertTrue(math.isnan(history.series(node(1, node="c1"), "cpu", 1, 1)[0]))
@@ -630,28 +746,41 @@ class Text(unittest.TestCase):
             for line in lines[2:]
         ]
         self.assertEqual(len(set(width)), 1, lines)
-        self.assertEqual([line.split()[0] for line in lines[1:]], ["Node", "c1", "c3", "학습"])
+        self.assertEqual(
+            [line.split()[0] for line in lines[1:]], ["Node", "c1", "c3", "학습"]
+        )
         self.assertEqual([line for line in lines if line != line.rstrip()], [])
 
     def test_it_sorts_filters_and_cuts(self):
         self.assertTrue(
-            render("/nodes.txt", view(self.rows), sort="-cpu").splitlines()[2].startswith("학습")
+            render("/nodes.txt", view(self.rows), sort="-cpu")
+            .splitlines()[2]
+            .startswith("학습")
         )
-        self.assertEqual(len(render("/nodes.txt", view(self.rows), q="ann").splitlines()), 3)
+        self.assertEqual(
+            len(render("/nodes.txt", view(self.rows), q="ann").splitlines()), 3
+        )
         for line in render("/nodes.txt", view(self.rows), width="30").splitlines():
             self.assertLessEqual(len(line), 30)
         for width in ("", "x", "-1", "\u00b2"):
-            self.assertIn("('10.0.0.1', 40001)", render("/nodes.txt", view(self.rows), width=width))
+            self.assertIn(
+                "('10.0.0.1', 40001)",
+                render("/nodes.txt", view(self.rows), width=width),
+            )
 
     def test_it_begins_with_what_matters(self):
         self.assertTrue(
-            render("/nodes.txt", view(self.rows)).startswith("All is well | Nodes 3 jobs: 2 |")
+            render("/nodes.txt", view(self.rows)).startswith(
+                "All is well | Nodes 3 jobs: 2 |"
+            )
         )
         self.assertTrue(render("/nodes.txt", view()).startswith("No nodes\n"))
 
     def test_test_reader_can_do_with_a_snapshot_alone(self):
         self.assertIn("c1", master.render_nodes_text(view(self.rows), {}))
-        self.assertEqual(len(json.loads(master.render_nodes_json(view(self.rows), {}))["nodes"]), 3)
+        self.assertEqual(
+            len(json.loads(master.render_nodes_json(view(self.rows), {}))["nodes"]), 3
+        )
 
 
 class Machines(unittest.TestCase):
@@ -668,10 +797,16 @@ class Machines(unittest.TestCase):
         )
 
     def test_csv_is_read_back_by_csv_and_no_cell_is_a_formula(self):
-        rows = [node(n, node=name, job_name=name, cpu=1.5) for n, name in enumerate(HOSTILE, 1)]
-        table = list(csv.DictReader(io.StringIO(render("/nodes.csv", view(rows)), newline="")))
+        rows = [
+            node(n, node=name, job_name=name, cpu=1.5)
+            for n, name in enumerate(HOSTILE, 1)
+        ]
+        table = list(
+            csv.DictReader(io.StringIO(render("/nodes.csv", view(rows)), newline=""))
+        )
         self.assertEqual(
-            [row["node"].lstrip("'") for row in table], [name.lstrip("'") for name in HOSTILE]
+            [row["node"].lstrip("'") for row in table],
+            [name.lstrip("'") for name in HOSTILE],
         )
         for row in table:
             self.assertEqual((row["cpu"], row["gpu"]), ("1.5", ""))
@@ -680,24 +815,36 @@ class Machines(unittest.TestCase):
 
     def test_events_are_json_oldest_first(self):
         events = [event("connected", "c1", 9), event("lost", "c1", 1)]
-        self.assertEqual(json.loads(render("/api/events", view([], events)))["events"], events)
+        self.assertEqual(
+            json.loads(render("/api/events", view([], events)))["events"], events
+        )
 
     def test_labels_of_prometheus_are_escaped_and_no_series_comes_twice(self):
-        rows = [node(n, node=name, job=name, user=name) for n, name in enumerate(HOSTILE, 1)]
-        text = render("/metrics", view(rows + [node(50, node="twin"), node(51, node="twin")]))
-        series = [line.rpartition(" ")[0] for line in text.splitlines() if line[:1] != "#"]
+        rows = [
+            node(n, node=name, job=name, user=name) for n, name in enumerate(HOSTILE, 1)
+        ]
+        text = render(
+            "/metrics", view(rows + [node(50, node="twin"), node(51, node="twin")])
+        )
+        series = [
+            line.rpartition(" ")[0] for line in text.splitlines() if line[:1] != "#"
+        ]
         self.assertEqual(len(series), len(set(series)))
         label = r'[a-z]+="(?:[^"\\\n]|\\["\\n])*"'
         for line in text.splitlines():
             if not line.startswith("#"):
                 self.assertRegex(
-                    line, r"^sentinel_[a-z0-9_]+\{(%s(,%s)*)?\} [-+.e0-9]+$" % (label, label)
+                    line,
+                    r"^sentinel_[a-z0-9_]+\{(%s(,%s)*)?\} [-+.e0-9]+$" % (label, label),
                 )
-        self.assertIn('sentinel_node_cpu_percent{node="twin",job="",user="",slot="51"} 10', text)
+        self.assertIn(
+            'sentinel_node_cpu_percent{node="twin",job="",user="",slot="51"} 10', text
+        )
 
     def test_prometheus_gets_alerts_losses_and_the_masters_own_cost(self):
         text = render(
-            "/metrics", view([node(1, node="c1", alerts="cpu>90 ram>5")], [event("lost", "c9", 5)])
+            "/metrics",
+            view([node(1, node="c1", alerts="cpu>90 ram>5")], [event("lost", "c9", 5)]),
         )
         for line in (
             'sentinel_node_alert{node="c1",job="",user="",rule="cpu>90"} 1',

@@ -16,7 +16,7 @@ import unittest
 import support
 from support import HOST, PATIENCE, eventually
 
-import port_forward     # found by way of support
+import port_forward  # found by way of support
 
 MIB = 1 << 20
 PATCHED = """\
@@ -64,7 +64,7 @@ def send_in_pieces(sock, data, seed):
     pieces, at = random.Random(seed), 0
     while at < len(data):
         size = pieces.choice((1, 10, 1000, 100000, 300000))
-        sock.sendall(data[at:at + size])
+        sock.sendall(data[at : at + size])
         at += size
     sock.shutdown(socket.SHUT_WR)
 
@@ -75,8 +75,11 @@ def together(*calls):
 
     def run(index):
         results[index] = calls[index]()
-    threads = [threading.Thread(target=run, args=(index,), daemon=True)
-               for index in range(len(calls))]
+
+    threads = [
+        threading.Thread(target=run, args=(index,), daemon=True)
+        for index in range(len(calls))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -133,8 +136,11 @@ class Bytes(BridgeTest):
         near, far = self.pair()
         out, back = os.urandom(3 * MIB + 17), os.urandom(2 * MIB + 1)
         _, _, at_far, at_near = together(
-            lambda: send_in_pieces(near, out, 1), lambda: send_in_pieces(far, back, 2),
-            lambda: receive(far), lambda: receive(near))
+            lambda: send_in_pieces(near, out, 1),
+            lambda: send_in_pieces(far, back, 2),
+            lambda: receive(far),
+            lambda: receive(near),
+        )
         self.assertTrue(at_far == out and at_near == back, "not what was sent")
 
     def test_64_mib_both_ways_at_once_are_byte_exact(self):
@@ -143,7 +149,9 @@ class Bytes(BridgeTest):
         _, _, at_far, at_near = together(
             lambda: (near.sendall(out), near.shutdown(socket.SHUT_WR)),
             lambda: (far.sendall(back), far.shutdown(socket.SHUT_WR)),
-            lambda: receive(far), lambda: receive(near))
+            lambda: receive(far),
+            lambda: receive(near),
+        )
         self.assertTrue(at_far == out and at_near == back, "not what was sent")
 
     def test_small_samples_arrive_at_once_and_one_by_one(self):
@@ -155,7 +163,9 @@ class Bytes(BridgeTest):
             self.assertEqual(near.recv(100), b"ok\n")
 
     def test_300_connections_at_once_each_get_their_own_bytes(self):
-        self.bridge.send_signal(signal.SIGSTOP)     # it has no time for the first hundred yet
+        self.bridge.send_signal(
+            signal.SIGSTOP
+        )  # it has no time for the first hundred yet
         nears = [connect(self.bridge.port) for _ in range(100)]
         self.bridge.send_signal(signal.SIGCONT)
         nears += [connect(self.bridge.port) for _ in range(200)]
@@ -175,14 +185,17 @@ class Bytes(BridgeTest):
         before = self.memory()
         near.setblocking(False)
         data, sent = os.urandom(MIB) * 64, 0
-        while select.select([], [near], [], 0.5)[1]:        # until the whole way is full
+        while select.select([], [near], [], 0.5)[1]:  # until the whole way is full
             sent += near.send(data[sent:])
         self.assertLess(sent, len(data), "nothing ever waited")
-        self.assertLess(self.memory() - before, 4 * MIB, "the bridge keeps what the kernel should")
+        self.assertLess(
+            self.memory() - before, 4 * MIB, "the bridge keeps what the kernel should"
+        )
         near.setblocking(True)
         rest, received = together(
             lambda: (near.sendall(data[sent:]), near.shutdown(socket.SHUT_WR)),
-            lambda: receive(far))
+            lambda: receive(far),
+        )
         self.assertTrue(received == data, "not what was sent")
 
     def memory(self):
@@ -201,8 +214,12 @@ class Ends(BridgeTest):
                 self.assertTrue(receive(second) == data, "not what was sent")
                 sender.join()
                 second.sendall(answer[:1])
-                self.assertEqual(receive(first, 1), answer[:1])     # the other way still lives
-                sender = threading.Thread(target=send_in_pieces, args=(second, answer[1:], 4))
+                self.assertEqual(
+                    receive(first, 1), answer[:1]
+                )  # the other way still lives
+                sender = threading.Thread(
+                    target=send_in_pieces, args=(second, answer[1:], 4)
+                )
                 sender.start()
                 self.assertTrue(receive(first) == answer[1:], "not what was sent")
                 sender.join()
@@ -217,8 +234,10 @@ class Ends(BridgeTest):
         eventually(lambda: self.descriptors() == before)
 
     def test_a_reset_on_one_side_closes_the_other_with_one_line_in_the_log(self):
-        for name, host in (("far", r"127\.0\.0\.1:%d" % self.far.getsockname()[1]),
-                           ("near", r"127\.0\.0\.1")):
+        for name, host in (
+            ("far", r"127\.0\.0\.1:%d" % self.far.getsockname()[1]),
+            ("near", r"127\.0\.0\.1"),
+        ):
             with self.subTest(name):
                 before = self.descriptors()
                 near, far = self.pair()
@@ -227,13 +246,15 @@ class Ends(BridgeTest):
                 with contextlib.suppress(ConnectionResetError):
                     self.assertEqual(receive(left), b"")
                 self.bridge.logged(r"(?m)^[\d:]+ %s: Connection reset by peer$" % host)
-                eventually(lambda before=before: self.descriptors() == before,
-                           what="the bridge keeps nothing, although the other side is still open")
+                eventually(
+                    lambda before=before: self.descriptors() == before,
+                    what="the bridge keeps nothing, although the other side is still open",
+                )
 
     def test_what_the_far_side_sent_before_it_vanished_still_arrives(self):
         near, far = self.pair()
         far.sendall(b"error no such thing\n")
-        self.assertEqual(receive(near, 5), b"error")        # it has reached the near side
+        self.assertEqual(receive(near, 5), b"error")  # it has reached the near side
         reset(far)
         self.assertEqual(receive(near), b" no such thing\n")
 
@@ -245,7 +266,9 @@ class Ends(BridgeTest):
             for _ in range(1000):
                 near.sendall(b"sample" * 1000)
                 time.sleep(0.001)
-        self.assertNotIn(" 127.0.0.1: ", self.bridge.log, "the near side is not to blame")
+        self.assertNotIn(
+            " 127.0.0.1: ", self.bridge.log, "the near side is not to blame"
+        )
 
     def test_an_end_that_waits_behind_a_reader_that_does_not_read_burns_nothing(self):
         near, far = self.pair()
@@ -253,21 +276,25 @@ class Ends(BridgeTest):
         self.assertEqual(receive(far), b"")
         data, sent = os.urandom(MIB) * 32, 0
         try:
-            while True:             # until the near side takes no more
-                far.sendall(data[sent:sent + MIB // 8])
+            while True:  # until the near side takes no more
+                far.sendall(data[sent : sent + MIB // 8])
                 sent += MIB // 8
                 eventually(lambda: not self.unread(), 0.5)
         except AssertionError:
             self.assertLess(sent, len(data), "nothing ever waited")
-        far.close()                 # so epoll has an EPOLLHUP to report that nobody can act on
+        far.close()  # so epoll has an EPOLLHUP to report that nobody can act on
         before = cpu_seconds(self.bridge.pid)
-        time.sleep(0.5)             # the time over which it is measured
+        time.sleep(0.5)  # the time over which it is measured
         self.assertLess(cpu_seconds(self.bridge.pid) - before, 0.1)
         self.assertTrue(receive(near) == data[:sent], "not what was sent")
 
     def unread(self):
         """The bytes that the bridge has not read from its far socket."""
-        rows = [row for row in tcp_table() if row[2].endswith(":%04X" % self.far.getsockname()[1])]
+        rows = [
+            row
+            for row in tcp_table()
+            if row[2].endswith(":%04X" % self.far.getsockname()[1])
+        ]
         return int(rows[0][4].split(":")[1], 16)
 
     def test_a_killed_bridge_ends_both_sides_and_its_port_is_free_again_at_once(self):
@@ -276,22 +303,35 @@ class Ends(BridgeTest):
         for side in (near, far):
             with contextlib.suppress(ConnectionResetError):
                 self.assertEqual(receive(side), b"")
-        with support.start("port_forward.py", "--host", HOST, "--local-port", self.bridge.port,
-                           "--remote-port", self.far.getsockname()[1]) as again:
+        with support.start(
+            "port_forward.py",
+            "--host",
+            HOST,
+            "--local-port",
+            self.bridge.port,
+            "--remote-port",
+            self.far.getsockname()[1],
+        ) as again:
             self.assertEqual(again.listening(), self.bridge.port)
 
     def test_keepalive_is_on_for_both_sides_and_nothing_waits_to_be_sent(self):
         one, other = self.pair()
         port_forward.Pump(one, other, "", 0.0)
-        for level, option, value in ((socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-                                     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
-                                     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
-                                     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
-                                     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)):
+        for level, option, value in (
+            (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+            (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        ):
             self.assertEqual(one.getsockopt(level, option), value)
         ports = (":%04X" % self.bridge.port, ":%04X" % self.far.getsockname()[1])
-        timers = {tuple(row[1:3]): row[5][:2] for row in tcp_table() if row[3] == "01" and
-                  (row[1].endswith(ports[0]) or row[2].endswith(ports[1]))}    # rows may repeat
+        timers = {
+            tuple(row[1:3]): row[5][:2]
+            for row in tcp_table()
+            if row[3] == "01"
+            and (row[1].endswith(ports[0]) or row[2].endswith(ports[1]))
+        }  # rows may repeat
         self.assertEqual(list(timers.values()), ["02", "02"], "02 is a keepalive timer")
 
 
@@ -322,24 +362,39 @@ class Limits(unittest.TestCase):
         return far
 
     def bridge(self, far, **more):
-        bridge = start_bridge(far.getsockname()[1] if isinstance(far, socket.socket) else far,
-                              **more)
+        bridge = start_bridge(
+            far.getsockname()[1] if isinstance(far, socket.socket) else far, **more
+        )
         self.addCleanup(bridge.stop)
         return bridge
 
-    def test_a_refused_far_side_closes_the_near_one_and_repeats_are_one_line_with_a_count(self):
+    def test_a_refused_far_side_closes_the_near_one_and_repeats_are_one_line_with_a_count(
+        self,
+    ):
         bridge = self.bridge(support.closed_port(), patch="port_forward.TICK = 2")
         start = time.monotonic()
         for _ in range(50):
-            with connect(bridge.port) as near, contextlib.suppress(ConnectionResetError):
+            with connect(bridge.port) as near, contextlib.suppress(
+                ConnectionResetError
+            ):
                 self.assertEqual(receive(near), b"")
         refused = r"127\.0\.0\.1:\d+: Connection refused(?: \((\d+) more in 2 s\))?\n"
-        eventually(lambda: sum(int(count or 1) for count in re.findall(refused, bridge.log)) == 50)
-        self.assertLess(len(re.findall(refused, bridge.log)), 3 + (time.monotonic() - start) / 2)
+        eventually(
+            lambda: (
+                sum(int(count or 1) for count in re.findall(refused, bridge.log)) == 50
+            )
+        )
+        self.assertLess(
+            len(re.findall(refused, bridge.log)), 3 + (time.monotonic() - start) / 2
+        )
 
-    def test_a_silent_connection_is_closed_after_the_idle_limit_and_a_live_one_is_not(self):
+    def test_a_silent_connection_is_closed_after_the_idle_limit_and_a_live_one_is_not(
+        self,
+    ):
         far = self.far_side()
-        bridge = self.bridge(far, patch="port_forward.IDLE_LIMIT, port_forward.TICK = 3, 0.2")
+        bridge = self.bridge(
+            far, patch="port_forward.IDLE_LIMIT, port_forward.TICK = 3, 0.2"
+        )
         live, live_far = connect(bridge.port), far.accept()[0]
         silent, silent_far = connect(bridge.port), far.accept()[0]
         for sock in (live, live_far, silent, silent_far):
@@ -360,15 +415,18 @@ class Limits(unittest.TestCase):
 
     def test_out_of_descriptors_is_one_line_and_those_who_wait_are_served_later(self):
         far = self.far_side()
-        bridge = self.bridge(far, patch="import resource; resource.setrlimit("
-                                        "resource.RLIMIT_NOFILE, (30, 30))")
+        bridge = self.bridge(
+            far,
+            patch="import resource; resource.setrlimit("
+            "resource.RLIMIT_NOFILE, (30, 30))",
+        )
         nears = [connect(bridge.port) for _ in range(40)]
         for near in nears:
             self.addCleanup(near.close)
             near.sendall(b"x")
         bridge.logged("cannot take new connections: Too many open files")
         before = cpu_seconds(bridge.pid)
-        time.sleep(0.5)         # the time over which it is measured
+        time.sleep(0.5)  # the time over which it is measured
         self.assertLess(cpu_seconds(bridge.pid) - before, 0.1)
         served = 0
         while served < len(nears):
@@ -385,8 +443,11 @@ class Limits(unittest.TestCase):
 
     def test_the_limit_of_descriptors_is_raised_as_far_as_allowed(self):
         far = self.far_side()
-        bridge = self.bridge(far, patch="import resource; resource.setrlimit("
-                                        "resource.RLIMIT_NOFILE, (30, 300))")
+        bridge = self.bridge(
+            far,
+            patch="import resource; resource.setrlimit("
+            "resource.RLIMIT_NOFILE, (30, 300))",
+        )
         with contextlib.ExitStack() as sockets:
             for _ in range(100):
                 sockets.enter_context(connect(bridge.port))
@@ -401,7 +462,7 @@ class Limits(unittest.TestCase):
                 sockets.enter_context(connect(bridge.port))
                 sockets.enter_context(far.accept()[0])
             before = cpu_seconds(bridge.pid)
-            time.sleep(1)       # the time over which it is measured
+            time.sleep(1)  # the time over which it is measured
             self.assertLess(cpu_seconds(bridge.pid) - before, 0.01)
 
     def test_only_changes_are_logged(self):
@@ -421,24 +482,34 @@ class CommandLine(unittest.TestCase):
             port = other.getsockname()[1]
             done = support.run("port_forward.py", "--host", HOST, "--local-port", port)
         self.assertEqual((done.returncode, done.stdout), (1, ""))
-        self.assertRegex(done.stderr, r"^error: cannot listen on 127\.0\.0\.1:%d: Address already "
-                                      r"in use[^\n]*\n$" % port)
+        self.assertRegex(
+            done.stderr,
+            r"^error: cannot listen on 127\.0\.0\.1:%d: Address already "
+            r"in use[^\n]*\n$" % port,
+        )
 
     def test_a_mistake_is_one_line_with_what_is_allowed_and_exit_2(self):
         for flags, says in (
-                (["--local-port", "65536"], r"--local-port: '65536' is no port \(.*65535"),
-                (["--local-port", "-1"], "--local-port"),
-                (["--local-port", "ssh"], "--local-port: 'ssh' is no port"),
-                (["--remote-port", "0"], "--remote-port: 1 to 65535"),
-                (["--remote-port", "9" * 5000], "--remote-port"),
-                (["--remote-port"], "--remote-port: expected one argument"),
-                (["--port", "1"], "--port: not --host, --local-port, --remote-host, --remote-port"),
-                (["more"], "more: not --host, --local-port, --remote-host, --remote-port"),
-                (["--host", "no host"], "--host 'no host'.* not known|--host"),
-                (["--remote-host", ""], "--remote-host ''"),
-                (["--remote-host", "a..b"], "--remote-host 'a..b'"),
-                (["--host", "a\x1b[31m"], r"--host 'a\\x1b"),
-                (["--local-port", "7", "--remote-port", "7"], "not the port that it listens on")):
+            (["--local-port", "65536"], r"--local-port: '65536' is no port \(.*65535"),
+            (["--local-port", "-1"], "--local-port"),
+            (["--local-port", "ssh"], "--local-port: 'ssh' is no port"),
+            (["--remote-port", "0"], "--remote-port: 1 to 65535"),
+            (["--remote-port", "9" * 5000], "--remote-port"),
+            (["--remote-port"], "--remote-port: expected one argument"),
+            (
+                ["--port", "1"],
+                "--port: not --host, --local-port, --remote-host, --remote-port",
+            ),
+            (["more"], "more: not --host, --local-port, --remote-host, --remote-port"),
+            (["--host", "no host"], "--host 'no host'.* not known|--host"),
+            (["--remote-host", ""], "--remote-host ''"),
+            (["--remote-host", "a..b"], "--remote-host 'a..b'"),
+            (["--host", "a\x1b[31m"], r"--host 'a\\x1b"),
+            (
+                ["--local-port", "7", "--remote-port", "7"],
+                "not the port that it listens on",
+            ),
+        ):
             with self.subTest(" ".join(flags)[:80]):
                 done = support.run("port_forward.py", *flags)
                 self.assertEqual((done.returncode, done.stdout), (2, ""), done.stderr)
@@ -446,17 +517,22 @@ class CommandLine(unittest.TestCase):
                 self.assertRegex(done.stderr, says)
 
     def test_an_address_of_another_machine_is_one_line_and_exit_1(self):
-        done = support.run("port_forward.py", "--host", "192.0.2.1", "--local-port", "0")
+        done = support.run(
+            "port_forward.py", "--host", "192.0.2.1", "--local-port", "0"
+        )
         self.assertEqual(done.returncode, 1)
-        self.assertRegex(done.stderr, r"^error: cannot listen on 192\.0\.2\.1:0: [^\n]+\n$")
+        self.assertRegex(
+            done.stderr, r"^error: cannot listen on 192\.0\.2\.1:0: [^\n]+\n$"
+        )
 
     def test_sigint_and_sigterm_end_it_with_0_also_in_the_midst_of_traffic(self):
         for number in (signal.SIGINT, signal.SIGTERM):
             with self.subTest(signal.Signals(number).name), socket.socket() as listener:
                 listener.bind((HOST, 0))
                 listener.listen(1)
-                with start_bridge(listener.getsockname()[1]) as bridge, \
-                        connect(bridge.port) as near, listener.accept()[0]:
+                with start_bridge(listener.getsockname()[1]) as bridge, connect(
+                    bridge.port
+                ) as near, listener.accept()[0]:
                     near.sendall(b"x" * MIB)
                     start = time.monotonic()
                     bridge.send_signal(number)
@@ -472,31 +548,52 @@ class CommandLine(unittest.TestCase):
         except OSError:
             self.skipTest("missing here: IPv6")
         listener.listen(1)
-        with start_bridge(listener.getsockname()[1], "--remote-host", "::1") as bridge, \
-                connect(bridge.port) as near, listener.accept()[0] as far:
+        with start_bridge(
+            listener.getsockname()[1], "--remote-host", "::1"
+        ) as bridge, connect(bridge.port) as near, listener.accept()[0] as far:
             near.sendall(b"six")
             self.assertEqual(receive(far, 3), b"six")
 
     def test_it_works_from_standard_input_and_ends_when_nobody_reads_it_any_more(self):
-        for end in ("pipe", "socket"):          # sshd has either, as it was built
+        for end in ("pipe", "socket"):  # sshd has either, as it was built
             for stream in ("stdout", "stderr"):
                 with self.subTest("%s is a %s" % (stream, end)):
-                    ours, theirs = ([sock.detach() for sock in socket.socketpair()]
-                                    if end == "socket" else os.pipe())
-                    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+                    ours, theirs = (
+                        [sock.detach() for sock in socket.socketpair()]
+                        if end == "socket"
+                        else os.pipe()
+                    )
+                    streams = {
+                        "stdout": subprocess.DEVNULL,
+                        "stderr": subprocess.DEVNULL,
+                    }
                     streams[stream] = theirs
-                    with open(os.path.join(support.ROOT, "port_forward.py")) as script, \
-                            support.start("-", "--host", HOST, "--local-port", "0",
-                                          stdin=script, **streams) as bridge:
+                    with open(
+                        os.path.join(support.ROOT, "port_forward.py")
+                    ) as script, support.start(
+                        "-",
+                        "--host",
+                        HOST,
+                        "--local-port",
+                        "0",
+                        stdin=script,
+                        **streams,
+                    ) as bridge:
                         os.close(theirs)
                         eventually(lambda bridge=bridge: self.listens(bridge.pid))
                         os.close(ours)
                         self.assertEqual(bridge.wait(5), 0)
 
     def test_a_log_in_a_file_ends_nothing(self):
-        with open(os.devnull, "w") as log, \
-                support.start("port_forward.py", "--host", HOST, "--local-port", "0",
-                              stdout=log, stderr=log) as bridge:
+        with open(os.devnull, "w") as log, support.start(
+            "port_forward.py",
+            "--host",
+            HOST,
+            "--local-port",
+            "0",
+            stdout=log,
+            stderr=log,
+        ) as bridge:
             eventually(lambda: self.listens(bridge.pid))
             support.stays(lambda: bridge.code is None, 0.5)
 
@@ -505,7 +602,9 @@ class CommandLine(unittest.TestCase):
         """Whether one of its sockets is a TCP listener."""
         folder = "/proc/%d/fd/" % pid
         links = [os.readlink(folder + fd) for fd in os.listdir(folder)]
-        return any("socket:[%s]" % row[9] in links for row in tcp_table() if row[3] == "0A")
+        return any(
+            "socket:[%s]" % row[9] in links for row in tcp_table() if row[3] == "0A"
+        )
 
 
 if __name__ == "__main__":

@@ -20,8 +20,11 @@ class Reader(MasterTest):
         done = self.read()
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         for row in nodes(self.master.page):
-            self.assertRegex(done.stdout, r"(?m)^%s .*\b%s %%.*\b40\.5 %%.* %d +%s" % (
-                row["node"], row["cpu"], row["slot"], re.escape(row["address"])))
+            self.assertRegex(
+                done.stdout,
+                r"(?m)^%s .*\b%s %%.*\b40\.5 %%.* %d +%s"
+                % (row["node"], row["cpu"], row["slot"], re.escape(row["address"])),
+            )
 
     def test_an_empty_table_is_a_result_too(self):
         with support.start_master() as master:
@@ -48,13 +51,17 @@ class Reader(MasterTest):
         for cpu in (21.5, 84.5):
             agent.send({"cpu": cpu, "ram": 1, "node": "updates", "interval": 60})
             self.row(node="updates", cpu=cpu)
-            self.assertRegex(self.read().stdout, r"updates.*\b%s\b|\b%s\b.*updates" % (cpu, cpu))
+            self.assertRegex(
+                self.read().stdout, r"updates.*\b%s\b|\b%s\b.*updates" % (cpu, cpu)
+            )
 
     def test_watch_prints_again_and_again_until_ctrl_c(self):
         agent = self.agent()
         agent.send({"cpu": 33.5, "ram": 1, "node": "watched", "interval": 60})
         self.row(node="watched")
-        with support.start("test_reader.py", "--port", self.master.port, "--watch") as watch:
+        with support.start(
+            "test_reader.py", "--port", self.master.port, "--watch"
+        ) as watch:
             eventually(lambda: "33.5" in watch.out)
             agent.send({"cpu": 66.5, "ram": 1, "node": "watched", "interval": 60})
             eventually(lambda: "66.5" in watch.out, 5)
@@ -82,20 +89,36 @@ class Reader(MasterTest):
                 done = self.read(python=python)
                 self.assertEqual((done.returncode, done.stderr), (0, ""))
                 self.assertIn("unharmed", done.stdout)
-                with support.start("test_reader.py", "--port", self.master.port, "--watch",
-                                   python=python) as watch:
+                with support.start(
+                    "test_reader.py",
+                    "--port",
+                    self.master.port,
+                    "--watch",
+                    python=python,
+                ) as watch:
                     eventually(lambda w=watch: "unharmed" in w.out)
                     watch.send_signal(signal.SIGKILL)
                     watch.wait()
                 self.assertEqual(watch.log, "")
-        stays(lambda: name in support.shm_names() and row_of(self.master.page, node="unharmed"), 1)
+        stays(
+            lambda: (
+                name in support.shm_names()
+                and row_of(self.master.page, node="unharmed")
+            ),
+            1,
+        )
 
     def test_no_master_is_one_clear_line(self):
-        for flags in (("--port", support.closed_port()), ("--shm-name", "sentinel_nobody")):
+        for flags in (
+            ("--port", support.closed_port()),
+            ("--shm-name", "sentinel_nobody"),
+        ):
             with self.subTest(flags):
                 done = support.run("test_reader.py", *flags)
                 self.assertEqual((done.returncode, done.stdout), (1, ""))
-                self.assertRegex(done.stderr, r"\Aerror: [^\n]*sentinel_[^\n]*master[^\n]*\n\Z")
+                self.assertRegex(
+                    done.stderr, r"\Aerror: [^\n]*sentinel_[^\n]*master[^\n]*\n\Z"
+                )
 
     def test_what_is_no_table_is_one_clear_line(self):
         for content in (b"", b"x", b"\0" * 65536, b"SENTINEL" * 8192):
@@ -109,13 +132,20 @@ class Reader(MasterTest):
                 self.assertRegex(done.stderr, r"\Aerror: [^\n]+\n\Z")
 
     def test_a_closed_pipe_ends_it_quietly(self):
-        with support.start("test_reader.py", "--port", self.master.port, "--watch",
-                           stdout=support.subprocess.PIPE) as watch:
+        with support.start(
+            "test_reader.py",
+            "--port",
+            self.master.port,
+            "--watch",
+            stdout=support.subprocess.PIPE,
+        ) as watch:
             eventually(lambda: watch.out)
         done = support.subprocess.run(
-            "%s %s/test_reader.py --port %d | true" % (
-                support.PYTHON, support.ROOT, self.master.port),
-            shell=True, stderr=support.subprocess.PIPE)
+            "%s %s/test_reader.py --port %d | true"
+            % (support.PYTHON, support.ROOT, self.master.port),
+            shell=True,
+            stderr=support.subprocess.PIPE,
+        )
         self.assertEqual(done.stderr, b"")
 
 

@@ -18,7 +18,7 @@ import master_server
 from test_trust import Witness
 
 NODES = 1000
-SLOW = 60               # seconds that a thousand of anything may take on a busy machine
+SLOW = 60  # seconds that a thousand of anything may take on a busy machine
 
 # A thousand agents in one process, for a SIGKILL that takes them all at once.
 CROWD = """
@@ -71,17 +71,23 @@ class Storm(MasterTest):
         found = []
         for path in sorted(glob.glob(self.folder + "/told.*"), key=os.path.getmtime):
             with open(path, encoding="utf-8", errors="surrogateescape") as file:
-                facts = dict(line.partition("=")[::2] for line in file.read().splitlines())
+                facts = dict(
+                    line.partition("=")[::2] for line in file.read().splitlines()
+                )
             found.append({key[9:].lower(): value for key, value in facts.items()})
-        return [call for call in found
-                if all(call.get(key) == value for key, value in wanted.items())]
+        return [
+            call
+            for call in found
+            if all(call.get(key) == value for key, value in wanted.items())
+        ]
 
     def counted(self, **wanted):
         return sum(int(call["count"]) for call in self.calls(**wanted))
 
     def crowd(self, cpu=1):
-        crowd = support.start("-c", CROWD, self.master.port, NODES, cpu,
-                              stdin=support.subprocess.PIPE)
+        crowd = support.start(
+            "-c", CROWD, self.master.port, NODES, cpu, stdin=support.subprocess.PIPE
+        )
         self.addCleanup(crowd.process.stdin.close)
         self.addCleanup(crowd.kill)
         eventually(lambda: "all in" in crowd.out, SLOW)
@@ -90,7 +96,9 @@ class Storm(MasterTest):
     def assertFewCalls(self, seconds, **wanted):
         """One call; one more for each 5 s that a slow machine took to lose them all."""
         calls = self.calls(**wanted)
-        self.assertLessEqual(len(calls), 1 + seconds // master_server.STORM_SECONDS, calls)
+        self.assertLessEqual(
+            len(calls), 1 + seconds // master_server.STORM_SECONDS, calls
+        )
 
     def test_a_thousand_nodes_lost_at_once_are_one_call(self):
         crowd = self.crowd()
@@ -109,7 +117,9 @@ class Storm(MasterTest):
             witness.check()
         self.assertNotIn("stuck", self.master.log)
 
-    def test_a_thousand_nodes_over_a_threshold_are_one_call_and_one_when_it_hung_before(self):
+    def test_a_thousand_nodes_over_a_threshold_are_one_call_and_one_when_it_hung_before(
+        self,
+    ):
         crowd = self.crowd(cpu=99)
         open(self.folder + "/slow", "w").close()
         with PlainAgent(self.master.port) as agent:
@@ -120,16 +130,23 @@ class Storm(MasterTest):
             crowd.process.stdin.write(b"x")
             crowd.process.stdin.flush()
             eventually(lambda: "sent" in crowd.out, SLOW)
-            eventually(lambda: len([row for row in nodes(self.master.page) if row["cpu"] == 99])
-                       == NODES, SLOW)
+            eventually(
+                lambda: (
+                    len([row for row in nodes(self.master.page) if row["cpu"] == 99])
+                    == NODES
+                ),
+                SLOW,
+            )
             seconds = time.monotonic() - start
             os.unlink(self.folder + "/slow")
             self.master.logged("alert command failed: killed after 3 s", SLOW)
             self.assertLess(time.monotonic() - start, 10 + seconds)
             eventually(lambda: self.counted(event="alert") == NODES + 1, SLOW)
             stays(lambda: self.counted(event="alert") == NODES + 1, 1.5)
-            self.assertLessEqual(len(self.calls(event="alert")),
-                                 2 + seconds // master_server.STORM_SECONDS)
+            self.assertLessEqual(
+                len(self.calls(event="alert")),
+                2 + seconds // master_server.STORM_SECONDS,
+            )
             call = self.calls(event="alert")[-1]
             self.assertEqual((call["metric"], call["threshold"]), ("cpu", "50.0"))
 
@@ -139,18 +156,38 @@ class Storm(MasterTest):
         for name, agent in zip(names, agents):
             agent.send({"cpu": 77, "ram": 1, "node": name})
         eventually(lambda: len(self.calls(event="alert")) == 3)
-        self.assertEqual({call["node"] for call in self.calls(event="alert")}, set(names))
+        self.assertEqual(
+            {call["node"] for call in self.calls(event="alert")}, set(names)
+        )
         self.assertEqual({call["count"] for call in self.calls(event="alert")}, {"1"})
 
     def test_hostile_names_in_a_storm_stay_data(self):
         marker = os.path.join(self.folder, "pwned")
-        names = ["$(touch %s)" % marker, "`touch %s`" % marker, "; touch %s;" % marker,
-                 "'; touch %s; '" % marker, '"; touch %s; "' % marker, "| touch %s" % marker,
-                 "&& touch %s" % marker, "\n touch %s\n" % marker, "${IFS}touch", "-rf /", "%n%s",
-                 "\\", "ünï\u20ac", "a\0b\x1b[2J", "=PATH=/tmp", "x" * 255, "\u202eevil", "🚨" * 30]
+        names = [
+            "$(touch %s)" % marker,
+            "`touch %s`" % marker,
+            "; touch %s;" % marker,
+            "'; touch %s; '" % marker,
+            '"; touch %s; "' % marker,
+            "| touch %s" % marker,
+            "&& touch %s" % marker,
+            "\n touch %s\n" % marker,
+            "${IFS}touch",
+            "-rf /",
+            "%n%s",
+            "\\",
+            "ünï\u20ac",
+            "a\0b\x1b[2J",
+            "=PATH=/tmp",
+            "x" * 255,
+            "\u202eevil",
+            "🚨" * 30,
+        ]
         agents = [self.agent() for _ in names]
         for name, agent in zip(names, agents):
-            agent.send({"cpu": 88, "ram": 1, "node": name, "job": name[:20], "ack": True})
+            agent.send(
+                {"cpu": 88, "ram": 1, "node": name, "job": name[:20], "ack": True}
+            )
             self.assertEqual(agent.read_line(), "ok")
         eventually(lambda: self.counted(event="alert") == len(names))
         self.assertFalse(os.path.exists(marker))
@@ -159,15 +196,22 @@ class Storm(MasterTest):
             self.assertIn(name[:64] if name.isascii() else name, told)
         self.assertNotIn("\x1b", told + self.master.log)
         for call in self.calls(event="alert"):
-            self.assertEqual(set(call), {"event", "node", "job", "metric", "value", "threshold",
-                                         "count"})
+            self.assertEqual(
+                set(call),
+                {"event", "node", "job", "metric", "value", "threshold", "count"},
+            )
             self.assertLess(sum(map(len, call.values())), 5000)
 
 
 class Locale(MasterTest):
     """A shell whose locale knows ASCII alone."""
 
-    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": None}
+    env = {
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONIOENCODING": None,
+    }
     flags = ("--alert", "cpu>50", "--alert-command", "env | grep ^SENTINEL_NODE= >&2")
 
     def test_a_name_that_the_locale_cannot_write_is_told_all_the_same(self):
@@ -186,6 +230,7 @@ class Queue(unittest.TestCase):
         class Idle(master_server.CommandRunner):
             def run(self):
                 pass
+
         runner = Idle("true")
         alert = master_server.Alert("lost", "n", "", "lost", "", "")
         start = time.monotonic()
@@ -199,8 +244,12 @@ class Queue(unittest.TestCase):
 class Pinned(MasterTest):
     """The threads of a busy collector share a CPU; what it starts, and one that rests, do not."""
 
-    flags = ("--alert", "cpu>50", "--alert-command",
-             "grep Cpus_allowed: /proc/self/status > $TOLD/new && mv $TOLD/new $TOLD/cpus")
+    flags = (
+        "--alert",
+        "cpu>50",
+        "--alert-command",
+        "grep Cpus_allowed: /proc/self/status > $TOLD/new && mv $TOLD/new $TOLD/cpus",
+    )
     patch = """
 import os
 class Cpu(float):
@@ -230,13 +279,19 @@ master_server.PIN_SECONDS, master_server.PIN_CPU = 0.3, Cpu()
         every = frozenset(os.sched_getaffinity(0))
         agents = [self.agent() for _ in range(6)]
         for number, agent in enumerate(agents):
-            agent.send({"cpu": 1.0, "ram": 1.0, "node": "p%d" % number, "interval": 60.0})
-        eventually(lambda: self.where() == {every: 8}, what="six peers, main, the command's")
+            agent.send(
+                {"cpu": 1.0, "ram": 1.0, "node": "p%d" % number, "interval": 60.0}
+            )
+        eventually(
+            lambda: self.where() == {every: 8}, what="six peers, main, the command's"
+        )
         with open(self.folder + "/busy", "w"):
             pass
-        for cpu in sorted(every)[-2:]:      # the peers follow the main thread
+        for cpu in sorted(every)[-2:]:  # the peers follow the main thread
             os.sched_setaffinity(self.pid, {cpu})
-            eventually(lambda here=frozenset([cpu]): self.where() == {every: 1, here: 7})
+            eventually(
+                lambda here=frozenset([cpu]): self.where() == {every: 1, here: 7}
+            )
         agents[0].send({"cpu": 99.0, "ram": 1.0, "node": "p0", "interval": 60.0})
         eventually(lambda: os.path.exists(self.folder + "/cpus"))
         with open(self.folder + "/cpus") as told, open("/proc/self/status") as own:

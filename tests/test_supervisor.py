@@ -13,11 +13,21 @@ import unittest
 
 import support
 from support import (
-    HOST, PlainAgent, alive, descendants, eventually, events, get, nodes, requires, row_of,
-    stays)
+    HOST,
+    PlainAgent,
+    alive,
+    descendants,
+    eventually,
+    events,
+    get,
+    nodes,
+    requires,
+    row_of,
+    stays,
+)
 
-BACK = 5                # seconds until a killed role answers again on the same port
-SHOWN = 10              # seconds until the agents are shown again
+BACK = 5  # seconds until a killed role answers again on the same port
+SHOWN = 10  # seconds until the agents are shown again
 # what a tool must never say, whatever was done to it
 NOISE = "Traceback|resource_tracker|leaked|Exception ignored|Warning:|Error\\b"
 
@@ -38,8 +48,10 @@ class SenderLoop:
     def __init__(self, port, count):
         self.port, self.ended = port, threading.Event()
         self.names = {"load%d" % number for number in range(count)}
-        self.threads = [threading.Thread(target=self.run, args=(name,), daemon=True)
-                        for name in self.names]
+        self.threads = [
+            threading.Thread(target=self.run, args=(name,), daemon=True)
+            for name in self.names
+        ]
         for thread in self.threads:
             thread.start()
 
@@ -52,7 +64,8 @@ class SenderLoop:
     def shown(self, page):
         rows = nodes(page)
         return {row["node"] for row in rows if row["age"] < 2} == self.names and len(
-            rows) == len(self.names)
+            rows
+        ) == len(self.names)
 
     def close(self):
         self.ended.set()
@@ -83,23 +96,37 @@ class Start(unittest.TestCase):
             taken.bind((HOST, 0))
             taken.listen(1)
             busy, free = taken.getsockname()[1], support.closed_port()
-            for flags in (("--port", busy, "--dashboard-port", free),
-                          ("--port", free, "--dashboard-port", busy)):
-                with self.subTest(flags), support.start("master_server.py", *flags) as master:
+            for flags in (
+                ("--port", busy, "--dashboard-port", free),
+                ("--port", free, "--dashboard-port", busy),
+            ):
+                with self.subTest(flags), support.start(
+                    "master_server.py", *flags
+                ) as master:
                     self.assertOneError(master, r"%d.*use.*port" % busy)
                     self.assertNotIn("sentinel_%d" % flags[1], support.shm_names())
                     with self.assertRaises(ConnectionRefusedError):
                         PlainAgent(free)
 
     def test_two_masters_on_one_machine_and_a_name_that_is_taken(self):
-        with support.start_master("--shm-name", "sentinel_of_%d" % os.getpid()) as first, \
-                support.start_master() as second:
+        with support.start_master(
+            "--shm-name", "sentinel_of_%d" % os.getpid()
+        ) as first, support.start_master() as second:
             for number, master in enumerate((first, second)):
                 with PlainAgent(master.port) as agent:
                     agent.send({"cpu": number, "ram": 1})
-                    self.assertEqual(eventually(lambda m=master: nodes(m.page))[0]["cpu"], number)
-            with support.start("master_server.py", "--port", 0, "--dashboard-port", 0,
-                               "--shm-name", "sentinel_of_%d" % os.getpid()) as third:
+                    self.assertEqual(
+                        eventually(lambda m=master: nodes(m.page))[0]["cpu"], number
+                    )
+            with support.start(
+                "master_server.py",
+                "--port",
+                0,
+                "--dashboard-port",
+                0,
+                "--shm-name",
+                "sentinel_of_%d" % os.getpid(),
+            ) as third:
                 self.assertOneError(third, r"pid %d.*--shm-name" % first.pid)
             assert_healthy(first)
             self.assertIn("sentinel_of_%d" % os.getpid(), support.shm_names())
@@ -110,16 +137,21 @@ class Start(unittest.TestCase):
         with open(path, "wb") as file:
             file.write(b"somebody else's" * 1000)
         self.addCleanup(support.unlink_shm, [name])
-        with support.start("master_server.py", "--port", 0, "--dashboard-port", 0,
-                           "--shm-name", name) as master:
+        with support.start(
+            "master_server.py", "--port", 0, "--dashboard-port", 0, "--shm-name", name
+        ) as master:
             self.assertOneError(master, "--shm-name")
         with open(path, "rb") as file:
             self.assertEqual(file.read(), b"somebody else's" * 1000)
 
     def test_it_says_what_it_listens_on_and_where_to_look(self):
         with support.start_master() as master:
-            self.assertRegex(master.log, r"collector listening on 127\.0\.0\.1:%d" % master.port)
-            self.assertRegex(master.log, r"dashboard listening on 127\.0\.0\.1:%d" % master.page)
+            self.assertRegex(
+                master.log, r"collector listening on 127\.0\.0\.1:%d" % master.port
+            )
+            self.assertRegex(
+                master.log, r"dashboard listening on 127\.0\.0\.1:%d" % master.page
+            )
             self.assertIn("http://localhost:%d" % master.page, master.log)
             self.assertIn("Ctrl-C", master.log)
             self.assertEqual(master.out, "")
@@ -131,8 +163,11 @@ class Start(unittest.TestCase):
                 with self.subTest(tool=tool, version=version):
                     done = support.run(tool, python=support.pythons()[version])
                     self.assertEqual((done.returncode, done.stdout), (1, ""))
-                    self.assertRegex(done.stderr, r"\Aerror: .*3\.8.*%d\.%d.*python3\.11.*"
-                                     r"module load python.*\n\Z" % version)
+                    self.assertRegex(
+                        done.stderr,
+                        r"\Aerror: .*3\.8.*%d\.%d.*python3\.11.*"
+                        r"module load python.*\n\Z" % version,
+                    )
 
     def test_it_works_on_ipv6_too(self):
         with socket.socket(socket.AF_INET6) as probe:
@@ -140,11 +175,15 @@ class Start(unittest.TestCase):
                 probe.bind(("::1", 0))
             except OSError:
                 self.skipTest("no IPv6 here")
-        with support.start_master("--host", "::1", "--dashboard-host", "::1") as master, \
-                PlainAgent(master.port, "::1") as agent:
+        with support.start_master(
+            "--host", "::1", "--dashboard-host", "::1"
+        ) as master, PlainAgent(master.port, "::1") as agent:
             agent.send({"cpu": 1, "ram": 1})
-            row = eventually(lambda: support.json.loads(get(
-                master.page, "/api/nodes", host="::1").text)["nodes"])[0]
+            row = eventually(
+                lambda: support.json.loads(
+                    get(master.page, "/api/nodes", host="::1").text
+                )["nodes"]
+            )[0]
             self.assertEqual(row["address"], "('::1', %d)" % agent.address[1])
 
 
@@ -153,7 +192,9 @@ class End(unittest.TestCase):
 
     def end(self, how, method=""):
         """Start, use it, end it by `how`, and look for what it left."""
-        with support.start_master(method=method) as master, PlainAgent(master.port) as agent:
+        with support.start_master(method=method) as master, PlainAgent(
+            master.port
+        ) as agent:
             agent.send({"cpu": 1, "ram": 1})
             eventually(lambda: nodes(master.page))
             children, segments = descendants(master.pid), support.shm_of(master.pid)
@@ -178,12 +219,15 @@ class End(unittest.TestCase):
     def test_ctrl_c_in_a_terminal_reaches_all_processes_at_once(self):
         for method in ("fork", "spawn"):
             with self.subTest(method=method):
-                self.end(lambda master: master.send_signal(signal.SIGINT, group=True), method)
+                self.end(
+                    lambda master: master.send_signal(signal.SIGINT, group=True), method
+                )
 
     def test_sigint_is_for_the_supervisor_and_ends_no_role(self):
         for method in ("fork", "spawn"):
-            with self.subTest(method=method), support.start_master(method=method) as master, \
-                    PlainAgent(master.port) as agent:
+            with self.subTest(method=method), support.start_master(
+                method=method
+            ) as master, PlainAgent(master.port) as agent:
                 agent.send({"cpu": 1, "ram": 1})
                 eventually(lambda m=master: nodes(m.page))
                 for role in ("collector", "dashboard"):
@@ -202,12 +246,15 @@ class End(unittest.TestCase):
                 if master.code is not None:
                     return
                 time.sleep(0.002)
+
         self.end(insist)
 
     def test_a_signal_during_the_start_ends_it_as_well(self):
         for delay in (0.0, 0.01, 0.03, 0.1):
             with self.subTest(delay=delay):
-                master = support.start("master_server.py", "--port", 0, "--dashboard-port", 0)
+                master = support.start(
+                    "master_server.py", "--port", 0, "--dashboard-port", 0
+                )
                 with master:
                     master.logged("collector listening")
                     stays(lambda: True, delay)
@@ -222,8 +269,15 @@ class End(unittest.TestCase):
             name = "sentinel_early_%d" % os.getpid()
             self.addCleanup(support.unlink_shm, [name])
             with self.subTest(number.name), support.start(
-                    "-c", support.PATCHED % (support.ROOT, SIGNAL_AT_ONCE % number), "--port", 0,
-                    "--dashboard-port", 0, "--shm-name", name) as master:
+                "-c",
+                support.PATCHED % (support.ROOT, SIGNAL_AT_ONCE % number),
+                "--port",
+                0,
+                "--dashboard-port",
+                0,
+                "--shm-name",
+                name,
+            ) as master:
                 self.assertEqual(master.wait(), 0)
                 self.assertNotIn(name, support.shm_names())
                 self.assertNotRegex(master.log, NOISE)
@@ -241,7 +295,9 @@ class End(unittest.TestCase):
             self.assertLess(time.monotonic() - start, 5)
             self.assertNotRegex(master.log, NOISE)
 
-    def test_a_master_that_was_told_to_stop_starts_again_on_the_same_ports_at_once(self):
+    def test_a_master_that_was_told_to_stop_starts_again_on_the_same_ports_at_once(
+        self,
+    ):
         with support.start_master() as first, PlainAgent(first.port) as agent:
             agent.send({"cpu": 1, "ram": 1})
             eventually(lambda: nodes(first.page))
@@ -256,7 +312,9 @@ class Killed(unittest.TestCase):
 
     def test_a_segment_left_by_kill_9_of_everything_is_replaced_at_the_next_start(self):
         for method in ("fork", "spawn"):
-            with self.subTest(method=method), support.start_master(method=method) as first:
+            with self.subTest(method=method), support.start_master(
+                method=method
+            ) as first:
                 with PlainAgent(first.port) as agent:
                     agent.send({"cpu": 1, "ram": 1, "node": "before"})
                     eventually(lambda m=first: nodes(m.page))
@@ -268,7 +326,9 @@ class Killed(unittest.TestCase):
                 done = support.run("test_reader.py", "--port", first.port)
                 self.assertEqual((done.returncode, done.stdout), (1, ""))
                 ports = ("--port", first.port, "--dashboard-port", first.page)
-                with support.start_master(*ports) as second, PlainAgent(second.port) as agent:
+                with support.start_master(*ports) as second, PlainAgent(
+                    second.port
+                ) as agent:
                     self.assertEqual(nodes(second.page), [])
                     agent.send({"cpu": 1, "ram": 1, "node": "after"})
                     eventually(lambda m=second: row_of(m.page, node="after"))
@@ -276,11 +336,17 @@ class Killed(unittest.TestCase):
                 self.assertNotIn(name, support.shm_names())
                 self.assertNotRegex(second.log, NOISE)
 
-    def test_a_killed_role_is_back_within_5_s_on_the_same_port_and_agents_within_10(self):
-        for method, roles in (("fork", ("collector", "dashboard", "collector")),
-                              ("forkserver", ("dashboard",)), ("spawn", ("collector",))):
-            with support.start_master(method=method) as master, \
-                    support.start("agent.py", "--port", master.port, "--name", "real"):
+    def test_a_killed_role_is_back_within_5_s_on_the_same_port_and_agents_within_10(
+        self,
+    ):
+        for method, roles in (
+            ("fork", ("collector", "dashboard", "collector")),
+            ("forkserver", ("dashboard",)),
+            ("spawn", ("collector",)),
+        ):
+            with support.start_master(method=method) as master, support.start(
+                "agent.py", "--port", master.port, "--name", "real"
+            ):
                 eventually(lambda m=master: row_of(m.page, node="real"))
                 for role in roles:
                     with self.subTest(role=role, method=method):
@@ -289,7 +355,7 @@ class Killed(unittest.TestCase):
                 self.assertNotRegex(master.log, NOISE)
 
     def kill_and_watch(self, master, role):
-        ghosts = [PlainAgent(master.port) for _ in range(4)]    # that will not come back
+        ghosts = [PlainAgent(master.port) for _ in range(4)]  # that will not come back
         for ghost in ghosts:
             self.addCleanup(ghost.close)
             ghost.send({"cpu": 1, "ram": 1, "node": "ghost", "interval": 60})
@@ -299,33 +365,52 @@ class Killed(unittest.TestCase):
         if role == "dashboard":
             for ghost in ghosts:
                 ghost.close()
-        eventually(lambda: role_pid(master, role) != pid and alive(role_pid(master, role)), BACK)
+        eventually(
+            lambda: role_pid(master, role) != pid and alive(role_pid(master, role)),
+            BACK,
+        )
         assert_healthy(master)
         with PlainAgent(master.port) as agent:
             agent.send({"cpu": 1, "ram": 1, "ack": True})
             self.assertEqual(agent.read_line(BACK), "ok")
-        eventually(lambda: row_of(master.page, node="real")
-                   and row_of(master.page, node="real")["age"] < time.monotonic() - start, SHOWN)
-        eventually(lambda: [row["node"] for row in nodes(master.page)] == ["real"], SHOWN)
+        eventually(
+            lambda: (
+                row_of(master.page, node="real")
+                and row_of(master.page, node="real")["age"] < time.monotonic() - start
+            ),
+            SHOWN,
+        )
+        eventually(
+            lambda: [row["node"] for row in nodes(master.page)] == ["real"], SHOWN
+        )
         stays(lambda: len(nodes(master.page)) == 1, 0.5, "one row, not two")
-        self.assertEqual(list(support.slots("sentinel_%d" % master.port)),
-                         [row["address"] for row in nodes(master.page)])
+        self.assertEqual(
+            list(support.slots("sentinel_%d" % master.port)),
+            [row["address"] for row in nodes(master.page)],
+        )
 
     def test_both_roles_killed_at_once_come_back(self):
-        with support.start_master() as master, \
-                support.start("agent.py", "--port", master.port, "--name", "real"):
+        with support.start_master() as master, support.start(
+            "agent.py", "--port", master.port, "--name", "real"
+        ):
             eventually(lambda: row_of(master.page, node="real"))
             for role in ("collector", "dashboard"):
                 os.kill(role_pid(master, role), signal.SIGKILL)
             start = time.monotonic()
-            eventually(lambda: (row_of(master.page, node="real") or {"age": 99})["age"]
-                       < time.monotonic() - start, SHOWN)
+            eventually(
+                lambda: (
+                    (row_of(master.page, node="real") or {"age": 99})["age"]
+                    < time.monotonic() - start
+                ),
+                SHOWN,
+            )
             assert_healthy(master)
 
     def test_the_children_of_a_killed_supervisor_end_within_5_s(self):
         for method in ("fork", "forkserver", "spawn"):
             with self.subTest(method=method), support.start_master(
-                    "--with-agent", method=method) as master, PlainAgent(master.port) as agent:
+                "--with-agent", method=method
+            ) as master, PlainAgent(master.port) as agent:
                 agent.send({"cpu": 1, "ram": 1})
                 eventually(lambda m=master: len(nodes(m.page)) == 2)
                 children = descendants(master.pid)
@@ -334,8 +419,9 @@ class Killed(unittest.TestCase):
                 master.send_signal(signal.SIGKILL)
                 eventually(lambda c=children: not any(map(alive, c)), 5)
                 self.assertNotRegex(master.log, NOISE)
-                with support.start_master("--port", master.port,
-                                          "--dashboard-port", master.page) as again:
+                with support.start_master(
+                    "--port", master.port, "--dashboard-port", master.page
+                ) as again:
                     assert_healthy(again)
 
     def test_a_stopped_collector_is_told_by_healthz_and_by_the_page(self):
@@ -343,8 +429,13 @@ class Killed(unittest.TestCase):
             agent.send({"cpu": 1, "ram": 1, "node": "n", "interval": 60})
             eventually(lambda: row_of(master.page, node="n"))
             os.kill(role_pid(master, "collector"), signal.SIGSTOP)
-            answer = eventually(lambda: get(master.page, "/healthz").status == 503
-                                and get(master.page, "/healthz"), 10)
+            answer = eventually(
+                lambda: (
+                    get(master.page, "/healthz").status == 503
+                    and get(master.page, "/healthz")
+                ),
+                10,
+            )
             self.assertRegex(answer.text, "collector")
             self.assertRegex(support.page_text(master.page), r"(?i)collector has \w+")
             os.kill(role_pid(master, "collector"), signal.SIGCONT)
@@ -359,7 +450,11 @@ class Killed(unittest.TestCase):
             load = SenderLoop(master.port, 20)
             self.addCleanup(load.close)
             for number in range(20):
-                eventually(lambda: load.shown(master.page), SHOWN, "seed %d.%d" % (seed, number))
+                eventually(
+                    lambda: load.shown(master.page),
+                    SHOWN,
+                    "seed %d.%d" % (seed, number),
+                )
                 stays(lambda: True, chance.uniform(0, 0.2))
                 role = chance.choice(("collector", "dashboard"))
                 pid = role_pid(master, role)
@@ -406,15 +501,35 @@ class LockHolder(unittest.TestCase):
 
     def assertRecovered(self, pids):
         """New processes, a new lock, clean slots; agents are back and old events stay."""
-        eventually(lambda: role_pid(self.master, "collector") != pids[0]
-                   and role_pid(self.master, "dashboard") != pids[1], 8, "both started again")
+        eventually(
+            lambda: (
+                role_pid(self.master, "collector") != pids[0]
+                and role_pid(self.master, "dashboard") != pids[1]
+            ),
+            8,
+            "both started again",
+        )
         start = time.monotonic()
-        eventually(lambda: (row_of(self.master.page, node="real") or {"age": 99})["age"]
-                   < time.monotonic() - start, SHOWN)
+        eventually(
+            lambda: (
+                (row_of(self.master.page, node="real") or {"age": 99})["age"]
+                < time.monotonic() - start
+            ),
+            SHOWN,
+        )
         self.assertEqual([row["node"] for row in nodes(self.master.page)], ["real"])
         assert_healthy(self.master)
-        self.assertGreaterEqual(len([event for event in events(self.master.page, "connected")
-                                     if event["node"] == "real"]), 2, "events stay")
+        self.assertGreaterEqual(
+            len(
+                [
+                    event
+                    for event in events(self.master.page, "connected")
+                    if event["node"] == "real"
+                ]
+            ),
+            2,
+            "events stay",
+        )
         self.assertEqual(self.master.stop(), 0)
         self.assertNotRegex(self.master.log, NOISE)
 
@@ -433,6 +548,7 @@ class LockHolder(unittest.TestCase):
             with contextlib.suppress(OSError, support.http.client.HTTPException):
                 get(self.master.page)
             return not os.path.exists(self.trigger)
+
         eventually(dies)
         self.assertRecovered(pids)
 
@@ -453,7 +569,9 @@ master_server.open_listener, master_server.MAX_RATE = open_small, 1e9
 
 class NeverReads(unittest.TestCase):
     def test_an_agent_that_never_reads_is_served_all_the_same(self):
-        with support.start_master(patch=SMALL_BUFFERS) as master, socket.socket() as deaf:
+        with support.start_master(
+            patch=SMALL_BUFFERS
+        ) as master, socket.socket() as deaf:
             deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             deaf.settimeout(support.PATIENCE)
             deaf.connect((HOST, master.port))

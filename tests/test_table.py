@@ -20,17 +20,21 @@ import master_server
 from master_server import DETAILS, EVENTS, Table, TableError
 
 SEED = int(os.environ.get("SENTINEL_TEST_SEED", "1"))
-SLOT = struct.Struct("i64sff")      # as the plan has it
+SLOT = struct.Struct("i64sff")  # as the plan has it
 VALUES = {"cpu": 15.5, "ram": 40.25}
 KEYS = {m.key for m in master_server.METRICS}
 
 
 def row(**values):
     """A Row with VALUES and these."""
-    values = {key: value.encode() if isinstance(value, str) else value
-              for key, value in dict(VALUES, **values).items()}
-    return tuple(values.get(m.key, unknown) for m, unknown in zip(
-        master_server.METRICS, master_server.UNKNOWN))
+    values = {
+        key: value.encode() if isinstance(value, str) else value
+        for key, value in dict(VALUES, **values).items()
+    }
+    return tuple(
+        values.get(m.key, unknown)
+        for m, unknown in zip(master_server.METRICS, master_server.UNKNOWN)
+    )
 
 
 def segment_name(what):
@@ -65,6 +69,7 @@ class TableTest(unittest.TestCase):
 # Layout
 # ==========================================================================================
 
+
 class Layout(TableTest):
     """What the docstring of Table promises to readers in other languages."""
 
@@ -73,7 +78,9 @@ class Layout(TableTest):
             with self.subTest(capacity):
                 table = self.create(capacity, name=segment_name("slots%d" % capacity))
                 for index in (0, capacity // 2, capacity - 1):
-                    table.write(index, "('10.77.2.11', %d)" % (40000 + index), row(), 0.0, "")
+                    table.write(
+                        index, "('10.77.2.11', %d)" % (40000 + index), row(), 0.0, ""
+                    )
                 with open("/dev/shm/" + table.shm.name, "rb") as file:
                     rows = list(SLOT.iter_unpack(file.read(SLOT.size * capacity)))
                 self.assertEqual(SLOT.size, 76)
@@ -87,20 +94,29 @@ class Layout(TableTest):
 
     def test_the_picture_names_the_places_at_which_things_are(self):
         table = self.create(3)
-        picture = {name: int(at) for at, name in re.findall(
-            r"size - (\d+) +([A-Z]+)", Table.__doc__)}
+        picture = {
+            name: int(at)
+            for at, name in re.findall(r"size - (\d+) +([A-Z]+)", Table.__doc__)
+        }
         for name, at in picture.items():
             with self.subTest(name):
-                self.assertEqual(table.shm.size - at, getattr(table, name.lower() + "_at"))
+                self.assertEqual(
+                    table.shm.size - at, getattr(table, name.lower() + "_at")
+                )
         self.assertEqual(set(picture), {"HEADER", "SEQUENCE", "COUNTS"})
         raw = bytes(table.buf)
         magic, layout, capacity, pid, start = struct.unpack_from(
-            "=8sIIqq", raw, len(raw) - picture["HEADER"])
-        self.assertEqual((magic, layout, capacity, pid),
-                         (b"SENTINEL", master_server.LAYOUT, 3, os.getpid()))
+            "=8sIIqq", raw, len(raw) - picture["HEADER"]
+        )
+        self.assertEqual(
+            (magic, layout, capacity, pid),
+            (b"SENTINEL", master_server.LAYOUT, 3, os.getpid()),
+        )
         with open("/proc/self/stat") as file:
             self.assertEqual(start, int(file.read().rpartition(")")[2].split()[19]))
-        self.assertEqual(struct.unpack_from("=Q", raw, len(raw) - picture["SEQUENCE"]), (0,))
+        self.assertEqual(
+            struct.unpack_from("=Q", raw, len(raw) - picture["SEQUENCE"]), (0,)
+        )
 
     def test_details_follow_the_slots_and_have_one_field_for_each_metric(self):
         table = self.create(4)
@@ -109,12 +125,16 @@ class Layout(TableTest):
         table.write(2, "x", row(**numbers, **texts), 12.5, "cpu>90")
         layout = struct.Struct("=dd64s" + "".join(m.code for m in DETAILS))
         seen, since, alerts, *rest = layout.unpack_from(
-            bytes(table.buf), 4 * SLOT.size + 2 * layout.size)
+            bytes(table.buf), 4 * SLOT.size + 2 * layout.size
+        )
         self.assertAlmostEqual(seen, time.monotonic(), delta=5)
         self.assertEqual((since, alerts.rstrip(b"\0")), (12.5, b"cpu>90"))
         for m, value in zip(DETAILS, rest):
-            self.assertEqual(value if m.code == "d" else value.rstrip(b"\0").decode(),
-                             numbers.get(m.key, texts.get(m.key)), m.key)
+            self.assertEqual(
+                value if m.code == "d" else value.rstrip(b"\0").decode(),
+                numbers.get(m.key, texts.get(m.key)),
+                m.key,
+            )
 
     def test_unknown_is_nan_or_empty_in_memory_and_none_in_a_snapshot(self):
         table = self.create()
@@ -123,20 +143,32 @@ class Layout(TableTest):
         layout = struct.Struct("=dd64s" + "".join(m.code for m in DETAILS))
         rest = layout.unpack_from(bytes(table.buf), 8 * SLOT.size)[3:]
         for m, value in zip(DETAILS, rest):
-            self.assertTrue(math.isnan(value) if m.code == "d" else not value.strip(b"\0"), m.key)
-        node, = table.snapshot().nodes
+            self.assertTrue(
+                math.isnan(value) if m.code == "d" else not value.strip(b"\0"), m.key
+            )
+        (node,) = table.snapshot().nodes
         self.assertEqual({node[m.key] for m in DETAILS}, {None})
 
     def test_text_that_is_too_long_is_cut_at_a_whole_character(self):
         table = self.create()
         table.beat(0, 1)
-        for node in ("x" * 255, "é" * 100, "\u20ac" * 85, "\U0001f6a8" * 60, "a" + "é" * 100):
+        for node in (
+            "x" * 255,
+            "é" * 100,
+            "\u20ac" * 85,
+            "\U0001f6a8" * 60,
+            "a" + "é" * 100,
+        ):
             with self.subTest(node[:2]):
                 table.write(0, "x", row(node=node), 0.0, node)
                 table.add_event("connected", node * 4, node, row(job=node, user=node))
                 snapshot = table.snapshot()
-                for text in (snapshot.nodes[0]["node"], snapshot.events[-1]["node"],
-                             snapshot.events[-1]["text"], snapshot.nodes[0]["alerts"]):
+                for text in (
+                    snapshot.nodes[0]["node"],
+                    snapshot.events[-1]["node"],
+                    snapshot.events[-1]["text"],
+                    snapshot.nodes[0]["alerts"],
+                ):
                     self.assertTrue(text and (node * 4).startswith(text), text)
                     self.assertGreaterEqual(len(text.encode()), 58)
 
@@ -146,16 +178,20 @@ class Layout(TableTest):
             table.add_event("connected", "event %d" % number, "n%d" % number)
             events = table.snapshot().events
             first = max(0, number + 1 - EVENTS)
-            self.assertEqual([event["node"] for event in events],
-                             ["n%d" % each for each in range(first, number + 1)])
-        self.assertEqual((EVENTS, events[-1]["kind"], events[-1]["text"], events[-1]["cpu"]),
-                         (128, "connected", "event 299", None))
+            self.assertEqual(
+                [event["node"] for event in events],
+                ["n%d" % each for each in range(first, number + 1)],
+            )
+        self.assertEqual(
+            (EVENTS, events[-1]["kind"], events[-1]["text"], events[-1]["cpu"]),
+            (128, "connected", "event 299", None),
+        )
 
     def test_the_largest_table_can_be_made_and_its_last_slot_be_read(self):
         table = self.create(65536)
         table.write(65535, "('::1', 1)", row(node="last"), 0.0, "")
         table.beat(1, 65536)
-        node, = table.snapshot().nodes
+        (node,) = table.snapshot().nodes
         self.assertEqual((node["slot"], node["node"]), (65536, "last"))
 
     def test_nobody_else_may_read_it(self):
@@ -173,6 +209,7 @@ class Layout(TableTest):
 # Whole copies
 # ==========================================================================================
 
+
 def write_for_ever(name, lock, capacity, started):
     """A writer: every number and text of a row says the same count."""
     table = Table.attach(name, lock)
@@ -181,8 +218,13 @@ def write_for_ever(name, lock, capacity, started):
     for count in range(1 << 30):
         index, value = count % capacity, count % 97
         numbers = dict.fromkeys(keys, float(value))
-        table.write(index, "('10.0.0.%d', 1)" % value, row(
-            **numbers, node="n%d" % value, user="n%d" % value), float(value), "n%d" % value)
+        table.write(
+            index,
+            "('10.0.0.%d', 1)" % value,
+            row(**numbers, node="n%d" % value, user="n%d" % value),
+            float(value),
+            "n%d" % value,
+        )
         if count == 2 * capacity:
             started.set()
 
@@ -192,8 +234,11 @@ def torn(node):
     values = {node["cpu"], node["ram"], node["since"]}
     values |= {node[m.key] for m in DETAILS if m.code == "d"}
     texts = {node["node"], node["user"], node["alerts"]}
-    return (len(values) != 1 or texts != {"n%d" % node["cpu"]}
-            or node["address"] != "('10.0.0.%d', 1)" % node["cpu"])
+    return (
+        len(values) != 1
+        or texts != {"n%d" % node["cpu"]}
+        or node["address"] != "('10.0.0.%d', 1)" % node["cpu"]
+    )
 
 
 class WholeCopies(TableTest):
@@ -204,8 +249,11 @@ class WholeCopies(TableTest):
     def writer(self, table):
         context = multiprocessing.get_context("fork")
         started = context.Event()
-        writer = context.Process(target=write_for_ever, daemon=True, args=(
-            table.shm.name, table.lock, self.capacity, started))
+        writer = context.Process(
+            target=write_for_ever,
+            daemon=True,
+            args=(table.shm.name, table.lock, self.capacity, started),
+        )
         writer.start()
         self.addCleanup(writer.join)
         self.addCleanup(writer.kill)
@@ -221,7 +269,9 @@ class WholeCopies(TableTest):
                 for _ in range(300):
                     snapshot = reader.snapshot()
                     self.assertEqual(len(snapshot.nodes), self.capacity)
-                    self.assertEqual([node for node in snapshot.nodes if torn(node)], [])
+                    self.assertEqual(
+                        [node for node in snapshot.nodes if torn(node)], []
+                    )
                     counts.add(snapshot.nodes[0]["cpu"])
                 self.assertGreater(len(counts), 3, "it did change all the time")
 
@@ -234,6 +284,7 @@ class WholeCopies(TableTest):
         def careless():
             copy = master_server.Snapshot(self.capacity, *reader._copy())
             return any(map(torn, copy.nodes))
+
         eventually(careless, 30)
 
     def test_the_number_is_odd_while_a_write_is_under_way_and_even_after_it(self):
@@ -241,12 +292,17 @@ class WholeCopies(TableTest):
 
         def number():
             return struct.unpack_from("=Q", table.buf, table.sequence_at)[0]
+
         before = number()
         with table:
             self.assertEqual(number() % 2, 1)
         self.assertEqual((number() % 2, number() > before), (0, True))
-        for act in (lambda: table.write(0, "x", row(), 0.0, ""), lambda: table.clear(0),
-                    lambda: table.beat(1, 1), lambda: table.add_event("lost", "x", "n")):
+        for act in (
+            lambda: table.write(0, "x", row(), 0.0, ""),
+            lambda: table.clear(0),
+            lambda: table.beat(1, 1),
+            lambda: table.add_event("lost", "x", "n"),
+        ):
             before = number()
             act()
             self.assertEqual((number() % 2, number() > before), (0, True))
@@ -261,12 +317,16 @@ class WholeCopies(TableTest):
         start = time.monotonic()
         with self.assertRaisesRegex(TableError, "never ended"):
             reader.snapshot()
-        self.assertAlmostEqual(time.monotonic() - start, master_server.READ_SECONDS, delta=1.5)
+        self.assertAlmostEqual(
+            time.monotonic() - start, master_server.READ_SECONDS, delta=1.5
+        )
         table.load()
         table.reset()
         snapshot = reader.snapshot()
-        self.assertEqual((snapshot.nodes, [event["text"] for event in snapshot.events]),
-                         ([], ["stays"]))
+        self.assertEqual(
+            (snapshot.nodes, [event["text"] for event in snapshot.events]),
+            ([], ["stays"]),
+        )
 
     def test_who_cannot_have_the_lock_in_time_ends_with_its_own_exit_code(self):
         table = self.create()
@@ -292,6 +352,7 @@ class WholeCopies(TableTest):
             def acquire(self, *args):
                 asked.append(args)
                 return lock.acquire(*args)
+
         lock.acquire()
         threading.Timer(0.2, lock.release).start()
         table.lock = Watched()
@@ -319,22 +380,31 @@ class WholeCopies(TableTest):
                 table.clear(index)
                 expected.pop(index + 1, None)
             else:
-                values = {"cpu": rng.randrange(101), "ram": rng.randrange(101),
-                          "node": "n%d" % rng.randrange(9)}
+                values = {
+                    "cpu": rng.randrange(101),
+                    "ram": rng.randrange(101),
+                    "node": "n%d" % rng.randrange(9),
+                }
                 for m in rng.sample([m for m in DETAILS if m.code == "d"], 5):
                     values[m.key] = float(rng.randrange(1 << 20))
                 table.write(index, "a", row(**values), 0.0, "")
                 expected[index + 1] = values
             for each in (table, reader):
-                found = {node["slot"]: {key: value for key, value in node.items()
-                                        if key in KEYS and value is not None}
-                         for node in each.snapshot().nodes}
+                found = {
+                    node["slot"]: {
+                        key: value
+                        for key, value in node.items()
+                        if key in KEYS and value is not None
+                    }
+                    for node in each.snapshot().nodes
+                }
                 self.assertEqual(found, expected)
 
 
 # ==========================================================================================
 # Owners
 # ==========================================================================================
+
 
 class Owners(TableTest):
     """Only the creator removes a segment; a dead one's is replaced, a living one's respected."""
@@ -352,9 +422,16 @@ class Owners(TableTest):
     def header(self, table, **changes):
         """The table's bytes with another header."""
         raw = bytearray(table.buf)
-        fields = dict({"magic": b"SENTINEL", "layout": master_server.LAYOUT, "capacity": 8,
-                       "pid": os.getpid(), "start": master_server.start_time(os.getpid())},
-                      **changes)
+        fields = dict(
+            {
+                "magic": b"SENTINEL",
+                "layout": master_server.LAYOUT,
+                "capacity": 8,
+                "pid": os.getpid(),
+                "start": master_server.start_time(os.getpid()),
+            },
+            **changes,
+        )
         struct.pack_into("=8sIIqq", raw, table.header_at, *fields.values())
         return bytes(raw)
 
@@ -373,8 +450,10 @@ class Owners(TableTest):
 
     def test_what_a_killed_master_left_is_replaced_and_not_read(self):
         table = self.create()
-        for what, changes in (("no such process", {"pid": self.ended_pid()}),
-                              ("the pid is another process's now", {"start": 1})):
+        for what, changes in (
+            ("no such process", {"pid": self.ended_pid()}),
+            ("the pid is another process's now", {"start": 1}),
+        ):
             with self.subTest(what):
                 name = segment_name("left")
                 self.raw(name, self.header(table, **changes))
@@ -385,7 +464,9 @@ class Owners(TableTest):
                 self.assertEqual(again.snapshot().nodes, [])
                 again.unlink()
 
-    def test_what_a_master_left_that_was_killed_while_it_made_its_segment_is_replaced(self):
+    def test_what_a_master_left_that_was_killed_while_it_made_its_segment_is_replaced(
+        self,
+    ):
         for size in (0, 65536):
             with self.subTest(size):
                 name = segment_name("unmade%d" % size)
@@ -408,12 +489,17 @@ class Owners(TableTest):
 
     def test_a_header_that_lies_is_one_error(self):
         table = self.create()
-        at = table.shm.size - 32        # COUNTS
-        lies = {"layout": self.header(table, layout=99), "magic": self.header(table, magic=b"x"),
-                "capacity": self.header(table, capacity=1 << 31),
-                "a little more capacity": self.header(table, capacity=2000)}
-        for what, counts in (("used slots", (0, 0, 0.0, 1 << 40)),
-                             ("events", (1 << 60, 0, 0.0, 8))):
+        at = table.shm.size - 32  # COUNTS
+        lies = {
+            "layout": self.header(table, layout=99),
+            "magic": self.header(table, magic=b"x"),
+            "capacity": self.header(table, capacity=1 << 31),
+            "a little more capacity": self.header(table, capacity=2000),
+        }
+        for what, counts in (
+            ("used slots", (0, 0, 0.0, 1 << 40)),
+            ("events", (1 << 60, 0, 0.0, 8)),
+        ):
             raw = bytearray(self.header(table))
             struct.pack_into("=QQdQ", raw, at, *counts)
             lies[what] = bytes(raw)
@@ -435,9 +521,12 @@ class Owners(TableTest):
         table = self.create()
         table.write(0, "\x1b[2J", row(node="\x1b[2J"), 0.0, "")
         table.beat(1, 1)
-        for what, content in (("alive", self.header(table)),
-                              ("dead", self.header(table, pid=self.ended_pid())),
-                              ("unmade", bytes(65536)), ("empty", b"")):
+        for what, content in (
+            ("alive", self.header(table)),
+            ("dead", self.header(table, pid=self.ended_pid())),
+            ("unmade", bytes(65536)),
+            ("empty", b""),
+        ):
             with self.subTest(what):
                 name = segment_name("foreign")
                 path = self.raw(name, content, uid=65534, mode=0o666)
@@ -452,11 +541,19 @@ class Owners(TableTest):
 
     def test_a_reader_that_ends_in_any_way_leaves_the_segment(self):
         table = self.create()
-        code = ("import sys, os, signal; sys.path.insert(0, %r); import master_server; "
-                "table = master_server.Table.attach(%r); table.snapshot(); %%s" % (
-                    support.ROOT, table.shm.name))
-        for end in ("", "sys.exit(3)", "os._exit(1)", "os.kill(os.getpid(), 9)", "1 / 0",
-                    "os.kill(os.getpid(), 15)"):
+        code = (
+            "import sys, os, signal; sys.path.insert(0, %r); import master_server; "
+            "table = master_server.Table.attach(%r); table.snapshot(); %%s"
+            % (support.ROOT, table.shm.name)
+        )
+        for end in (
+            "",
+            "sys.exit(3)",
+            "os._exit(1)",
+            "os.kill(os.getpid(), 9)",
+            "1 / 0",
+            "os.kill(os.getpid(), 15)",
+        ):
             with self.subTest(end):
                 done = support.run("-W", "error", "-c", code % end)
                 if end != "1 / 0":
@@ -476,18 +573,30 @@ class Owners(TableTest):
 
     def test_many_masters_that_start_at_once_with_one_name_are_one_master(self):
         name = segment_name("race")
-        tools = [support.start("master_server.py", "--port", 0, "--dashboard-port", 0,
-                               "--shm-name", name) for _ in range(4)]
+        tools = [
+            support.start(
+                "master_server.py",
+                "--port",
+                0,
+                "--dashboard-port",
+                0,
+                "--shm-name",
+                name,
+            )
+            for _ in range(4)
+        ]
         for tool in tools:
             self.addCleanup(tool.stop)
         eventually(lambda: sum(tool.code is not None for tool in tools) == 3)
-        alive, = [tool for tool in tools if tool.code is None]
+        (alive,) = [tool for tool in tools if tool.code is None]
         alive.logged("dashboard started")
         for tool in tools:
             if tool is not alive:
                 self.assertEqual(tool.wait(), 1)
                 self.assertRegex(tool.log, r"\Aerror: [^\n]*--shm-name[^\n]*\n\Z")
-        self.assertEqual(support.get(alive.listening("dashboard"), "/healthz").status, 200)
+        self.assertEqual(
+            support.get(alive.listening("dashboard"), "/healthz").status, 200
+        )
         self.assertEqual(alive.stop(), 0)
         self.assertNotIn(name, support.shm_names())
 

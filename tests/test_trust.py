@@ -22,21 +22,38 @@ import unittest
 
 import support
 from support import (
-    HOST, MasterTest, PlainAgent, eventually, events, get, nodes, requires, row_of, stays)
+    HOST,
+    MasterTest,
+    PlainAgent,
+    eventually,
+    events,
+    get,
+    nodes,
+    requires,
+    row_of,
+    stays,
+)
 
 import master_server
 import test_wire
 
 SEED = int(os.environ.get("SENTINEL_TEST_SEED", "1"))
 GOOD = {"cpu": 15.5, "ram": 40.25}
-UNDISTURBED = 2.0       # seconds in which another agent's sample must be answered, come what may
+UNDISTURBED = (
+    2.0  # seconds in which another agent's sample must be answered, come what may
+)
 
 
 class Witness:
     """An agent that goes on sending all the while and notes the longest wait for its "ok"."""
 
     def __init__(self, port, **more):
-        self.agent, self.ended, self.worst, self.trouble = PlainAgent(port), False, 0.0, ""
+        self.agent, self.ended, self.worst, self.trouble = (
+            PlainAgent(port),
+            False,
+            0.0,
+            "",
+        )
         self.sample = dict(GOOD, node="witness", ack=True, **more)
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
@@ -66,16 +83,20 @@ class Witness:
     def check(self):
         """Fail if it was disturbed."""
         if self.trouble or self.worst > UNDISTURBED:
-            raise AssertionError("the witness waited %.2f s for an answer; %s"
-                                 % (self.worst, self.trouble or "none was lost"))
+            raise AssertionError(
+                "the witness waited %.2f s for an answer; %s"
+                % (self.worst, self.trouble or "none was lost")
+            )
 
 
 @contextlib.contextmanager
 def idle(port, count, source=None):
     """That many connections which say nothing."""
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(PlainAgent(port, source=source and (source, 0)))
-               for _ in range(count)]
+        yield [
+            stack.enter_context(PlainAgent(port, source=source and (source, 0)))
+            for _ in range(count)
+        ]
 
 
 def closed(agent):
@@ -100,6 +121,7 @@ def told(agent, seconds=support.PATIENCE):
 # Hostile bytes
 # ==========================================================================================
 
+
 class HostileBytes(MasterTest):
     """Each hostile input gets its reason, in any segments, while another agent goes on."""
 
@@ -110,8 +132,13 @@ class HostileBytes(MasterTest):
         self.addCleanup(witness.check)
         self.addCleanup(witness.__exit__)
         before = self.row(node="witness")
-        self.addCleanup(lambda: eventually(lambda: [
-            row["slot"] for row in nodes(self.master.page)] == [before["slot"]]))
+        self.addCleanup(
+            lambda: eventually(
+                lambda: (
+                    [row["slot"] for row in nodes(self.master.page)] == [before["slot"]]
+                )
+            )
+        )
 
     def send(self, agent, data, step):
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -120,7 +147,9 @@ class HostileBytes(MasterTest):
     def test_each_is_told_its_reason_in_any_segments(self):
         rng = random.Random(SEED)
         for what, data, reason in test_wire.hostile():
-            step = rng.choice((None, None, 1460, 37, 5) if len(data) < 600 else (None, 1460))
+            step = rng.choice(
+                (None, None, 1460, 37, 5) if len(data) < 600 else (None, 1460)
+            )
             with self.subTest(what, step=step), PlainAgent(self.master.port) as agent:
                 self.send(agent, data, step)
                 said = told(agent)
@@ -147,23 +176,29 @@ class HostileBytes(MasterTest):
         data = pickle.dumps(dict(GOOD, node="slow"), 2)
         with contextlib.ExitStack() as stack:
             half, nothing, drip, again = (
-                stack.enter_context(PlainAgent(self.master.port)) for _ in range(4))
+                stack.enter_context(PlainAgent(self.master.port)) for _ in range(4)
+            )
             again.send(dict(GOOD, node="then-slow"))
             start = time.monotonic()
             half.send_bytes(data[:-5])
             for at in range(len(data) - 1):
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    drip.send_bytes(data[at:at + 1])
-                    again.send_bytes(data[at:at + 1])
+                    drip.send_bytes(data[at : at + 1])
+                    again.send_bytes(data[at : at + 1])
                 if time.monotonic() - start > 2.5:
                     break
                 time.sleep(0.05)
-            for agent in (drip, again, half, nothing):      # 1 s: it is to be there already
+            for agent in (drip, again, half, nothing):  # 1 s: it is to be there already
                 self.assertEqual(told(agent, 1), "no sample for 1.5 s")
 
     def test_hostile_text_of_a_real_protocol_never_reaches_the_log_unescaped(self):
-        for data in (b"\x1b]0;owned\x07\r\n", b"GET /\x1b[2J HTTP/1.1\r\n\r\n",
-                     test_wire.sample(test_wire.short("node") + test_wire.short("\x1b[2J\nx\x9b"))):
+        for data in (
+            b"\x1b]0;owned\x07\r\n",
+            b"GET /\x1b[2J HTTP/1.1\r\n\r\n",
+            test_wire.sample(
+                test_wire.short("node") + test_wire.short("\x1b[2J\nx\x9b")
+            ),
+        ):
             with PlainAgent(self.master.port) as agent:
                 self.send(agent, data, None)
         eventually(lambda: "\ufffd[2J\ufffdx\ufffd" in self.master.log)
@@ -173,6 +208,7 @@ class HostileBytes(MasterTest):
 # ==========================================================================================
 # Floods
 # ==========================================================================================
+
 
 class Flood(MasterTest):
     """Many refusals of one source."""
@@ -184,19 +220,33 @@ class Flood(MasterTest):
             self.row(node="witness")
             count = 600
             for _ in range(count):
-                with contextlib.suppress(OSError), PlainAgent(self.master.port) as agent:
+                with contextlib.suppress(OSError), PlainAgent(
+                    self.master.port
+                ) as agent:
                     agent.send_bytes(b"garbage\n")
                     agent.read_to_end()
 
             def counted():
                 texts = [event["text"] for event in events(self.master.page, "refused")]
-                return sum(int((re.search(r"\d+(?= more)", text) or "1")[0]) for text in texts)
+                return sum(
+                    int((re.search(r"\d+(?= more)", text) or "1")[0]) for text in texts
+                )
+
             eventually(lambda: counted() == count, what="every refusal is in a count")
-            eventually(lambda: self.master.log.count("refused 127.0.0.1: ")
-                       == len(events(self.master.page, "refused")))
-            self.assertLess(len(events(self.master.page, "refused")), 9, "at 0, 1, 3, 7, 15 s")
-            self.assertIn("witness", [event["node"] for event in events(
-                self.master.page, "connected")], "nothing useful is pushed out")
+            eventually(
+                lambda: (
+                    self.master.log.count("refused 127.0.0.1: ")
+                    == len(events(self.master.page, "refused"))
+                )
+            )
+            self.assertLess(
+                len(events(self.master.page, "refused")), 9, "at 0, 1, 3, 7, 15 s"
+            )
+            self.assertIn(
+                "witness",
+                [event["node"] for event in events(self.master.page, "connected")],
+                "nothing useful is pushed out",
+            )
             witness.check()
 
 
@@ -211,11 +261,18 @@ class Floods(MasterTest):
             for number in range(400):
                 source = "127.0.%d.%d" % (10 + number // 200, 1 + number % 200)
                 with contextlib.suppress(OSError), PlainAgent(
-                        self.master.port, source=(source, 0)) as agent:
+                    self.master.port, source=(source, 0)
+                ) as agent:
                     agent.send_bytes(b"garbage\n")
                     agent.read_to_end()
-            stays(lambda: [event for event in events(self.master.page, "connected")
-                           if event["node"] == "witness" and event.get("job") == "4711"], 1.5)
+            stays(
+                lambda: [
+                    event
+                    for event in events(self.master.page, "connected")
+                    if event["node"] == "witness" and event.get("job") == "4711"
+                ],
+                1.5,
+            )
 
     def test_one_that_sends_byte_by_byte_as_fast_as_it_can_holds_nobody_up(self):
         data = test_wire.of_size(16384)[:-1]
@@ -224,27 +281,33 @@ class Floods(MasterTest):
 
         def flood():
             while not ended.is_set():
-                with contextlib.suppress(OSError, AssertionError), \
-                        PlainAgent(self.master.port) as agent:
+                with contextlib.suppress(OSError, AssertionError), PlainAgent(
+                    self.master.port
+                ) as agent:
                     for at in range(len(data)):
-                        agent.send_bytes(data[at:at + 1])
+                        agent.send_bytes(data[at : at + 1])
                         if ended.is_set():
                             return
                     agent.read_to_end()
+
         threads = [threading.Thread(target=flood, daemon=True) for _ in range(4)]
         with Witness(self.master.port) as witness:
             for thread in threads:
                 thread.start()
             start = time.monotonic()
             while time.monotonic() - start < 3:
-                self.assertEqual(get(self.master.page, "/healthz", seconds=2).text, "ok\n")
+                self.assertEqual(
+                    get(self.master.page, "/healthz", seconds=2).text, "ok\n"
+                )
             ended.set()
             for thread in threads:
                 thread.join()
             witness.check()
 
     def test_more_samples_than_any_agent_sends_are_refused(self):
-        with Witness(self.master.port) as witness, PlainAgent(self.master.port) as agent:
+        with Witness(self.master.port) as witness, PlainAgent(
+            self.master.port
+        ) as agent:
             data = pickle.dumps(GOOD, 2) * 20
             start = time.monotonic()
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -252,8 +315,13 @@ class Floods(MasterTest):
                     agent.send_bytes(data)
             self.assertRegex(told(agent), "samples a second|^$")
             self.assertLess(time.monotonic() - start, 15)
-            eventually(lambda: [event for event in events(self.master.page, "refused")
-                                if "samples a second" in event["text"]])
+            eventually(
+                lambda: [
+                    event
+                    for event in events(self.master.page, "refused")
+                    if "samples a second" in event["text"]
+                ]
+            )
             witness.check()
 
     def test_connections_that_are_reset_at_once_by_the_thousand_are_survived(self):
@@ -265,7 +333,10 @@ class Floods(MasterTest):
                 agent.reset()
             self.assertEqual(get(self.master.page, "/healthz").text, "ok\n")
             witness.check()
-        threads = "/proc/%s/task" % re.findall(r"collector started, pid (\d+)", self.master.log)[-1]
+        threads = (
+            "/proc/%s/task"
+            % re.findall(r"collector started, pid (\d+)", self.master.log)[-1]
+        )
         eventually(lambda: len(os.listdir(threads)) < 20, what="threads are gone")
 
 
@@ -277,7 +348,9 @@ class Refusals(unittest.TestCase):
         clock = master_server.time.monotonic
         master_server.time.monotonic = lambda: self.now
         self.addCleanup(setattr, master_server.time, "monotonic", clock)
-        self.refusals = master_server.Refusals(lambda source, why: self.told.append((source, why)))
+        self.refusals = master_server.Refusals(
+            lambda source, why: self.told.append((source, why))
+        )
 
     def test_one_line_a_source_and_ten_seconds_with_a_count(self):
         for _ in range(500):
@@ -308,6 +381,7 @@ class Refusals(unittest.TestCase):
 # Connections that say nothing, and limits for each source
 # ==========================================================================================
 
+
 class Waiting(unittest.TestCase):
     """Connections without a sample are bounded separately: they lock nobody out."""
 
@@ -318,20 +392,29 @@ class Waiting(unittest.TestCase):
 
     def test_more_idle_connections_than_may_wait_lock_nobody_out(self):
         limit = master_server.MAX_WAITING
-        with support.start_master("--timeout", "60", "--max-agents", "4") as master, \
-                Witness(master.port) as witness, idle(master.port, limit + 200) as strangers:
+        with support.start_master(
+            "--timeout", "60", "--max-agents", "4"
+        ) as master, Witness(master.port) as witness, idle(
+            master.port, limit + 200
+        ) as strangers:
             with PlainAgent(master.port) as agent:
                 start = time.monotonic()
                 agent.send(dict(GOOD, node="good", ack=True))
                 self.assertEqual(agent.read_line(), "ok")
                 self.assertLess(time.monotonic() - start, 2)
-            eventually(lambda: limit - 2 <= sum(not closed(each) for each in strangers) <= limit,
-                       what="the oldest are gone, and only as many as must")
+            eventually(
+                lambda: (
+                    limit - 2 <= sum(not closed(each) for each in strangers) <= limit
+                ),
+                what="the oldest are gone, and only as many as must",
+            )
             self.assertTrue(closed(strangers[0]) and not closed(strangers[-1]))
             self.assertEqual(get(master.page, "/healthz").text, "ok\n")
             witness.check()
 
-    def test_connections_that_never_send_are_dropped_at_the_deadline_and_free_everything(self):
+    def test_connections_that_never_send_are_dropped_at_the_deadline_and_free_everything(
+        self,
+    ):
         with support.start_master("--timeout", "1") as master:
             eventually(lambda: get(master.page, "/healthz").status == 200)
             collector = int(master.logged(r"collector started, pid (\d+)").group(1))
@@ -353,6 +436,7 @@ class Waiting(unittest.TestCase):
 
             def shutdown(self, how):
                 shut.append(self.name)
+
         waiting = master_server.Waiting(5)
         waiting.add(Sock("honest"), "10.0.0.1")
         for number in range(50):
@@ -381,8 +465,9 @@ class Sources(unittest.TestCase):
         return agent, agent.read_line()
 
     def test_one_source_gets_seven_eighths_and_the_rest_is_for_others(self):
-        with support.start_master("--max-agents", "16") as self.master, \
-                contextlib.ExitStack() as stack:
+        with support.start_master(
+            "--max-agents", "16"
+        ) as self.master, contextlib.ExitStack() as stack:
             greedy = [self.join(stack, "127.0.0.66") for _ in range(20)]
             answers = [answer for _, answer in greedy]
             self.assertEqual(answers[:14], ["ok"] * 14)
@@ -391,12 +476,15 @@ class Sources(unittest.TestCase):
             self.assertEqual(self.join(stack, "127.0.0.67")[1], "ok")
             greedy[3][0].close()
             eventually(lambda: len(nodes(self.master.page)) == 14)
-            self.assertEqual(self.join(stack, "127.0.0.66")[1], "ok", "what left is free again")
+            self.assertEqual(
+                self.join(stack, "127.0.0.66")[1], "ok", "what left is free again"
+            )
             self.assertRegex(self.join(stack, "127.0.0.66")[1], "too many")
 
     def test_the_loopback_may_have_them_all(self):
-        with support.start_master("--max-agents", "16") as self.master, \
-                contextlib.ExitStack() as stack:
+        with support.start_master(
+            "--max-agents", "16"
+        ) as self.master, contextlib.ExitStack() as stack:
             answers = [self.join(stack, HOST)[1] for _ in range(17)]
             self.assertEqual(answers[:16], ["ok"] * 16)
             self.assertEqual(answers[16], "error master is full (16 agents)")
@@ -405,6 +493,7 @@ class Sources(unittest.TestCase):
 # ==========================================================================================
 # The secret
 # ==========================================================================================
+
 
 class Secret(unittest.TestCase):
     """--secret-file on both sides, with real programs: fail closed, and say the cure."""
@@ -427,7 +516,9 @@ class Secret(unittest.TestCase):
         return agent, nonce
 
     def proof(self, nonce, secret=None):
-        return hmac.new(secret or self.secret, nonce.encode(), hashlib.sha256).hexdigest()
+        return hmac.new(
+            secret or self.secret, nonce.encode(), hashlib.sha256
+        ).hexdigest()
 
     def file(self, name, content=b"open sesame\n", mode=0o600):
         path = os.path.join(self.folder, name)
@@ -461,13 +552,18 @@ class Secret(unittest.TestCase):
         stranger, other = self.connect()
         self.assertNotEqual(nonce, other, "a nonce is used once")
         for what, message, cure in (
-                ("no answer", dict(GOOD, ack=True), "--secret-file"),
-                ("a wrong secret", {"auth": self.proof(nonce, b"wrong")}, "same --secret-file"),
-                ("another's answer", {"auth": self.proof(other)}, "same --secret-file"),
-                ("a number", {"auth": 5}, "--secret-file"),
-                ("the nonce", {"auth": nonce}, "same --secret-file"),
-                ("nothing", {"auth": ""}, "same --secret-file"),
-                ("a goodbye", {"bye": "finished"}, "--secret-file")):
+            ("no answer", dict(GOOD, ack=True), "--secret-file"),
+            (
+                "a wrong secret",
+                {"auth": self.proof(nonce, b"wrong")},
+                "same --secret-file",
+            ),
+            ("another's answer", {"auth": self.proof(other)}, "same --secret-file"),
+            ("a number", {"auth": 5}, "--secret-file"),
+            ("the nonce", {"auth": nonce}, "same --secret-file"),
+            ("nothing", {"auth": ""}, "same --secret-file"),
+            ("a goodbye", {"bye": "finished"}, "--secret-file"),
+        ):
             with self.subTest(what):
                 agent, nonce = self.connect()
                 if what == "a wrong secret":
@@ -497,52 +593,86 @@ class Secret(unittest.TestCase):
 
     def test_a_real_agent_with_the_file_is_let_in_and_one_without_says_the_cure(self):
         own = self.file("other-secret", b"another one entirely\n")
-        ways = {"with": ("--secret-file", self.path), "without": (),
-                "wrong": ("--secret-file", own)}
+        ways = {
+            "with": ("--secret-file", self.path),
+            "without": (),
+            "wrong": ("--secret-file", own),
+        }
         with contextlib.ExitStack() as stack:
-            agents = {name: stack.enter_context(support.start(
-                "agent.py", "--port", self.master.port, "--name", name, *flags))
-                for name, flags in ways.items()}
+            agents = {
+                name: stack.enter_context(
+                    support.start(
+                        "agent.py", "--port", self.master.port, "--name", name, *flags
+                    )
+                )
+                for name, flags in ways.items()
+            }
             eventually(lambda: row_of(self.master.page, node="with"))
             agents["without"].logged("start the agent with --secret-file")
             agents["wrong"].logged("wrong secret: .*same --secret-file")
-            stays(lambda: {row["node"] for row in nodes(self.master.page)} & {"without", "wrong"}
-                  == set(), 0.5)
-            self.assertNotIn(self.secret.decode(), "".join(a.log for a in agents.values()))
+            stays(
+                lambda: (
+                    {row["node"] for row in nodes(self.master.page)}
+                    & {"without", "wrong"}
+                    == set()
+                ),
+                0.5,
+            )
+            self.assertNotIn(
+                self.secret.decode(), "".join(a.log for a in agents.values())
+            )
 
     def test_a_real_agent_with_a_secret_sends_nothing_to_a_master_without(self):
         with support.start_master() as master, support.start(
-                "agent.py", "--port", master.port, "--secret-file", self.path) as agent:
+            "agent.py", "--port", master.port, "--secret-file", self.path
+        ) as agent:
             agent.logged("start the master with --secret-file", 15)
             self.assertEqual(nodes(master.page), [])
 
     def test_a_file_that_is_no_secret_is_one_line_that_names_the_cure(self):
         missing = os.path.join(self.folder, "no", "such", "folder", "secret")
         for what, path, cure in (
-                ("others can read it", self.file("open", mode=0o644), "chmod 600"),
-                ("the group can", self.file("group", mode=0o640), "chmod 600"),
-                ("others can write it", self.file("write", mode=0o602), "chmod 600"),
-                ("empty", self.file("empty", b""), "remove the file|empty"),
-                ("blank", self.file("blank", b" \n\n"), "remove the file|empty"),
-                ("no folder", missing, "No such file"),
-                ("a folder", self.folder, "directory")):
+            ("others can read it", self.file("open", mode=0o644), "chmod 600"),
+            ("the group can", self.file("group", mode=0o640), "chmod 600"),
+            ("others can write it", self.file("write", mode=0o602), "chmod 600"),
+            ("empty", self.file("empty", b""), "remove the file|empty"),
+            ("blank", self.file("blank", b" \n\n"), "remove the file|empty"),
+            ("no folder", missing, "No such file"),
+            ("a folder", self.folder, "directory"),
+        ):
             for tool in ("master_server.py", "agent.py"):
                 with self.subTest(what, tool=tool):
-                    flags = ("--dashboard-port", "0") if tool == "master_server.py" else ()
-                    done = support.run(tool, "--port", self.master.port if not flags else 0,
-                                       "--secret-file", path, *flags, seconds=20)
+                    flags = (
+                        ("--dashboard-port", "0") if tool == "master_server.py" else ()
+                    )
+                    done = support.run(
+                        tool,
+                        "--port",
+                        self.master.port if not flags else 0,
+                        "--secret-file",
+                        path,
+                        *flags,
+                        seconds=20,
+                    )
                     self.assertEqual((done.returncode, done.stdout), (1, ""))
-                    self.assertRegex(done.stderr, r"\Aerror: [^\n]*(%s)[^\n]*\n\Z" % cure)
+                    self.assertRegex(
+                        done.stderr, r"\Aerror: [^\n]*(%s)[^\n]*\n\Z" % cure
+                    )
         self.assertFalse(os.path.exists(missing))
 
     def test_listening_beyond_this_machine_without_a_secret_is_one_warning(self):
-        for flags, lines in ((("--host", "0.0.0.0"), 1), ((), 0),
-                             (("--host", "0.0.0.0", "--secret-file", self.path), 0)):
+        for flags, lines in (
+            (("--host", "0.0.0.0"), 1),
+            ((), 0),
+            (("--host", "0.0.0.0", "--secret-file", self.path), 0),
+        ):
             with self.subTest(flags), support.start_master(*flags) as master:
                 with PlainAgent(master.port) as agent:
                     agent.send_bytes(b"\x80")
                 eventually(lambda m=master: get(m.page, "/healthz").status == 200)
-                found = [line for line in master.log.splitlines() if "--secret-file" in line]
+                found = [
+                    line for line in master.log.splitlines() if "--secret-file" in line
+                ]
                 self.assertEqual(len(found), lines, master.log)
 
 
@@ -559,23 +689,36 @@ class ManyRudeOnes(MasterTest):
 
         def rude():
             while not ended.is_set():
-                with contextlib.suppress(OSError, AssertionError), \
-                        PlainAgent(self.master.port) as agent:
+                with contextlib.suppress(OSError, AssertionError), PlainAgent(
+                    self.master.port
+                ) as agent:
                     agent.send_bytes(rng.choice(table)[1], rng.choice((None, 100)))
                     if rng.random() < 0.3:
                         agent.reset()
                     else:
                         agent.read_to_end(1)
+
         threads = [threading.Thread(target=rude, daemon=True) for _ in range(6)]
         with idle(self.master.port, 200):
             for thread in threads:
                 thread.start()
-            stays(lambda: row_of(self.master.page, node="honest")["age"] < 3 + UNDISTURBED, 3.5)
+            stays(
+                lambda: (
+                    row_of(self.master.page, node="honest")["age"] < 3 + UNDISTURBED
+                ),
+                3.5,
+            )
             ended.set()
             for thread in threads:
                 thread.join()
-        self.assertEqual([event for event in events(self.master.page, "lost")
-                          if event["node"] == "honest"], [])
+        self.assertEqual(
+            [
+                event
+                for event in events(self.master.page, "lost")
+                if event["node"] == "honest"
+            ],
+            [],
+        )
 
 
 # SIGUSR1 has a role say what it left to the garbage collector, which is switched off.
@@ -620,22 +763,30 @@ class NothingKept(MasterTest):
         for _ in range(times):
             for way in ("close", "goodbye", "reset", "silence", "refused"):
                 agent = self.agent()
-                agent.send(dict(GOOD, cpu=99, node=way, version="1.0", ack=True), protocol=4)
+                agent.send(
+                    dict(GOOD, cpu=99, node=way, version="1.0", ack=True), protocol=4
+                )
                 self.assertEqual(agent.read_line(), "ok")
                 if way in ("goodbye", "refused"):
-                    agent.send({"bye": "finished"} if way == "goodbye" else {"cpu": "much"})
+                    agent.send(
+                        {"bye": "finished"} if way == "goodbye" else {"cpu": "much"}
+                    )
                 if way in ("close", "reset"):
                     getattr(agent, way)()
             for path in list(master_server.ROUTES) + ["/node/close"]:
                 get(self.master.page, path)
         eventually(lambda: not nodes(self.master.page))
-        eventually(lambda: len(os.listdir("/proc/%d/task" % self.pid("collector"))) == 1)
+        eventually(
+            lambda: len(os.listdir("/proc/%d/task" % self.pid("collector"))) == 1
+        )
 
     def test_no_connection_leaves_anything_to_the_garbage_collector(self):
         self.end_some(1)
         first = [self.garbage(role) for role in ("collector", "dashboard")]
         self.end_some(3)
-        self.assertEqual([self.garbage(role) for role in ("collector", "dashboard")], [0, 0], first)
+        self.assertEqual(
+            [self.garbage(role) for role in ("collector", "dashboard")], [0, 0], first
+        )
 
 
 if __name__ == "__main__":

@@ -27,18 +27,21 @@ from support import requires
 import master_server
 from master_server import WireError, check_sample, make_shape, parse_pickle, parse_shape
 
-MAX_SAMPLE, MAX_KEYS, MAX_TEXT = 16384, 64, 255     # as design.md has them
-ROOM = 16 << 20         # bytes of address space that a decode may take beyond what is there
-PEAK = 1024             # KiB by which a decode may raise the process's peak
-ALLOWED = set("""PROTO FRAME STOP MARK EMPTY_DICT SETITEM SETITEMS NONE NEWTRUE NEWFALSE BININT
+MAX_SAMPLE, MAX_KEYS, MAX_TEXT = 16384, 64, 255  # as design.md has them
+ROOM = 16 << 20  # bytes of address space that a decode may take beyond what is there
+PEAK = 1024  # KiB by which a decode may raise the process's peak
+ALLOWED = set(
+    """PROTO FRAME STOP MARK EMPTY_DICT SETITEM SETITEMS NONE NEWTRUE NEWFALSE BININT
     BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE MEMOIZE BINPUT LONG_BINPUT BINGET
-    LONG_BINGET""".split())
+    LONG_BINGET""".split()
+)
 NOT_FLAT = "flat dict|at most"
 
 
 # ==========================================================================================
 # Assembler: short, text, real, sample, dumps
 # ==========================================================================================
+
 
 def short(value):
     """A text of up to 255 bytes, as protocol 4 writes it."""
@@ -72,7 +75,7 @@ def of_size(size):
         key = short("%03d" % len(items) + "k" * (MAX_TEXT - 3 if room > 1000 else 0))
         length = min(MAX_TEXT, room - len(key) - 2)
         if 0 < room - len(key) - 2 - length < 10:
-            length -= 10                # or what is left would be too little for a key
+            length -= 10  # or what is left would be too little for a key
         items.append(key + short("x" * length))
         room -= len(items[-1])
     return sample(*items)
@@ -81,6 +84,7 @@ def of_size(size):
 # ==========================================================================================
 # The hostile table
 # ==========================================================================================
+
 
 def running_code(path):
     """(what, pickle) of pickles with which the standard unpickler calls os.mkdir(path)."""
@@ -129,7 +133,11 @@ def memory_bombs():
     yield "LONG_BINPUT 2**32-1 alone", b"\x80\x02}r\xff\xff\xff\xff.", "cpu"
     yield "LONG_BINPUT 2**31", b"\x80\x02}r" + four(1 << 31) + b".", "cpu"
     yield "LONG_BINGET of nothing", b"\x80\x02}j\xff\xff\xff\xff.", NOT_FLAT
-    for name, code in (("BINUNICODE8", b"\x8d"), ("BINBYTES8", b"\x8e"), ("BYTEARRAY8", b"\x96")):
+    for name, code in (
+        ("BINUNICODE8", b"\x8d"),
+        ("BINBYTES8", b"\x8e"),
+        ("BYTEARRAY8", b"\x96"),
+    ):
         for size in (1 << 62, (1 << 64) - 1, 1 << 40, 1 << 32, 300):
             yield "%s of %d" % (name, size), b"\x80\x05}" + code + eight(size), NOT_FLAT
         yield name + " without its length", b"\x80\x05}" + code, NOT_FLAT
@@ -140,7 +148,12 @@ def memory_bombs():
         yield "BINUNICODE of %d" % size, b"\x80\x02}" + text("x", size), "255"
     for size in ((1 << 64) - 1, 1 << 63, 1 << 40, 1 << 32, 16385):
         yield "FRAME of %d" % size, b"\x80\x04\x95" + eight(size), NOT_FLAT + "|16384"
-    for what, code in (("lists", b"]"), ("marks", b"("), ("dicts", b"}"), ("tuples", b")")):
+    for what, code in (
+        ("lists", b"]"),
+        ("marks", b"("),
+        ("dicts", b"}"),
+        ("tuples", b")"),
+    ):
         yield "8,000 " + what, b"\x80\x02" + code * 8000, NOT_FLAT
         yield "8,000 %s in a dict" % what, b"\x80\x02}(" + code * 8000, NOT_FLAT
     yield "a tuple nested 8,000 deep", b"\x80\x02)" + b"\x85" * 8000 + b".", NOT_FLAT
@@ -148,15 +161,29 @@ def memory_bombs():
     for _ in range(300):
         nested = {"a": nested}
     yield "dicts nested 300 deep", pickle.dumps(nested, 2), NOT_FLAT
-    yield "tuples doubled 60 times", b"\x80\x02K\x01q\0" + b"h\0h\0\x86q\0" * 60 + b".", NOT_FLAT
-    yield "lists doubled 60 times", b"\x80\x02]q\0" + b"](h\0h\0eq\0" * 60 + b".", NOT_FLAT
+    yield (
+        "tuples doubled 60 times",
+        b"\x80\x02K\x01q\0" + b"h\0h\0\x86q\0" * 60 + b".",
+        NOT_FLAT,
+    )
+    yield (
+        "lists doubled 60 times",
+        b"\x80\x02]q\0" + b"](h\0h\0eq\0" * 60 + b".",
+        NOT_FLAT,
+    )
     yield "a dict in itself", b"\x80\x02}q\0" + text("a") + b"h\0s.", NOT_FLAT
     yield "DUP 8,000 times", b"\x80\x02K\x01" + b"2" * 8000, NOT_FLAT
     yield "an int of 9,000 digits", b"\x80\x02L" + b"9" * 9000 + b"L\n.", NOT_FLAT
-    yield "an int of 255 bytes", b"\x80\x02}(" + CPU + RAM + short("x") + (
-        b"\x8a\xff" + b"\x7f" * 255 + b"u."), "64 bits|at most 8"
-    yield "the same text 8,000 times", b"\x80\x04}(" + short("a") + b"\x94" + b"h\0" * 8000, (
-        "opcodes")
+    yield (
+        "an int of 255 bytes",
+        b"\x80\x02}(" + CPU + RAM + short("x") + (b"\x8a\xff" + b"\x7f" * 255 + b"u."),
+        "64 bits|at most 8",
+    )
+    yield (
+        "the same text 8,000 times",
+        b"\x80\x04}(" + short("a") + b"\x94" + b"h\0" * 8000,
+        ("opcodes"),
+    )
     yield "16 KiB of None", b"\x80\x02}(" + b"N" * 16500, "opcodes"
     yield "a pickle that only memoizes", b"\x80\x02}" + b"q\0" * 9000, "opcodes"
     yield "protocols without end", b"\x80\x02" * 9000, "opcode"
@@ -165,62 +192,135 @@ def memory_bombs():
 
 def past_limits():
     """(what, bytes, reason) of samples one past each limit, or with what JSON cannot say."""
+
     def dumped(**changes):
         return pickle.dumps({**{"cpu": 1, "ram": 1}, **changes}, 2)
+
     many = {"k%d" % number: 1 for number in range(MAX_KEYS - 1)}
     yield "16,385 bytes", of_size(MAX_SAMPLE + 1), "16384"
     yield "65 keys", dumped(**many), "64 keys"
-    yield "65 keys one by one", b"\x80\x04}" + b"".join(
-        short("k%d" % number) + b"Ns" for number in range(65)) + b".", "64 keys"
+    yield (
+        "65 keys one by one",
+        b"\x80\x04}"
+        + b"".join(short("k%d" % number) + b"Ns" for number in range(65))
+        + b".",
+        "64 keys",
+    )
     yield "256 bytes of text", dumped(node="x" * 256), "255"
-    yield "256 bytes of 4-byte characters", sample(
-        short("node") + text("\U0001f600" * 64)), "255"
+    yield (
+        "256 bytes of 4-byte characters",
+        sample(short("node") + text("\U0001f600" * 64)),
+        "255",
+    )
     yield "a key of 256 bytes", dumped(**{"k" * 256: 1}), "255"
-    yield "2**63", dumped(x=2 ** 63), "64 bits|at most 8"
-    yield "-2**63 - 1", dumped(x=-2 ** 63 - 1), "64 bits|at most 8"
+    yield "2**63", dumped(x=2**63), "64 bits|at most 8"
+    yield "-2**63 - 1", dumped(x=-(2**63) - 1), "64 bits|at most 8"
     for name, value in (("NaN", math.nan), ("inf", math.inf), ("-inf", -math.inf)):
         for key in ("cpu", "ram", "load1", "unknown"):
             yield "%s as %s" % (name, key), dumped(**{key: value}), "finite"
     yield "a signalling NaN", sample(short("x") + b"G\x7f\xf0\0\0\0\0\0\1"), "finite"
     for key in ("cpu", "ram"):
-        for value in (True, False, None, "50", -1, 101, 100.00000000000001, -5e-324, 1 << 62):
-            yield "%s is %r" % (key, value), dumped(**{key: value}), (
-                "%s must be a number from 0 to 100" % key)
+        for value in (
+            True,
+            False,
+            None,
+            "50",
+            -1,
+            101,
+            100.00000000000001,
+            -5e-324,
+            1 << 62,
+        ):
+            yield (
+                "%s is %r" % (key, value),
+                dumped(**{key: value}),
+                ("%s must be a number from 0 to 100" % key),
+            )
         rest = {name: 1 for name in ("cpu", "ram", "load1") if name != key}
         yield "no " + key, pickle.dumps(rest, 2), key + ".*missing"
     yield "nothing", b"\x80\x02}.", "cpu.*missing"
-    for what, raw in (("a lone surrogate", "\ud800"), ("a lone low surrogate", "a\udfff"),
-                      ("surrogates in pairs", "\ud83d\ude00")):
+    for what, raw in (
+        ("a lone surrogate", "\ud800"),
+        ("a lone low surrogate", "a\udfff"),
+        ("surrogates in pairs", "\ud83d\ude00"),
+    ):
         yield what, sample(short("node") + short(raw)), "UTF-8"
         yield what + " in a long text", sample(short("node") + text(raw)), "UTF-8"
         yield what + " as key", sample(short(raw) + b"N"), "UTF-8"
     for raw in (b"\xff", b"\xc0\x80", b"\xf5\x80\x80\x80", b"\xe2\x82", b"ok\x80"):
-        yield "text of %r" % raw, sample(short("node") + b"\x8c" + bytes([len(raw)]) + raw), "UTF-8"
-        yield "long text of %r" % raw, sample(
-            short("node") + b"X" + struct.pack("<I", len(raw)) + raw), "UTF-8"
+        yield (
+            "text of %r" % raw,
+            sample(short("node") + b"\x8c" + bytes([len(raw)]) + raw),
+            "UTF-8",
+        )
+        yield (
+            "long text of %r" % raw,
+            sample(short("node") + b"X" + struct.pack("<I", len(raw)) + raw),
+            "UTF-8",
+        )
     for number in (0, 1, 6, 255):
-        yield "protocol %d by name" % number, b"\x80" + bytes([number]) + sample()[2:], "protocol"
+        yield (
+            "protocol %d by name" % number,
+            b"\x80" + bytes([number]) + sample()[2:],
+            "protocol",
+        )
 
 
 def from_the_memo():
     """(what, bytes, reason) of values that no pickler memoizes: a shape would not know them."""
-    for name, code in (("a float", real(15.5)), ("an int", b"K\x05"), ("None", b"N"),
-                       ("True", b"\x88"), ("a big int", b"\x8a\x01\x05")):
-        yield name + " from the memo", b"\x80\x04}(" + short("cpu") + code + b"\x94" + short(
-            "ram") + b"h\0u.", NOT_FLAT
-        yield name + " from a huge index", b"\x80\x04}(" + short("cpu") + code + (
-            b"r\xff\xff\xff\xff" + short("ram") + b"j\xff\xff\xff\xffu."), NOT_FLAT
+    for name, code in (
+        ("a float", real(15.5)),
+        ("an int", b"K\x05"),
+        ("None", b"N"),
+        ("True", b"\x88"),
+        ("a big int", b"\x8a\x01\x05"),
+    ):
+        yield (
+            name + " from the memo",
+            b"\x80\x04}(" + short("cpu") + code + b"\x94" + short("ram") + b"h\0u.",
+            NOT_FLAT,
+        )
+        yield (
+            name + " from a huge index",
+            b"\x80\x04}("
+            + short("cpu")
+            + code
+            + (b"r\xff\xff\xff\xff" + short("ram") + b"j\xff\xff\xff\xffu."),
+            NOT_FLAT,
+        )
 
 
 def other_shapes():
     """(what, bytes, reason) of pickles of something else than a flat dict, and broken ones."""
     for protocol in (2, 4):
-        for value in ([1], (1, 2), 1, "text", None, {1: 2}, {None: 1}, {"a": [1]}, {"a": {}},
-                      {"a": b"x"}, {"a": 1j}, {"cpu", "ram"}, {"a": (1,)}, {b"a": 1}, {1.5: 1}):
-            yield "%r in protocol %d" % (value, protocol), pickle.dumps(value, protocol), (
-                NOT_FLAT + "|not text")
+        for value in (
+            [1],
+            (1, 2),
+            1,
+            "text",
+            None,
+            {1: 2},
+            {None: 1},
+            {"a": [1]},
+            {"a": {}},
+            {"a": b"x"},
+            {"a": 1j},
+            {"cpu", "ram"},
+            {"a": (1,)},
+            {b"a": 1},
+            {1.5: 1},
+        ):
+            yield (
+                "%r in protocol %d" % (value, protocol),
+                pickle.dumps(value, protocol),
+                (NOT_FLAT + "|not text"),
+            )
     for protocol in (0, 1):
-        yield "protocol %d" % protocol, pickle.dumps({"cpu": 1, "ram": 1}, protocol), "protocol"
+        yield (
+            "protocol %d" % protocol,
+            pickle.dumps({"cpu": 1, "ram": 1}, protocol),
+            "protocol",
+        )
     yield "a value without a key", b"\x80\x02}(" + CPU + b"K\x01u.", "not text"
     yield "two dicts", b"\x80\x02}}.", NOT_FLAT
     yield "two marks", b"\x80\x02}((" + CPU + b"u.", NOT_FLAT
@@ -241,7 +341,8 @@ def client_hello():
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     try:
         ssl.create_default_context().wrap_bio(
-            incoming, outgoing, server_hostname="localhost").do_handshake()
+            incoming, outgoing, server_hostname="localhost"
+        ).do_handshake()
     except ssl.SSLWantReadError:
         pass
     return outgoing.read()
@@ -249,8 +350,22 @@ def client_hello():
 
 def other_protocols():
     """(what, bytes, reason) of programs that think that something else listens here."""
-    for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT"):
-        yield method, b"%s / HTTP/1.1\r\nHost: localhost\r\n\r\n" % method.encode(), "HTTP"
+    for method in (
+        "GET",
+        "HEAD",
+        "POST",
+        "PUT",
+        "DELETE",
+        "OPTIONS",
+        "PATCH",
+        "TRACE",
+        "CONNECT",
+    ):
+        yield (
+            method,
+            b"%s / HTTP/1.1\r\nHost: localhost\r\n\r\n" % method.encode(),
+            "HTTP",
+        )
     yield "HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "HTTP"
     yield "a TLS hello", client_hello(), "TLS"
     yield "half a TLS hello", client_hello()[:20], "TLS"
@@ -264,10 +379,20 @@ def other_protocols():
 
 def hostile(path="/nonexistent/sentinel"):
     """[(what, bytes, pattern of the reason)]: each must be refused, with that reason."""
-    table = [("runs code: " + what, data, NOT_FLAT + "|no pickle")
-             for what, data in running_code(path)]
-    table += [("makes objects: " + what, data, NOT_FLAT) for what, data in making_objects()]
-    for part in (memory_bombs, past_limits, from_the_memo, other_shapes, other_protocols):
+    table = [
+        ("runs code: " + what, data, NOT_FLAT + "|no pickle")
+        for what, data in running_code(path)
+    ]
+    table += [
+        ("makes objects: " + what, data, NOT_FLAT) for what, data in making_objects()
+    ]
+    for part in (
+        memory_bombs,
+        past_limits,
+        from_the_memo,
+        other_shapes,
+        other_protocols,
+    ):
         table += part()
     names = [what for what, _, _ in table]
     assert len(set(names)) == len(names), sorted(names)
@@ -276,40 +401,79 @@ def hostile(path="/nonexistent/sentinel"):
 
 def harmless():
     """[(what, bytes)] at each limit exactly, or odd: each is a sample."""
-    full = dict({"k%d" % number: number for number in range(MAX_KEYS - 2)}, cpu=1, ram=1)
+    full = dict(
+        {"k%d" % number: number for number in range(MAX_KEYS - 2)}, cpu=1, ram=1
+    )
     table = [
         ("16,384 bytes", of_size(MAX_SAMPLE)),
         ("64 keys", pickle.dumps(full, 4)),
         ("255 bytes of text", sample(short("node") + short("x" * 255))),
-        ("255 bytes of 3-byte characters", sample(short("node") + short("\u20ac" * 85))),
+        (
+            "255 bytes of 3-byte characters",
+            sample(short("node") + short("\u20ac" * 85)),
+        ),
         ("a key of 255 bytes", sample(short("é" * 127 + "x") + b"N")),
-        ("2**63 - 1", pickle.dumps({"cpu": 1, "ram": 1, "x": 2 ** 63 - 1}, 2)),
-        ("-2**63", pickle.dumps({"cpu": 1, "ram": 1, "x": -2 ** 63}, 2)),
+        ("2**63 - 1", pickle.dumps({"cpu": 1, "ram": 1, "x": 2**63 - 1}, 2)),
+        ("-2**63", pickle.dumps({"cpu": 1, "ram": 1, "x": -(2**63)}, 2)),
         ("the largest float", sample(short("x") + real(sys.float_info.max))),
         ("the smallest float", sample(short("x") + real(5e-324))),
         ("0 and 100", pickle.dumps({"cpu": 0, "ram": 100}, 3)),
         ("-0.0 and 100.0", pickle.dumps({"cpu": -0.0, "ram": 100.0}, 5)),
-        ("a huge index of the memo", sample(short("node") + short("n") + b"r\xff\xff\xff\xff",
-                                            short("user") + b"j\xff\xff\xff\xff")),
-        ("a key from the memo", sample(short("node") + b"\x94" + short("a") + b"\x94",
-                                       short("user") + b"h\1")),
+        (
+            "a huge index of the memo",
+            sample(
+                short("node") + short("n") + b"r\xff\xff\xff\xff",
+                short("user") + b"j\xff\xff\xff\xff",
+            ),
+        ),
+        (
+            "a key from the memo",
+            sample(
+                short("node") + b"\x94" + short("a") + b"\x94", short("user") + b"h\1"
+            ),
+        ),
         ("a key twice", sample(short("cpu") + b"K\x07")),
         ("items one by one", b"\x80\x02}" + CPU + b"s" + RAM + b"s."),
         ("items in two parts", b"\x80\x02}(" + CPU + b"u(" + RAM + b"u."),
         ("no items, then some", b"\x80\x02}(u(" + CPU + RAM + b"u."),
-        ("a frame", b"\x80\x04\x95" + struct.pack("<Q", len(sample()) - 2) + sample()[2:])]
+        (
+            "a frame",
+            b"\x80\x04\x95" + struct.pack("<Q", len(sample()) - 2) + sample()[2:],
+        ),
+    ]
     for protocol in (2, 3, 4, 5):
         if protocol <= pickle.HIGHEST_PROTOCOL:
-            table.append(("everything, protocol %d" % protocol, pickle.dumps(
-                {"cpu": 15.5, "ram": 40.2, "node": "c1", "job": "4711", "ack": True, "no": False,
-                 "none": None, "byte": 200, "two": 60000, "four": -5, "long": 2 ** 40,
-                 "user": "ünï", "version": "1.0", "interval": 2.0}, protocol)))
+            table.append(
+                (
+                    "everything, protocol %d" % protocol,
+                    pickle.dumps(
+                        {
+                            "cpu": 15.5,
+                            "ram": 40.2,
+                            "node": "c1",
+                            "job": "4711",
+                            "ack": True,
+                            "no": False,
+                            "none": None,
+                            "byte": 200,
+                            "two": 60000,
+                            "four": -5,
+                            "long": 2**40,
+                            "user": "ünï",
+                            "version": "1.0",
+                            "interval": 2.0,
+                        },
+                        protocol,
+                    ),
+                )
+            )
     return table
 
 
 # ==========================================================================================
 # Decoder
 # ==========================================================================================
+
 
 def outcome(data):
     """What the collector makes of bytes: "sample", "incomplete" or the reason; nothing else."""
@@ -336,9 +500,13 @@ class Decoder(unittest.TestCase):
             with self.subTest(what):
                 result, size, _ = parse_pickle(data)
                 expected = slowly_unpickled(data)
-                self.assertEqual((list(result.items()), size), (list(expected.items()), len(data)))
-                self.assertEqual([type(value) for value in result.values()],
-                                 [type(value) for value in expected.values()])
+                self.assertEqual(
+                    (list(result.items()), size), (list(expected.items()), len(data))
+                )
+                self.assertEqual(
+                    [type(value) for value in result.values()],
+                    [type(value) for value in expected.values()],
+                )
                 self.assertEqual(outcome(data), "sample")
 
     def test_every_beginning_of_a_sample_is_incomplete(self):
@@ -370,8 +538,14 @@ class Decoder(unittest.TestCase):
             if opcode.name in ALLOWED:
                 continue
             code = opcode.code.encode("latin-1")
-            for before in (b"\x80\x04", b"\x80\x04}", b"\x80\x04}(", b"\x80\x04}(K\x01K\x02",
-                           b"\x80\x04}(" + CPU, sample()[:-1]):
+            for before in (
+                b"\x80\x04",
+                b"\x80\x04}",
+                b"\x80\x04}(",
+                b"\x80\x04}(K\x01K\x02",
+                b"\x80\x04}(" + CPU,
+                sample()[:-1],
+            ):
                 for after in (b"", b"\0" * 40, b"os\nsystem\n.", b"\xff" * 9):
                     with self.subTest(opcode.name, before=before, after=after):
                         self.assertRegex(outcome(before + code + after), NOT_FLAT)
@@ -383,18 +557,40 @@ class Decoder(unittest.TestCase):
                 self.assertRegex(outcome(b"\x80\x04}" + bytes([code])), NOT_FLAT)
 
     def test_what_can_be_no_sample_any_more_is_refused_at_16_kib_at_the_latest(self):
-        endless = b"\x80\x04}(" + short("k") + b"X" + struct.pack("<I", 255) + b"x" * 255
-        endless += b"".join(short("k%d" % number) + short("x" * 255) for number in range(80))
+        endless = (
+            b"\x80\x04}(" + short("k") + b"X" + struct.pack("<I", 255) + b"x" * 255
+        )
+        endless += b"".join(
+            short("k%d" % number) + short("x" * 255) for number in range(80)
+        )
         self.assertEqual(outcome(endless[:5000]), "incomplete")
         for size in (MAX_SAMPLE, MAX_SAMPLE + 1, len(endless)):
             self.assertRegex(outcome(endless[:size]), "16384")
 
     def test_check_sample_keeps_what_is_known_and_drops_what_has_the_wrong_type(self):
-        message = {"cpu": 1, "ram": 2.5, "node": 7, "job": None, "load1": "high", "cpus": True,
-                   "user": 1.5, "swap": 0, "whatever": 5, "ack": True, "job_name": "",
-                   "version": "1\n2\x1b[0m\u202e\x9b"}
-        self.assertEqual(known(check_sample(message)), {
-            "cpu": 1.0, "ram": 2.5, "swap": 0.0, "version": "1\ufffd2\ufffd[0m\ufffd\ufffd"})
+        message = {
+            "cpu": 1,
+            "ram": 2.5,
+            "node": 7,
+            "job": None,
+            "load1": "high",
+            "cpus": True,
+            "user": 1.5,
+            "swap": 0,
+            "whatever": 5,
+            "ack": True,
+            "job_name": "",
+            "version": "1\n2\x1b[0m\u202e\x9b",
+        }
+        self.assertEqual(
+            known(check_sample(message)),
+            {
+                "cpu": 1.0,
+                "ram": 2.5,
+                "swap": 0.0,
+                "version": "1\ufffd2\ufffd[0m\ufffd\ufffd",
+            },
+        )
 
     def test_check_auth_takes_the_right_answer_alone(self):
         secret, nonce = b"open sesame", "a1b2c3"
@@ -402,12 +598,19 @@ class Decoder(unittest.TestCase):
         with mock.patch("hmac.compare_digest", wraps=hmac.compare_digest) as compare:
             self.assertIsNone(master_server.check_auth({"auth": right}, secret, nonce))
         self.assertEqual(compare.call_count, 1, "in constant time")
-        for what, answer in (("wrong", "0" * 64), ("short", right[:-1]), ("upper case",
-                             right.upper()), ("not ASCII", "é" * 64), ("empty", "")):
+        for what, answer in (
+            ("wrong", "0" * 64),
+            ("short", right[:-1]),
+            ("upper case", right.upper()),
+            ("not ASCII", "é" * 64),
+            ("empty", ""),
+        ):
             with self.subTest(what), self.assertRaisesRegex(WireError, "wrong secret"):
                 master_server.check_auth({"auth": answer}, secret, nonce)
         for answer in (None, True, 5, 1.5):
-            with self.subTest(answer), self.assertRaisesRegex(WireError, "--secret-file"):
+            with self.subTest(answer), self.assertRaisesRegex(
+                WireError, "--secret-file"
+            ):
                 master_server.check_auth({"auth": answer}, secret, nonce)
 
 
@@ -415,13 +618,31 @@ class Decoder(unittest.TestCase):
 # Shapes: the short way for samples that differ in their floats alone
 # ==========================================================================================
 
-ODD_FLOATS = (0.0, -0.0, 1.5, 50.0, 99.25, 100.0, 101.0, -1.0, 5e-324, 1e308, -1e308, math.nan,
-              math.inf, -math.inf, struct.unpack(">d", b"\x7f\xf0\0\0\0\0\0\1")[0])
+ODD_FLOATS = (
+    0.0,
+    -0.0,
+    1.5,
+    50.0,
+    99.25,
+    100.0,
+    101.0,
+    -1.0,
+    5e-324,
+    1e308,
+    -1e308,
+    math.nan,
+    math.inf,
+    -math.inf,
+    struct.unpack(">d", b"\x7f\xf0\0\0\0\0\0\1")[0],
+)
 
 
 def known(row):
     """What a row knows, as a dict with its types."""
-    values = {key: master_server.from_field(value) for key, value in zip(master_server.INDEX, row)}
+    values = {
+        key: master_server.from_field(value)
+        for key, value in zip(master_server.INDEX, row)
+    }
     return {key: value for key, value in values.items() if value is not None}
 
 
@@ -443,11 +664,17 @@ def shape_differs(data, rng):
         return ""
     changed = bytearray(data[:size])
     for at, _ in parse_pickle(data)[2]:
-        changed[at:at + 8] = struct.pack(">d", rng.choice(ODD_FLOATS))
+        changed[at : at + 8] = struct.pack(">d", rng.choice(ODD_FLOATS))
     flipped = bytearray(changed)
     flipped[rng.randrange(size)] ^= 1 << rng.randrange(8)
-    for other in (data[:size], bytes(changed), bytes(flipped), data, data[:size] + b".",
-                  data[:size - 1]):
+    for other in (
+        data[:size],
+        bytes(changed),
+        bytes(flipped),
+        data,
+        data[:size] + b".",
+        data[: size - 1],
+    ):
         said = parse_shape(other, shape)
         if said is None:
             continue
@@ -471,15 +698,32 @@ class Shapes(unittest.TestCase):
 
     def test_a_shape_never_says_anything_else_than_the_decoder(self):
         rng = random.Random(4)
-        odd = [("a float twice", sample(short("cpu") + real(1.25))),
-               ("ack as a float", sample(short("ack") + real(1.5))),
-               ("a text as a float", sample(short("node") + real(1.5))),
-               ("a float, then an int", sample(short("cpu") + b"K\x05")),
-               ("an int, then a float", sample(short("x") + b"K\x05", short("x") + real(1.0))),
-               ("a key from the memo", b"\x80\x04}(" + short("cpu") + b"\x94" + real(1) + short(
-                   "ram") + real(2) + b"h\0" + real(3) + b"u."),
-               ("bytes of a float that look like opcodes", sample(
-                   short("x") + b"G" + b"u.G(u.}."))]
+        odd = [
+            ("a float twice", sample(short("cpu") + real(1.25))),
+            ("ack as a float", sample(short("ack") + real(1.5))),
+            ("a text as a float", sample(short("node") + real(1.5))),
+            ("a float, then an int", sample(short("cpu") + b"K\x05")),
+            (
+                "an int, then a float",
+                sample(short("x") + b"K\x05", short("x") + real(1.0)),
+            ),
+            (
+                "a key from the memo",
+                b"\x80\x04}("
+                + short("cpu")
+                + b"\x94"
+                + real(1)
+                + short("ram")
+                + real(2)
+                + b"h\0"
+                + real(3)
+                + b"u.",
+            ),
+            (
+                "bytes of a float that look like opcodes",
+                sample(short("x") + b"G" + b"u.G(u.}."),
+            ),
+        ]
         for what, data in harmless() + odd:
             with self.subTest(what):
                 for _ in range(200):
@@ -487,8 +731,12 @@ class Shapes(unittest.TestCase):
 
     def test_an_agents_samples_do_go_the_short_way(self):
         for protocol in (2, 4):
-            data = pickle.dumps({"cpu": 15.5, "ram": 40.2, "node": "c1", "load1": 0.5}, protocol)
-            after = pickle.dumps({"cpu": 16.5, "ram": 41.2, "node": "c1", "load1": 1e9}, protocol)
+            data = pickle.dumps(
+                {"cpu": 15.5, "ram": 40.2, "node": "c1", "load1": 0.5}, protocol
+            )
+            after = pickle.dumps(
+                {"cpu": 16.5, "ram": 41.2, "node": "c1", "load1": 1e9}, protocol
+            )
             said = parse_shape(after, shape_of(data)[0])
             self.assertEqual(known(said), pickle.loads(after))
 
@@ -496,6 +744,7 @@ class Shapes(unittest.TestCase):
 # ==========================================================================================
 # Memory: each hostile input in a process of its own, under RLIMIT_AS
 # ==========================================================================================
+
 
 def peak():
     """The most memory that this process ever had resident, in KiB (getrusage(2))."""
@@ -510,7 +759,7 @@ def measure_one(decode, data):
     before = peak()
     try:
         said = decode(data)
-    except BaseException as error:      # whatever it is, it is the outcome
+    except BaseException as error:  # whatever it is, it is the outcome
         said = "%s: %s" % (type(error).__name__, error)
     return said, peak() - before
 
@@ -518,7 +767,7 @@ def measure_one(decode, data):
 def measure(decode=outcome, table=None):
     """[(what, outcome, KiB)] of a table, each input in a child of its own."""
     found = []
-    decode(sample())                    # what Python loads for the first one
+    decode(sample())  # what Python loads for the first one
     for what, data, *_ in table or hostile() + harmless():
         read_end, write_end = os.pipe()
         child = os.fork()
@@ -530,15 +779,19 @@ def measure(decode=outcome, table=None):
         with os.fdopen(read_end) as file:
             answer = file.read()
         _, status = os.waitpid(child, 0)
-        found.append((what, *(json.loads(answer) if answer else ("died: %d" % status, 0))))
+        found.append(
+            (what, *(json.loads(answer) if answer else ("died: %d" % status, 0)))
+        )
     return found
 
 
 def unpickle(data):
     """What a forbidden unpickler makes of bytes: for the tests of the measurement itself."""
+
     class Forbidding(pickle.Unpickler):
         def find_class(self, module, name):
             raise pickle.UnpicklingError("no globals")
+
     Forbidding(io.BytesIO(data)).load()
     return "sample"
 
@@ -567,6 +820,7 @@ class Memory(unittest.TestCase):
 
     def test_the_pickles_that_run_code_do_run_it_in_an_unpickler_and_not_here(self):
         import copyreg
+
         copyreg.add_extension("os", "mkdir", 0x77)
         self.addCleanup(copyreg.remove_extension, "os", "mkdir", 0x77)
         with tempfile.TemporaryDirectory() as folder:

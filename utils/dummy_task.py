@@ -6,6 +6,7 @@ Prints where and as whom it runs, counts for a few seconds, and ends with 0:
     python3 utils/dummy_task.py [SECONDS]           here, now
     sbatch utils/run_dummy_task.slurm [SECONDS]     on a compute node, when Slurm has one
 """
+
 import getpass
 import os
 import socket
@@ -16,7 +17,9 @@ import time
 def main():
     seconds = sys.argv[1] if len(sys.argv) > 1 else "3"
     if not seconds.isdecimal() or len(seconds) > 4:
-        print("error: %r is no number of seconds (0 to 9999)" % seconds, file=sys.stderr)
+        print(
+            "error: %r is no number of seconds (0 to 9999)" % seconds, file=sys.stderr
+        )
         return 2
     print("node    %s" % socket.gethostname())
     print("user    %s" % getpass.getuser())
