@@ -2,8 +2,7 @@
 """agent.py - tell the master of Cluster Sentinel how this node and your job are doing.
 
 The promise: one file, Python 3.6 or newer, nothing to install, no root. It only reads, listens
-nowhere, talks to one address and takes less than a thousandth of a core. Read it
-before you run it: it is one file, in the order of the picture.
+nowhere, talks to one address and takes less than a thousandth of a core.
 
     /proc, /sys ------> parsers -> rates -> sample => link == pickles over TCP ==> master
     statvfs, nvidia-smi, squeue (may hang) --^  ^      ^  <== ok, error REASON ==
@@ -11,77 +10,86 @@ before you run it: it is one file, in the order of the picture.
 
     python3 agent.py --host login                    watch until SIGINT or SIGTERM
     python3 agent.py --host login -- ./my_app args   run a command and watch while it runs
+    python3 agent.py --jobs                          put an agent into each of my running jobs
     python3 agent.py --once                          print one sample as JSON
 
 Exit codes: 0 done or stopped, 1 failed, 2 bad usage; a command's own, 128+n by signal n, 127 none.
 """
+# The rooms, from the top; a room uses only rooms above it.
+#
+#   parsers       text in, values out: no files, no clock
+#   probe         the only door to files and commands
+#   rates         counters into change per second
+#   sample        one reader a source: a new metric is one reader in the Sampler's list
+#   link          the connection to the master: dial, hear, send, dial again
+#   outlet        the same with stdout in its place
+#   report        what a job used of what it asked for
+#   loop          clock, signals, the command that is watched
+#   herd          where squeue and srun are: an agent for each job
+#   relay         where the master is: a connection for each agent of the herd
+#   command line  flags, environment, main(argv=None) -> int
+
+import os
+import sys
+
+if __name__ == "__main__":
+    # A json.py or select.py of the user's own, in this folder, must not hide the standard
+    # library's: the folder that Python searches first comes last.
+    sys.path.append(sys.path.pop(0))
 
 import argparse
 import contextlib
 import getpass
 import json
 import math
-import os
 import pickle
 import re
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from typing import Any, Callable, Dict, Iterable, List, Optional, Set, Tuple, Union
 
 VERSION = "1.0"
-FIRST_SECONDS = 0.25  # the first sample covers so much time
-SLOW_SECONDS = (
-    10.0,
-    60.0,
-)  # between two rounds of what may hang; older results are unknown
-SQUEUE_SECONDS = 300.0  # squeue is never asked twice within this time
-WAIT_SECONDS = 5.0  # for a connection, a challenge, nvidia-smi or squeue
-ANSWER_SECONDS = (
-    10.0,
-    60.0,
-)  # without an ok for so long dial again; doubles till the first ok
-BACKOFF_SECONDS = 1.0, 30.0  # from one dial to the next; doubles till the first ok
-GOODBYE_SECONDS = 0.5  # for the master to take the goodbye
-FILE_BYTES, ANSWER_BYTES, TEXT_BYTES = (
-    65536,
-    1024,
-    255,
-)  # read at most; the master's for texts
 Value = Union[str, float]  # float stands for int and bool, too (PEP 484)
 Sample = Dict[str, Value]  # what is unknown has no key
 Reading = Iterable[Tuple[str, Value]]
 
 
-# ---- Parsers: text in, values out; ValueError or LookupError for a text of another kind --------
-NUMBERS = (  # key, file, pattern: proc(5), kernel doc accounting/psi.rst
+# ============================================================================
+# Parsers: text in, values out; ValueError or LookupError for a text of another kind
+# ============================================================================
+
+# key, file, pattern: proc(5), kernel document accounting/psi.rst
+NUMBERS = (
     ("load1", "proc/loadavg", r"(\S+)"),  # 0.20 0.18 0.12 1/80 11206
     ("procs", "proc/loadavg", r"/(\d+)"),
     ("uptime", "proc/uptime", r"(\S+)"),  # 350735.47 234388.90
-    (
-        "psi_cpu",
-        "proc/pressure/cpu",
-        r"some avg10=(\S+)",
-    ),  # some avg10=1.12 avg60=0.72 ...
+    ("psi_cpu", "proc/pressure/cpu", r"some avg10=(\S+)"),  # some avg10=1.12 avg60=...
     ("psi_mem", "proc/pressure/memory", r"some avg10=(\S+)"),
     ("psi_io", "proc/pressure/io", r"some avg10=(\S+)"),
 )
-COUNTERS = (  # keys, class, file, pattern (name, in, out), bytes: proc(5), iostats.rst
-    # eth0: 171199307    3251    0    0    0     0          0         0   139424    1862    0 ...
-    ("net_rx net_tx", "net", "proc/net/dev", r"(\S+): *(\d+)(?: +\d+){7} +(\d+)", 1),
+# keys, class of devices, file, pattern (name, in, out), bytes in one: proc(5), iostats.rst
+COUNTERS = (
+    # eth0: 171199307    3251    0    0    0     0          0         0   139424    1862 ...
+    (
+        ("net_rx", "net_tx"),
+        "net",
+        "proc/net/dev",
+        r"(\S+): *(\d+)(?: +\d+){7} +(\d+)",
+        1,
+    ),
     #  254       0 vda 31056 7269 1864882 11864 10381 6470 2203312 5835 0 8748 18356 ...
     (
-        "disk_read disk_write",
+        ("disk_read", "disk_write"),
         "block",
         "proc/diskstats",
         r" (\S+) \d+ \d+ (\d+) \d+ \d+ \d+ (\d+)",
         512,
     ),
 )
-TIME_LEFT = r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)$"  # 1-02:03:04 from squeue(1), %L
+TIME_LEFT = r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)$"  # 1-02:03:04 of squeue(1), %L and %l
 CPUS_PER_NODE = (
     r"(\d+)(?:\(x(\d+)\))?"  # 72(x2),36 in SLURM_JOB_CPUS_PER_NODE, sbatch(1)
 )
@@ -91,47 +99,70 @@ CPUS_PER_NODE = (
 JOB_CGROUP = re.compile(
     r"^\d+:([^:]*):(.*?(?:/uid_\d+|slurmstepd\.scope)/[^/\n]+)", re.M
 )
+TEXT_BYTES = 255  # the most that the master takes of a text
 
 
 def number(text: str, name: str) -> int:
-    """Return the number behind the name that begins a line."""
-    start = ("\n" + text).index("\n" + name) + len(name)
+    """Return the number behind the name that begins a line; ValueError names what is missing."""
+    at = ("\n" + text).find("\n" + name)
+    if at < 0:
+        raise ValueError("there is no line %r" % name.strip())
+    start = at + len(name)
     return int(text[start : start + 30].split(None, 1)[0])
+
+
+def number_or(text: str, name: str, default: int) -> int:
+    """Return the number behind the name that begins a line, or the default without one."""
+    if "\n" + name in "\n" + text:
+        return number(text, name)
+    return default
 
 
 def parse_cpu(text: str) -> Tuple[int, int]:
     """Return (idle, total) ticks since boot from /proc/stat, proc(5); iowait is idle, too."""
     # cpu  84282 747 51842 1326541 1340 0 3204 17 412 0     (the guest's 412 are in user's, too)
-    ticks = [int(word) for word in text[: text.index("\n")].split()[1:9]]
-    return ticks[3] + ticks[4], sum(ticks)
+    if not text.startswith("cpu "):
+        raise ValueError("it does not begin with a line 'cpu'")
+    line = text[: text.index("\n")]
+    ticks = [int(word) for word in line.split()[1:9]]
+    idle = ticks[3]
+    iowait = ticks[4]
+    return idle + iowait, sum(ticks)
 
 
 def parse_meminfo(text: str) -> Tuple[int, ...]:
-    """Return (total, available, swap total, swap free) bytes from /proc/meminfo, proc(5)."""
+    """Return (total, available, swap total, swap free) bytes from /proc/meminfo, proc(5).
+
+    Without swap lines both are 0. In an LXC container MemAvailable may be the machine's, larger
+    than the container's MemTotal: then MemFree is what there is.
+    """
     # MemTotal:       24684096 kB
-    if "MemAvailable:" not in text:  # before Linux 3.14: the sum that free(1) took
-        text += "\nMemAvailable: %d\n" % (
-            sum(
-                number(text, name)
-                for name in ("MemFree:", "Buffers:", "Cached:", "SReclaimable:")
-            )
-            - number(text, "Shmem:")
-        )
-    return tuple(
-        [
-            number(text, name) * 1024
-            for name in ("MemTotal:", "MemAvailable:", "SwapTotal:", "SwapFree:")
-        ]
-    )
+    total = number(text, "MemTotal:")
+    if "MemAvailable:" in text:
+        available = number(text, "MemAvailable:")
+    else:
+        available = available_before_3_14(text)
+    if available > total:
+        available = number(text, "MemFree:")
+    swap = number_or(text, "SwapTotal:", 0)
+    unused = number_or(text, "SwapFree:", 0)
+    return total * 1024, available * 1024, swap * 1024, unused * 1024
+
+
+def available_before_3_14(text: str) -> int:
+    """Return the KiB that free(1) took as available before Linux 3.14 had MemAvailable."""
+    reclaimable = ("Buffers:", "Cached:", "SReclaimable:")
+    cached = sum(number_or(text, name, 0) for name in reclaimable)
+    return number(text, "MemFree:") + cached - number_or(text, "Shmem:", 0)
 
 
 def parse_gpus(text: str) -> Reading:
     """Yield gpus, gpu (mean percent busy) and gpu_mem (percent in use) from nvidia-smi's CSV."""
     # 35, 1024, 40960           [N/A] where the GPU does not tell
     rows = [line.split(", ") for line in text.splitlines() if line.count(", ") == 2]
-    busy, used, total = (
-        [int(row[n]) for row in rows if row[n].isdigit()] for n in range(3)
-    )
+    busy = [int(row[0]) for row in rows if row[0].isdigit()]
+    used = [int(row[1]) for row in rows if row[1].isdigit()]
+    total = [int(row[2]) for row in rows if row[2].isdigit()]
     if rows:
         yield "gpus", len(rows)
     if busy:
@@ -140,7 +171,31 @@ def parse_gpus(text: str) -> Reading:
         yield "gpu_mem", round(100.0 * sum(used) / sum(total), 1)
 
 
-# ---- Probe: the only door to files and commands ----------------------------------------------
+def parse_duration(text: str) -> Optional[float]:
+    """Return the seconds of 1-02:03:04 or 5:00, squeue(1); None for UNLIMITED and the like."""
+    found = re.match(TIME_LEFT, text)
+    if not found:
+        return None
+    days, hours, minutes, seconds = [int(part or 0) for part in found.groups()]
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def clip(text: str) -> str:
+    """Return a text the master takes: UTF-8 of at most 255 bytes."""
+    return text.encode("utf-8", "replace")[:TEXT_BYTES].decode("utf-8", "ignore")
+
+
+# ============================================================================
+# Probe: the only door to files and commands
+# ============================================================================
+
+FILE_BYTES = 65536  # the most that is read of a file or an answer
+STAT_BYTES = (
+    4194304  # ... and of /proc/stat when its CPUs are counted: 4,096 have 400 KB
+)
+WAIT_SECONDS = 5.0  # for a connection, a challenge, nvidia-smi or squeue
+
+
 class Probe:
     """Reads files named "proc/stat" or "sys/..."; each is opened once and read again in place."""
 
@@ -149,15 +204,18 @@ class Probe:
         self.open_files: Dict[str, int] = {}
 
     def where(self, path: str) -> str:
-        return self.roots[path.split("/")[0]] + path[path.index("/") :]
+        """Return the real path of a file."""
+        root, slash, rest = path.partition("/")
+        return self.roots[root] + slash + rest
 
     def read(self, path: str, limit: int = FILE_BYTES) -> str:
         """Return up to `limit` bytes of a file; OSError if it cannot be read."""
         if path not in self.open_files:
             self.open_files[path] = os.open(self.where(path), os.O_RDONLY)
-        text = chunk = os.pread(self.open_files[path], limit, 0)
+        file = self.open_files[path]
+        text = chunk = os.pread(file, limit, 0)
         while chunk and len(text) < limit:  # /proc gives about a page at a time
-            chunk = os.pread(self.open_files[path], limit - len(text), len(text))
+            chunk = os.pread(file, limit - len(text), len(text))
             text += chunk
         return text.decode("utf-8", "replace")
 
@@ -169,12 +227,12 @@ class Probe:
 
     def ask(self, command: str) -> str:
         """Return what a command prints within its time, nothing if there is no such command."""
-        name, timed = command.split()[0], "timeout -k 1 %d %s" % (WAIT_SECONDS, command)
-        if not any(
-            os.access(os.path.join(path, name), os.X_OK) for path in os.get_exec_path()
-        ):
+        name = command.split()[0]
+        paths = [os.path.join(folder, name) for folder in os.get_exec_path()]
+        if not any(os.access(path, os.X_OK) for path in paths):
             return ""
-        with os.popen(timed + " </dev/null 2>/dev/null") as pipe:
+        timed = "timeout -k 1 %d %s </dev/null 2>/dev/null" % (WAIT_SECONDS, command)
+        with os.popen(timed) as pipe:
             return str(pipe.read(FILE_BYTES))
 
 
@@ -182,57 +240,76 @@ class PsutilProbe(Probe):
     """The same door where there is no /proc: psutil's numbers in the words of proc(5)."""
 
     def read(self, path: str, limit: int = FILE_BYTES) -> str:
+        readers = {
+            "proc/stat": self.stat,
+            "proc/meminfo": self.meminfo,
+            "proc/loadavg": self.loadavg,
+        }
+        return readers[path]()
+
+    @staticmethod
+    def stat() -> str:
         import psutil
 
-        times, ram, swap = (
-            psutil.cpu_times(),
-            psutil.virtual_memory(),
-            psutil.swap_memory(),
+        times = psutil.cpu_times()
+        busy = 100 * (sum(times) - times.idle)
+        cpus = "\ncpu" * (os.cpu_count() or 1)
+        return "cpu  %d 0 0 %d 0 0 0 0%s\n" % (busy, 100 * times.idle, cpus)
+
+    @staticmethod
+    def meminfo() -> str:
+        import psutil
+
+        ram = psutil.virtual_memory()
+        swap = psutil.swap_memory()
+        lines = (
+            ("MemTotal", ram.total),
+            ("MemAvailable", ram.available),
+            ("SwapTotal", swap.total),
+            ("SwapFree", swap.free),
         )
-        ticks = (
-            100 * (sum(times) - times.idle),
-            100 * times.idle,
-            "\ncpu" * (os.cpu_count() or 1),
-        )
-        kib = ram.total >> 10, ram.available >> 10, swap.total >> 10, swap.free >> 10
-        return {
-            "proc/stat": "cpu %d 0 0 %d 0 0 0 0%s\n" % ticks,
-            "proc/meminfo": "MemTotal: %d\nMemAvailable: %d\nSwapTotal: %d\nSwapFree: %d"
-            % kib,
-            "proc/loadavg": "%f 0/%d" % (os.getloadavg()[0], len(psutil.pids())),
-        }[path]
+        return "".join("%s: %d kB\n" % (name, size >> 10) for name, size in lines)
+
+    @staticmethod
+    def loadavg() -> str:
+        import psutil
+
+        return "%f 0/%d" % (os.getloadavg()[0], len(psutil.pids()))
 
 
-# ---- Rates: counters into change per second --------------------------------------------------
+# ============================================================================
+# Rates: counters into change per second
+# ============================================================================
+
+
 class Rates(Dict[str, Tuple[float, float]]):
     """Remembers each counter and the time it was read at, in monotonic seconds."""
 
     def change(self, key: str, counter: float, now: float) -> Reading:
         """Yield (key, change per second), nothing if it has just begun or went back."""
-        then, self[key] = self.get(key), (counter, now)
-        if then is not None and counter >= then[0] and now > then[1]:
-            yield key, round((counter - then[0]) / (now - then[1]), 3)
+        before = self.get(key)
+        self[key] = (counter, now)
+        if before is None:
+            return
+        counted, then = before
+        if counter >= counted and now > then:
+            yield key, round((counter - counted) / (now - then), 3)
 
 
-# ---- Sample: all readings of one node at one instant, one reader a source --------------------
-AMD_FILES = "gpu_busy_percent", "mem_info_vram_used", "mem_info_vram_total"
+# ============================================================================
+# Sample: all readings of one node at one instant, one reader a source
+# ============================================================================
+
+FIRST_SECONDS = 0.25  # the first sample covers so much time
+SLOW_SECONDS = 10.0  # between two rounds of what may hang
+STALE_SECONDS = 60.0  # older results of it are unknown
+SQUEUE_SECONDS = 300.0  # squeue is never asked twice within this time
+AMD_FILES = ("gpu_busy_percent", "mem_info_vram_used", "mem_info_vram_total")
 NVIDIA_SMI = (
     "nvidia-smi --query-gpu=utilization.gpu,memory.used,memory.total"
     " --format=csv,noheader,nounits"
 )
-CGROUP_1 = "memory", "limit_in_bytes", "total_rss ", "total_shmem ", "total_cache "
-CGROUP_2 = (
-    "",
-    "max",
-    "anon ",
-    "shmem ",
-    "file ",
-)  # controller, limit, lines of memory.stat
-
-
-def clip(text: str) -> str:
-    """Return a text the master takes: UTF-8 of at most 255 bytes."""
-    return text.encode("utf-8", "replace")[:TEXT_BYTES].decode("utf-8", "ignore")
+NO_LIMIT = 2**60  # bytes: cgroup v1 says 2 ** 63 - 4096 for no limit
 
 
 def collect(readers: Iterable[Callable[[], Reading]]) -> Sample:
@@ -241,43 +318,37 @@ def collect(readers: Iterable[Callable[[], Reading]]) -> Sample:
     for reader in readers:
         try:
             known.update(reader())
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            ArithmeticError,
-        ):  # unknown is no key, not zero
-            pass
+        except (OSError, ValueError, LookupError, ArithmeticError):
+            pass  # unknown is no key, not zero
     return known
 
 
 class Sampler:
-    """Reads a Linux node: each reader yields (key, value), or raises what `collect` passes over."""
+    """Reads a Linux node: each reader yields (key, value), or raises what `collect` passes over.
+
+    A new metric is one more reader in `self.readers`, or in `self.slow_readers` if what it
+    reads may hang; master_server.py shows it once its METRICS list it.
+    """
 
     def __init__(self, probe: Optional[Probe] = None, name: str = "") -> None:
-        self.probe, self.rates, self.now, self.name = (
-            probe or Probe(),
-            Rates(),
-            0.0,
-            name,
-        )
+        self.probe = probe or Probe()
+        self.name = name
+        self.rates = Rates()
+        self.now = 0.0  # monotonic time of the last sample
         self.slow: Tuple[float, Sample] = (
             -math.inf,
             {},
         )  # the last round: when, result
-        self.end_time = float(os.environ.get("SLURM_JOB_END_TIME") or 0)
-        self.asked = math.inf if self.end_time else -math.inf
-        parse_meminfo(
-            self.probe.read("proc/meminfo")
-        )  # no node can do without these two
-        text = self.probe.read("proc/stat")
-        self.idle, self.total, self.percent = parse_cpu(text) + (0.0,)
+        self.idle = 0  # ticks, and so is total
+        self.total = 0
+        self.percent = 0.0  # CPU in use, as it was last
+        self.find_end_of_job()
+        self.require_cpu_and_ram()
         self.hardware = {kind: self.find_hardware(kind) for kind in ("net", "block")}
         self.job = collect(
             [self.find_job]
         )  # {controller: directory of the job's cgroup}
-        self.fixed = collect([self.identify, self.find_job_cpus])
-        self.fixed.update(cpus=text.count("\ncpu"), version=VERSION)
+        self.fixed = collect([self.identify, self.find_job_cpus, self.count_cpus])
         self.readers = [
             self.read_cpu,
             self.read_memory,
@@ -287,78 +358,125 @@ class Sampler:
             self.read_job_memory,
             self.read_agent,
         ]
-        self.slow_readers = [self.read_filesystems, self.read_time_left, self.read_gpus]
+        self.slow_readers = [
+            self.read_filesystems,
+            self.read_time_left,
+            self.read_gpus,
+        ]
         self.sample()  # the first rates begin here
 
+    # ---- what does not change ----------------------------------------------------------
+
+    def require_cpu_and_ram(self) -> None:
+        """Raise OSError or ValueError, naming the file, if cpu or ram cannot be known here."""
+        needed = (
+            ("cpu", "proc/stat", self.read_cpu),
+            ("ram", "proc/meminfo", self.read_memory),
+        )
+        for key, path, reader in needed:
+            try:
+                known = dict(reader())
+            except (ValueError, LookupError, ArithmeticError) as error:
+                file = self.probe.where(path)
+                raise ValueError("no %s in %s: %s" % (key, file, error)) from None
+            if key not in known:
+                file = self.probe.where(path)
+                raise ValueError("no %s in %s: its numbers make no sense" % (key, file))
+
     def identify(self) -> Reading:
-        environ, host = os.environ, socket.gethostname().split(".")[0]
+        """Yield who this is: node, user and job."""
+        environ = os.environ
+        host = socket.gethostname().split(".")[0]
+        yield "version", VERSION
         yield "node", clip(self.name or environ.get("SLURMD_NODENAME") or host)
-        for key, variable in ("job", "SLURM_JOB_ID"), ("job_name", "SLURM_JOB_NAME"):
-            if environ.get(variable):
-                yield key, clip(environ[variable])
+        if environ.get("SLURM_JOB_ID"):
+            yield "job", clip(environ["SLURM_JOB_ID"])
+        if environ.get("SLURM_JOB_NAME"):
+            yield "job_name", clip(environ["SLURM_JOB_NAME"])
         yield "user", clip(getpass.getuser())  # KeyError, OSError: a uid without a name
+
+    def count_cpus(self) -> Reading:
+        yield "cpus", self.probe.read("proc/stat", STAT_BYTES).count("\ncpu")
 
     def find_hardware(self, kind: str) -> List[str]:
         """Return the devices of a class: bonds, bridges and partitions count again what they do."""
-        parts = {
-            name: self.probe.names("sys/class/%s/%s" % (kind, name))
-            for name in self.probe.names("sys/class/" + kind)
-        }
-        return [name for name in parts if "device" in parts[name]] or [
-            name for name in parts if kind == "net" and name != "lo"
-        ]  # in a container
+        folder = "sys/class/" + kind
+        names = self.probe.names(folder)
+        real = [n for n in names if "device" in self.probe.names(folder + "/" + n)]
+        if real or kind != "net":
+            return real
+        return [name for name in names if name != "lo"]  # in a container
 
     def find_job(self) -> Reading:
         """Yield (controller, directory of the job's cgroup); v2 is the controller ""."""
-        for controllers, path in JOB_CGROUP.findall(
-            self.probe.read("proc/self/cgroup")
-        ):
+        text = self.probe.read("proc/self/cgroup")
+        for controllers, path in JOB_CGROUP.findall(text):
             for name in controllers.split(","):
-                for mount in controllers, name or "unified":
-                    if self.probe.names("sys/fs/cgroup/%s%s" % (mount, path)):
-                        yield name, "sys/fs/cgroup/%s%s" % (mount, path)
+                for mount in (controllers, name or "unified"):
+                    folder = "sys/fs/cgroup/%s%s" % (mount, path)
+                    if self.probe.names(folder):
+                        yield name, folder
 
     def find_job_cpus(self) -> Reading:
+        """Yield the CPUs that Slurm has given to the job on this node."""
         groups = re.findall(CPUS_PER_NODE, os.environ["SLURM_JOB_CPUS_PER_NODE"])
-        cpus = [int(each) for each, nodes in groups for _ in range(int(nodes or 1))]
+        cpus = []
+        for each, nodes in groups:
+            cpus += [int(each)] * int(nodes or 1)
         yield "job_cpus", cpus[int(os.environ.get("SLURM_NODEID") or 0)]
+
+    def find_end_of_job(self) -> None:
+        """Set the end and the limit of the job, as far as the environment tells them."""
+        self.end_time = environment_time("SLURM_JOB_END_TIME")
+        self.time_limit = 0.0  # seconds; 0 is unknown
+        start = environment_time("SLURM_JOB_START_TIME")
+        if self.end_time > start > 0:
+            self.time_limit = self.end_time - start
+        # when squeue was asked last: never again if there is no need
+        self.asked = math.inf if self.end_time else -math.inf
+
+    # ---- the sample ---------------------------------------------------------------------
 
     def sample(self) -> Sample:
         """Return what is known now."""
-        self.now, (then, slow) = time.monotonic(), self.slow
-        fresh = slow if self.now - then < SLOW_SECONDS[1] else {}
-        return dict(self.fixed, **collect(self.readers), **fresh)
+        self.now = time.monotonic()
+        known = dict(self.fixed)
+        known.update(collect(self.readers))
+        then, slow = self.slow
+        if self.now - then < STALE_SECONDS:
+            known.update(slow)
+        return known
 
     def refresh_for_ever(self) -> None:
         """Do the readings that may hang (a dead file server, a GPU's driver), on a thread."""
         while True:
-            self.slow = time.monotonic(), collect(self.slow_readers)
-            time.sleep(SLOW_SECONDS[0])
+            self.slow = (time.monotonic(), collect(self.slow_readers))
+            time.sleep(SLOW_SECONDS)
+
+    # ---- readers --------------------------------------------------------------------------
 
     def read_cpu(self) -> Reading:
         idle, total = parse_cpu(self.probe.read("proc/stat", 256))
-        elapsed, idled = (
-            total - self.total,
-            max(0, idle - self.idle),
-        )  # iowait may go back
+        elapsed = total - self.total
+        idled = max(0, idle - self.idle)  # iowait may go back
         if elapsed > 0:
+            busy = max(0, elapsed - idled)
             self.percent = (
-                (1000 * max(0, elapsed - idled) + elapsed // 2) // elapsed / 10
-            )
-        self.idle, self.total = idle, total
+                (1000 * busy + elapsed // 2) // elapsed / 10
+            )  # round() is slow
+        self.idle = idle
+        self.total = total
         yield "cpu", self.percent
 
     def read_memory(self) -> Reading:
-        total, available, swap, unused = parse_meminfo(
-            self.probe.read("proc/meminfo", 1024)
-        )
-        yield (
-            "ram",
-            (1000 * (total - available) + total // 2) // total / 10,
-        )  # round() is slow
+        text = self.probe.read("proc/meminfo", 1024)
+        total, available, swap, unused = parse_meminfo(text)
+        used = total - available
+        if 0 <= used <= total:
+            yield "ram", (1000 * used + total // 2) // total / 10
+            yield "mem_used", float(used)
         yield "mem_total", total
-        yield "mem_used", float(total - available)
-        if swap:
+        if swap and unused <= swap:
             yield "swap", round(100.0 * (swap - unused) / swap, 1)
 
     def read_numbers(self) -> Reading:
@@ -367,41 +485,45 @@ class Sampler:
 
     def read_counters(self) -> Reading:
         for keys, kind, path, pattern, unit in COUNTERS:
-            rows = [
-                (int(into), int(out))
-                for name, into, out in re.findall(pattern, self.probe.read(path))
-                if name in self.hardware[kind]
-            ]
-            for key, column in zip(keys.split(), zip(*rows)):
+            devices = self.hardware[kind]
+            rows = []
+            for name, received, sent in re.findall(pattern, self.probe.read(path)):
+                if name in devices:
+                    rows.append((int(received), int(sent)))
+            for key, column in zip(keys, zip(*rows)):
                 yield from self.rates.change(key, unit * sum(column), self.now)
 
     def read_job_cpu(self) -> Reading:
-        v1 = "cpuacct" in self.job  # nanoseconds in v1, microseconds in v2
-        path = (
-            "%s/cpuacct.usage" % self.job["cpuacct"]
-            if v1
-            else "%s/cpu.stat" % self.job[""]
-        )
-        text = self.probe.read(path)
-        used = int(text) / 1e9 if v1 else number(text, "usage_usec ") / 1e6
+        if "cpuacct" in self.job:  # cgroup v1
+            path = "%s/cpuacct.usage" % self.job["cpuacct"]
+            used = int(self.probe.read(path)) / 1e9
+        else:
+            path = "%s/cpu.stat" % self.job[""]
+            used = number(self.probe.read(path), "usage_usec ") / 1e6
         share = 100.0 * used / float(self.fixed["job_cpus"])
         yield from self.rates.change("job_cpu", share, self.now)
 
     def read_job_memory(self) -> Reading:
-        controller, limit, anonymous, shared, cache = (
-            CGROUP_1 if "memory" in self.job else CGROUP_2
-        )
-        text = self.probe.read("%s/memory.stat" % self.job[controller])
-        in_shared = (
-            number(text, shared) if shared in text else 0
-        )  # v1: since Linux 4.15
-        used = number(text, anonymous) + in_shared
+        """Yield the job's memory, cgroup-v1/memory.rst and cgroup-v2.rst: cache is no use of it."""
+        if "memory" in self.job:  # cgroup v1
+            folder = self.job["memory"]
+            text = self.probe.read("%s/memory.stat" % folder)
+            anonymous = number(text, "total_rss ")
+            shared = number_or(text, "total_shmem ", 0)  # since Linux 4.15
+            cache = number(text, "total_cache ")
+            limit = self.probe.read("%s/memory.limit_in_bytes" % folder)
+        else:
+            folder = self.job[""]
+            text = self.probe.read("%s/memory.stat" % folder)
+            anonymous = number(text, "anon ")
+            shared = number_or(text, "shmem ", 0)
+            cache = number(text, "file ")
+            limit = self.probe.read("%s/memory.max" % folder)
+        used = anonymous + shared
         yield "job_mem", float(used)
-        yield "job_cache", float(number(text, cache) - in_shared)
-        most = int(
-            self.probe.read("%s/memory.%s" % (self.job[controller], limit))
-        )  # or "max"
-        if most < 2**60:  # v1 says 2 ** 63 - 4096 for no limit
+        yield "job_cache", float(cache - shared)
+        most = int(limit)  # ValueError for "max": there is none
+        if most < NO_LIMIT:
             yield "job_mem_limit", most
             yield "job_ram", round(100.0 * used / most, 1)
 
@@ -411,47 +533,87 @@ class Sampler:
         yield from self.rates.change("agent_cpu", 100.0 * time.process_time(), self.now)
 
     def read_time_left(self) -> Reading:
-        if "job" in self.fixed and time.monotonic() - self.asked >= SQUEUE_SECONDS:
-            self.asked = time.monotonic()  # seldom: sites forbid squeue in a loop
-            left = re.findall(
-                TIME_LEFT, self.probe.ask('squeue -h -j "$SLURM_JOB_ID" -o %L')
-            )[0]
-            self.end_time = time.time() + sum(
-                int(part or 0) * unit for part, unit in zip(left, (86400, 3600, 60, 1))
-            )
+        now = time.monotonic()
+        if "job" in self.fixed and now - self.asked >= SQUEUE_SECONDS:
+            self.asked = now  # seldom: sites forbid squeue in a loop
+            self.ask_for_end()
         if self.end_time:
             yield "job_time_left", max(0.0, round(self.end_time - time.time(), 1))
+        if self.time_limit:
+            yield "job_time_limit", self.time_limit
+
+    def ask_for_end(self) -> None:
+        """Set the end and the limit of the job by squeue(1): time left, time limit."""
+        words = self.probe.ask('squeue -h -j "$SLURM_JOB_ID" -o "%L %l"').split()
+        left = parse_duration(words[0])
+        if left is not None:
+            self.end_time = time.time() + left
+        self.time_limit = parse_duration(words[1]) or 0.0 if len(words) > 1 else 0.0
 
     def read_filesystems(self) -> Reading:
-        for key, path in ("disk_tmp", "/tmp"), ("disk", "."):
+        for key, path in (("disk_tmp", "/tmp"), ("disk", ".")):
             space = os.statvfs(path)
             used = space.f_blocks - space.f_bfree  # percent as df(1) has it
             yield key, round(100.0 * used / (used + space.f_bavail), 1)
 
     def read_gpus(self) -> Reading:
-        cards = [
-            "sys/class/drm/%s/device" % name
-            for name in self.probe.names("sys/class/drm")
-            if name.startswith("card")
-        ]  # the renderD128 of a card is the same GPU
-        texts = [
-            ", ".join(
-                self.probe.read("%s/%s" % (card, file)).strip() for file in AMD_FILES
-            )
-            for card in cards
-            if AMD_FILES[0] in self.probe.names(card)
-        ]
-        return parse_gpus("\n".join(texts + [self.probe.ask(NVIDIA_SMI)]))
+        texts = []
+        for name in self.probe.names("sys/class/drm"):
+            card = "sys/class/drm/%s/device" % name
+            # the renderD128 of a card is the same GPU
+            if name.startswith("card") and AMD_FILES[0] in self.probe.names(card):
+                values = [self.probe.read("%s/%s" % (card, file)) for file in AMD_FILES]
+                texts.append(", ".join(value.strip() for value in values))
+        texts.append(self.probe.ask(NVIDIA_SMI))
+        return parse_gpus("\n".join(texts))
+
+
+def environment_time(name: str) -> float:
+    """Return the time.time() in a variable of Slurm's; 0 if it is none, which is told."""
+    text = os.environ.get(name) or "0"
+    try:
+        return float(text)
+    except ValueError:
+        log("%s is %r, which is no time: it is left out" % (name, text))
+        return 0.0
 
 
 def get_system_stats(sampler: Optional[Sampler] = None) -> Sample:
     """Return one sample of the next 0.25 s, {'cpu': 15.5, 'ram': 40.2, ...}: percent, bytes, s."""
     sampler = sampler or Sampler()
     time.sleep(FIRST_SECONDS)
-    return dict(sampler.sample(), **collect(sampler.slow_readers))
+    sample = sampler.sample()
+    sample.update(collect(sampler.slow_readers))
+    return sample
 
 
-# ---- Link: dial, hear, send, dial again ------------------------------------------------------
+def apply_facts(sampler: Sampler, facts: Dict[str, Any]) -> None:
+    """Take over what a step's environment lacks or has wrong: name, CPUs, end of its job."""
+    for key in ("job", "job_name"):
+        sampler.fixed[key] = clip(str(facts[key]))
+    cpus = facts["cpus"].get(sampler.fixed["node"])
+    if cpus:
+        sampler.fixed["job_cpus"] = cpus
+    if facts.get("end"):
+        sampler.end_time = float(facts["end"])
+        sampler.time_limit = float(facts.get("limit") or 0.0)
+        sampler.asked = math.inf
+
+
+# ============================================================================
+# Link: dial, hear, send, dial again
+# ============================================================================
+
+ANSWER_BYTES = 1024  # read at once of what the master says
+ANSWER_SECONDS = (
+    10.0  # without an ok for so long: dial again; doubles until the first ok ...
+)
+MAX_ANSWER_SECONDS = 60.0  # ... up to this
+BACKOFF_SECONDS = 1.0  # from one dial to the next; doubles until the first ok ...
+MAX_BACKOFF_SECONDS = 30.0  # ... up to this
+GOODBYE_SECONDS = 0.5  # for the master to take the goodbye
+
+
 def log(text: str, end: str = "\n") -> None:
     """Write a line to stderr, over the line before if that had another end (on a terminal)."""
     text = "".join(
@@ -460,10 +622,9 @@ def log(text: str, end: str = "\n") -> None:
     with contextlib.suppress(
         OSError, ValueError
     ):  # a log that nobody reads stops nothing
-        start = ("\r\033[K" if sys.stderr.isatty() else "") + time.strftime("%H:%M:%S")
-        print(
-            "%s agent: %s%s" % (start, text, end), end="", file=sys.stderr, flush=True
-        )
+        erase = "\r\033[K" if sys.stderr.isatty() else ""
+        line = "%s%s agent: %s%s" % (erase, time.strftime("%H:%M:%S"), text, end)
+        print(line, end="", file=sys.stderr, flush=True)
 
 
 def prove(sock: socket.socket, secret: bytes) -> None:
@@ -472,47 +633,79 @@ def prove(sock: socket.socket, secret: bytes) -> None:
 
     line = b""
     with contextlib.suppress(socket.timeout):
-        line = sock.makefile("rb", 0).readline(
-            ANSWER_BYTES
-        )  # 0: what follows is for `exchange`
+        # without a buffer: what follows the line is for `hear`
+        line = sock.makefile("rb", 0).readline(ANSWER_BYTES)
     if not re.match(rb"challenge \S+\r?\n", line):
         raise OSError(
             line.decode("utf-8", "replace").strip()
             or "it asks for no secret: start the master with --secret-file, too"
         )
-    proof = hmac.new(secret, line.split()[1], "sha256").hexdigest()
+    nonce = line.split()[1]
+    proof = hmac.new(secret, nonce, "sha256").hexdigest()
     sock.sendall(pickle.dumps({"auth": proof}, protocol=4))
 
 
+def reason_of(error: Exception) -> str:
+    """Return why a connection failed, in words."""
+    return str(getattr(error, "strerror", "") or error)
+
+
+def error_in(answer: bytes) -> str:
+    """Return the reason behind "error " in what the master said, or ""."""
+    return answer.partition(b"error ")[2].decode("utf-8", "replace").strip()
+
+
 class Link:
-    """The connection to a candidate: dialled, up, lost (closed, refused, silent), dialled again."""
+    """The connection to the master, through the first candidate that answers.
+
+        waiting --time of the next dial--> dialling --connected--> up --first ok--> answered
+           ^                                  |                     |                  |
+           '------------ lose(): refused, closed, silent, full -----'------------------'
+
+    waiting     sock is None, retry_at is when to dial
+    dialling    sock is None, retry_at is infinite; a thread is at it
+    up          sock is there, answered is False: nobody has said ok on it yet
+    answered    sock is there, answered is True
+    """
 
     def __init__(
         self, hosts: List[Tuple[str, int]], secret: bytes, interval: float
     ) -> None:
-        self.candidates, self.secret, self.peer = hosts, secret, ""
-        self.heard = self.retry_at = 0.0  # monotonic: the last ok, the next dial
-        self.backoff, self.patience = (
-            BACKOFF_SECONDS[0],
-            max(ANSWER_SECONDS[0], 3 * interval),
-        )
-        self.sent, self.answered, self.ever_answered = 0, False, False
+        self.candidates = hosts
+        self.secret = secret
+        self.peer = ""
         self.sock: Optional[socket.socket] = None
+        self.retry_at = 0.0  # monotonic, and so is heard: the last ok or the dial
+        self.heard = 0.0
+        self.backoff = BACKOFF_SECONDS
+        self.patience = max(ANSWER_SECONDS, 3 * interval)
+        self.sent = 0  # messages on this connection
+        self.answered = False
+        self.ever_answered = False
         self.said: Set[str] = set()  # what is known since the last good link
 
+    def start_dialling(self, wake: int) -> None:
+        """Dial on a thread, for a name lookup cannot be hurried."""
+        self.retry_at = math.inf
+        threading.Thread(target=self.dial, args=(wake,), daemon=True).start()
+
     def dial(self, wake: int) -> None:
-        """Call the candidate whose turn it is; on a thread, for name lookup cannot be hurried."""
-        (host, port), sock = self.candidates[0], None
+        """Call the candidate whose turn it is, and wake the loop by a byte."""
+        host, port = self.candidates[0]
         self.peer = "%s:%d" % ("[%s]" % host if ":" in host else host, port)
+        sock = None
         try:
             sock = socket.create_connection((host, port), WAIT_SECONDS)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.secret:
                 prove(sock, self.secret)
             sock.setblocking(False)
-            self.heard, self.sock = time.monotonic(), sock
+            self.heard = time.monotonic()
+            self.sock = sock
         except Exception as error:  # UnicodeError: no possible name
-            self.lose("cannot reach", error, sock)
+            if sock is not None:
+                sock.close()
+            self.lose("cannot reach", error)
         os.write(wake, b"\0")
 
     def exchange(self, message: Optional[Sample] = None) -> None:
@@ -520,57 +713,64 @@ class Link:
         if self.sock is None:
             return
         try:
-            try:
-                text = self.sock.recv(ANSWER_BYTES)
-                if b"ok\n" in text:
-                    self.heard, self.answered, self.ever_answered = (
-                        time.monotonic(),
-                        True,
-                        True,
-                    )
-                if b"error " in text or not text:
-                    raise OSError(
-                        text.partition(b"error ")[2].decode("utf-8", "replace").strip()
-                        or "it closed the connection"
-                    )
-            except BlockingIOError:  # no answer yet
-                pass
-            if time.monotonic() - self.heard > self.patience:
-                self.sock.send(pickle.dumps({"bye": "reconnecting"}, protocol=4))
-                raise OSError("no answer for %.0f s" % self.patience)
-            packed = pickle.dumps(message, protocol=4)
-            if message and self.sock.send(packed) < len(packed):
-                raise OSError("it takes no more")
-            self.sent += bool(message)
+            self.hear(self.sock)
+            if message:
+                self.send(self.sock, message)
         except (OSError, ValueError) as error:
-            self.lose("lost", error, self.sock)
+            self.lose("lost", error)
+            return
         if self.answered or self.sent > 1:  # who takes the call may yet hang up at once
             self.say("connected to " + self.peer)
 
-    def lose(self, event: str, error: Exception, sock: Optional[socket.socket]) -> None:
+    def hear(self, sock: socket.socket) -> None:
+        """Take note of an ok; OSError for an error, an end, or too long a silence."""
+        try:
+            answer = sock.recv(ANSWER_BYTES)
+        except BlockingIOError:  # no answer yet
+            answer = None
+        if answer is not None:
+            if b"ok\n" in answer:
+                self.heard = time.monotonic()
+                self.answered = True
+                self.ever_answered = True
+            if not answer or b"error " in answer:
+                raise OSError(error_in(answer) or "it closed the connection")
+        if time.monotonic() - self.heard > self.patience:
+            sock.send(pickle.dumps({"bye": "reconnecting"}, protocol=4))
+            raise OSError("no answer for %.0f s" % self.patience)
+
+    def send(self, sock: socket.socket, message: Sample) -> None:
+        """Send a whole message: nothing may follow a part of one."""
+        packed = pickle.dumps(message, protocol=4)
+        if sock.send(packed) < len(packed):
+            raise OSError("it takes no more")
+        self.sent += 1
+
+    def lose(self, event: str, error: Exception) -> None:
         """Hang up, say why, set the time of the next dial: spread, so that a crowd parts."""
-        if sock is not None:
-            sock.close()
-        if self.answered or self.sent > 2:  # it was a good one
-            self.backoff = BACKOFF_SECONDS[0]
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
+        was_good = self.answered or self.sent > 2
+        if was_good:
+            self.backoff = BACKOFF_SECONDS
             self.said.clear()
         if not self.answered:
             self.candidates.append(self.candidates.pop(0))
         if self.sent and not self.ever_answered:
-            self.patience = max(
-                self.patience, min(2 * self.patience, ANSWER_SECONDS[1])
-            )
-        self.sock, self.sent, self.answered = None, 0, False
-        delay = self.backoff * (1 - os.urandom(1)[0] / 512) / len(self.candidates)
-        self.backoff = min(2 * self.backoff, BACKOFF_SECONDS[1])
+            longer = min(2 * self.patience, MAX_ANSWER_SECONDS)
+            self.patience = max(self.patience, longer)
+        self.sent = 0
+        self.answered = False
+        spread = 1 - os.urandom(1)[0] / 512
+        delay = self.backoff * spread / len(self.candidates)
+        self.backoff = min(2 * self.backoff, MAX_BACKOFF_SECONDS)
         self.retry_at = time.monotonic() + delay
-        self.say(
-            "%s the master at %s (%s)"
-            % (event, self.peer, getattr(error, "strerror", "") or error),
-            ": retrying in %.1f s" % delay,
-        )
+        news = "%s the master at %s (%s)" % (event, self.peer, reason_of(error))
+        self.say(news, ": retrying in %.1f s" % delay)
 
     def say(self, news: str, more: str = "") -> None:
+        """Log what is new since the last good link."""
         if news not in self.said:
             self.said.add(news)
             log(news + more)
@@ -578,94 +778,138 @@ class Link:
     def close(self, farewell: Sample) -> None:
         """Send the goodbye and wait for the master to take it."""
         self.exchange(farewell)
-        sock, self.sock = self.sock, None
+        sock = self.sock
+        self.sock = None
+        if sock is None:
+            return
         with contextlib.suppress(OSError):
-            if sock is not None:
-                sock.settimeout(GOODBYE_SECONDS)
-                sock.shutdown(socket.SHUT_WR)
-                while sock.recv(
-                    ANSWER_BYTES
-                ):  # left unread it would turn the end into a RST
-                    pass
+            sock.settimeout(GOODBYE_SECONDS)
+            sock.shutdown(socket.SHUT_WR)
+            while sock.recv(
+                ANSWER_BYTES
+            ):  # left unread it would turn the end into a RST
+                pass
 
 
-# ---- Report: what a job used of what it asked for --------------------------------------------
+class Outlet:
+    """The way of the samples to stdout, a line of JSON each: in the place of a Link."""
+
+    sock = None
+    answered = True
+    sent = 1
+    peer = "stdout"
+    retry_at = math.inf
+
+    def __init__(self) -> None:
+        self.closed = False
+
+    def start_dialling(self, wake: int) -> None:
+        """There is nobody to dial."""
+
+    def exchange(self, message: Optional[Sample] = None) -> None:
+        """Write a message; nothing more once nobody reads."""
+        if message and not self.closed:
+            try:
+                os.write(1, json.dumps(message).encode() + b"\n")
+            except OSError:
+                self.closed = True
+
+    def close(self, farewell: Sample) -> None:
+        """Write the goodbye."""
+        self.exchange(farewell)
+
+
+# ============================================================================
+# Report: what a job used of what it asked for
+# ============================================================================
+
+REPORTED = ("cpu", "job_cpu", "mem_used", "job_mem", "gpu")
+GIB = 2.0**30
+
+
 class Report(Dict[str, Tuple[float, float, float]]):
     """Sums samples up, {key: (seconds, mean, peak)}; each has the weight of the time it covers."""
 
     def add(self, sample: Sample, seconds: float) -> None:
         """Count a sample that covers so many seconds."""
-        for key in "cpu", "job_cpu", "mem_used", "job_mem", "gpu":
+        for key in REPORTED:
             if key in sample:
-                value, (known, mean, peak) = (
-                    float(sample[key]),
-                    self.get(key, (0.0, 0.0, 0.0)),
-                )
+                value = float(sample[key])
+                known, mean, peak = self.get(key, (0.0, 0.0, 0.0))
                 mean += (value - mean) * seconds / (known + seconds)
-                self[key] = known + seconds, mean, max(peak, value)
+                self[key] = (known + seconds, mean, max(peak, value))
 
     def lines(self, last: Sample) -> Iterable[str]:
-        """Yield the report for people, a line a subject."""
-        cpu, job = (
-            "job_cpu" if "job_cpu" in self else "cpu",
-            "job_" if "job_mem" in self else "",
-        )
-        minutes, seconds = divmod(round(self["cpu"][0]), 60)
-        yield "ran %d:%02d:%02d" % (minutes // 60, minutes % 60, seconds)
-        yield "CPU mean %.1f %%, peak %.1f %% of %s%s CPUs" % (
-            self[cpu][1:] + ("the node's " * (cpu == "cpu"), last.get(cpu + "s"))
-        )
-        peak = self["job_mem" if job else "mem_used"][2] / 2**30
-        limit = float(last.get(job + "mem_limit", last.get("mem_total", 0))) / 2**30
-        yield "memory peak %.3g GB of %s%.3g GB" % (
-            peak,
-            "" if job else "the node's ",
-            limit,
-        )
+        """Yield the report for people, a line a subject; last is the last sample."""
+        yield self.duration_line()
+        yield self.cpu_line(last)
+        in_job = "job_mem" in self
+        peak = self["job_mem" if in_job else "mem_used"][2] / GIB
+        owner = "" if in_job else "the node's "
+        most = float(last.get("mem_total", 0.0)) / GIB
+        if in_job and "job_mem_limit" in last:
+            most = float(last["job_mem_limit"]) / GIB
+        yield "memory peak %.3g GB of %s%.3g GB" % (peak, owner, most)
         if "gpu" in self:
             yield "GPU mean %.1f %% of %s" % (self["gpu"][1], last.get("gpus"))
-        unit, name = (1.0, "G") if peak >= 1 else (0.1, "00M")
-        need = math.ceil(1.2 * peak / unit)  # a fifth more than the peak
-        if "job_mem_limit" in last and (
-            need * unit < 0.8 * limit or peak > 0.9 * limit
-        ):
-            yield "asked for %.3g GB, peak %.3g GB: --mem=%d%s would do" % (
-                limit,
-                peak,
-                need,
-                name,
-            )
+        if "job_mem_limit" in last:
+            yield from advise_memory(peak, float(last["job_mem_limit"]) / GIB)
+
+    def duration_line(self) -> str:
+        minutes, seconds = divmod(round(self["cpu"][0]), 60)
+        hours, minutes = divmod(minutes, 60)
+        return "ran %d:%02d:%02d" % (hours, minutes, seconds)
+
+    def cpu_line(self, last: Sample) -> str:
+        in_job = "job_cpu" in self
+        _, mean, peak = self["job_cpu" if in_job else "cpu"]
+        cpus = last.get("job_cpus" if in_job else "cpus")
+        owner = "" if in_job else "the node's "
+        return "CPU mean %.1f %%, peak %.1f %% of %s%s CPUs" % (mean, peak, owner, cpus)
 
 
-# ---- Loop: wait, sample, send, on the beat ---------------------------------------------------
+def advise_memory(peak: float, limit: float) -> Iterable[str]:
+    """Yield what to ask for next time, if that is another size: GB; a fifth more than the peak."""
+    unit, name = (1.0, "G") if peak >= 1 else (0.1, "00M")
+    need = math.ceil(1.2 * peak / unit)
+    if need * unit < 0.8 * limit or peak > 0.9 * limit:
+        asked = "asked for %.3g GB, peak %.3g GB" % (limit, peak)
+        yield "%s: --mem=%d%s would do" % (asked, need, name)
+
+
+# ============================================================================
+# Loop: wait, sample, send, on the beat
+# ============================================================================
+
+ENDING_SIGNALS = ("SIGINT", "SIGHUP", "SIGQUIT", "SIGTERM")
+CAUGHT_SIGNALS = ENDING_SIGNALS + ("SIGUSR1", "SIGUSR2", "SIGCHLD")
+TYPED_SIGNALS = ("SIGINT", "SIGQUIT")  # a terminal sends them to the command as well
+
+
+def exit_status(code: int) -> int:
+    """Return what a shell makes of a process's code: 128 + n for signal n."""
+    return code if code >= 0 else 128 - code
+
+
 class Agent:
     """Binds sampler, link and command to the clock and the signals."""
 
-    def __init__(self, args: argparse.Namespace, sampler: Sampler, link: Link) -> None:
-        self.args, self.sampler, self.link, self.report = args, sampler, link, Report()
-        self.ending, (self.awake, self.wake) = (
-            "",
-            os.pipe(),
-        )  # signals, dialled links: wake
-        os.set_blocking(self.wake, False)
+    def __init__(
+        self, args: argparse.Namespace, sampler: Sampler, link: Union[Link, Outlet]
+    ) -> None:
+        self.args = args
+        self.sampler = sampler
+        self.link = link
+        self.report = Report()
+        self.ending = ""  # why it ends, once it does
         self.signals: List[int] = []
         self.command: Any = None
+        self.awake, self.wake = os.pipe()  # signals and dialled links write a byte
+        os.set_blocking(self.wake, False)
 
     def run(self) -> int:
         """Watch until a signal or the end of the command; return the exit code."""
-        signal.set_wakeup_fd(self.wake)
-        for name in (
-            "SIGTERM",
-            "SIGINT",
-            "SIGHUP",
-            "SIGQUIT",
-            "SIGUSR1",
-            "SIGUSR2",
-            "SIGCHLD",
-        ):
-            number = getattr(signal, name)
-            if signal.getsignal(number) != signal.SIG_IGN or name == "SIGINT":  # nohup
-                signal.signal(number, lambda caught, _: self.signals.append(caught))
+        self.catch_signals()
         if self.args.command:
             import subprocess
 
@@ -677,130 +921,1137 @@ class Agent:
             log("stopped watching: %r" % error)
         while self.command and self.command.poll() is None:
             self.wait(time.monotonic() + WAIT_SECONDS)
-        code: int = self.command.returncode if self.command else int(not self.ending)
-        return code if code >= 0 else 128 - code
+        if self.command:
+            return exit_status(self.command.returncode)
+        return 0 if self.ending else 1
+
+    def catch_signals(self) -> None:
+        """Note signals and wake up, but for those that are ignored (nohup)."""
+        signal.set_wakeup_fd(self.wake)
+        for name in CAUGHT_SIGNALS:
+            number = getattr(signal, name)
+            if signal.getsignal(number) != signal.SIG_IGN or name == "SIGINT":
+                signal.signal(number, lambda caught, _: self.signals.append(caught))
 
     def watch(self) -> None:
         """Sample and send on the beat until the end."""
         threading.Thread(target=self.sampler.refresh_for_ever, daemon=True).start()
+        interval = self.args.interval
         beat = self.sampler.now + FIRST_SECONDS
         while not self.ending:
             now = time.monotonic()
             if now >= self.link.retry_at:
-                self.link.retry_at = math.inf
-                threading.Thread(
-                    target=self.link.dial, args=(self.wake,), daemon=True
-                ).start()
-            if (
-                self.link.sock is not None and not self.link.sent
-            ):  # the master waits for it
+                self.link.start_dialling(self.wake)
+            if self.link.sock is not None and not self.link.sent:
+                # the master waits for the first sample
                 beat = min(beat, max(self.sampler.now + FIRST_SECONDS, now))
             if now >= beat:
                 self.link.exchange(self.take())
-                beat += self.args.interval * (1 + (now - beat) // self.args.interval)
+                beat += interval * (1 + (now - beat) // interval)
             self.wait(min(beat, self.link.retry_at))
 
     def wait(self, until: float) -> None:
-        """Sleep until then or a signal, a dialled link, the end of the master or of our reader."""
-        poll = select.poll()
-        poll.register(self.awake, select.POLLIN)
-        if self.link.sock is not None:  # after the first ok only its end is urgent
-            hangup = getattr(select, "POLLRDHUP", select.POLLIN)
-            poll.register(
-                self.link.sock, hangup if self.link.answered else select.POLLIN
-            )
-        if self.args.piped:
-            poll.register(1, 0)
-        ready = dict(poll.poll(max(0.0, until - time.monotonic()) * 1000))
+        """Sleep until then, or until something happens, and act on what has happened."""
+        ready = self.poll(until)
         if self.awake in ready:
             os.read(self.awake, FILE_BYTES)
+        elif self.args.lifeline and 0 in ready:
+            if not os.read(0, FILE_BYTES):
+                self.ending = "no longer watched"
         elif 1 in ready:
-            self.ending = "finished"
+            self.ending = "finished"  # who read our stdout has gone
         elif ready:
             self.link.exchange()
         while self.signals:
-            name = signal.Signals(self.signals.pop(0)).name
-            typed = name in ("SIGINT", "SIGQUIT") and os.isatty(
-                0
-            )  # then the command has it, too
-            if self.command and name != "SIGCHLD" and not typed:
-                self.command.send_signal(getattr(signal, name))
-            if (
-                name == "SIGTERM"
-                or not self.command
-                and name in ("SIGINT", "SIGHUP", "SIGQUIT")
-            ):
-                self.ending = name
+            self.handle_signal(signal.Signals(self.signals.pop(0)).name)
         code = self.command.poll() if self.command else None
         if code is not None:
             self.ending = "exit %d" % code if code >= 0 else signal.Signals(-code).name
 
+    def poll(self, until: float) -> Dict[int, int]:
+        """Wait for a wake-up, the master, our reader or our input: {descriptor: what}."""
+        poll = select.poll()
+        poll.register(self.awake, select.POLLIN)
+        if self.link.sock is not None:
+            wanted = select.POLLIN
+            if self.link.answered:  # then only its end is urgent
+                wanted = getattr(select, "POLLRDHUP", select.POLLIN)
+            poll.register(self.link.sock, wanted)
+        if self.args.piped:
+            poll.register(1, 0)
+        if self.args.lifeline:
+            poll.register(0, select.POLLIN)
+        return dict(poll.poll(max(0.0, until - time.monotonic()) * 1000))
+
+    def handle_signal(self, name: str) -> None:
+        """Pass a signal on to the command, or end of it."""
+        if self.command:
+            was_typed = name in TYPED_SIGNALS and os.isatty(0)
+            if name != "SIGCHLD" and not was_typed:
+                self.command.send_signal(getattr(signal, name))
+            if name == "SIGTERM":
+                self.ending = name
+        elif name in ENDING_SIGNALS:
+            self.ending = name
+
     def take(self) -> Sample:
         """Take one sample, for the report, too, and show it."""
-        before, sample = self.sampler.now, self.sampler.sample()
+        before = self.sampler.now
+        sample = self.sampler.sample()
         self.report.add(sample, self.sampler.now - before)
         if self.args.verbose:
             log(repr(sample))
         elif self.args.live:
-            log(
-                "cpu %(cpu)s %%, ram %(ram)s %%, " % sample
-                + ("acknowledged by " if self.link.answered else "no answer from ")
-                + self.link.peer,
-                end="",
-            )
+            answer = "acknowledged by" if self.link.answered else "no answer from"
+            readings = "cpu %(cpu)s %%, ram %(ram)s %%" % sample
+            log("%s, %s %s" % (readings, answer, self.link.peer), end="")
         return sample
 
     def finish(self) -> None:
         """Take a last sample, write the report and say goodbye."""
-        last, farewell = self.take(), {"bye": self.ending}
+        last = self.take()
         lines = list(self.report.lines(last))
+        farewell: Sample = {"bye": self.ending}
         if self.command or self.args.report or "job" in last:
             farewell["report"] = clip("; ".join(lines))
             for line in lines:
                 log("report of %s, %s: %s" % (last["node"], self.ending, line))
         log("goodbye: %s" % self.ending)
-        self.link.close(dict(farewell))
+        self.link.close(farewell)
         if self.args.report:
+            facts = dict(last, ended=self.ending, text=lines, totals=self.report)
             with self.args.report as file:
-                json.dump(
-                    dict(last, ended=self.ending, text=lines, totals=self.report), file
+                json.dump(facts, file)
+
+
+# ============================================================================
+# Herd: where squeue and srun are.  It looks for jobs and puts an agent into each
+# ============================================================================
+#
+# What the herd prints, a line each, and the relay understands:
+#
+#   @ KEY LINE      LINE is what the agent KEY (job, step, task) wrote to its stdout
+#   = FACTS         what Slurm says of a job: a flat JSON object
+#   ! WORDS         for the user's log
+#   - KEY           the step KEY has ended; no line of it will follow
+#
+# What it reads: any byte says that the relay lives; the end of its input ends it.
+
+LOOK_SECONDS = 30.0  # between two runs of squeue, and at least ...
+LOOK_FACTOR = 20.0  # ... so many times what the last one took
+QUESTION_SECONDS = 25.0  # for one run of squeue, scontrol or sacct
+YOUNG_SECONDS = 20.0  # a job younger than this is not attached to
+MAX_ATTACHED = 30  # jobs with a step of ours at once
+MAX_STEPS = 3  # tries of a job: rungs of the ladder, or steps that ended
+RETRY_SECONDS = 300.0  # after the last rung
+ATTACH_SECONDS = 20.0  # for a step's first line
+DEAF_SECONDS = 20.0  # without a sign of the relay: it is cut off
+REFRESH_SECONDS = 60.0  # between two times that the master is told of every job
+PING_SECONDS = 5.0  # between two signs of life of the relay
+GATHER_SECONDS = 0.5  # lines that come within this time are sent on together
+LEAVE_SECONDS = 3.0  # for agents to say goodbye at the end
+MAX_ENDED = 5  # ended jobs that Slurm is asked about after each look
+MAX_OUTPUT = 4 * 1024 * 1024  # bytes of squeue's answer
+
+ENDED_STATES = (
+    "COMPLETED",
+    "FAILED",
+    "TIMEOUT",
+    "OUT_OF_MEMORY",
+    "NODE_FAIL",
+    "CANCELLED",
+    "PREEMPTED",
+    "BOOT_FAIL",
+    "DEADLINE",
+)
+# squeue(1): the name comes last, for it may hold any character
+SQUEUE_FIELDS = (
+    ("job", "%i"),
+    ("raw", "%A"),
+    ("array", "%F"),
+    ("state", "%T"),
+    ("user", "%u"),
+    ("partition", "%P"),
+    ("nodes", "%D"),
+    ("cpus", "%C"),
+    ("mem", "%m"),
+    ("gres", "%b"),
+    ("submit", "%V"),
+    ("start", "%S"),
+    ("end", "%e"),
+    ("limit", "%l"),
+    ("reason", "%r"),
+    ("nodelist", "%N"),
+    ("job_name", "%j"),
+)
+# The agent's text comes compressed on stdin, its size in a line before it.
+BOOTSTRAP = (
+    "import sys; sys.path.append(sys.path.pop(0)); import zlib; "
+    "stdin = sys.stdin.buffer; "
+    "AGENT_TEXT = zlib.decompress(stdin.read(int(stdin.readline()))); "
+    'exec(compile(AGENT_TEXT, "agent.py", "exec"))'
+)
+FIND_PYTHON = """\
+for python in python3 python3.13 python3.12 python3.11 python3.10 python3.9 python3.8 \
+python3.7 python3.6 /usr/libexec/platform-python; do \
+"$python" -c "import sys; sys.exit(sys.version_info < (3, 6))" 2>/dev/null && \
+exec "$python" -c "$0" "$@"; done; \
+echo "no python3 of 3.6 or later on $(uname -n)" >&2; exit 127"""
+
+
+def own_text() -> bytes:
+    """Return this program as a file has it, wherever it came from."""
+    text = globals().get("AGENT_TEXT")
+    if text is None:
+        with open(os.path.abspath(__file__), "rb") as file:
+            text = file.read()
+    return bytes(text)
+
+
+def pack_text(text: bytes) -> bytes:
+    """Return what BOOTSTRAP reads from its stdin."""
+    import zlib
+
+    packed = zlib.compress(text, 6)
+    return b"%d\n%s" % (len(packed), packed)
+
+
+def parse_time(text: str) -> Optional[float]:
+    """Return the time.time() of 2026-11-27T13:41:00, local time; None for N/A."""
+    try:
+        return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
+    except (ValueError, OverflowError):
+        return None
+
+
+def parse_size(text: str) -> Optional[float]:
+    """Return the bytes of 500M or 16G, squeue(1); megabytes without a letter."""
+    found = re.match(r"([\d.]+)([KMGTP]?)", text)
+    if not found:
+        return None
+    power = "KMGTP".index(found.group(2) or "M") + 1
+    return float(found.group(1)) * 1024.0**power
+
+
+def parse_hostlist(text: str) -> List[str]:
+    """Return the names of c[1-3,07],login, hostlist(7) of Slurm."""
+    names = []
+    for part in re.findall(r"[^,\[]+(?:\[[^\]]*\][^,\[]*)*", text):
+        heads = [""]
+        for fixed, ranges in re.findall(r"([^\[\]]+)|\[([^\]]*)\]", part):
+            tails = [fixed] if fixed else expand_ranges(ranges)
+            heads = [head + tail for head in heads for tail in tails]
+        names.extend(heads)
+    return names
+
+
+def expand_ranges(text: str) -> List[str]:
+    """Return the numbers of 1-3,07 as they are written, with their zeros in front."""
+    numbers = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        for number in range(int(first), int(last or first) + 1):
+            numbers.append("%0*d" % (len(first), number))
+    return numbers
+
+
+def parse_squeue(text: str) -> List[Sample]:
+    """Return the facts of each job in squeue's answer: numbers in seconds and bytes."""
+    jobs = []
+    for line in text.splitlines():
+        words = line.split("|", len(SQUEUE_FIELDS) - 1)
+        if len(words) == len(SQUEUE_FIELDS):
+            names = [name for name, _ in SQUEUE_FIELDS]
+            jobs.append(job_facts(dict(zip(names, words))))
+    return jobs
+
+
+def job_facts(words: Dict[str, str]) -> Sample:
+    """Return a job's facts from the words of squeue; what it does not tell has no key."""
+    facts: Sample = {}
+    for key in ("job", "raw", "state", "user", "partition", "job_name", "nodelist"):
+        if words[key] not in ("", "N/A", "(null)"):
+            facts[key] = clip(words[key])
+    if words["reason"] not in ("", "None", "N/A"):
+        facts["reason"] = clip(words["reason"])
+    if "_" in words["job"]:
+        facts["array"] = words["array"]
+    for key in ("nodes", "cpus"):
+        if words[key].isdigit():
+            facts[key] = int(words[key])
+    gpus = re.findall(r"gpu(?::[^:,()]+)?:(\d+)", words["gres"])
+    if gpus:
+        facts["gpus"] = sum(map(int, gpus)) * int(facts.get("nodes", 1))
+    readers = (
+        ("mem", parse_size),
+        ("submit", parse_time),
+        ("start", parse_time),
+        ("end", parse_time),
+        ("limit", parse_duration),
+    )
+    for key, reader in readers:
+        value = reader(words[key])
+        if value is not None:
+            facts[key] = value
+    return facts
+
+
+def parse_scontrol(text: str) -> Dict[str, str]:
+    """Return the KEY=VALUE words of `scontrol -d show job`; the first of each key."""
+    # JobId=7 JobName=train / UserId=tester(4242) GroupId=... / JobState=RUNNING Reason=None
+    #      Nodes=c[1-2] CPU_IDs=0-1 Mem=100 GRES=gpu:2(IDX:0,3)
+    known: Dict[str, str] = {}
+    for key, value in re.findall(r"(?:^|\s)([A-Za-z][\w/:]*)=(\S*)", text):
+        known.setdefault(key, value)
+    return known
+
+
+def parse_job_nodes(text: str) -> Dict[str, int]:
+    """Return {node: CPUs of the job there} from the lines of `scontrol -d show job`."""
+    cpus = {}
+    for nodes, ids in re.findall(r"\bNodes=(\S+) CPU_IDs=(\S+) ", text):
+        count = len(expand_ranges(ids))
+        for node in parse_hostlist(nodes):
+            cpus[node] = count
+    return cpus
+
+
+class Question:
+    """A command of Slurm's that is asked and not waited for."""
+
+    def __init__(self, command: List[str]) -> None:
+        import subprocess
+
+        self.command = command
+        self.asked = time.monotonic()
+        self.took = 0.0
+        self.answer = b""
+        self.error = ""
+        try:
+            self.process: Any = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        except OSError as error:
+            self.process = None
+            self.error = "%s: %s" % (command[0], error.strerror)
+            return
+        unblock(self.process.stdout, self.process.stderr)
+
+    def ready(self) -> bool:
+        """Whether the answer is whole, or will never be: then `error` says why."""
+        if self.process is None:
+            return True
+        self.took = time.monotonic() - self.asked
+        chunk = read_pipe(self.process.stdout)
+        self.answer += chunk
+        ended = self.process.poll() is not None
+        late = self.took > QUESTION_SECONDS or len(self.answer) > MAX_OUTPUT
+        if not ended and not late:
+            return False
+        if late:
+            self.process.kill()
+            self.process.wait()
+            self.error = "%s gave no answer in %.0f s" % (self.command[0], self.took)
+        elif self.process.returncode:
+            words = read_pipe(self.process.stderr).decode("utf-8", "replace").strip()
+            self.error = "%s: %s" % (
+                self.command[0],
+                words.splitlines()[-1:] or "failed",
+            )
+            if words:
+                self.error = "%s: %s" % (self.command[0], words.splitlines()[-1])
+        self.answer += read_pipe(self.process.stdout)
+        self.process.stdout.close()
+        self.process.stderr.close()
+        self.process = None
+        return True
+
+    def text(self) -> str:
+        return self.answer.decode("utf-8", "replace")
+
+
+def unblock(*pipes: Any) -> None:
+    """Have reads and writes of pipes return at once."""
+    for pipe in pipes:
+        os.set_blocking(pipe.fileno(), False)
+
+
+def read_pipe(pipe: Any) -> bytes:
+    """Return what a pipe that does not block holds now."""
+    chunks = []
+    with contextlib.suppress(OSError, ValueError):
+        while True:
+            chunk = os.read(pipe.fileno(), FILE_BYTES)
+            if not chunk:
+                break
+            chunks.append(chunk)
+    return b"".join(chunks)
+
+
+class Step:
+    """One srun of ours within a job: an agent on each of its nodes."""
+
+    def __init__(self, key: str, command: List[str], text: bytes) -> None:
+        import subprocess
+
+        self.key = key
+        self.since = time.monotonic()
+        self.lines = 0
+        self.rest = b""
+        self.words = b""
+        # srun takes options from SLURM_*: those of a job that we may run in are not meant
+        environ = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM", "SBATCH", "SALLOC"))
+            or name == "SLURM_CONF"
+        }
+        self.process: Any = subprocess.Popen(
+            command,
+            env=environ,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C on the terminal is for the herd alone
+        )
+        unblock(self.process.stdin, self.process.stdout, self.process.stderr)
+        self.unsent = pack_text(text)
+
+    def feed(self) -> None:
+        """Write what srun has not taken yet of the agent's text; its stdin stays open."""
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            while self.unsent:
+                count = os.write(self.process.stdin.fileno(), self.unsent)
+                self.unsent = self.unsent[count:]
+
+    def read(self) -> Iterable[bytes]:
+        """Yield the whole lines that have come, as the herd prints them."""
+        self.words = (self.words + read_pipe(self.process.stderr))[-FILE_BYTES:]
+        lines = (self.rest + read_pipe(self.process.stdout)).split(b"\n")
+        self.rest = lines.pop()[-FILE_BYTES:]
+        for line in lines:
+            task, colon, text = line.partition(b": ")  # srun --label
+            if colon and text.startswith(b"{"):
+                self.lines += 1
+                yield b"@ %s.%s %s" % (self.key.encode(), task.strip(), text)
+
+    def release(self) -> None:
+        """End srun's input: the agents see it, say goodbye and end."""
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+
+    def kill(self) -> None:
+        """End what is left of it, and wait for that."""
+        self.release()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdout, self.process.stderr):
+            pipe.close()
+
+    def reason(self) -> str:
+        """Return the last line that srun said of its end."""
+        words = self.words.decode("utf-8", "replace").strip().splitlines()
+        errors = [line for line in words if "error" in line] or words
+        return errors[-1] if errors else "srun ended with %s" % self.process.poll()
+
+
+class Job:
+    """What the herd knows of one of the user's jobs."""
+
+    def __init__(self, facts: Sample) -> None:
+        self.facts = facts
+        self.steps: List[Step] = []
+        self.tries = 0
+        self.rung = 0
+        self.attach_at = 0.0  # time.monotonic()
+        self.question: Optional[Question] = None
+        self.ended = False
+        self.told: Optional[Sample] = None
+
+    @property
+    def name(self) -> str:
+        return str(self.facts["job"])
+
+    @property
+    def nodes(self) -> List[str]:
+        return parse_hostlist(str(self.facts.get("nodelist", "")))
+
+
+class Herd:
+    """Looks for the user's jobs and keeps one step of ours in each that runs."""
+
+    def __init__(self, wanted: List[str], text: bytes) -> None:
+        self.wanted = wanted  # ids, or none for all jobs
+        self.text = text
+        self.jobs: Dict[str, Job] = {}  # by raw id
+        self.look_at = 0.0
+        self.looking: Optional[Question] = None
+        self.asking: List[Tuple[Job, Question]] = []  # how jobs ended
+        self.said: Set[str] = set()
+        self.heard = time.monotonic()
+        self.signals: List[int] = []
+
+    def run(self) -> int:
+        """Herd until the relay is gone; return the exit code."""
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(name, lambda caught, _: self.signals.append(caught))
+        try:
+            while self.relay_lives():
+                self.look()
+                self.attach_due()
+                self.pass_lines()
+        finally:
+            self.leave()
+        return 0
+
+    def relay_lives(self) -> bool:
+        """Wait a moment for a sign of the relay; False when it is gone."""
+        busy = (
+            self.looking
+            or self.asking
+            or any(
+                job.question or any(not step.lines for step in job.steps)
+                for job in self.jobs.values()
+            )
+        )
+        poll = select.poll()
+        poll.register(0, select.POLLIN)
+        if poll.poll(100 if busy else GATHER_SECONDS * 1000):
+            if not os.read(0, FILE_BYTES):
+                return False
+            self.heard = time.monotonic()
+            if not busy:
+                time.sleep(GATHER_SECONDS)  # a ping must not hurry the lines
+        return not self.signals and time.monotonic() - self.heard < DEAF_SECONDS
+
+    def put(self, line: bytes) -> None:
+        """Write a line for the relay; the herd ends when nobody takes it."""
+        data = line + b"\n"
+        try:
+            while data:
+                data = data[os.write(1, data) :]
+        except OSError:
+            self.signals.append(signal.SIGPIPE)
+
+    def say(self, words: str) -> None:
+        """Tell the user something, once."""
+        if words not in self.said:
+            self.said.add(words)
+            self.put(b"! " + clip(words).replace("\n", " ").encode())
+
+    # ---- looking ------------------------------------------------------------
+
+    def look(self) -> None:
+        """Ask squeue when it is time, and take its answer when it is there."""
+        now = time.monotonic()
+        if self.looking is None and now >= self.look_at:
+            form = "|".join(code for _, code in SQUEUE_FIELDS)
+            self.looking = Question(
+                ["squeue", "-h", "-t", "all", "-u", str(os.getuid()), "-o", form]
+            )
+        if self.looking is not None and self.looking.ready():
+            asked, self.looking = self.looking, None
+            self.look_at = now + max(LOOK_SECONDS, LOOK_FACTOR * asked.took)
+            if asked.error:
+                self.say(
+                    "%s: the next look is in %.0f s" % (asked.error, self.look_at - now)
                 )
+            else:
+                self.said = {
+                    words for words in self.said if "the next look" not in words
+                }
+                self.update(parse_squeue(asked.text()))
+        self.hear_ends()
+
+    def update(self, rows: List[Sample]) -> None:
+        """Take in what squeue told: new jobs, new states, jobs that have gone."""
+        now = time.monotonic()
+        seen = set()
+        for facts in rows:
+            raw = str(facts.get("raw", ""))
+            if not raw or not self.is_wanted(facts):
+                continue
+            seen.add(raw)
+            job = self.jobs.get(raw)
+            if job is None:
+                job = self.jobs[raw] = Job(facts)
+                job.ended = facts.get("state") in ENDED_STATES
+            was_running = job.facts.get("state") == "RUNNING"
+            job.facts = facts
+            if (
+                facts.get("state") == "RUNNING"
+                and not was_running
+                or job.attach_at == 0
+            ):
+                age = time.time() - float(facts.get("start", 0.0))
+                job.attach_at = now + max(0.0, YOUNG_SECONDS - age)
+        asks = 0
+        for raw, job in list(self.jobs.items()):
+            over = raw not in seen or job.facts.get("state") in ENDED_STATES
+            if over and not job.ended and asks < MAX_ENDED:
+                asks += 1
+                job.ended = True
+                self.ask_end(job)
+            elif raw not in seen and job.ended and not job.steps:
+                del self.jobs[raw]
+        self.tell_facts()
+
+    def is_wanted(self, facts: Sample) -> bool:
+        """Whether a job is one of the ids that the user gave."""
+        names = (facts.get("job"), facts.get("raw"), facts.get("array"))
+        return not self.wanted or any(name in self.wanted for name in names)
+
+    def tell_facts(self) -> None:
+        """Pass on what changed of each job, and name those that are not watched."""
+        for job in self.jobs.values():
+            if job.facts != job.told:
+                job.told = job.facts
+                self.put(b"= " + json.dumps(job.facts).encode())
+        unwatched = [job.name for job in self.running()[MAX_ATTACHED:]]
+        if unwatched:
+            self.say(
+                "%d more run unwatched: --my-jobs %s"
+                % (len(unwatched), ",".join(unwatched[:10]))
+            )
+
+    def running(self) -> List[Job]:
+        """Return the jobs that run, in squeue's order."""
+        return [
+            job
+            for job in self.jobs.values()
+            if job.facts.get("state") == "RUNNING" and not job.ended
+        ]
+
+    # ---- attaching ----------------------------------------------------------
+
+    def attach_due(self) -> None:
+        """Begin with each job whose turn it is, while there is room."""
+        now = time.monotonic()
+        for job in self.running()[:MAX_ATTACHED]:
+            if job.question is not None and job.question.ready():
+                question, job.question = job.question, None
+                self.attach(job, question)
+            elif not job.steps and not job.question and now >= job.attach_at:
+                raw = str(job.facts["raw"])
+                job.question = Question(["scontrol", "-d", "show", "job", raw])
+
+    def attach(self, job: Job, question: Question) -> None:
+        """Start the step of the job's rung with what scontrol told."""
+        known = parse_scontrol(question.text())
+        if question.error or known.get("JobState") != "RUNNING":
+            job.attach_at = time.monotonic() + LOOK_SECONDS
+            if question.error:
+                self.say("job %s: %s" % (job.name, question.error))
+            return
+        cpus = parse_job_nodes(question.text())
+        nodes = sorted(cpus, key=natural_name) or job.nodes
+        facts = {
+            "job": job.name,
+            "job_name": str(job.facts.get("job_name", "")),
+            "end": job.facts.get("end"),
+            "limit": job.facts.get("limit"),
+            "cpus": cpus,
+        }
+        job.tries += 1
+        groups = [[node] for node in nodes] if job.rung == 1 else [nodes]
+        for number, group in enumerate(groups):
+            key = "%s.%d-%d" % (job.facts["raw"], job.tries, number)
+            command = self.step_command(job, group, facts)
+            try:
+                job.steps.append(Step(key, command, self.text))
+            except OSError as error:
+                self.say("job %s: srun: %s" % (job.name, error.strerror))
+                job.attach_at = time.monotonic() + RETRY_SECONDS
+
+    def step_command(
+        self, job: Job, nodes: List[str], facts: Dict[str, Any]
+    ) -> List[str]:
+        """Return the srun that puts an agent on these nodes of the job."""
+        count = len(nodes)
+        command = [
+            "srun",
+            "--jobid=%s" % job.facts["raw"],
+            "--overlap",
+            "--mem=0",
+            "--immediate=10",
+            "--job-name=sentinel",
+            "--nodes=%d" % count,
+            "--ntasks=%d" % count,
+            "--ntasks-per-node=1",
+            "--nodelist=%s" % ",".join(nodes),
+            "--input=all",
+            "--label",
+            "--unbuffered",
+            "--kill-on-bad-exit=0",
+            "--wait=0",
+        ]
+        if job.rung == 2:
+            command.append("--gres=none")
+        flags = ["--stdout", "--lifeline", "--facts", json.dumps(facts)]
+        return command + ["sh", "-c", FIND_PYTHON, BOOTSTRAP] + flags
+
+    def pass_lines(self) -> None:
+        """Send on what the agents wrote, and see which steps have ended."""
+        for job in self.jobs.values():
+            for step in list(job.steps):
+                step.feed()
+                for line in step.read():
+                    self.put(line)
+                late = not step.lines and time.monotonic() - step.since > ATTACH_SECONDS
+                if step.process.poll() is not None or late:
+                    for line in step.read():
+                        self.put(line)
+                    self.end_step(job, step, late)
+
+    def end_step(self, job: Job, step: Step, late: bool) -> None:
+        """Take leave of a step; one that never told anything moves the job on a rung."""
+        step.kill()
+        job.steps.remove(step)
+        self.put(b"- " + step.key.encode())
+        if job.steps:
+            return
+        now = time.monotonic()
+        self.look_at = min(self.look_at, now + 1.0)  # the job may have ended
+        if step.lines:
+            job.attach_at = now + LOOK_SECONDS
+            if job.tries >= MAX_STEPS:
+                job.attach_at = now + RETRY_SECONDS
+            return
+        reason = "no answer in %.0f s" % ATTACH_SECONDS if late else step.reason()
+        one_node = len(job.nodes) == 1
+        job.rung += 2 if job.rung == 0 and one_node else 1
+        if job.rung > 2:
+            job.rung = 0
+            job.attach_at = now + RETRY_SECONDS
+            following = "the next try is in %.0f s" % RETRY_SECONDS
+        else:
+            job.attach_at = now
+            following = ("one step a node", "without GPUs")[job.rung - 1]
+        self.say("job %s: cannot attach (%s): %s" % (job.name, reason, following))
+
+    # ---- endings ------------------------------------------------------------
+
+    def ask_end(self, job: Job) -> None:
+        """Ask Slurm once how a job ended; it remembers for some minutes."""
+        command = ["scontrol", "show", "job", str(job.facts["raw"])]
+        self.asking.append((job, Question(command)))
+
+    def hear_ends(self) -> None:
+        """Pass on how jobs ended: from scontrol, else from sacct."""
+        for job, question in list(self.asking):
+            if not question.ready():
+                continue
+            self.asking.remove((job, question))
+            if question.command[0] == "scontrol":
+                known = parse_scontrol(question.text())
+                if question.error or "JobState" not in known:
+                    command = ["sacct", "-X", "-P", "-n", "-j", str(job.facts["raw"])]
+                    command += ["-o", "State,ExitCode,End"]
+                    self.asking.append((job, Question(command)))
+                    continue
+                words = [
+                    known["JobState"],
+                    known.get("ExitCode", ""),
+                    known.get("EndTime", ""),
+                ]
+                reason = known.get("Reason", "")
+            else:
+                words = (question.text().strip() + "||").split("|")[:3]
+                reason = ""
+            self.tell_end(job, words, reason)
+
+    def tell_end(self, job: Job, words: List[str], reason: str) -> None:
+        """Pass on a job's last facts."""
+        state, code, end = words
+        facts = dict(job.facts)
+        facts.pop("reason", None)
+        facts["state"] = state.split(" ")[0] or "UNKNOWN"
+        if reason not in ("", "None"):
+            facts["reason"] = reason
+        if code:
+            facts["exit"] = code
+        moment = parse_time(end)
+        if moment is not None:
+            facts["end"] = moment
+        job.facts = job.told = facts
+        self.put(b"= " + json.dumps(facts).encode())
+
+    def leave(self) -> None:
+        """Let the agents say goodbye, then end what is left."""
+        steps = [step for job in self.jobs.values() for step in job.steps]
+        for step in steps:
+            step.release()
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while steps and time.monotonic() < deadline:
+            time.sleep(0.05)
+            for step in list(steps):
+                for line in step.read():
+                    self.put(line)
+                if step.process.poll() is not None:
+                    steps.remove(step)
+        for step in steps:
+            step.kill()
 
 
-# ---- Command line ----------------------------------------------------------------------------
-PORT = r"[1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]"
-HOST = (
-    r"(?:\[([\w.:%%]+)\]|([\w.-]+))(?::(%s))?(?![^,])" % PORT
-)  # login, [fe80::1%%ib0]:9
-CHECKS = {  # flag: pattern, what it allows
-    "host": (
-        "%s(?:,%s)*" % (HOST, HOST),
-        "HOST or HOST:PORT, IPv6 in [ ], commas between",
-    ),
-    "port": (PORT, "1 to 65535"),
-    "interval": (
-        r"0?\.[1-9]\d*|[1-9](\.\d*)?|[1-5]\d(\.\d*)?|60(\.0*)?",
-        "0.1 to 60 seconds",
-    ),
-    "name": (
-        r"(?=.*\S)[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,63}",
-        "1 to 63 printable characters",
-    ),
-}
+def natural_name(name: str) -> List[Any]:
+    """A key to sort by: c2 comes before c10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+# ============================================================================
+# Relay: where the master is.  It starts the herd and dials for each agent of it
+# ============================================================================
+
+
+class Line:
+    """The connection to the master for one agent of the herd."""
+
+    def __init__(self, host: str, port: int, secret: bytes) -> None:
+        self.host = host
+        self.port = port
+        self.secret = secret
+        self.sock: Optional[socket.socket] = None
+        self.retry_at = 0.0
+        self.trouble = ""
+
+    def send(self, message: Dict[str, Any]) -> bool:
+        """Send a message; False while the master does not take it, `trouble` says why."""
+        if self.sock is None and time.monotonic() < self.retry_at:
+            return False
+        try:
+            if self.sock is None:
+                self.sock = socket.create_connection(
+                    (self.host, self.port), WAIT_SECONDS
+                )
+                if self.secret:
+                    prove(self.sock, self.secret)
+            self.hear(self.sock)
+            self.sock.settimeout(WAIT_SECONDS)
+            self.sock.sendall(pickle.dumps(message, protocol=4))
+        except OSError as error:
+            self.close()
+            self.trouble = str(getattr(error, "strerror", "") or error)
+            self.retry_at = time.monotonic() + BACKOFF_SECONDS
+            return False
+        return True
+
+    @staticmethod
+    def hear(sock: socket.socket) -> None:
+        """Raise OSError if the master has hung up: its words come first."""
+        sock.settimeout(0)
+        try:
+            answer = sock.recv(ANSWER_BYTES)
+        except BlockingIOError:
+            return
+        words = answer.partition(b"error ")[2].decode("utf-8", "replace").strip()
+        raise OSError(words or "it closed the connection")
+
+    def close(self) -> None:
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
+
+
+class Relay:
+    """Runs the herd, here or behind ssh, and speaks to the master for its agents."""
+
+    def __init__(
+        self, command: List[str], text: bytes, dial: Callable[[], Line]
+    ) -> None:
+        self.command = command
+        self.text = text
+        self.dial = dial
+        self.lines: Dict[str, Line] = {}  # by the herd's key
+        self.known: Dict[str, Sample] = {}  # what Slurm says, by raw id
+        self.untold: Dict[str, Sample] = {}  # what of it the master has not heard yet
+        self.refresh_at = 0.0
+        self.said: Set[str] = set()
+        self.signals: List[int] = []
+        self.rest = b""
+
+    def take(self, line: bytes) -> None:
+        """Act on one line of the herd."""
+        kind, _, text = line.partition(b" ")
+        if kind == b"@":
+            key, _, sample = text.partition(b" ")
+            self.pass_sample(key.decode(), sample)
+        elif kind == b"!":
+            log(text.decode("utf-8", "replace"))
+        elif kind == b"-":
+            self.end_step(text.decode())
+        elif kind == b"=":
+            facts = json.loads(text.decode())
+            self.known[str(facts.get("raw"))] = facts
+            self.untold[str(facts.get("raw"))] = facts
+        elif line.strip():
+            log("over there: " + line.decode("utf-8", "replace")[:TEXT_BYTES])
+
+    def pass_sample(self, key: str, text: bytes) -> None:
+        """Send an agent's line to the master on the connection of that agent."""
+        try:
+            sample = json.loads(text.decode())
+        except ValueError:
+            return
+        line = self.lines.get(key)
+        if line is None:
+            line = self.lines[key] = self.dial()
+        if line.send(sample):
+            self.said.discard(line.trouble)
+        elif line.trouble not in self.said:
+            self.said.add(line.trouble)
+            log("the master does not take samples: %s" % line.trouble)
+        if "bye" in sample:
+            line.close()
+
+    def end_step(self, step: str) -> None:
+        """Close the connections of a step's agents: who said no goodbye is lost."""
+        for key in [key for key in self.lines if key.rpartition(".")[0] == step]:
+            self.lines.pop(key).close()
+
+    def pass_facts(self) -> None:
+        """Tell the master what Slurm says of the jobs, on a connection of a moment.
+
+        Now and then all is told again: the master may have started again meanwhile.
+        """
+        now = time.monotonic()
+        if now >= self.refresh_at:
+            self.refresh_at = now + REFRESH_SECONDS
+            self.untold.update(self.known)
+        if not self.untold:
+            return
+        line = self.dial()
+        for raw, facts in list(self.untold.items()):
+            if not line.send(dict(facts, part="job")):
+                self.refresh_at = min(self.refresh_at, now + PING_SECONDS)
+                return
+            del self.untold[raw]
+            if facts.get("state") in ENDED_STATES:
+                self.known.pop(raw, None)
+        line.send({"bye": "told"})
+        line.close()
+
+    def run(self) -> int:
+        """Keep the herd running until a signal comes or nobody reads our stdout."""
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(name) != signal.SIG_IGN:
+                signal.signal(name, lambda caught, _: self.signals.append(caught))
+        backoff = BACKOFF_SECONDS
+        first = True
+        while not self.signals:
+            begun = time.monotonic()
+            status, words = self.run_herd(first)
+            heard = bool(self.known or self.lines)
+            for key in list(self.lines):
+                self.end_step(key.rpartition(".")[0])
+            if self.signals:
+                break
+            if first and not heard and status:
+                log("error: %s" % (words or "the herd ended with %d" % status))
+                return 1
+            first = False
+            if time.monotonic() - begun > RETRY_SECONDS / 10:
+                backoff = BACKOFF_SECONDS
+            log("%s: trying again in %.0f s" % (words or "the herd ended", backoff))
+            self.pause(backoff)
+            backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+        return 0
+
+    def pause(self, seconds: float) -> None:
+        """Wait so long, or for a signal."""
+        until = time.monotonic() + seconds
+        while not self.signals and time.monotonic() < until:
+            time.sleep(0.1)
+
+    def run_herd(self, first: bool) -> Tuple[int, str]:
+        """Start the herd and serve it to its end: its exit status and last words."""
+        import subprocess
+
+        command = list(self.command)
+        if command[0] == "ssh" and not first:
+            command[1:1] = ["-o", "BatchMode=yes"]  # never ask for a password by itself
+        try:
+            herd: Any = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                preexec_fn=ignore_typed_signals,
+            )
+        except OSError as error:
+            return 1, "%s: %s" % (command[0], error.strerror)
+        words = b""
+        with contextlib.suppress(OSError):
+            os.write(herd.stdin.fileno(), pack_text(self.text))
+        poll = select.poll()
+        for pipe in (herd.stdout, herd.stderr):
+            os.set_blocking(pipe.fileno(), False)
+            poll.register(pipe.fileno(), select.POLLIN)
+        if not sys.stdout.isatty():
+            poll.register(1, 0)  # its reader is the supervisor, or nobody
+        asked = time.monotonic()
+        self.rest = b""
+        while not self.signals:
+            ready = dict(poll.poll(PING_SECONDS * 1000))
+            if 1 in ready:
+                self.signals.append(signal.SIGPIPE)
+                break
+            if time.monotonic() - asked >= PING_SECONDS:
+                asked = time.monotonic()
+                with contextlib.suppress(OSError):
+                    os.write(herd.stdin.fileno(), b"\n")
+            if herd.stderr.fileno() in ready:
+                words = (words + read_pipe(herd.stderr))[-FILE_BYTES:]
+                if ready[herd.stderr.fileno()] & select.POLLHUP:
+                    poll.unregister(herd.stderr.fileno())
+            if herd.stdout.fileno() in ready and not self.read_herd(herd):
+                break
+            self.pass_facts()
+        self.end_herd(herd)
+        words += read_pipe(herd.stderr)
+        said = words.decode("utf-8", "replace").strip().splitlines()
+        return herd.returncode, said[-1].strip() if said else ""
+
+    def read_herd(self, herd: Any) -> bool:
+        """Act on what the herd has printed; False at its end."""
+        data = read_pipe(herd.stdout)
+        if not data:
+            return False
+        lines = (self.rest + data).split(b"\n")
+        self.rest = lines.pop()
+        for line in lines:
+            self.take(line)
+        return True
+
+    def end_herd(self, herd: Any) -> None:
+        """Close the herd's input and hear its last lines; kill it when it takes too long."""
+        with contextlib.suppress(OSError):
+            herd.stdin.close()
+        deadline = time.monotonic() + LEAVE_SECONDS + 1.0
+        while herd.poll() is None and time.monotonic() < deadline:
+            self.read_herd(herd)
+            time.sleep(0.05)
+        self.read_herd(herd)
+        if herd.poll() is None:
+            herd.kill()
+        herd.wait()
+
+
+def ignore_typed_signals() -> None:
+    """Ctrl-C is for the relay: it ends the herd in order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def herd_command(wanted: List[str], login: str) -> List[str]:
+    """Return what starts the herd: here, or through ssh with nothing written there."""
+    flags = ["--herd"] + (["--jobs", ",".join(wanted)] if wanted else [])
+    if not login:
+        return [sys.executable, "-c", BOOTSTRAP] + flags
+    import shlex
+
+    words = ["exec", "sh", "-c", FIND_PYTHON, BOOTSTRAP] + flags
+    remote = " ".join(shlex.quote(word) for word in words)
+    alive = ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=2"]
+    return ["ssh", "-T", "-x", "-a"] + alive + ["--", login, remote]
+
+
+# ============================================================================
+# Command line
+# ============================================================================
+
+HOST = r"(?:\[([\w.:%]+)\]|([\w.-]+))(?::(\d+))?"  # login, login:9, [fe80::1%ib0]:9
+Hosts = List[Tuple[str, Optional[int]]]
+
+
+class UsageError(argparse.ArgumentTypeError):
+    """A value of a flag or a variable is not one that is allowed; the text says what is."""
+
+    def __init__(self, text: str, allowed: str) -> None:
+        super().__init__("%r; allowed: %s" % (text, allowed))
+
+
+def port_argument(text: str) -> int:
+    """An argparse type: a port."""
+    if re.match(r"\d{1,5}\Z", text) and 1 <= int(text) <= 65535:
+        return int(text)
+    raise UsageError(text, "1 to 65535")
+
+
+def hosts_argument(text: str) -> Hosts:
+    """An argparse type: HOST[:PORT][,NEXT...] -> [(host, port or None)]."""
+    hosts: Hosts = []
+    for part in text.split(","):
+        found = re.match(HOST + r"\Z", part)
+        port = found.group(3) if found else None
+        if not found or port is not None and not 1 <= int(port) <= 65535:
+            raise UsageError(text, "HOST or HOST:PORT, IPv6 in [ ], commas between")
+        name = found.group(1) or found.group(2)
+        hosts.append((name, int(port) if port else None))
+    return hosts
+
+
+def interval_argument(text: str) -> float:
+    """An argparse type: seconds between two samples."""
+    if re.match(r"(?:\d+\.?\d*|\.\d+)\Z", text) and 0.1 <= float(text) <= 60:
+        return float(text)
+    raise UsageError(text, "0.1 to 60 seconds")
+
+
+def name_argument(text: str) -> str:
+    """An argparse type: a name of a node."""
+    if re.match(r"(?=.*\S)[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,63}\Z", text):
+        return text
+    raise UsageError(text, "1 to 63 printable characters")
+
+
+def jobs_argument(text: str) -> List[str]:
+    """An argparse type: ids of jobs with commas between; none of them means all."""
+    jobs = [job for job in text.split(",") if job]
+    if all(re.match(r"\d+(?:_\d+|\+\d+)?\Z", job) for job in jobs):
+        return jobs
+    raise UsageError(text, "ids of jobs with commas between: 4711,4712_3")
+
+
+def login_argument(text: str) -> str:
+    """An argparse type: where ssh goes; never what ssh would take as a flag."""
+    if re.match(r"[^\s\x00-\x1f-][^\s\x00-\x1f]*\Z", text):
+        return text
+    raise UsageError(text, "[USER@]LOGIN as ssh takes it")
+
+
+# variable, flag, its type, its default: for job scripts
+ENVIRONMENT = (
+    ("SENTINEL_HOST", "host", hosts_argument, "127.0.0.1"),
+    ("SENTINEL_PORT", "port", port_argument, "13579"),
+    ("SENTINEL_SECRET_FILE", "secret_file", str, ""),
+)
+
+
+def take_environment(args: argparse.Namespace) -> None:
+    """Complete the flags by what the environment has; ValueError names a bad variable."""
+    for variable, flag, kind, default in ENVIRONMENT:
+        if getattr(args, flag) is None:
+            try:
+                setattr(args, flag, kind(os.environ.get(variable) or default))
+            except argparse.ArgumentTypeError as error:
+                raise ValueError("%s: %s" % (variable, error)) from None
 
 
 def read_secret(path: str) -> bytes:
     """Return the secret in a file that only its owner can read; OSError with the cure."""
     with open(path, "rb") as file:
-        secret, mode = file.read(FILE_BYTES).strip(), os.fstat(file.fileno()).st_mode
+        mode = os.fstat(file.fileno()).st_mode
+        secret = file.read(FILE_BYTES).strip()
     if mode & 0o077 or not secret:
         raise OSError("%s is empty or others can read it: chmod 600 it" % path)
     return secret
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser; the environment has defaults, for job scripts."""
-    get = os.environ.get
+    """Return the parser; the defaults are in ENVIRONMENT."""
     parser = argparse.ArgumentParser(
         prog="agent.py",
         usage=argparse.SUPPRESS,
@@ -811,32 +2062,25 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--host",
+        type=hosts_argument,
         metavar="HOST[:PORT][,NEXT...]",
-        default=get("SENTINEL_HOST") or "127.0.0.1",
-        help="the master; several are tried in turn (SENTINEL_HOST)",
+        help="the master; several are tried in turn (SENTINEL_HOST, 127.0.0.1)",
     )
-    add(
-        "--port",
-        default=get("SENTINEL_PORT") or "13579",
-        help="its port (SENTINEL_PORT, 13579)",
-    )
+    add("--port", type=port_argument, help="its port (SENTINEL_PORT, 13579)")
     add(
         "--interval",
-        default="2",
+        type=interval_argument,
+        default=2.0,
         metavar="SECONDS",
         help="from one sample to the next (2)",
     )
     add(
         "--name",
+        type=name_argument,
         metavar="NODE",
         help="what this node is called (SLURMD_NODENAME or hostname)",
     )
-    add(
-        "--secret-file",
-        metavar="FILE",
-        default=get("SENTINEL_SECRET_FILE"),
-        help="the master's",
-    )
+    add("--secret-file", metavar="FILE", help="the master's (SENTINEL_SECRET_FILE)")
     add("--procfs", metavar="DIR", default="/proc", help="where proc(5) is (/proc)")
     add("--sysfs", metavar="DIR", default="/sys", help="where sysfs(5) is (/sys)")
     add(
@@ -845,54 +2089,165 @@ def build_parser() -> argparse.ArgumentParser:
         help="write the end-of-job report there as JSON, too",
     )
     add("--once", action="store_true", help="print one sample as JSON and exit")
+    add("--stdout", action="store_true", help="print samples, a line of JSON each")
+    add(
+        "--jobs",
+        type=jobs_argument,
+        nargs="?",
+        const=[],
+        metavar="IDS",
+        help="watch each of my running jobs, or these, by a step of its own",
+    )
+    add(
+        "--ssh",
+        type=login_argument,
+        metavar="[USER@]LOGIN",
+        help="with --jobs: those of the cluster behind that login node",
+    )
     add("--verbose", action="store_true", help="log each sample")
+    # what the halves of --jobs and their agents say to each other
+    add("--herd", action="store_true", help=argparse.SUPPRESS)
+    add("--lifeline", action="store_true", help=argparse.SUPPRESS)
+    add("--facts", type=json.loads, help=argparse.SUPPRESS)
     return parser
+
+
+def parse_words(
+    parser: argparse.ArgumentParser, words: List[str]
+) -> argparse.Namespace:
+    """Return the flags, and as `command` what follows a --; bad usage ends with exit code 2."""
+    cut = words.index("--") if "--" in words else len(words)
+    args, unknown = parser.parse_known_args(words[:cut])
+    args.command = words[cut + 1 :]
+    unknown += (
+        words[cut:] if words[cut:] == ["--"] or args.once and args.command else []
+    )
+    if unknown:
+        hidden = ("herd", "lifeline", "facts", "command")
+        flags = [name.replace("_", "-") for name in vars(args) if name not in hidden]
+        parser.error(
+            "%s; allowed: --%s, or -- and a COMMAND (not with --once)"
+            % (" ".join(unknown), " --".join(flags))
+        )
+    args.piped = not (args.command or sys.stdout is None or sys.stdout.isatty())
+    args.live = not args.command and sys.stderr is not None and sys.stderr.isatty()
+    return args
+
+
+def prepare_agent(args: argparse.Namespace) -> Agent:
+    """Return an agent that is ready to run; any error says what keeps it from watching."""
+    hosts = [(host, port or args.port) for host, port in args.host]
+    secret = read_secret(args.secret_file) if args.secret_file else b""
+    sampler = prepare_sampler(args)
+    args.report = open(args.report, "w") if args.report else None
+    if args.stdout:
+        return Agent(args, sampler, Outlet())
+    sampler.fixed["ack"] = True
+    return Agent(args, sampler, Link(hosts, secret, args.interval))
+
+
+def prepare_sampler(args: argparse.Namespace) -> Sampler:
+    """Return what reads this node; ImportError where that takes psutil."""
+    kind = Probe if sys.platform.startswith("linux") else PsutilProbe
+    sampler = Sampler(kind(args.procfs, args.sysfs), args.name or "")
+    sampler.fixed["interval"] = args.interval
+    if args.facts:
+        apply_facts(sampler, args.facts)
+    return sampler
+
+
+def run_unwatched(command: List[str], reason: str) -> int:
+    """Become the command: whatever is wrong with the watching, the work has to be done."""
+    log("not watching, the command runs without: %s" % reason)
+    for name in (
+        "SIGPIPE",
+        "SIGXFSZ",
+    ):  # Python ignores them; a program of another kind may not
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        print("error: %s: %s" % (error.strerror, command[0]), file=sys.stderr)
+        return 127 if isinstance(error, FileNotFoundError) else 126
+
+
+def run_agent(args: argparse.Namespace) -> int:
+    """Watch this node, around a command if there is one; return the exit code."""
+    try:
+        agent = prepare_agent(args)
+    except ImportError:
+        reason = "off Linux it needs psutil: python3 -m pip install --user psutil"
+    except Exception as error:
+        known = isinstance(error, (OSError, ValueError, LookupError))
+        if not known and not args.command:
+            raise
+        reason = str(error) or repr(error)
+    else:
+        try:
+            return agent.run()
+        except OSError as error:  # there is no such command
+            print("error: %s" % error, file=sys.stderr)
+            return 127 if isinstance(error, FileNotFoundError) else 126
+    if args.command:
+        return run_unwatched(args.command, reason)
+    print("error: %s" % reason, file=sys.stderr)
+    return 1
+
+
+def run_once(args: argparse.Namespace) -> int:
+    """Print one sample."""
+    try:
+        sampler = prepare_sampler(args)
+    except ImportError:
+        print(
+            "error: off Linux it needs psutil: python3 -m pip install --user psutil",
+            file=sys.stderr,
+        )
+        return 1
+    except (OSError, ValueError, LookupError) as error:
+        print("error: %s" % error, file=sys.stderr)
+        return 1
+    sampler.fixed["ack"] = True
+    print(json.dumps(get_system_stats(sampler)))
+    return 0
+
+
+def run_watcher(args: argparse.Namespace) -> int:
+    """Watch the jobs: start the herd, and speak to the master for its agents."""
+    try:
+        secret = read_secret(args.secret_file) if args.secret_file else b""
+    except OSError as error:
+        print("error: %s" % error, file=sys.stderr)
+        return 1
+    host, port = args.host[0]
+    command = herd_command(args.jobs or [], args.ssh or "")
+    dial = lambda: Line(host, port or args.port, secret)  # noqa: E731
+    return Relay(command, own_text(), dial).run()
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command line; return the exit code."""
-    words = sys.argv[1:] if argv is None else argv
-    cut = words.index("--") if "--" in words else len(words)
+    if os.name != "posix":
+        print(
+            "error: agent.py needs a Unix, as Linux or macOS; on Windows run it in WSL",
+            file=sys.stderr,
+        )
+        return 1
     parser = build_parser()
-    args, unknown = parser.parse_known_args(words[:cut])
-    flags, args.command = " --".join(vars(args)).replace("_", "-"), words[cut + 1 :]
-    if unknown or words[cut:] == ["--"] or args.once and args.command:
-        parser.error(
-            "%s; allowed: --%s, or -- and a COMMAND (not with --once)"
-            % (" ".join(unknown + words[cut:]), flags)
-        )
-    for flag, (pattern, allowed) in CHECKS.items():
-        text = getattr(args, flag)
-        if text is not None and not re.match(r"(?:%s)\Z" % pattern, text):
-            parser.error("--%s %r; allowed: %s" % (flag, text, allowed))
-    args.interval = float(args.interval)
-    args.piped = not (args.command or sys.stdout is None or sys.stdout.isatty())
-    args.live = not args.command and sys.stderr is not None and sys.stderr.isatty()
-    hosts = [
-        (a or b, int(port or args.port)) for a, b, port in re.findall(HOST, args.host)
-    ]
+    args = parse_words(parser, sys.argv[1:] if argv is None else argv)
     try:
-        secret = read_secret(args.secret_file) if args.secret_file else b""
-        linux = sys.platform.startswith("linux")
-        sampler = Sampler(
-            (Probe if linux else PsutilProbe)(args.procfs, args.sysfs), args.name
-        )
-        sampler.fixed.update(interval=args.interval, ack=True)
-        if args.once:
-            print(json.dumps(get_system_stats(sampler)))
-            return 0
-        args.report = open(args.report, "w") if args.report else None
-        return Agent(args, sampler, Link(hosts, secret, args.interval)).run()
-    except ImportError:
-        parser.exit(
-            1,
-            "error: off Linux it needs psutil: python3 -m pip install --user psutil\n",
-        )
-    except (OSError, ValueError, LookupError) as error:
-        print("error: %s" % error, file=sys.stderr)
-        if getattr(error, "filename", None) in args.command[:1]:
-            return 127 if isinstance(error, FileNotFoundError) else 126
-    return 1
+        take_environment(args)
+    except ValueError as error:
+        if args.command:
+            return run_unwatched(args.command, str(error))
+        parser.error(str(error))
+    if args.herd:
+        return Herd(args.jobs or [], own_text()).run()
+    if args.jobs is not None or args.ssh:
+        return run_watcher(args)
+    if args.once:
+        return run_once(args)
+    return run_agent(args)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,22 @@ class Parsers(unittest.TestCase):
             (total, swap, unused), (1914844 * 1024, 2064376 * 1024, 1548282 * 1024)
         )
 
+    def test_in_a_container_more_may_be_available_than_there_is(self):
+        text = "MemTotal: 1000 kB\nMemFree: 300 kB\nMemAvailable: 4000 kB\n"
+        self.assertEqual(agent.parse_meminfo(text), (1024000, 307200, 0, 0))
+
+    def test_without_memavailable_what_is_there_is_summed(self):
+        text = "MemTotal: 1000 kB\nMemFree: 300 kB\nBuffers: 10 kB\nCached: 90 kB\n"
+        self.assertEqual(agent.parse_meminfo(text), (1024000, 409600, 0, 0))
+
+    def test_a_text_of_another_kind_says_what_it_lacks(self):
+        for parser, text, words in (
+            (agent.parse_meminfo, "odd\n", "no line 'MemTotal:'"),
+            (agent.parse_cpu, "intr 1 2\n", "no.* begin with a line 'cpu'"),
+        ):
+            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
+                parser(text)
+
     def test_nvidia_smi_is_read_with_and_without_what_it_knows(self):
         table = (
             ("35, 1024, 40960\n", {"gpus": 1, "gpu": 35, "gpu_mem": 2.5}),
@@ -312,6 +328,50 @@ class Trees(unittest.TestCase):
         ):
             write("proc/stat", "cpu  %d 0 0 %d 0 0 0 0 0 0\ncpu0 1\n" % (busy, idle))
             self.assertEqual(sampler.sample()["cpu"], percent, (busy, idle))
+
+    def test_every_cpu_of_a_large_node_is_counted(self):
+        probe, write = copy_of(self, "bonded")
+        line = "cpu%d 8428212 74712 5184213 1326541123 134012 0 320412 1712 41212 0\n"
+        for cpus in (1024, 4096):
+            write(
+                "proc/stat",
+                "cpu  9 0 0 9 0 0 0 0 0 0\n"
+                + "".join(line % n for n in range(cpus))
+                + "intr 1 2\n",
+            )
+            self.assertEqual(agent.Sampler(probe).sample()["cpus"], cpus)
+
+    def test_swap_of_a_container_that_makes_no_sense_is_left_out(self):
+        probe, write = copy_of(self, "bonded")
+        write(
+            "proc/meminfo",
+            "MemTotal: 1000 kB\nMemAvailable: 500 kB\n"
+            "SwapTotal: 10 kB\nSwapFree: 70 kB\n",
+        )
+        sample = agent.Sampler(probe).sample()
+        self.assertEqual(sample["ram"], 50.0)
+        self.assertNotIn("swap", sample)
+
+    def test_a_node_without_cpu_or_ram_says_which_file_lacks_what(self):
+        for path, text, words in (
+            ("proc/meminfo", "odd\n", "no ram in .*/proc/meminfo: there is no line"),
+            ("proc/stat", "intr 1\n", "no cpu in .*/proc/stat: it does not begin"),
+            (
+                "proc/meminfo",
+                "MemTotal: 10 kB\nMemFree: 90 kB\n",
+                "no ram in .*no sense",
+            ),
+        ):
+            probe, write = copy_of(self, "bonded")
+            write(path, text)
+            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
+                agent.Sampler(probe)
+
+    def test_the_limit_of_a_job_is_known_from_the_environment_or_squeue(self):
+        environ = dict(SLURM, SLURM_JOB_START_TIME="4102441200")
+        with mock.patch.dict(os.environ, environ):
+            known = dict(agent.Sampler(tree("debian")).read_time_left())
+        self.assertEqual(known["job_time_limit"], 3600)
 
     def test_amd_gpus_are_cards_that_tell_not_their_second_names(self):
         with mock.patch.dict(os.environ, {"PATH": "/nowhere"}):
@@ -540,7 +600,7 @@ class StandIns(unittest.TestCase):
             left = dict(sampler.read_time_left())["job_time_left"]
         self.assertTrue(86400 < left <= 86410)
         with open(self.folder + "/asked") as file:
-            self.assertEqual(file.read(), "-h -j 4711 -o %L\n")
+            self.assertEqual(file.read(), "-h -j 4711 -o %L %l\n")
         sampler.asked -= agent.SQUEUE_SECONDS
         dict(sampler.read_time_left())
         with open(self.folder + "/asked") as file:
@@ -687,33 +747,33 @@ class CommandLine(unittest.TestCase):
         (["--nonsense"], "--nonsense.*allowed: --host --port"),
         (["extra"], "extra.*allowed"),
         (["--hos", "x"], "--hos x.*allowed"),
-        (["--port", "0"], "--port '0'; allowed: 1 to 65535"),
-        (["--port", "65536"], "--port '65536'; allowed: 1 to 65535"),
+        (["--port", "0"], "--port: '0'; allowed: 1 to 65535"),
+        (["--port", "65536"], "--port: '65536'; allowed: 1 to 65535"),
         (["--port", "-1"], "port"),
-        (["--port", "http"], "--port 'http'; allowed: 1 to 65535"),
-        (["--port", ""], "--port ''; allowed: 1 to 65535"),
+        (["--port", "http"], "--port: 'http'; allowed: 1 to 65535"),
+        (["--port", ""], "--port: ''; allowed: 1 to 65535"),
         (["--port"], "--port: expected one argument"),
-        (["--host", ""], "--host ''; allowed: HOST or HOST:PORT"),
-        (["--host", "a b"], "--host 'a b'; allowed"),
-        (["--host", "login,"], "--host 'login,'; allowed"),
-        (["--host", "login,,b"], "--host 'login,,b'; allowed"),
-        (["--host", "::1"], r"--host '::1'; allowed: .*IPv6 in \[ \]"),
-        (["--host", "login:0"], "--host 'login:0'; allowed"),
-        (["--host", "login:99999"], "--host 'login:99999'; allowed"),
-        (["--host", "login:"], "--host 'login:'; allowed"),
-        (["--host", "http://login"], "--host 'http://login'; allowed"),
-        (["--host", "\u001b[31mred"], r"--host '\\x1b\[31mred'; allowed"),
-        (["--interval", "0"], "--interval '0'; allowed: 0.1 to 60 seconds"),
+        (["--host", ""], "--host: ''; allowed: HOST or HOST:PORT"),
+        (["--host", "a b"], "--host: 'a b'; allowed"),
+        (["--host", "login,"], "--host: 'login,'; allowed"),
+        (["--host", "login,,b"], "--host: 'login,,b'; allowed"),
+        (["--host", "::1"], r"--host: '::1'; allowed: .*IPv6 in \[ \]"),
+        (["--host", "login:0"], "--host: 'login:0'; allowed"),
+        (["--host", "login:99999"], "--host: 'login:99999'; allowed"),
+        (["--host", "login:"], "--host: 'login:'; allowed"),
+        (["--host", "http://login"], "--host: 'http://login'; allowed"),
+        (["--host", "\u001b[31mred"], r"--host: '\\x1b\[31mred'; allowed"),
+        (["--interval", "0"], "--interval: '0'; allowed: 0.1 to 60 seconds"),
         (["--interval", "0.05"], "allowed: 0.1 to 60 seconds"),
         (["--interval", "60.5"], "allowed: 0.1 to 60 seconds"),
         (["--interval", "61"], "allowed: 0.1 to 60 seconds"),
         (["--interval", "nan"], "allowed: 0.1 to 60 seconds"),
         (["--interval", "1e1"], "allowed: 0.1 to 60 seconds"),
         (["--interval", "2 s"], "allowed: 0.1 to 60 seconds"),
-        (["--name", ""], "--name ''; allowed: 1 to 63 printable characters"),
-        (["--name", "  "], "--name '  '; allowed: 1 to 63 printable characters"),
+        (["--name", ""], "--name: ''; allowed: 1 to 63 printable characters"),
+        (["--name", "  "], "--name: '  '; allowed: 1 to 63 printable characters"),
         (["--name", "x" * 64], "allowed: 1 to 63 printable characters"),
-        (["--name", "a\nb"], r"--name 'a\\nb'; allowed: 1 to 63 printable characters"),
+        (["--name", "a\nb"], r"--name: 'a\\nb'; allowed: 1 to 63 printable characters"),
         (["--"], "allowed: .* COMMAND"),
         (["--once", "--", "true"], "allowed: .*COMMAND.*not with --once"),
     )
@@ -755,23 +815,28 @@ class CommandLine(unittest.TestCase):
 
     def test_good_usage_is_taken(self):
         for text, hosts in (
-            ("login", [("", "login", "")]),
-            ("10.0.0.1:9,login", [("", "10.0.0.1", "9"), ("", "login", "")]),
-            ("[::1]:13580", [("::1", "", "13580")]),
-            ("[fe80::1%eth0]", [("fe80::1%eth0", "", "")]),
-            ("a_b.c-d:65535", [("", "a_b.c-d", "65535")]),
+            ("login", [("login", None)]),
+            ("10.0.0.1:9,login", [("10.0.0.1", 9), ("login", None)]),
+            ("[::1]:13580", [("::1", 13580)]),
+            ("[fe80::1%eth0]", [("fe80::1%eth0", None)]),
+            ("a_b.c-d:65535", [("a_b.c-d", 65535)]),
         ):
             with self.subTest(text):
-                self.assertTrue(re.match("(?:%s)\\Z" % agent.CHECKS["host"][0], text))
-                self.assertEqual(re.findall(agent.HOST, text), hosts)
-        for flag, texts in (
-            ("interval", ("0.1", ".5", "1", "2", "2.", "9.75", "59.9", "60", "60.0")),
-            ("port", ("1", "13579", "65535")),
-            ("name", ("c1", "x" * 63, "K\u00f6ln 3")),
+                self.assertEqual(agent.hosts_argument(text), hosts)
+        for kind, texts in (
+            (
+                agent.interval_argument,
+                ("0.1", ".5", "1", "2", "2.", "9.75", "59.9", "60", "60.0"),
+            ),
+            (agent.port_argument, ("1", "13579", "65535")),
+            (agent.name_argument, ("c1", "x" * 63, "K\u00f6ln 3")),
         ):
             for text in texts:
-                with self.subTest(flag + " " + text):
-                    self.assertTrue(re.match("(?:%s)\\Z" % agent.CHECKS[flag][0], text))
+                with self.subTest(text):
+                    self.assertEqual(
+                        str(kind(text))[:1] or "0",
+                        text.lstrip(".")[:1] if text != ".5" else "0",
+                    )
 
     def test_a_bad_variable_of_the_environment_is_bad_usage_too(self):
         for name, value in (("SENTINEL_PORT", "http"), ("SENTINEL_HOST", "a b")):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import pickle
 import pty
 import re
@@ -209,9 +210,8 @@ class Command(unittest.TestCase):
             "sleep 1; exit 4",
             patch="agent.Sampler.sample = None",
         ) as tool:
-            self.assertEqual(
-                tool.wait(), 1
-            )  # not even started: there is nothing to watch
+            self.assertEqual(tool.wait(), 4)
+            self.assertIn("not watching, the command runs without", tool.log)
         patch = (
             "import time\ndef fail(self, *a):\n    raise RuntimeError('odd')\n"
             "agent.Link.exchange = fail"
@@ -247,6 +247,90 @@ class Command(unittest.TestCase):
         )
         os.close(writer)
         self.assertEqual(done.returncode, 6)
+
+
+class Unwatched(unittest.TestCase):
+    """A job that waited for days has to run, whatever is wrong with the watching."""
+
+    def setUp(self):
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder)
+
+    def around(self, *flags, script="echo ran; exit 3", env=None):
+        return support.run(
+            "agent.py", *flags, "--", "sh", "-c", script, env=env, seconds=20
+        )
+
+    def test_the_command_runs_and_one_line_names_what_is_wrong(self):
+        proc = os.path.join(self.folder, "proc")
+        os.mkdir(proc)
+        for name, text in (("stat", "cpu  1 2 3 4 5 6 7 8\n"), ("meminfo", "odd\n")):
+            with open(os.path.join(proc, name), "w") as file:
+                file.write(text)
+        port = support.closed_port()
+        for flags, env, words in (
+            (["--procfs", proc], {}, "no ram in .*/meminfo"),
+            (["--procfs", "/nonexistent"], {}, "/nonexistent/stat"),
+            (["--secret-file", "/nonexistent"], {}, "/nonexistent"),
+            (["--report", "/nonexistent/r.json"], {}, "/nonexistent/r.json"),
+            ([], {"SENTINEL_SECRET_FILE": "/nonexistent"}, "/nonexistent"),
+            ([], {"SENTINEL_PORT": "abc"}, "SENTINEL_PORT: 'abc'; allowed: 1 to 65535"),
+            ([], {"SENTINEL_HOST": "a b"}, "SENTINEL_HOST: 'a b'; allowed: HOST"),
+            ([], {"SLURM_JOB_END_TIME": "abc"}, "SLURM_JOB_END_TIME is 'abc'"),
+        ):
+            with self.subTest(words):
+                if "SENTINEL_PORT" not in env:
+                    env = dict(env, SENTINEL_PORT=port)
+                done = self.around(*flags, env=env)
+                self.assertEqual((done.returncode, done.stdout), (3, "ran\n"))
+                told = [
+                    line for line in done.stderr.splitlines() if "report" not in line
+                ]
+                self.assertRegex("\n".join(told), words)
+
+    def test_its_signals_and_exit_codes_are_its_own(self):
+        for script, code in (("kill -TERM $$", -15), ("exit 9", 9)):
+            done = self.around("--secret-file", "/nonexistent", script=script)
+            self.assertEqual(done.returncode, code)
+        done = support.run("agent.py", "--secret-file", "/nonexistent", "--", "./none")
+        self.assertEqual(done.returncode, 127)
+        self.assertRegex(done.stderr, r"error: No such file or directory: \./none\n\Z")
+
+    def test_it_is_not_run_with_the_signals_that_python_ignores(self):
+        script = "grep SigIgn /proc/self/status"
+        plain = subprocess.check_output(["sh", "-c", script]).decode()
+        done = self.around("--secret-file", "/nonexistent", script=script)
+        self.assertEqual(done.stdout, plain)
+
+    def test_a_wrong_flag_stops_it(self):
+        done = self.around("--port", "abc")
+        self.assertEqual((done.returncode, done.stdout), (2, ""))
+
+
+class Neighbours(unittest.TestCase):
+    """Files of the user's own beside the script, or in the folder it is started in."""
+
+    def test_they_do_not_hide_the_standard_library(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        names = ("json", "select", "socket", "signal", "typing", "argparse", "zlib")
+        for name in names:
+            with open(os.path.join(folder, name + ".py"), "w") as file:
+                file.write("raise RuntimeError('the wrong %s')\n" % name)
+        path = shutil.copy(os.path.join(support.ROOT, "agent.py"), folder)
+        with open(path) as file:
+            text = file.read()
+        for words, stdin in (([path, "--once"], ""), (["-", "--once"], text)):
+            with self.subTest(words):
+                done = support.run(*words, stdin=stdin, cwd=folder)
+                self.assertEqual((done.returncode, done.stderr), (0, ""))
+                self.assertIn("cpu", json.loads(done.stdout))
+
+    def test_a_system_that_is_no_unix_is_one_line(self):
+        start = "import os, sys; import agent; os.name = 'nt'; sys.exit(agent.main(['--once']))"
+        done = support.run("-c", start, cwd=support.ROOT)
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertRegex(done.stderr, r"\Aerror: [^\n]*WSL\n\Z")
 
 
 class Reports(unittest.TestCase):
@@ -390,22 +474,6 @@ class Reports(unittest.TestCase):
             seconds, mean, peak = facts["totals"]["cpu"]
             self.assertTrue(0.4 < seconds < 5 and 0 <= mean <= peak <= 100)
             self.assertRegex(facts["text"][0], "ran 0:")
-
-    def test_a_report_that_cannot_be_written_is_said_before_the_work_begins(self):
-        done = support.run(
-            "agent.py",
-            "--port",
-            support.closed_port(),
-            "--report",
-            "/nonexistent/report.json",
-            "--",
-            "echo",
-            "ran",
-        )
-        self.assertEqual((done.returncode, done.stdout), (1, ""))
-        self.assertRegex(
-            done.stderr, r"\Aerror: [^\n]*/nonexistent/report.json[^\n]*\n\Z"
-        )
 
     def test_the_mean_agrees_with_what_the_command_used(self):
         """A command that burns half a CPU of this machine; the node's other load is measured."""
