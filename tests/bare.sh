@@ -49,8 +49,8 @@ foreign_node() {                            # foreign_node ROOT: as a vendor's p
         printf '#!/bin/sh\necho v99.0.0\n' >"$package/usr/bin/$name"
         chmod +x "$package/usr/bin/$name"
     done
-    dpkg-deb --root-owner-group --build "$package" "$1/root/nodejs.deb" >/dev/null &&
-        chroot "$1" dpkg --install /root/nodejs.deb >/dev/null
+    dpkg-deb --root-owner-group --build "$package" "$1/srv/nodejs.deb" >/dev/null &&
+        chroot "$1" dpkg --install /srv/nodejs.deb >/dev/null
 }
 
 # Runs in new mount and pid namespaces, as process 1 of the latter: both end with it.
@@ -63,7 +63,7 @@ INSIDE='
     mount -t tmpfs tmpfs "$1/dev/shm"
     cd /
     exec chroot "$1" env -i HOME=/root LANG=C.UTF-8 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
-        bash -c "cd /root/sentinel && $2"
+        bash -c "cd /srv/sentinel && $2"
 '
 
 inside() {                                  # inside ROOT COMMAND
@@ -74,7 +74,7 @@ trial() {                                   # trial ROOT SUITE NODE
     local root=$1 status=0 before after
     bootstrap "$2" "$root" || return 1
     [ -z "$3" ] || foreign_node "$root" || return 1
-    git clone --quiet "$REPOSITORY" "$root/root/sentinel" || return 1
+    git clone --quiet "$REPOSITORY" "$root/srv/sentinel" || return 1
     before=$(chroot "$root" dpkg-query -W -f '${Package}\n' 'node*' npm 2>/dev/null)
     printf '\n=== %s %s: bash .ci/run install\n' "$2" "$3"
     inside "$root" "bash .ci/run install" || { echo "install: exit $?"; return 1; }
