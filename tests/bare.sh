@@ -1,56 +1,110 @@
 #!/usr/bin/env bash
-# bare.sh - does `bash .ci/run install` bring all that the tests need, on a machine that has nothing?
+# bare.sh - the project on a machine with nothing: bash tests/bare.sh [SUITE [nodejs]]
 #
-#     tests/bare.sh SUITE [foreign-node] [tests]
+#     bare.sh                  bookworm, bookworm with a foreign Node.js, and trixie
+#     bare.sh trixie           one of them
+#     bare.sh bookworm nodejs  one of them, with a node and npm that are not Debian's
 #
-# Makes a Debian of that name (bookworm, trixie) in a scratch folder by debootstrap (as root), puts a
-# clone of this checkout in, and runs `bash .ci/run install` there.  foreign-node: with a node and an
-# npm in /usr/local/bin that are not Debian's, whose packages must then be left alone.  tests: then
-# the README's test command as well.  The folder is removed at the end.  About three minutes without
-# the tests; .ci/run does not call it.
-set -euo pipefail
-suite=${1:?a name of a Debian: bookworm, trixie}; shift
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-root=$(mktemp -d "${TMPDIR:-/var/tmp}/bare-$suite.XXXXXX")
-chmod 755 "$root"
+# A debootstrap in a scratch folder, a clone of this repository in it, and there, one after the other,
+# `bash .ci/run install` and the README's test command. It takes a quarter of an hour for each and
+# needs a Debian mirror (that of the apt sources), so .ci/run does not do it. As root, on Debian, with
+# debootstrap. Exit codes: 0 all passed, 1 one of them did not, 2 bad usage.
+#
+# Mounts and processes live in namespaces that end with the trial, so that nothing of it can stay.
+set -uo pipefail
+FOLDER=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+REPOSITORY=$(dirname "$FOLDER")
 
-clean_up() {
-    local path
-    for path in dev/shm dev/pts dev sys proc; do
-        ! mountpoint -q "$root/$path" || umount -l "$root/$path"
-    done
-    rm -rf --one-file-system "$root"
+# With Debian's own nodejs this package cannot be there at once: its npm conflicts with it.
+FOREIGN_CONTROL='Package: nodejs
+Version: 99.0.0-1foreign
+Architecture: all
+Maintainer: nobody <nobody@localhost>
+Conflicts: npm
+Provides: foreign-npm
+Description: a Node.js that does not come from Debian, as far as apt can see
+'
+
+mirror() {                                  # the first one in the apt sources
+    cat /etc/apt/sources.list /etc/apt/sources.list.d/*.list /etc/apt/sources.list.d/*.sources 2>/dev/null |
+        sed -n 's/^URIs: *//p; s/^deb \(\[[^]]*\] \)\?\([^ ]*\).*/\2/p' | sed -n 1p
 }
-trap clean_up EXIT
 
-mirror=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/*.list /etc/apt/sources.list.d/*.sources \
-    2>/dev/null | sed -n 's/^URIs: *//p; s/^deb \(\[[^]]*\] \)\?\([^ ]*\).*/\2/p' | sed -n 1p)
-debootstrap --variant=minbase --include=ca-certificates "$suite" "$root" "$mirror" >"$root.log" 2>&1 ||
-    { tail -n 3 "$root.log"; exit 1; }
-rm -f "$root.log"
-echo "deb ${mirror/#/} $suite main" >"$root/etc/apt/sources.list"
-cp -r /etc/apt/apt.conf.d/. "$root/etc/apt/apt.conf.d/"
-cp /etc/resolv.conf /etc/hosts "$root/etc/"
-git clone -q "$here" "$root/srv/sentinel"
-mount -t proc proc "$root/proc"
-mount -t sysfs sysfs "$root/sys"
-mount --bind /dev "$root/dev"
-mount -t devpts devpts "$root/dev/pts"
-mount -t tmpfs -o mode=1777 tmpfs "$root/dev/shm"
+bootstrap() {                               # bootstrap SUITE ROOT
+    debootstrap --variant=minbase --include=ca-certificates "$1" "$2" "$(mirror)" >"$2.log" 2>&1 || {
+        tail -n 5 "$2.log"
+        return 1
+    }
+    cp /etc/resolv.conf /etc/hosts "$2/etc/"
+    cp /etc/apt/apt.conf.d/* "$2/etc/apt/apt.conf.d/"       # a proxy, say
+    printf '#!/bin/sh\nexit 101\n' >"$2/usr/sbin/policy-rc.d"   # a chroot starts no services
+    chmod +x "$2/usr/sbin/policy-rc.d"
+}
 
-for word; do
-    [ "$word" != foreign-node ] || for name in node npm; do
-        printf '#!/bin/sh\necho v99.0.0\n' >"$root/usr/local/bin/$name"
-        chmod 755 "$root/usr/local/bin/$name"
+foreign_node() {                            # foreign_node ROOT: as a vendor's package leaves it
+    local package=$1.deb-tree name
+    install -d "$package/DEBIAN" "$package/usr/bin"
+    printf '%s' "$FOREIGN_CONTROL" >"$package/DEBIAN/control"
+    for name in node npm; do
+        printf '#!/bin/sh\necho v99.0.0\n' >"$package/usr/bin/$name"
+        chmod +x "$package/usr/bin/$name"
     done
-done
-inside() { chroot "$root" env -i HOME=/root PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin "$@"; }
+    dpkg-deb --root-owner-group --build "$package" "$1/srv/nodejs.deb" >/dev/null &&
+        chroot "$1" dpkg --install /srv/nodejs.deb >/dev/null
+}
 
-status=0
-inside bash -c 'cd /srv/sentinel && bash .ci/run install' || status=$?
-echo "=== install on $suite: $status; what apt says of node: $(inside dpkg -l nodejs npm 2>&1 | grep -c '^ii')"
-for word; do
-    [ "$word" != tests ] || inside bash -c 'cd /srv/sentinel && time python3 -m unittest discover -s tests' ||
-        status=$?
-done
-exit "$status"
+# Runs in new mount and pid namespaces, as process 1 of the latter: both end with it.
+# shellcheck disable=SC2016     # $1 is that of the shell inside
+INSIDE='
+    set -e
+    mount -t proc proc "$1/proc"
+    mount --rbind /sys "$1/sys"
+    mount --rbind /dev "$1/dev"
+    mount -t tmpfs tmpfs "$1/dev/shm"
+    cd /
+    exec chroot "$1" env -i HOME=/root LANG=C.UTF-8 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+        bash -c "cd /srv/sentinel && $2"
+'
+
+inside() {                                  # inside ROOT COMMAND
+    unshare --mount --propagation private --pid --fork --kill-child bash -c "$INSIDE" inside "$1" "$2"
+}
+
+trial() {                                   # trial ROOT SUITE NODE
+    local root=$1 status=0 before after
+    bootstrap "$2" "$root" || return 1
+    [ -z "$3" ] || foreign_node "$root" || return 1
+    git clone --quiet "$REPOSITORY" "$root/srv/sentinel" || return 1
+    before=$(chroot "$root" dpkg-query -W -f '${Package}\n' 'node*' npm 2>/dev/null)
+    printf '\n=== %s %s: bash .ci/run install\n' "$2" "$3"
+    inside "$root" "bash .ci/run install" || { echo "install: exit $?"; return 1; }
+    after=$(chroot "$root" dpkg-query -W -f '${Package}\n' 'node*' npm 2>/dev/null)
+    if [ -n "$3" ] && [ "$before" != "$after" ]; then
+        echo "the foreign Node.js was touched: $after"
+        status=1
+    fi
+    printf '\n=== %s %s: python3 -m unittest discover -s tests\n' "$2" "$3"
+    inside "$root" "time python3 -m unittest discover -s tests" || status=1
+    return "$status"
+}
+
+one() {                                     # one SUITE [nodejs]
+    local scratch status=0
+    scratch=$(mktemp -d "${TMPDIR:-/tmp}/bare.XXXXXX")
+    trial "$scratch/root" "$1" "${2:-}" || status=1
+    rm -rf --one-file-system "$scratch"
+    [ "$status" = 0 ] && printf '=== %s %s: passed\n' "$1" "${2:-}" || printf '=== %s %s: FAILED\n' "$1" "${2:-}"
+    return "$status"
+}
+
+if [ "$#" = 0 ]; then
+    failed=0
+    one bookworm || failed=1
+    one bookworm nodejs || failed=1
+    one trixie || failed=1
+    exit "$failed"
+fi
+case $1${2:+ $2} in
+bookworm | trixie | "bookworm nodejs" | "trixie nodejs") one "$@" ;;
+*) echo "usage: bash tests/bare.sh [bookworm|trixie [nodejs]]" >&2; exit 2 ;;
+esac

@@ -9,7 +9,9 @@ Nothing here sleeps to wait: `eventually` polls, `stays` watches.  Whatever was 
 also when a test fails or is interrupted, and is found by its pid, never by its name.
 
 SENTINEL_TEST_PYTHON  the interpreter that runs the tools (this one by default)
-SENTINEL_TEST_ALL=1   what cannot be tested for want of something fails; else it is skipped
+SENTINEL_TEST_ALL=1   all of it: what takes long runs, and what cannot be tested for want of
+                      something fails; else both are skipped, by name
+SENTINEL_TEST_SLOW=1  what takes long runs
 """
 
 import atexit
@@ -578,7 +580,7 @@ class MasterTest(unittest.TestCase):
 
 
 # ==========================================================================================
-# Needs: requires, pythons
+# Needs: requires, slow, pythons
 # ==========================================================================================
 
 
@@ -639,7 +641,7 @@ def requires(*things):
     reason = "missing here: " + ", ".join(missing)
     if not missing:
         return lambda test: test
-    if os.environ.get("SENTINEL_TEST_ALL") != "1":
+    if not _asked_for("SENTINEL_TEST_ALL"):
         return unittest.skip(reason)
 
     def fail(*_):
@@ -653,6 +655,19 @@ def requires(*things):
         return fail
 
     return decorate
+
+
+def slow(why):
+    """Decorate a test or a TestCase that takes long: skipped, with the reason, unless asked for.
+
+    SENTINEL_TEST_ALL=1 asks for it, and so does SENTINEL_TEST_SLOW=1.
+    """
+    wanted = _asked_for("SENTINEL_TEST_ALL") or _asked_for("SENTINEL_TEST_SLOW")
+    return unittest.skipUnless(wanted, "takes long (%s): SENTINEL_TEST_ALL=1" % why)
+
+
+def _asked_for(variable):
+    return os.environ.get(variable) == "1"
 
 
 if __name__ == "__main__":  # .ci/run asks: which interpreters are there?

@@ -32,14 +32,20 @@ class Figures(unittest.TestCase):
             bench.fit_slope([(x, 3 - 0.25 * x) for x in (1, 2, 5, 9)]), -0.25
         )
 
-    def test_two_disturbed_tools_of_ten_change_nothing_of_the_cost_of_a_sample(self):
-        before = [1.0] * 10, 100
-        self.assertAlmostEqual(bench.per_sample(before, ([1.003] * 10, 160)), 0.0005)
-        disturbed = [1.023, 1.5] + [1.003] * 8
-        self.assertAlmostEqual(bench.per_sample(before, (disturbed, 160)), 0.0005)
-        self.assertAlmostEqual(
-            bench.per_sample(before, ([1.003, 1.006] * 5, 160)), 0.00075
-        )
+    def test_the_cost_of_a_sample_is_of_what_each_tool_sent_itself(self):
+        before = [(1.0, 10), (2.0, 20)]
+        after = [(1.006, 16), (2.012, 23)]
+        first, second = bench.per_sample(before, after)
+        self.assertAlmostEqual(first, 0.001)
+        self.assertAlmostEqual(second, 0.004)
+
+    def test_two_disturbed_pairs_of_ten_change_nothing_of_the_ratio(self):
+        bare = [0.001] * 10
+        self.assertAlmostEqual(bench.median_ratio([0.002] * 10, bare), 2.0)
+        disturbed = [0.9, 0.5] + [0.002] * 8
+        self.assertAlmostEqual(bench.median_ratio(disturbed, bare), 2.0)
+        rising = [0.001 * (1 + turn) for turn in range(10)]
+        self.assertAlmostEqual(bench.median_ratio(rising, rising), 1.0)
 
     def test_a_percentile_is_one_of_the_values(self):
         values = list(range(100, 0, -1))
@@ -155,6 +161,20 @@ class Table(unittest.TestCase):
                 self.assertEqual(
                     [(row.value, row.note) for _, row in rows], [(expected, note)]
                 )
+
+    def test_a_quick_run_judges_ratios_and_counts_and_tells_the_rest(self):
+        def mixed(stage):
+            yield bench.at_most("ratio", 9.0, "x", 2.0)
+            yield bench.at_most("count", 9, "", 0)
+            for unit in ("ms", "% of a core", "MiB", "KiB", "s"):
+                yield bench.at_most(unit, 9.0, unit, 2.0)
+
+        for quick, judged in ((True, ["ratio", "count"]), (False, None)):
+            with self.subTest(quick=quick):
+                rows, _, _ = self.run_benches(quick, mixed=mixed)
+                self.assertEqual(len(rows), 7)
+                over = [row.what for _, row in rows if row.holds is False]
+                self.assertEqual(over, judged or [row.what for _, row in rows])
 
     def test_the_exit_code_tells_whether_all_was_measured_and_holds(self):
         def lacks(stage):
@@ -284,6 +304,38 @@ class Measuring(unittest.TestCase):
         with support.start("-c", fill) as tool:
             support.eventually(lambda: "done" in tool.out)
             self.assertTrue(2**25 < bench.pss_bytes(tool.pid) < 2**26)
+
+    def test_a_sink_counts_each_of_its_ports_apart(self):
+        with bench.Sink(3) as sink, support.PlainAgent(
+            sink.ports[1]
+        ) as one, support.PlainAgent(sink.ports[2]) as two:
+            for agent, times in ((one, 2), (two, 1)):
+                for _ in range(times):
+                    agent.send_bytes(b"x")
+                    self.assertEqual(agent.read_line(), "ok")
+            self.assertEqual([sink.counts[port] for port in sink.ports], [0, 2, 1])
+            self.assertEqual(sink.count, 3)
+
+    def test_programs_side_by_side_are_measured_in_the_same_seconds(self):
+        sender = (
+            "import socket, sys, time\n"
+            "sock = socket.create_connection(('127.0.0.1', int(sys.argv[1])))\n"
+            "while True: sock.send(b'x'); time.sleep(0.1)\n"
+        )
+
+        def start_one(port):
+            return support.start("-c", sender, port)
+
+        with mock.patch.object(bench, "PAIRS", 2), mock.patch.object(
+            bench, "INTERVAL", 0.1
+        ), bench.Sink(4) as sink, bench.Beside(
+            {"one": start_one, "two": start_one}, sink
+        ) as beside:
+            beside.wait()
+            costs = beside.measure(0.5)
+        self.assertEqual(list(costs), ["one", "two"])
+        for each in costs["one"] + costs["two"]:
+            self.assertTrue(0 < each < 0.05, costs)
 
     def test_a_listener_is_found_without_a_connection(self):
         with bench.Sink() as sink:
