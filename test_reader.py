@@ -28,6 +28,9 @@ import time
 from typing import Any, List, Optional
 
 WATCH_SECONDS = 2  # from one look of --watch to the next
+HOME = "\x1b[H"  # what a terminal takes for: to the top, ...
+CLEAR_LINE = "\x1b[K"  # ... empty the rest of this line, ...
+CLEAR_BELOW = "\x1b[J"  # ... empty all that is below
 
 
 class ReaderError(Exception):
@@ -87,8 +90,8 @@ def build_parser(master_server: Any) -> argparse.ArgumentParser:
 def show(text: str, in_place: bool) -> None:
     """Print a copy of the table, over the one before it if it is to stay in place."""
     if in_place and sys.stdout.isatty():
-        home, clear_line, clear_below = "\x1b[H", "\x1b[K", "\x1b[J"
-        text = home + text.replace("\n", clear_line + "\n") + clear_below
+        lines = text.replace("\n", CLEAR_LINE + "\n")
+        text = HOME + lines + CLEAR_BELOW
     sys.stdout.write(text)
     sys.stdout.flush()
 

@@ -21,7 +21,7 @@ set -euo pipefail
 LAB=${VM_LAB_DIR:-/var/tmp/vm-lab}
 RUN=${VM_LAB_RUN:-$LAB}
 PORT=${VM_LAB_PORT:-2222}
-BOOT_SECONDS=300                                # on a busy machine; it takes 10 on an idle one
+BOOT_SECONDS=900                                # it takes 10 alone, and minutes on a busy machine
 ROOT=$LAB/root
 PACKAGES=systemd,systemd-sysv,dbus,libpam-systemd,udev,slurmctld,slurmd,slurm-client,munge
 PACKAGES+=,openssh-server,python3,iproute2,procps,netbase,curl,linux-image-cloud-amd64,initramfs-tools
