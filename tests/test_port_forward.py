@@ -6,9 +6,11 @@ import random
 import re
 import resource
 import select
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 import unittest
@@ -19,6 +21,18 @@ from support import HOST, PATIENCE, eventually
 import port_forward  # found by way of support
 
 MIB = 1 << 20
+FALSE_MODULES = (  # a user's files could have these names
+    "argparse",
+    "contextlib",
+    "importlib",
+    "json",
+    "multiprocessing",
+    "resource",
+    "select",
+    "signal",
+    "socket",
+    "typing",
+)
 PATCHED = """\
 import sys; sys.path.insert(0, %r)
 import port_forward
@@ -102,6 +116,18 @@ def tcp_table():
     """The rows of /proc/net/tcp: 1 local, 2 remote, 3 state, 4 queues, 5 timer, 9 inode."""
     with open("/proc/net/tcp") as file:
         return [line.split() for line in file.readlines()[1:]]
+
+
+def folder_of_false_modules(test, *tools):
+    """A folder with copies of these tools and files that hide the standard library."""
+    folder = tempfile.mkdtemp(prefix="sentinel-false-")
+    test.addCleanup(shutil.rmtree, folder)
+    for name in FALSE_MODULES:
+        with open(os.path.join(folder, name + ".py"), "w") as file:
+            file.write("raise SystemExit('the false %s was imported')\n" % name)
+    for name in tools:
+        shutil.copy(os.path.join(support.ROOT, name), folder)
+    return folder
 
 
 class BridgeTest(unittest.TestCase):
@@ -539,6 +565,59 @@ class CommandLine(unittest.TestCase):
                     self.assertEqual(bridge.wait(), 0)
                     self.assertLess(time.monotonic() - start, 2)
                     self.assertNotIn("Traceback", bridge.log)
+
+    def test_sighup_ends_it_with_0_unless_it_was_ignored_at_the_start(self):
+        with start_bridge(support.closed_port()) as bridge:
+            bridge.send_signal(signal.SIGHUP)
+            self.assertEqual(bridge.wait(), 0)
+            self.assertNotIn("Traceback", bridge.log)
+
+        def ignore_hangup():
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+        port = support.closed_port()
+        with start_bridge(port, preexec_fn=ignore_hangup) as bridge:
+            bridge.send_signal(signal.SIGHUP)
+            with connect(bridge.port):
+                bridge.logged("Connection refused")
+            bridge.send_signal(signal.SIGTERM)
+            self.assertEqual(bridge.wait(), 0)
+
+    def test_the_users_own_modules_beside_the_script_are_not_looked_at(self):
+        folder = folder_of_false_modules(self, "port_forward.py")
+        script = os.path.join(folder, "port_forward.py")
+        for flags in ((), ("-I",)):
+            with self.subTest("beside it, %s" % (flags,)), support.start(
+                *flags, script, "--host", HOST, "--local-port", "0"
+            ) as bridge:
+                bridge.listening()
+        with self.subTest("in the working directory"), open(
+            script
+        ) as text, support.start(
+            "-", "--host", HOST, "--local-port", "0", stdin=text, cwd=folder
+        ) as bridge:
+            bridge.listening()
+
+    def test_a_system_without_unix_parts_is_told_in_one_line(self):
+        for missing in (
+            "sys.modules['resource'] = None; import select; del select.epoll",
+            "import select; del select.epoll",
+        ):
+            with self.subTest(missing):
+                code = "import sys; %s; sys.path.insert(0, %r); %s" % (
+                    missing,
+                    support.ROOT,
+                    "import port_forward; port_forward.main([])",
+                )
+                done = support.run("-c", code)
+                self.assertEqual((done.returncode, done.stdout), (1, ""))
+                self.assertRegex(done.stderr, r"\Aerror: .*needs Linux.*WSL.*\n\Z")
+
+    def test_help_says_what_it_is_for_and_gives_an_example(self):
+        done = support.run("port_forward.py", "--help")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertIn("carries TCP connections", done.stdout)
+        self.assertRegex(done.stdout, r"ssh -R \S+ login 'python3 - .*port_forward\.py")
 
     def test_it_carries_to_and_from_ipv6_where_there_is_some(self):
         listener = socket.socket(socket.AF_INET6)

@@ -1,11 +1,13 @@
 """test_reader.py the tool: it prints the table from outside and never harms it."""
 
 import json
+import os
 import re
 import signal
 import unittest
 
 import support
+from test_port_forward import folder_of_false_modules
 from support import MasterTest, eventually, get, nodes, row_of, stays
 
 
@@ -68,6 +70,53 @@ class Reader(MasterTest):
             self.assertNotIn("\x1b", watch.out, "no escapes into a pipe")
             watch.send_signal(signal.SIGINT)
             self.assertEqual((watch.wait(), watch.log), (0, ""))
+
+    def test_watch_ends_as_usual_when_its_terminal_goes_away(self):
+        with support.start(
+            "test_reader.py", "--port", self.master.port, "--watch"
+        ) as watch:
+            eventually(lambda: watch.out)
+            watch.send_signal(signal.SIGHUP)
+            self.assertEqual((watch.wait(), watch.log), (0, ""))
+
+    def test_watch_goes_on_when_sighup_was_ignored_at_the_start(self):
+        def ignore_hangup():
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+        with support.start(
+            "test_reader.py",
+            "--port",
+            self.master.port,
+            "--watch",
+            preexec_fn=ignore_hangup,
+        ) as watch:
+            eventually(lambda: watch.out)
+            watch.send_signal(signal.SIGHUP)
+            before = len(watch.out)
+            eventually(lambda: len(watch.out) > before)
+
+    def test_the_users_own_modules_beside_it_are_not_looked_at(self):
+        folder = folder_of_false_modules(self, "test_reader.py", "master_server.py")
+        script = os.path.join(folder, "test_reader.py")
+        for flags in ((), ("-I",)):
+            with self.subTest(flags):
+                done = support.run(*flags, script, "--port", self.master.port)
+                self.assertEqual((done.returncode, done.stderr), (0, ""))
+
+    def test_without_the_master_beside_it_it_says_so_in_one_line(self):
+        folder = folder_of_false_modules(self, "test_reader.py")
+        done = support.run(os.path.join(folder, "test_reader.py"))
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertRegex(done.stderr, r"\Aerror: .*master_server\.py beside it.*\n\Z")
+
+    def test_a_system_without_unix_parts_is_told_in_one_line(self):
+        code = (
+            "import sys; sys.path.insert(0, %r); import test_reader;"
+            " test_reader.os.name = 'nt'; sys.exit(test_reader.main([]))"
+        )
+        done = support.run("-c", code % support.ROOT)
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertRegex(done.stderr, r"\Aerror: .*needs Linux.*WSL.*\n\Z")
 
     def test_watch_ends_with_the_master(self):
         with support.start_master() as master:
