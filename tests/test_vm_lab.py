@@ -263,6 +263,7 @@ class RemoveIPC(VmTest):
 
     def test_a_master_in_a_job_outlives_the_last_session_of_its_user(self):
         self.addCleanup(VM.no_jobs)
+        session = self.start("exec sleep 1000")  # until the master is there
         VM.sbatch(
             "--output=master.log",
             "--wrap",
@@ -271,6 +272,7 @@ class RemoveIPC(VmTest):
         eventually(VM.nodes, LONG, "the agent of the master")
         before = self.inode()
         self.assertRegex(before, r"\A\d+\Z")
+        self.end(session)
         # The loop ends when logind has forgotten the user, which it does after all else.
         VM.run(
             "until ! loginctl show-user tester; do sleep 0.2; done >/dev/null 2>&1",
