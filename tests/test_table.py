@@ -103,7 +103,7 @@ class Layout(TableTest):
                 self.assertEqual(
                     table.shm.size - at, getattr(table, name.lower() + "_at")
                 )
-        self.assertEqual(set(picture), {"HEADER", "SEQUENCE", "COUNTS"})
+        self.assertEqual(set(picture), {"NOTES", "HEADER", "SEQUENCE", "COUNTS"})
         raw = bytes(table.buf)
         magic, layout, capacity, pid, start = struct.unpack_from(
             "=8sIIqq", raw, len(raw) - picture["HEADER"]
