@@ -258,6 +258,7 @@ class FortyNodes(InBrowser):
         eventually(lambda: self.value("c05") != before, 8)
         self.assertSamePage()
 
+    @support.slow("watches for seconds")
     def test_an_update_keeps_focus_scroll_and_selection(self):
         self.open("/?sort=-cpu")  # rows change places
         self.stamp()
@@ -277,6 +278,7 @@ class FortyNodes(InBrowser):
         self.assertEqual(self.browser.run("return getSelection().toString()"), "11")
         self.assertSamePage()
 
+    @support.slow("watches for seconds")
     def test_nothing_is_asked_while_the_tab_is_hidden(self):
         count = "return performance.getEntriesByType('resource').length"
         self.browser.run(
@@ -310,6 +312,7 @@ class FortyNodes(InBrowser):
         self.browser.show_as(1280, 800, prefers_reduced_motion="reduce")
         self.assertEqual(self.browser.run(moves), "all")
 
+    @support.slow("every size")
     def test_every_size_shows_it_without_scrolling_sideways(self):
         for width, height in SIZES:
             for path in ("/", "/?group=no&sort=-cpu", "/node/c01", "/?q=nobody"):
@@ -347,6 +350,7 @@ class OneNode(InBrowser):
         self.assertNoComplaint()
 
 
+@support.slow("a thousand nodes")
 class ThousandNodes(InBrowser):
     count = 1000
     values = {"c0500": 99.0}
@@ -444,6 +448,7 @@ class Hostile(InBrowser):
             self.assertEqual(self.browser.count("img, main script"), 0)
         self.assertNoComplaint()
 
+    @support.slow("every size")
     def test_long_names_break_the_layout_of_no_size(self):
         for width, height in SIZES:
             self.browser.show_as(width, height)
@@ -456,6 +461,7 @@ class Hostile(InBrowser):
                 )
 
 
+@support.slow("waits for a loss and a return")
 class ComingAndGoing(InBrowser):
     count = 6
 
@@ -506,6 +512,7 @@ class ComingAndGoing(InBrowser):
             )
 
 
+@support.slow("two browsers")
 @requires("chromium", "chromedriver")
 class Empty(unittest.TestCase):
     def test_the_empty_page_says_what_to_run_and_the_first_agent_appears_by_itself(
@@ -535,6 +542,7 @@ class Empty(unittest.TestCase):
             self.assertIn("No agents yet", browser.text("main"))
 
 
+@support.slow("every page in two themes")
 class Rules(InBrowser):
     """axe-core's and html-validate's rules, on every kind of page."""
 
