@@ -181,6 +181,7 @@ class Command(unittest.TestCase):
             os.write(terminal.fd, b"\x03")
             terminal.shows("seen 1")
 
+    @support.slow("waits for a limit")
     def test_sigterm_is_reported_within_two_seconds_though_the_command_stays(self):
         with DummyServer(answer=b"ok\n") as server, start_agent(
             "--port",
@@ -407,6 +408,7 @@ class Reports(unittest.TestCase):
             done.stderr, r"\Aerror: [^\n]*/nonexistent/report.json[^\n]*\n\Z"
         )
 
+    @support.slow("load")
     def test_the_mean_agrees_with_what_the_command_used(self):
         """A command that burns half a CPU of this machine; the node's other load is measured."""
         with open("/proc/stat") as file:

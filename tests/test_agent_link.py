@@ -138,6 +138,7 @@ class Cadence(unittest.TestCase):
         )
         self.assertEqual(self.agents[0].out, "")
 
+    @support.slow("samples for seconds")
     def test_consecutive_samples_have_the_same_length(self):
         eventually(lambda: len(self.fast.samples) >= 20)
         lengths = [
@@ -145,6 +146,7 @@ class Cadence(unittest.TestCase):
         ]
         self.assertEqual(len(set(lengths)), 1, lengths)
 
+    @support.slow("samples for seconds")
     def test_the_cadence_does_not_drift(self):
         eventually(lambda: len(self.fast.samples) >= 112)
         times = [when for when, _ in self.fast.samples][1:]
@@ -331,6 +333,7 @@ class Reconnect(unittest.TestCase):
             self.assertGreater(third, 2.3)  # 2.4
             self.assertLess(tool.log.count("\n"), 8)
 
+    @support.slow("a long backoff")
     def test_a_server_that_accepts_and_closes_is_backed_off_from(self):
         with DummyServer(
             greeting=b"error the house is full \x1b[31m\n"

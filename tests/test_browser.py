@@ -113,6 +113,7 @@ class Load:
         self.stack.close()
 
 
+@support.slow("a browser")
 @requires("chromium", "chromedriver")
 class InBrowser(unittest.TestCase):
     """One master with so many nodes and one browser for all tests of a class."""

@@ -391,6 +391,7 @@ class Limits(unittest.TestCase):
             len(re.findall(refused, bridge.log)), 3 + (time.monotonic() - start) / 2
         )
 
+    @support.slow("waits for a limit")
     def test_a_silent_connection_is_closed_after_the_idle_limit_and_a_live_one_is_not(
         self,
     ):

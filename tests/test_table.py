@@ -329,6 +329,7 @@ class WholeCopies(TableTest):
             ([], ["stays"]),
         )
 
+    @support.slow("waits for limits")
     def test_who_cannot_have_the_lock_in_time_ends_with_its_own_exit_code(self):
         table = self.create()
         table.lock.acquire()
