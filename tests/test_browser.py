@@ -259,7 +259,6 @@ class FortyNodes(InBrowser):
         eventually(lambda: self.value("c05") != before, 8)
         self.assertSamePage()
 
-    @support.slow("watches for seconds")
     def test_an_update_keeps_focus_scroll_and_selection(self):
         self.open("/?sort=-cpu")  # rows change places
         self.stamp()
@@ -279,7 +278,6 @@ class FortyNodes(InBrowser):
         self.assertEqual(self.browser.run("return getSelection().toString()"), "11")
         self.assertSamePage()
 
-    @support.slow("watches for seconds")
     def test_nothing_is_asked_while_the_tab_is_hidden(self):
         count = "return performance.getEntriesByType('resource').length"
         self.browser.run(
@@ -313,7 +311,6 @@ class FortyNodes(InBrowser):
         self.browser.show_as(1280, 800, prefers_reduced_motion="reduce")
         self.assertEqual(self.browser.run(moves), "all")
 
-    @support.slow("every size")
     def test_every_size_shows_it_without_scrolling_sideways(self):
         for width, height in SIZES:
             for path in ("/", "/?group=no&sort=-cpu", "/node/c01", "/?q=nobody"):
@@ -351,7 +348,6 @@ class OneNode(InBrowser):
         self.assertNoComplaint()
 
 
-@support.slow("a thousand nodes")
 class ThousandNodes(InBrowser):
     count = 1000
     values = {"c0500": 99.0}
@@ -449,7 +445,6 @@ class Hostile(InBrowser):
             self.assertEqual(self.browser.count("img, main script"), 0)
         self.assertNoComplaint()
 
-    @support.slow("every size")
     def test_long_names_break_the_layout_of_no_size(self):
         for width, height in SIZES:
             self.browser.show_as(width, height)
@@ -462,7 +457,6 @@ class Hostile(InBrowser):
                 )
 
 
-@support.slow("waits for a loss and a return")
 class ComingAndGoing(InBrowser):
     count = 6
 
@@ -543,7 +537,6 @@ class Empty(unittest.TestCase):
             self.assertIn("No agents yet", browser.text("main"))
 
 
-@support.slow("every page in two themes")
 class Rules(InBrowser):
     """axe-core's and html-validate's rules, on every kind of page."""
 
