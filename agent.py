@@ -2250,5 +2250,17 @@ def main(argv: Optional[List[str]] = None) -> int:
     return run_agent(args)
 
 
+def spare_exit_code() -> None:
+    """Let no log that cannot be written (a full disk) become the exit code of the command."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    spare_exit_code()
+    sys.exit(code)

@@ -1160,7 +1160,7 @@ class Flapping:
         self.changes = changes
         self.seconds = seconds
         self.lock = threading.Lock()
-        # key -> [since, changes since then, whether flapping was told]; the oldest first
+        # key -> [since, changes since then, whether flapping was told, the last change]
         self.known: Dict[Any, List[Any]] = collections.OrderedDict()
 
     def count(self, key: Any) -> int:
@@ -1169,14 +1169,17 @@ class Flapping:
         with self.lock:
             entry = self.known.get(key)
             if entry is None or now - entry[0] > self.seconds:
-                was_flapping = entry is not None and entry[2]
+                was_flapping = (
+                    entry is not None and entry[2] and now - entry[3] <= self.seconds
+                )
                 self.known.pop(key, None)
                 if len(self.known) >= MAX_FLAPPING:
                     del self.known[next(iter(self.known))]
                 # one that goes on like this is told again, not first believed for a while
                 begun = self.changes if was_flapping else 0
-                entry = self.known[key] = [now, begun, False]
+                entry = self.known[key] = [now, begun, False, now]
             entry[1] += 1
+            entry[3] = now
             if entry[1] <= self.changes:
                 return 0
             if entry[2]:

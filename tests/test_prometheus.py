@@ -92,6 +92,7 @@ class Prometheus:
 
 @requires("prometheus", "promtool")
 class Scraped(unittest.TestCase):
+    @support.slow("scrapes and an alert")
     def test_every_node_its_alerts_and_its_loss_arrive_in_a_real_prometheus(self):
         with start_master(
             "--dashboard-token", TOKEN
