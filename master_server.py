@@ -272,6 +272,40 @@ INDEX = {m.key: n for n, m in enumerate(METRICS)}
 KEPT = INDEX["interval"] + 1  # of a row: what is kept of it to tell of its node
 UNKNOWN: Row = tuple(b"" if m.key in TEXTS else math.nan for m in METRICS)
 
+# What Slurm says of a job, as the herd of agent.py --jobs passes it on: key, struct code
+JOB_FACTS = (
+    ("job", "24s"),  # as squeue has it: 4711, 4711_3, 4711_[4-9]
+    ("raw", "24s"),  # the id that srun takes
+    ("array", "24s"),
+    ("job_name", "64s"),
+    ("user", "32s"),
+    ("state", "16s"),  # PENDING, RUNNING, COMPLETED ...: squeue(1), JOB STATE CODES
+    ("reason", "64s"),
+    ("partition", "32s"),
+    ("nodelist", "128s"),
+    ("exit", "16s"),  # CODE:SIGNAL
+    ("nodes", "d"),
+    ("cpus", "d"),
+    ("gpus", "d"),
+    ("mem", "d"),  # bytes that were asked for, as squeue's %m
+    ("submit", "d"),  # time.time(), and so are start and end
+    ("start", "d"),
+    ("end", "d"),
+    ("limit", "d"),  # seconds
+)
+JOB_KEYS = tuple(key for key, _ in JOB_FACTS)
+ENDED_STATES = (
+    "COMPLETED",
+    "FAILED",
+    "TIMEOUT",
+    "OUT_OF_MEMORY",
+    "NODE_FAIL",
+    "CANCELLED",
+    "PREEMPTED",
+    "BOOT_FAIL",
+    "DEADLINE",
+)
+
 # ============================================================================
 # Wire: bytes -> sample.  Bounded, one error type, and nothing that unpickles.
 # ============================================================================
@@ -525,6 +559,21 @@ def check_sample(message: Message) -> Row:
     return tuple(row)
 
 
+def check_job(message: Message) -> Row:
+    """The row of a message {"part": "job", ...}, wrong types unknown; WireError without an id."""
+    row: List[Any] = []
+    for key, code in JOB_FACTS:
+        value = message.get(key)
+        if code == "d":
+            is_number = type(value) in (int, float)
+            row.append(float(value) if is_number else math.nan)  # type: ignore[arg-type]
+        else:
+            row.append(clean_text(value).encode() if type(value) is str else b"")
+    if not row[0] or not row[1]:
+        raise WireError("a job without its id")
+    return tuple(row)
+
+
 def check_auth(message: Message, secret: bytes, nonce: str) -> None:
     """WireError unless the message is {"auth": HMAC-SHA256 of the nonce in hex} (RFC 2104)."""
     answer = message.get("auth")
@@ -542,17 +591,47 @@ def check_auth(message: Message, secret: bytes, nonce: str) -> None:
 SLOT = struct.Struct("i64sff")  # native, as the plan has it: 76 bytes, no padding
 DETAIL = struct.Struct("=dd64s" + "".join(m.code for m in DETAILS))
 EVENT = struct.Struct("=d12s64s24s32s64sdd256s")
+JOB = struct.Struct("=d" + "".join(code for _, code in JOB_FACTS))
+JOBS = 512  # jobs that are remembered
+JOB_SECONDS = (
+    900.0  # one that has not ended and is not told of for so long is forgotten
+)
 HEADER = struct.Struct("=8sIIqq")
 SEQUENCE = struct.Struct("=Q")
 COUNTS = struct.Struct("=QQdQ")
-NOTES = struct.Struct("=QQQ128s")
+NOTES = struct.Struct("=QQQQ128s")
 MAGIC = b"SENTINEL"
-LAYOUT = 2
+LAYOUT = 3
 PAGE = 16384  # the largest page of a common system, in bytes
 NODE_KEYS = ("slot", "address", "cpu", "ram", "age", "since", "alerts") + tuple(INDEX)[
     2:
 ]
 EVENT_KEYS = ("time", "kind", "node", "job", "user", "address", "cpu", "ram", "text")
+
+
+def has_ended(row: Row) -> bool:
+    """Whether a job's row of the table is of one that has ended."""
+    state = row[1 + JOB_KEYS.index("state")]
+    return bytes(state).rstrip(b"\0").decode() in ENDED_STATES
+
+
+def find_job_place(rows: List[Row], raw: bytes, now: float) -> int:
+    """The index of a job's row: its own, a free one, or that of one to be forgotten; else -1."""
+    best = -1
+    oldest = math.inf
+    for index, row in enumerate(rows):
+        if row[2] == raw:
+            return index
+        if not row[2].strip(b"\0"):
+            seen = -math.inf
+        elif has_ended(row) or now - row[0] > JOB_SECONDS:
+            seen = row[0]
+        else:
+            continue
+        if seen < oldest:
+            oldest = seen
+            best = index
+    return best
 
 
 class TableError(Exception):
@@ -633,12 +712,16 @@ class Snapshot:
         details: bytes,
         ring: bytes,
         counts: Tuple[int, int, float, int],
-        notes: bytes,
+        notes: bytes = bytes(NOTES.size),
+        jobs: bytes = b"",
     ) -> None:
         self.slots, self.details, self.copied = slots, details, time.monotonic()
         self.dicts: Optional[List[Message]] = None
         count, self.samples, beat, _ = counts
-        _, self.turned_away, self.turned_away_lately, why = NOTES.unpack(notes)
+        _, self.jobs_left_out, self.turned_away, self.turned_away_lately, why = (
+            NOTES.unpack(notes)
+        )
+        self.job_rows = jobs
         self.turned_away_why = from_field(why) or ""
         self.time, self.capacity, self.beat = time.time(), capacity, self.copied - beat
         rows = [
@@ -657,6 +740,23 @@ class Snapshot:
         ):
             if slot[0]:
                 yield slot + detail
+
+    @property
+    def jobs(self) -> List[Message]:
+        """What Slurm says of each job that is not forgotten: dicts with JOB_KEYS."""
+        jobs: List[Message] = []
+        for seen, *row in JOB.iter_unpack(self.job_rows):
+            job: Message = dict(zip(JOB_KEYS, map(from_field, row)))
+            if job["job"] is None:
+                continue
+            is_old = self.time - seen > JOB_SECONDS
+            if is_old and job["state"] not in ENDED_STATES:
+                continue
+            for key in ("nodes", "cpus", "gpus", "mem"):
+                if job[key] is not None:
+                    job[key] = int(job[key])
+            jobs.append(job)
+        return jobs
 
     @property
     def nodes(self) -> List[Message]:
@@ -692,7 +792,9 @@ class Table:
         offset 0    slots     capacity x SLOT     slot id (1-based, 0 = empty), address, cpu, ram
                     details   capacity x DETAIL   seen, since, alerts, then DETAILS in their order
                     events    EVENTS x EVENT      a ring: event n is in row n % EVENTS
-        size - 224  NOTES     1 once the table has moved, agents turned away, lately, and why
+                    jobs      JOBS x JOB          seen, then JOB_FACTS in their order
+        size - 232  NOTES     1 once the table has moved, jobs there was no room for,
+                              agents turned away, lately, and why
         size - 72   HEADER    magic, layout, capacity, the master's pid and its start time
         size - 40   SEQUENCE  odd while a write is under way
         size - 32   COUNTS    events and samples so far, the collector's heartbeat, slots to look at
@@ -724,8 +826,10 @@ class Table:
         )
         self.details_at = self.capacity * SLOT.size
         self.events_at = self.details_at + self.capacity * DETAIL.size
+        self.jobs_at = self.events_at + EVENTS * EVENT.size
         (self.sequence,) = SEQUENCE.unpack_from(self.buf, self.sequence_at)
         self.events = COUNTS.unpack_from(self.buf, self.counts_at)[0]
+        self.jobs_left_out = NOTES.unpack_from(self.buf, self.notes_at)[1]
 
     @classmethod
     def create(cls, name: str, capacity: int) -> "Table":
@@ -735,6 +839,7 @@ class Table:
             + EVENTS * EVENT.size
             + HEADER.size
             + SEQUENCE.size
+            + JOBS * JOB.size
             + COUNTS.size
             + NOTES.size
         )
@@ -784,7 +889,7 @@ class Table:
         if (table.magic, table.layout) != (
             MAGIC,
             LAYOUT,
-        ) or table.events_at + EVENTS * EVENT.size > table.notes_at:
+        ) or table.jobs_at + JOBS * JOB.size > table.notes_at:
             raise TableError("shared memory %s is of no master of this version" % name)
         if not table.owner_lives():
             raise TableError(
@@ -973,10 +1078,25 @@ class Table:
                 self.buf,
                 self.notes_at,
                 0,
+                self.jobs_left_out,
                 turned_away,
                 turned_away_lately,
                 why.encode(),
             )
+
+    def write_job(self, row: Row) -> None:
+        """Put what Slurm says of a job in its place, or in that of the oldest that has ended."""
+        rows = list(
+            JOB.iter_unpack(self.buf[self.jobs_at : self.jobs_at + JOBS * JOB.size])
+        )
+        raw = row[1].ljust(24, b"\0")
+        place = find_job_place(rows, raw, time.time())
+        with self:
+            if place < 0:
+                self.jobs_left_out += 1
+                return
+            at = self.jobs_at + place * JOB.size
+            JOB.pack_into(self.buf, at, time.time(), *row)
 
     def add_event(
         self, kind: str, text: str, node: str, row: Row = UNKNOWN, address: str = ""
@@ -1027,7 +1147,7 @@ class Table:
 
     def _copy(
         self,
-    ) -> Tuple[bytes, bytes, bytes, Tuple[int, int, float, int], bytes]:
+    ) -> Tuple[bytes, bytes, bytes, Tuple[int, int, float, int], bytes, bytes]:
         counts = COUNTS.unpack_from(self.buf, self.counts_at)
         used = min(counts[3], self.capacity)
         return (
@@ -1036,6 +1156,7 @@ class Table:
             bytes(self.buf[self.events_at : self.events_at + EVENTS * EVENT.size]),
             counts,
             bytes(self.buf[self.notes_at : self.header_at]),
+            bytes(self.buf[self.jobs_at : self.jobs_at + JOBS * JOB.size]),
         )
 
 
@@ -1458,7 +1579,8 @@ class Peer:
         if not parsed:
             return None, 0
         message, size, floats = parsed
-        if auth or type(message.get("bye")) is str:
+        is_other = type(message.get("bye")) is str or type(message.get("part")) is str
+        if auth or is_other:
             return message, size
         row = check_sample(message)
         self.shape = make_shape(data[:size], message, row, floats)
@@ -1610,7 +1732,11 @@ class Collector:
             elif nonce:
                 check_auth(message, self.options.secret, nonce)
                 nonce = None
-            else:
+            elif message.get("part") == "job":
+                row = check_job(message)
+                with self.lock:
+                    self.table.write_job(row)
+            elif "bye" in message:
                 return "finished", "; ".join(
                     clean_text(message[key])
                     for key in ("bye", "report")
@@ -1940,13 +2066,30 @@ COLUMNS = (
     "slot",
     "address",
 )
-RIGHT = {*NUMBERS, "slot", "age"}  # columns of numbers
-LABELS = dict({m.key: m.label for m in METRICS}, recent="Last 5 min", text="What")
-UNITS = dict({m.key: m.unit for m in METRICS}, age="s")
+RIGHT = {*NUMBERS, "slot", "age", "nodes", "mem", "ran", "limit"}  # columns of numbers
+LABELS = dict(
+    {m.key: m.label for m in METRICS},
+    recent="Last 5 min",
+    text="What",
+    mem="Memory asked for",
+    limit="Time limit",
+)
+UNITS = dict({m.key: m.unit for m in METRICS}, age="s", ran="s", limit="s", mem="B")
 SCALES = {
     "s": {"min": 60, "h": 3600, "d": 86400},
     "B": {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40},
 }
+JOB_COLUMNS = (
+    "job",
+    "job_name",
+    "state",
+    "nodes",
+    "cpus",
+    "mem",
+    "ran",
+    "limit",
+    "text",
+)
 GRAPHS = tuple(
     key
     for key in NUMBERS
@@ -1960,6 +2103,7 @@ GRAPHS = tuple(
         "gpus",
         "job_cpus",
         "job_mem_limit",
+        "job_time_limit",
     )
 )
 Query = Dict[str, str]
@@ -2533,6 +2677,14 @@ class Page:
             Html(SCRIPT),
         )
 
+    def jobs(self) -> Optional[Html]:
+        """The table of jobs, when a watcher tells of any."""
+        folded = fold_arrays(jobs_in_order(self.view))
+        rows = [job_row(tasks, self.view.time) for tasks in folded]
+        if not rows:
+            return None
+        return self.table("jobs", "Jobs", JOB_COLUMNS, [(None, rows)])
+
     def all_nodes(self) -> str:
         """The page: what matters, every live node, what has gone and what happened."""
         title, cards = figures(self.view, self.rows)
@@ -2557,6 +2709,7 @@ class Page:
                     for card in cards
                 ],
             ),
+            self.jobs(),
             self.form() if self.view.nodes else self.empty(),
             self.map() if len(self.rows) >= MAP_FROM else None,
             self.nodes() if self.rows else None,
@@ -2656,6 +2809,55 @@ def render_nodes_json(view: Snapshot, query: Query, site: Any = None) -> str:
         )
         + "\n"
     )
+
+
+def jobs_in_order(view: Snapshot) -> List[Message]:
+    """The jobs, those that have not ended first, by their ids."""
+    return sorted(
+        view.jobs,
+        key=lambda job: (job["state"] in ENDED_STATES, natural(job["job"])),
+    )
+
+
+def render_jobs_json(view: Snapshot, query: Query, site: Any = None) -> str:
+    """The jobs as JSON: what Slurm says of each; times in seconds since 1970, mem in bytes."""
+    jobs = jobs_in_order(view)
+    answer = {"time": round(view.time, 3), "left_out": view.jobs_left_out, "jobs": jobs}
+    return json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def fold_arrays(jobs: Iterable[Message]) -> Iterator[List[Message]]:
+    """The jobs, each in a list; the tasks of an array in one, where its first task is."""
+    arrays: Dict[Any, List[Message]] = {}
+    for job in jobs:
+        arrays.setdefault(job["array"] or job["raw"], []).append(job)
+    return iter(arrays.values())
+
+
+def job_row(tasks: List[Message], now: float) -> Message:
+    """A row of the page's table of jobs, for a job or all tasks of an array."""
+    job = tasks[0]
+    states = collections.Counter(task["state"] or "UNKNOWN" for task in tasks)
+    row = dict(job, slot=job["raw"], state=job["state"], mem=job["mem"])
+    if len(tasks) > 1:
+        counts = ["%d %s" % (count, state.lower()) for state, count in states.items()]
+        row.update(job=job["array"], state=", ".join(counts), ran=None, text=None)
+        return row
+    ran = None
+    if job["start"] and job["state"] != "PENDING":
+        until = job["end"] if job["state"] in ENDED_STATES else now
+        ran = max(0.0, (until or now) - job["start"])
+    words = []
+    if job["reason"]:
+        words.append(job["reason"])
+    if job["exit"] not in (None, "0:0"):
+        words.append("exit code " + job["exit"])
+    if job["state"] == "PENDING" and job["start"]:
+        words.append(
+            "expected %s" % time.strftime("%F %R", time.localtime(job["start"]))
+        )
+    row.update(ran=ran, text=", ".join(words) or None)
+    return row
 
 
 def render_csv(view: Snapshot, query: Query, site: Any = None) -> str:
@@ -2825,6 +3027,7 @@ ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
     "/": (HTML, lambda *about: Page(*about).all_nodes()),
     "/node/": (HTML, lambda *about: Page(*about).one_node()),
     "/api/nodes": (JSON, render_nodes_json),
+    "/api/jobs": (JSON, render_jobs_json),
     "/api/events": (
         JSON,
         lambda view, query, site: (
@@ -3197,6 +3400,9 @@ ENDING_SIGNALS = [
     for name in ("SIGINT", "SIGTERM", "SIGHUP")
     if hasattr(signal, name)
 ]
+AGENT_PORT = 13579
+PAGE_PORT = 8080
+NEXT_PORTS = 20  # that are tried when a usual one is taken and jobs are watched
 NAME_SECONDS = 5.0  # between two looks whether the segment still has its name
 
 
@@ -3266,7 +3472,7 @@ class AgentProcess(subprocess.Popen):  # type: ignore[type-arg]
     Its stdout is a pipe: it ends with the agent, and tells it when the supervisor has ended.
     """
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, more: Sequence[str] = ()) -> None:
         command = [
             sys.executable,
             beside("agent.py"),
@@ -3277,6 +3483,7 @@ class AgentProcess(subprocess.Popen):  # type: ignore[type-arg]
         ]
         if options.secret_file:
             command += ["--secret-file", options.secret_file]
+        command += more
         super().__init__(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         self.sentinel = self.stdout
 
@@ -3291,6 +3498,18 @@ class AgentProcess(subprocess.Popen):  # type: ignore[type-arg]
             self.wait(timeout)
 
 
+def watcher_flags(options: argparse.Namespace, again: bool) -> List[str]:
+    """The flags of the agent.py that watches jobs; again: it must not ask for a password."""
+    flags = ["--jobs"]
+    if options.my_jobs:
+        flags.append(",".join(options.my_jobs))
+    if options.ssh:
+        flags += ["--ssh", options.ssh]
+    if again:
+        flags.append("--again")
+    return flags
+
+
 class Supervisor:
     """Starts the roles (and the agent), starts again what ends, stops all on a signal.
 
@@ -3299,7 +3518,13 @@ class Supervisor:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.names = ["collector", "dashboard"] + ["agent"] * options.with_agent
+        self.names = ["collector", "dashboard"]
+        if options.with_agent:
+            self.names.append("agent")
+        if watches_jobs(options):
+            self.names.append("watcher")
+        self.watcher_began = False
+        self.has_failed = False  # the watcher could not begin: the user is to mend that
         self.lock: Any = None
         self.running: Dict[str, Any] = {}  # name -> process
         self.signals: List[int] = []
@@ -3320,7 +3545,7 @@ class Supervisor:
         self.listeners, self.table = listeners, table
         self.new_lock()
         try:
-            while not self.signals:
+            while not self.signals and not self.has_failed:
                 self.start_missing()
                 waits = [
                     self.delay[name] for name in self.names if name not in self.running
@@ -3336,7 +3561,9 @@ class Supervisor:
         finally:
             for number in ENDING_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
-            self.stop(["agent"])  # first: while there is somebody to say goodbye to
+            self.stop(
+                ["agent", "watcher"]
+            )  # first: while there is somebody to say goodbye to
             self.stop(self.names)
 
     def new_lock(self) -> None:
@@ -3391,6 +3618,10 @@ class Supervisor:
         """Start a role or the agent."""
         if name == "agent":
             return AgentProcess(self.options)
+        if name == "watcher":
+            again = self.watcher_began
+            self.watcher_began = True
+            return AgentProcess(self.options, watcher_flags(self.options, again))
         if not self.lock:
             self.new_lock()
         role = multiprocessing.Process(
@@ -3418,6 +3649,9 @@ class Supervisor:
             return
         codes = self.stop(ended)
         for name, code in zip(ended, codes):
+            if name == "watcher" and code == 1:
+                self.has_failed = True  # it has said why
+                return
             log.error("%s ended (%s); starting it again", name, describe_exit(code))
         if EXIT_LOCK in codes:
             self.stop(self.listeners)
@@ -3482,6 +3716,25 @@ def shm_argument(text: str) -> str:
     )
 
 
+def jobs_argument(text: str) -> List[str]:
+    """An argparse type: ids of jobs with commas between."""
+    jobs = [job for job in text.split(",") if job]
+    if all(re.fullmatch(r"\d+(?:_\d+|\+\d+)?", job) for job in jobs):
+        return jobs
+    raise argparse.ArgumentTypeError(
+        "%r is no list of jobs; ids with commas between are: 4711,4712_3" % text
+    )
+
+
+def login_argument(text: str) -> str:
+    """An argparse type: where ssh goes; never what ssh would take as a flag."""
+    if re.fullmatch(r"[^\s-]\S*", text) and text.isprintable():
+        return text
+    raise argparse.ArgumentTypeError(
+        "%r is no login node; [USER@]LOGIN as ssh takes it is" % text
+    )
+
+
 def token_argument(text: str) -> str:
     """An argparse type: a token for the dashboard; auto makes one."""
     if not text:
@@ -3534,7 +3787,6 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--port",
         type=port,
-        default=13579,
         help="port for agents (13579); 0 picks a free one",
     )
     add(
@@ -3547,7 +3799,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--dashboard-port",
         metavar="PORT",
         type=port,
-        default=8080,
         help="port for browsers (8080); 0 picks a free one",
     )
     add(
@@ -3599,6 +3850,20 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="name of the shared memory (sentinel_PORT)",
     )
+    add(
+        "--my-jobs",
+        type=jobs_argument,
+        nargs="?",
+        const=[],
+        metavar="IDS",
+        help="watch all of my running jobs, or these (4711,4712), by a step in each",
+    )
+    add(
+        "--ssh",
+        type=login_argument,
+        metavar="[USER@]LOGIN",
+        help="watch my jobs on the cluster behind that login node, by one ssh",
+    )
     add("--with-agent", action="store_true", help="watch this machine, too")
     add("--verbose", action="store_true", help="log every sample")
     return parser
@@ -3645,12 +3910,39 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 1
 
 
+def watches_jobs(options: argparse.Namespace) -> bool:
+    """Whether the master is to watch the user's jobs by itself."""
+    return options.my_jobs is not None or bool(options.ssh)
+
+
+def open_port(
+    flag: str, host: str, given: Optional[int], usual: int, may_move: bool
+) -> socket.socket:
+    """A listener on the port that was given, or the usual one.
+
+    On a login node that is often a colleague's: who may move takes the next free one.
+    """
+    if given is not None:
+        return open_listener(flag, host, given)
+    last = usual + NEXT_PORTS if may_move else usual
+    for port in range(usual, last):
+        with contextlib.suppress(StartError):
+            return open_listener(flag, host, port)
+    return open_listener(flag, host, last)
+
+
 def run_master(options: argparse.Namespace) -> int:
     """Bind, make the table, supervise: 0 when a signal ended it."""
-    if options.with_agent and not os.path.exists(beside("agent.py")):
-        raise StartError(
-            "--with-agent needs agent.py beside master_server.py: copy it there"
-        )
+    moves = watches_jobs(options)
+    for flag, given in (
+        ("--with-agent", options.with_agent),
+        ("--my-jobs", options.my_jobs is not None),
+        ("--ssh", options.ssh),
+    ):
+        if given and not os.path.exists(beside("agent.py")):
+            raise StartError(
+                "%s needs agent.py beside master_server.py: copy it there" % flag
+            )
     options.secret = read_secret(options.secret_file) if options.secret_file else None
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(
@@ -3661,11 +3953,15 @@ def run_master(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         listeners = {
             "collector": stack.enter_context(
-                open_listener("--", options.host, options.port)
+                open_port("--", options.host, options.port, AGENT_PORT, moves)
             ),
             "dashboard": stack.enter_context(
-                open_listener(
-                    "--dashboard-", options.dashboard_host, options.dashboard_port
+                open_port(
+                    "--dashboard-",
+                    options.dashboard_host,
+                    options.dashboard_port,
+                    PAGE_PORT,
+                    moves,
                 )
             ),
         }
@@ -3699,7 +3995,7 @@ def run_master(options: argparse.Namespace) -> int:
             )
         supervisor.run(listeners, table)
     log.info("stopped")
-    return 0
+    return int(supervisor.has_failed)
 
 
 if __name__ == "__main__":
