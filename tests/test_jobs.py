@@ -1,7 +1,6 @@
 """What Slurm says of jobs, from the wire to the page."""
 
 import json
-import re
 import time
 import unittest
 
@@ -37,15 +36,14 @@ class Jobs(MasterTest):
             for message in messages:
                 relay.send(message)
             relay.send({"bye": "told"})
-            self.assertEqual(relay.read_to_end(), b"")
+            self.assertEqual(relay.read_to_end(), "")
 
     def job(self, name):
         answer = json.loads(get(self.master.page, "/api/jobs").text)
         return {job["job"]: job for job in answer["jobs"]}.get(name)
 
     def page(self):
-        text = support.page_text(get(self.master.page, "/", Accept="text/html").text)
-        return re.sub(r"\s+", " ", text)
+        return support.page_text(self.master.page)
 
     def test_a_job_is_told_with_whole_numbers_and_null_for_what_is_unknown(self):
         self.tell(facts("1", reason=5, gpus=None))
@@ -69,7 +67,7 @@ class Jobs(MasterTest):
             facts("50", state="OUT_OF_MEMORY", exit="0:125", end=time.time()),
         )
         eventually(lambda: self.job("50"))
-        text = eventually(lambda: "OUT_OF_MEMORY" in self.page() and self.page())
+        text = self.page()
         self.assertIn("30 train 1 running, 1 completed", text)
         self.assertIn("Priority", text)
         self.assertIn("exit code 0:125", text)
@@ -77,7 +75,7 @@ class Jobs(MasterTest):
     def test_hostile_text_is_escaped(self):
         self.tell(facts("60", job_name="<script>alert(1)</script>\x1b[31m"))
         eventually(lambda: self.job("60"))
-        html = get(self.master.page, "/", Accept="text/html").text
+        html = get(self.master.page).text
         self.assertNotIn("<script>alert", html)
         self.assertNotIn("\x1b", get(self.master.page, "/api/jobs").text)
 

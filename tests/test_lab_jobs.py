@@ -22,7 +22,8 @@ ASK = (
 ONLY_SLURM = (
     "add table ip jobs;"
     " add chain ip jobs way {type filter hook output priority 0;};"
-    " add rule ip jobs way ip daddr 10.77.2.1 tcp dport != 6817 tcp flags & (syn|ack) == syn drop"
+    " add rule ip jobs way ip daddr 10.77.2.1 tcp dport != {6817, 60001-60999}"
+    " tcp flags & (syn|ack) == syn drop"
 )
 LAB = None
 
@@ -37,6 +38,10 @@ def setUpModule():
     with open(config, "a") as file:
         file.write("AllowTcpForwarding no\n")
     LAB.run("login", "sh", "-c", "kill -HUP $(cat /run/sshd.pid)", user="root")
+    # the ports on which srun hears its tasks: Slurm's own, as the controller's
+    with open(os.path.join(LAB.dir, "etc", "slurm", "slurm.conf"), "a") as file:
+        file.write("SrunPortRange=60001-60999\n")
+    LAB.run("login", "scontrol", "reconfigure", user="root")
     for host in ("c1", "c2"):
         LAB.run(host, "nft", ONLY_SLURM, user="root")
     with open(LAB.path("spin.sh"), "w") as file:
