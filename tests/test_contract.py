@@ -35,7 +35,7 @@ NOT_STDLIB = {"agent.py": {"psutil"}, "test_reader.py": {"master_server"}}
 FOREIGN_FLAGS = set(
     """
     --array --cpus-per-task --export --gres --job-name --mem --nodes --ntasks --ntasks-per-node
-    --output --overlap --partition --signal --time --version --wait
+    --output --overlap --partition --signal --strict --time --version --wait
 """.split()
 )
 

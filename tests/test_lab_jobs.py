@@ -110,7 +110,7 @@ class Watched(unittest.TestCase):
         self.assertEqual(self.jobs()[two]["state"], "RUNNING")
         self.assertEqual(self.steps(), 2)
         self.assertEqual(sorted(os.listdir(LAB.path())), before)
-        sessions = LAB.run("login", "pgrep", "-fc", "sshd: tester")
+        sessions = LAB.run("login", "pgrep", "-fc", "sshd: tester@")
         self.assertEqual(int(sessions), 1)
         listeners = LAB.run("login", "ss", "-Htlnp", user="root")
         self.assertNotIn("python", listeners)
@@ -139,7 +139,8 @@ class Watched(unittest.TestCase):
         eventually(lambda: self.steps() == 0, 15)
         self.assertEqual(LAB.pids("login", "agent.py"), [])
         master.kill()
-        self.assertEqual(LAB.ended(job), "done\n")
+        eventually(lambda: job not in LAB.queue(), 60)
+        self.assertEqual(LAB.text("slurm-%s.out" % job), "done\n")
         told = LAB.run("login", "scontrol", "show", "job", job)
         self.assertIn("ExitCode=3:0", told)
 
