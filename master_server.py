@@ -2144,6 +2144,7 @@ left:0;right:0;font:1rem/1.6 system-ui;text-align:left;background:var(--bg)}
 .map .al::before{content:"!"} figure .line{display:block;width:100%;height:6rem}
 .graphs{grid-template-columns:repeat(auto-fill,minmax(min(18rem,100%),1fr));margin:0 0 1rem}
 @media (min-width:700px){figure:nth-child(-n+2){grid-column:span 2}}
+#jobs{margin-top:1rem}
 @media (prefers-reduced-motion:no-preference){.bar rect{transition:width .3s}}
 @media (min-width:1800px){main{display:grid;gap:0 2.5rem;grid-template-columns:minmax(0,1fr) 44rem}
 main>*{grid-column:1/-1} #nodes{grid-column:1} aside{grid-column:2}}
