@@ -399,10 +399,11 @@ class Storm(Served):
             agent.send({"cpu": 1.0, "ram": 1.0, "node": "gone", "version": "1.0"})
             eventually(lambda: "gone" in get(self.page, "/nodes.txt").text)
         eventually(lambda: support.events(self.page, "lost"))
-        with PlainAgent(self.master.port) as agent:
-            for number in range(200):
-                agent.send({"cpu": 99.0 * (number % 2), "ram": 1.0, "node": "flaps"})
-            eventually(lambda: not support.events(self.page, "lost"))
+        for number in range(50):  # many nodes, for one alone cannot push anything out
+            with PlainAgent(self.master.port) as agent:
+                for cpu in (0.0, 99.0, 0.0, 99.0):
+                    agent.send({"cpu": cpu, "ram": 1.0, "node": "n%d" % number})
+        eventually(lambda: not support.events(self.page, "lost"))
         page = get(self.page).text
         self.assertRegex(page, r'<section id="lost".*/node/gone')
         self.assertIn('sentinel_node_lost{node="gone"', get(self.page, "/metrics").text)

@@ -80,7 +80,7 @@ def fields(row):
         )
 
 
-def view(nodes=(), events=(), beat=0.2):
+def view(nodes=(), events=(), beat=0.2, turned_away=0, why=""):
     nodes, events = list(nodes), list(events)
     return types.SimpleNamespace(
         time=NOW,
@@ -90,6 +90,11 @@ def view(nodes=(), events=(), beat=0.2):
         events=events,
         left=events,
         samples=1234,
+        jobs=[],
+        jobs_left_out=0,
+        turned_away=turned_away,
+        turned_away_lately=turned_away,
+        turned_away_why=why,
         rows=lambda: map(tuple, map(fields, nodes)),
     )
 
@@ -730,6 +735,24 @@ class Past(unittest.TestCase):
             types.SimpleNamespace(options=None, cost={}, series=history.series),
         )
         self.assertNotIn("inf", page)
+
+
+class TurnedAway(unittest.TestCase):
+    """Agents that found no room are told wherever somebody looks."""
+
+    def test_the_headline_the_text_healthz_and_the_metrics_say_how_many_and_why(self):
+        full = view([node(1)], turned_away=40, why="no room: raise TasksMax")
+        words = "40 agents turned away in the last minute: no room: raise TasksMax"
+        for path in ("/", "/nodes.txt"):
+            with self.subTest(path):
+                self.assertIn(words, render(path, full))
+                self.assertNotIn("All is well", render(path, full))
+        self.assertEqual(render("/healthz", full), "ok, but %s\n" % words)
+        self.assertIn("\nsentinel_turned_away_total{} 40\n", render("/metrics", full))
+
+    def test_without_any_nothing_is_said_of_it(self):
+        for path in ("/", "/nodes.txt", "/healthz"):
+            self.assertNotIn("turned away", render(path, view([node(1)])))
 
 
 class Text(unittest.TestCase):
