@@ -164,6 +164,16 @@ class Watched(unittest.TestCase):
         self.assertRegex(master.log, r"error: .*nowhere")
         self.assertNotIn("Traceback", master.log)
 
+    def test_a_master_whose_ssh_drops_ends_and_leaves_nothing(self):
+        words = ["ssh", "-tt", "login", "python3", "master_server.py", "--with-agent"]
+        ssh = LAB.start("laptop", *words)
+        self.addCleanup(ssh.kill)
+        eventually(lambda: LAB.pids("login", "master_server.py"), 20)
+        eventually(lambda: "sentinel" in LAB.run("login", "ls", "/dev/shm"))
+        LAB.run("laptop", "pkill", "-KILL", "-x", "ssh")
+        eventually(lambda: not LAB.pids("login", "master_server.py"), 20)
+        eventually(lambda: "sentinel" not in LAB.run("login", "ls", "/dev/shm"))
+
     def test_ports_of_a_colleague_are_left_alone_and_the_next_are_told(self):
         other = LAB.start("login", "python3", "master_server.py")
         self.addCleanup(other.stop)
