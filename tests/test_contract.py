@@ -34,8 +34,8 @@ NOT_STDLIB = {"agent.py": {"psutil"}, "test_reader.py": {"master_server"}}
 # flags that the README names and that belong to ssh, sbatch, srun, curl, pip and the like
 FOREIGN_FLAGS = set(
     """
-    --array --cpus-per-task --export --gres --job-name --jobid --mem --nodes --ntasks --ntasks-per-node
-    --output --overlap --partition --signal --strict --time --version --wait
+    --array --cpus-per-task --export --gres --job-name --jobid --mem --nodes --ntasks
+    --ntasks-per-node --output --overlap --partition --signal --strict --time --version --wait
 """.split()
 )
 
