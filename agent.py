@@ -1834,13 +1834,12 @@ class Relay:
         line.send({"bye": "told"})
         line.close()
 
-    def run(self) -> int:
+    def run(self, first: bool = True) -> int:
         """Keep the herd running until a signal comes or nobody reads our stdout."""
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(name) != signal.SIG_IGN:
                 signal.signal(name, lambda caught, _: self.signals.append(caught))
         backoff = BACKOFF_SECONDS
-        first = True
         while not self.signals:
             begun = time.monotonic()
             status, words = self.run_herd(first)
@@ -2108,6 +2107,7 @@ def build_parser() -> argparse.ArgumentParser:
     # what the halves of --jobs and their agents say to each other
     add("--herd", action="store_true", help=argparse.SUPPRESS)
     add("--lifeline", action="store_true", help=argparse.SUPPRESS)
+    add("--again", action="store_true", help=argparse.SUPPRESS)
     add("--facts", type=json.loads, help=argparse.SUPPRESS)
     return parser
 
@@ -2123,7 +2123,7 @@ def parse_words(
         words[cut:] if words[cut:] == ["--"] or args.once and args.command else []
     )
     if unknown:
-        hidden = ("herd", "lifeline", "facts", "command")
+        hidden = ("herd", "lifeline", "again", "facts", "command")
         flags = [name.replace("_", "-") for name in vars(args) if name not in hidden]
         parser.error(
             "%s; allowed: --%s, or -- and a COMMAND (not with --once)"
@@ -2222,7 +2222,7 @@ def run_watcher(args: argparse.Namespace) -> int:
     host, port = args.host[0]
     command = herd_command(args.jobs or [], args.ssh or "")
     dial = lambda: Line(host, port or args.port, secret)  # noqa: E731
-    return Relay(command, own_text(), dial).run()
+    return Relay(command, own_text(), dial).run(first=not args.again)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -2250,5 +2250,17 @@ def main(argv: Optional[List[str]] = None) -> int:
     return run_agent(args)
 
 
+def spare_exit_code() -> None:
+    """Let no log that cannot be written (a full disk) become the exit code of the command."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    spare_exit_code()
+    sys.exit(code)

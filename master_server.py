@@ -9,8 +9,16 @@ address that it prints.  It needs Python 3.8 or newer, and writes no file but a 
 ask for.  Three processes: this one supervises, the collector has one thread for each agent, and
 the dashboard answers browsers.  Either of the two is started again when it dies.
 
-Exit codes: 0 stopped by SIGINT or SIGTERM, 1 could not start, 2 bad usage.
+Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP, 1 could not start, 2 bad usage.
 """
+
+import os
+import sys
+
+if __name__ == "__main__":
+    # A json.py or select.py of the user's own, in this folder, must not hide the standard
+    # library's: the folder that Python searches first comes last.
+    sys.path.append(sys.path.pop(0))
 
 import argparse
 import array
@@ -28,19 +36,18 @@ import io
 import json
 import logging
 import math
+import mmap
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.reduction
 import operator
-import os
 import queue
 import re
-import resource
 import secrets
 import signal
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import time
 import unicodedata
@@ -61,6 +68,10 @@ from typing import (
     Union,
 )
 
+try:
+    import resource
+except ImportError:  # Windows: main() says what is needed
+    resource = None  # type: ignore[assignment]
 try:
     from multiprocessing import resource_tracker, shared_memory
 except ImportError:  # Python 3.6 and 3.7: main() says what is needed
@@ -225,6 +236,14 @@ METRICS = (
         "job_ram", "d", "%", "Job RAM", "job_ram_percent", "Job's memory limit in use"
     ),
     Metric(
+        "job_time_limit",
+        "d",
+        "s",
+        "Time limit",
+        "job_time_limit_seconds",
+        "Time limit of the job",
+    ),
+    Metric(
         "job_time_left",
         "d",
         "s",
@@ -246,10 +265,46 @@ METRICS = (
 )
 TEXTS = {m.key: m for m in METRICS if m.code.endswith("s")}
 NUMBERS = {m.key: m for m in METRICS if m.key not in TEXTS}
+# bytes and counts: whole numbers are written whole
+WHOLE = [m.key for m in METRICS if m.unit in ("B", "") and m.key in NUMBERS]
 DETAILS = METRICS[2:]  # those that a slot does not hold
 INDEX = {m.key: n for n, m in enumerate(METRICS)}
 KEPT = INDEX["interval"] + 1  # of a row: what is kept of it to tell of its node
 UNKNOWN: Row = tuple(b"" if m.key in TEXTS else math.nan for m in METRICS)
+
+# What Slurm says of a job, as the herd of agent.py --jobs passes it on: key, struct code
+JOB_FACTS = (
+    ("job", "24s"),  # as squeue has it: 4711, 4711_3, 4711_[4-9]
+    ("raw", "24s"),  # the id that srun takes
+    ("array", "24s"),
+    ("job_name", "64s"),
+    ("user", "32s"),
+    ("state", "16s"),  # PENDING, RUNNING, COMPLETED ...: squeue(1), JOB STATE CODES
+    ("reason", "64s"),
+    ("partition", "32s"),
+    ("nodelist", "128s"),
+    ("exit", "16s"),  # CODE:SIGNAL
+    ("nodes", "d"),
+    ("cpus", "d"),
+    ("gpus", "d"),
+    ("mem", "d"),  # bytes that were asked for, as squeue's %m
+    ("submit", "d"),  # time.time(), and so are start and end
+    ("start", "d"),
+    ("end", "d"),
+    ("limit", "d"),  # seconds
+)
+JOB_KEYS = tuple(key for key, _ in JOB_FACTS)
+ENDED_STATES = (
+    "COMPLETED",
+    "FAILED",
+    "TIMEOUT",
+    "OUT_OF_MEMORY",
+    "NODE_FAIL",
+    "CANCELLED",
+    "PREEMPTED",
+    "BOOT_FAIL",
+    "DEADLINE",
+)
 
 # ============================================================================
 # Wire: bytes -> sample.  Bounded, one error type, and nothing that unpickles.
@@ -504,6 +559,21 @@ def check_sample(message: Message) -> Row:
     return tuple(row)
 
 
+def check_job(message: Message) -> Row:
+    """The row of a message {"part": "job", ...}, wrong types unknown; WireError without an id."""
+    row: List[Any] = []
+    for key, code in JOB_FACTS:
+        value = message.get(key)
+        if code == "d":
+            is_number = type(value) in (int, float)
+            row.append(float(value) if is_number else math.nan)  # type: ignore[arg-type]
+        else:
+            row.append(clean_text(value).encode() if type(value) is str else b"")
+    if not row[0] or not row[1]:
+        raise WireError("a job without its id")
+    return tuple(row)
+
+
 def check_auth(message: Message, secret: bytes, nonce: str) -> None:
     """WireError unless the message is {"auth": HMAC-SHA256 of the nonce in hex} (RFC 2104)."""
     answer = message.get("auth")
@@ -521,16 +591,47 @@ def check_auth(message: Message, secret: bytes, nonce: str) -> None:
 SLOT = struct.Struct("i64sff")  # native, as the plan has it: 76 bytes, no padding
 DETAIL = struct.Struct("=dd64s" + "".join(m.code for m in DETAILS))
 EVENT = struct.Struct("=d12s64s24s32s64sdd256s")
+JOB = struct.Struct("=d" + "".join(code for _, code in JOB_FACTS))
+JOBS = 512  # jobs that are remembered
+JOB_SECONDS = (
+    900.0  # one that has not ended and is not told of for so long is forgotten
+)
 HEADER = struct.Struct("=8sIIqq")
 SEQUENCE = struct.Struct("=Q")
 COUNTS = struct.Struct("=QQdQ")
+NOTES = struct.Struct("=QQQQ128s")
 MAGIC = b"SENTINEL"
-LAYOUT = 1
+LAYOUT = 3
 PAGE = 16384  # the largest page of a common system, in bytes
 NODE_KEYS = ("slot", "address", "cpu", "ram", "age", "since", "alerts") + tuple(INDEX)[
     2:
 ]
 EVENT_KEYS = ("time", "kind", "node", "job", "user", "address", "cpu", "ram", "text")
+
+
+def has_ended(row: Row) -> bool:
+    """Whether a job's row of the table is of one that has ended."""
+    state = row[1 + JOB_KEYS.index("state")]
+    return bytes(state).rstrip(b"\0").decode() in ENDED_STATES
+
+
+def find_job_place(rows: List[Row], raw: bytes, now: float) -> int:
+    """The index of a job's row: its own, a free one, or that of one to be forgotten; else -1."""
+    best = -1
+    oldest = math.inf
+    for index, row in enumerate(rows):
+        if row[2] == raw:
+            return index
+        if not row[2].strip(b"\0"):
+            seen = -math.inf
+        elif has_ended(row) or now - row[0] > JOB_SECONDS:
+            seen = row[0]
+        else:
+            continue
+        if seen < oldest:
+            oldest = seen
+            best = index
+    return best
 
 
 class TableError(Exception):
@@ -567,6 +668,35 @@ def untracked() -> Iterator[None]:
         tracker.register, tracker.unregister = saved
 
 
+class Segment:
+    """A segment by its descriptor, for a role: the name may be gone when it starts.
+
+    It has the attributes of a SharedMemory. A fork inherits the descriptor; by spawn and
+    forkserver it is sent along.
+    """
+
+    def __init__(self, fd: int, name: str) -> None:
+        self._fd = fd
+        self.name = name
+        self.size = 0
+        self.buf: Any = None
+
+    def map(self) -> "Segment":
+        """Map it into this process."""
+        self.size = os.fstat(self._fd).st_size
+        self.buf = memoryview(mmap.mmap(self._fd, self.size))
+        return self
+
+    def __getstate__(self) -> Tuple[Any, str]:
+        return multiprocessing.reduction.DupFd(self._fd), self.name
+
+    def __setstate__(self, state: Tuple[Any, str]) -> None:
+        self.__init__(state[0].detach(), state[1])  # type: ignore[misc]
+
+    def close(self) -> None:
+        """Nothing to do: the process ends with it."""
+
+
 class Snapshot:
     """A whole copy of the table at one instant.
 
@@ -582,10 +712,17 @@ class Snapshot:
         details: bytes,
         ring: bytes,
         counts: Tuple[int, int, float, int],
+        notes: bytes = bytes(NOTES.size),
+        jobs: bytes = b"",
     ) -> None:
         self.slots, self.details, self.copied = slots, details, time.monotonic()
         self.dicts: Optional[List[Message]] = None
         count, self.samples, beat, _ = counts
+        _, self.jobs_left_out, self.turned_away, self.turned_away_lately, why = (
+            NOTES.unpack(notes)
+        )
+        self.job_rows = jobs
+        self.turned_away_why = from_field(why) or ""
         self.time, self.capacity, self.beat = time.time(), capacity, self.copied - beat
         rows = [
             EVENT.unpack_from(ring, n % EVENTS * EVENT.size)
@@ -605,6 +742,23 @@ class Snapshot:
                 yield slot + detail
 
     @property
+    def jobs(self) -> List[Message]:
+        """What Slurm says of each job that is not forgotten: dicts with JOB_KEYS."""
+        jobs: List[Message] = []
+        for seen, *row in JOB.iter_unpack(self.job_rows):
+            job: Message = dict(zip(JOB_KEYS, map(from_field, row)))
+            if job["job"] is None:
+                continue
+            is_old = self.time - seen > JOB_SECONDS
+            if is_old and job["state"] not in ENDED_STATES:
+                continue
+            for key in ("nodes", "cpus", "gpus", "mem"):
+                if job[key] is not None:
+                    job[key] = int(job[key])
+            jobs.append(job)
+        return jobs
+
+    @property
     def nodes(self) -> List[Message]:
         """The used slots as dicts."""
         if self.dicts is None:
@@ -617,6 +771,10 @@ class Snapshot:
                     ram=round(node["ram"], 2),
                     age=round(max(0.0, self.copied - node["age"]), 2),
                 )
+                for key in WHOLE:
+                    value = node[key]
+                    if value is not None and value.is_integer():
+                        node[key] = int(value)
             self.dicts = nodes  # whole, whichever thread sees it
         return self.dicts
 
@@ -634,6 +792,9 @@ class Table:
         offset 0    slots     capacity x SLOT     slot id (1-based, 0 = empty), address, cpu, ram
                     details   capacity x DETAIL   seen, since, alerts, then DETAILS in their order
                     events    EVENTS x EVENT      a ring: event n is in row n % EVENTS
+                    jobs      JOBS x JOB          seen, then JOB_FACTS in their order
+        size - 232  NOTES     1 once the table has moved, jobs there was no room for,
+                              agents turned away, lately, and why
         size - 72   HEADER    magic, layout, capacity, the master's pid and its start time
         size - 40   SEQUENCE  odd while a write is under way
         size - 32   COUNTS    events and samples so far, the collector's heartbeat, slots to look at
@@ -655,6 +816,7 @@ class Table:
         self.counts_at = shm.size - COUNTS.size
         self.sequence_at = self.counts_at - SEQUENCE.size
         self.header_at = max(0, self.sequence_at - HEADER.size)
+        self.notes_at = max(0, self.header_at - NOTES.size)
         self.load()
 
     def load(self) -> None:
@@ -664,8 +826,10 @@ class Table:
         )
         self.details_at = self.capacity * SLOT.size
         self.events_at = self.details_at + self.capacity * DETAIL.size
+        self.jobs_at = self.events_at + EVENTS * EVENT.size
         (self.sequence,) = SEQUENCE.unpack_from(self.buf, self.sequence_at)
         self.events = COUNTS.unpack_from(self.buf, self.counts_at)[0]
+        self.jobs_left_out = NOTES.unpack_from(self.buf, self.notes_at)[1]
 
     @classmethod
     def create(cls, name: str, capacity: int) -> "Table":
@@ -675,7 +839,9 @@ class Table:
             + EVENTS * EVENT.size
             + HEADER.size
             + SEQUENCE.size
+            + JOBS * JOB.size
             + COUNTS.size
+            + NOTES.size
         )
         size += -size % PAGE
         try:
@@ -723,7 +889,7 @@ class Table:
         if (table.magic, table.layout) != (
             MAGIC,
             LAYOUT,
-        ) or table.events_at + EVENTS * EVENT.size > table.header_at:
+        ) or table.jobs_at + JOBS * JOB.size > table.notes_at:
             raise TableError("shared memory %s is of no master of this version" % name)
         if not table.owner_lives():
             raise TableError(
@@ -755,16 +921,88 @@ class Table:
             raise FileExistsError
         old.unlink()
 
+    @classmethod
+    def inherit(cls, segment: Segment, lock: Any) -> "Table":
+        """Open the supervisor's segment by its descriptor, for a role."""
+        return cls(segment.map(), lock)
+
+    def segment(self) -> Segment:
+        """What a role needs to open this table."""
+        return Segment(self.shm._fd, self.shm.name)
+
+    def has_name(self) -> bool:
+        """Whether the segment still is what its name leads to: somebody may have unlinked it."""
+        if not os.path.isdir("/dev/shm"):
+            return True  # nobody but shm_unlink() can take it away, as on macOS
+        try:
+            named = os.stat("/dev/shm/" + self.shm.name)
+        except FileNotFoundError:
+            return False
+        mine = os.fstat(self.shm._fd)
+        return (named.st_dev, named.st_ino) == (mine.st_dev, mine.st_ino)
+
+    def renew(self, lock: Any) -> bool:
+        """Move the table to a new segment of its name; False when the lock is not to be had.
+
+        For the supervisor. Who has the old one mapped follows as soon as it takes the lock and
+        sees the note.  A name that is somebody else's by now is left alone: TableError.
+        """
+        try:
+            with untracked():
+                new = shared_memory.SharedMemory(
+                    self.shm.name, create=True, size=self.shm.size
+                )
+        except OSError as error:
+            raise TableError(
+                "shared memory %s is gone and cannot be made again: %s"
+                % (self.shm.name, error.strerror)
+            ) from None
+        if not lock.acquire(timeout=LOCK_SECONDS):
+            with untracked():
+                new.unlink()
+            return False
+        try:
+            buf: Any = new.buf
+            buf[: self.shm.size] = self.buf[: self.shm.size]
+            struct.pack_into("=Q", self.buf, self.notes_at, 1)
+        finally:
+            lock.release()
+        self.use(new)
+        return True
+
+    def use(self, shm: Any) -> None:
+        """Go on with another segment of the same layout."""
+        self.buf = None
+        self.shm.close()
+        self.shm = shm
+        self.buf = shm.buf
+
+    def has_moved(self) -> bool:
+        """Whether the supervisor has noted that the table is elsewhere now."""
+        return bool(self.buf[self.notes_at])
+
+    def follow(self) -> None:
+        """Go on with the segment that the table has moved to; TableError when it is not there."""
+        try:
+            with untracked():
+                self.use(shared_memory.SharedMemory(self.shm.name))
+        except OSError:
+            raise TableError(
+                "shared memory %s has moved, and is not to be found" % self.shm.name
+            ) from None
+
     def owner_lives(self) -> bool:
         """Whether the master that made the segment still runs."""
         return bool(self.magic == MAGIC and start_time(self.pid) == self.start)
 
     def unlink(self) -> None:
-        """Remove the segment: for its creator alone."""
+        """Remove the segment, unless its name is somebody else's by now: for its creator alone."""
+        is_ours = self.has_name()
         self.buf = None
         self.shm.close()
         with untracked(), contextlib.suppress(FileNotFoundError):
-            self.shm.unlink()
+            if is_ours:
+                self.shm.unlink()
 
     def reset(self) -> None:
         """Empty the slots and end a broken write: for who knows that nobody else writes."""
@@ -786,6 +1024,12 @@ class Table:
                 )
                 os._exit(EXIT_LOCK)
             time.sleep(LOCK_POLL)
+        if self.buf[self.notes_at]:
+            try:
+                self.follow()
+            except TableError as error:
+                log.error("%s", error)
+                os._exit(EXIT_LOCK)
 
     def __enter__(self) -> None:
         """Begin to write: hold the lock and keep the sequence number odd."""
@@ -814,12 +1058,45 @@ class Table:
         with self:
             SLOT.pack_into(self.buf, index * SLOT.size, 0, b"", 0.0, 0.0)
 
-    def beat(self, samples: int, used: int) -> None:
-        """Say that the collector is well: samples so far, and no slot from ``used`` on is taken."""
+    def beat(
+        self,
+        samples: int,
+        used: int,
+        turned_away: int = 0,
+        turned_away_lately: int = 0,
+        why: str = "",
+    ) -> None:
+        """Say that the collector is well, with what it counts.
+
+        samples so far; no slot from ``used`` on is taken; how many agents were turned away since
+        the start and in the last minute, and why.
+        """
+        now = time.monotonic()
         with self:
-            COUNTS.pack_into(
-                self.buf, self.counts_at, self.events, samples, time.monotonic(), used
+            COUNTS.pack_into(self.buf, self.counts_at, self.events, samples, now, used)
+            NOTES.pack_into(
+                self.buf,
+                self.notes_at,
+                0,
+                self.jobs_left_out,
+                turned_away,
+                turned_away_lately,
+                why.encode(),
             )
+
+    def write_job(self, row: Row) -> None:
+        """Put what Slurm says of a job in its place, or in that of the oldest that has ended."""
+        rows = list(
+            JOB.iter_unpack(self.buf[self.jobs_at : self.jobs_at + JOBS * JOB.size])
+        )
+        raw = row[1].ljust(24, b"\0")
+        place = find_job_place(rows, raw, time.time())
+        with self:
+            if place < 0:
+                self.jobs_left_out += 1
+                return
+            at = self.jobs_at + place * JOB.size
+            JOB.pack_into(self.buf, at, time.time(), *row)
 
     def add_event(
         self, kind: str, text: str, node: str, row: Row = UNKNOWN, address: str = ""
@@ -854,6 +1131,8 @@ class Table:
             return Snapshot(self.capacity, *copy)
         deadline = time.monotonic() + READ_SECONDS
         while time.monotonic() < deadline:
+            if self.has_moved():
+                self.follow()
             before = bytes(self.buf[self.sequence_at : self.counts_at])
             copy = self._copy()
             if (
@@ -866,7 +1145,9 @@ class Table:
             "no whole copy of the table in %g s: a write never ended" % READ_SECONDS
         )
 
-    def _copy(self) -> Tuple[bytes, bytes, bytes, Tuple[int, int, float, int]]:
+    def _copy(
+        self,
+    ) -> Tuple[bytes, bytes, bytes, Tuple[int, int, float, int], bytes, bytes]:
         counts = COUNTS.unpack_from(self.buf, self.counts_at)
         used = min(counts[3], self.capacity)
         return (
@@ -874,6 +1155,8 @@ class Table:
             bytes(self.buf[self.details_at : self.details_at + used * DETAIL.size]),
             bytes(self.buf[self.events_at : self.events_at + EVENTS * EVENT.size]),
             counts,
+            bytes(self.buf[self.notes_at : self.header_at]),
+            bytes(self.buf[self.jobs_at : self.jobs_at + JOBS * JOB.size]),
         )
 
 
@@ -881,9 +1164,18 @@ class Table:
 # Alerts: rules -> firing and resolved, pure; and the runner of the command
 # ============================================================================
 
+FLAP_SECONDS = 600.0  # within which ...
+FLAP_CHANGES = (
+    8  # ... a rule may fire and be resolved on a node, and a node come and go
+)
+BRIEF_SECONDS = 2.0  # a visit that is shorter, of which ...
+FLAP_VISITS = 40  # ... one source may make so many, by whatever names
+CROWD = 8  # ... if no more of its agents are here
+MAX_FLAPPING = 8192  # of what is counted so
 RULE = re.compile(
     r"\s*(\w+)\s*([<>])\s*(\d+(?:\.\d+)?)(?:\s+for\s+(\d+(?:\.\d+)?)\s*s?)?\s*"
 )
+LAST_PART = 0.1  # of a job's time limit
 DEFAULT_RULES = ("cpu>90", "job_ram>90", "job_time_left<600")
 Alert = NamedTuple(
     "Alert",
@@ -905,6 +1197,22 @@ class Rule(NamedTuple):
     op: str
     threshold: float
     seconds: float
+    is_default: bool = False
+
+    def applies(self, row: Row) -> bool:
+        """Whether the rule is meant for such a node: a default one knows a healthy job.
+
+        A job that uses its CPUs is no alert, nor is a short job that has just begun: the end of
+        its time is near when less than a tenth of it is left. What is not known is no alert.
+        """
+        if not self.is_default:
+            return True
+        if self.metric == "cpu":
+            return not row[INDEX["job"]]
+        if self.metric == "job_time_left":
+            left = row[INDEX["job_time_left"]]
+            return bool(left < row[INDEX["job_time_limit"]] * LAST_PART)
+        return True
 
     def crossed(self, value: float, margin: float = 0.0) -> bool:
         """Whether the value is past the threshold, or has not come back by the margin."""
@@ -947,7 +1255,7 @@ def judge(
     changes = []
     for rule in rules:
         value = row[INDEX[rule.metric]]
-        if rule.crossed(value):
+        if rule.crossed(value) and rule.applies(row):
             since = state.setdefault(rule, now)
             if since is not None and now - since >= rule.seconds:
                 state[rule] = None
@@ -960,6 +1268,53 @@ def judge(
                 del state[rule]
                 changes.append(("resolved", rule, value))
     return changes
+
+
+class Flapping:
+    """Bounds what one thing that comes and goes can tell: a rule on a node, a node, a source.
+
+    More than CHANGES of it within SECONDS is flapping. That is told once, with the count, and
+    again after as long; the changes themselves are told no more until it is quiet again.
+    """
+
+    def __init__(self, changes: int, seconds: float) -> None:
+        self.changes = changes
+        self.seconds = seconds
+        self.lock = threading.Lock()
+        # key -> [since, changes since then, whether flapping was told, the last change]
+        self.known: Dict[Any, List[Any]] = collections.OrderedDict()
+
+    def count(self, key: Any) -> int:
+        """Count a change: 0 if it is to be told, else how many there were; -1 if that was told."""
+        now = time.monotonic()
+        with self.lock:
+            entry = self.known.get(key)
+            if entry is None or now - entry[0] > self.seconds:
+                was_flapping = (
+                    entry is not None and entry[2] and now - entry[3] <= self.seconds
+                )
+                self.known.pop(key, None)
+                if len(self.known) >= MAX_FLAPPING:
+                    del self.known[next(iter(self.known))]
+                # one that goes on like this is told again, not first believed for a while
+                begun = self.changes if was_flapping else 0
+                entry = self.known[key] = [now, begun, False, now]
+            entry[1] += 1
+            entry[3] = now
+            if entry[1] <= self.changes:
+                return 0
+            if entry[2]:
+                return -1
+            entry[2] = True
+            return int(entry[1])
+
+    def is_flapping(self, key: Any) -> bool:
+        """Whether it was flapping lately, without counting a change."""
+        with self.lock:
+            entry = self.known.get(key)
+            return bool(
+                entry and entry[2] and time.monotonic() - entry[0] <= self.seconds
+            )
 
 
 class CommandRunner:
@@ -1132,6 +1487,31 @@ class Refusals:
                 self.tell(source, "%s (and %d more in %g s)" % (reason, count, seconds))
 
 
+class TurnedAway:
+    """Counts the agents that there were no threads or descriptors for."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.why = ""
+        self.seconds: Deque[List[int]] = collections.deque()  # [second, agents in it]
+
+    def add(self, why: str) -> None:
+        """Count one."""
+        now = int(time.monotonic())
+        self.total += 1
+        self.why = why
+        if self.seconds and self.seconds[-1][0] == now:
+            self.seconds[-1][1] += 1
+        else:
+            self.seconds.append([now, 1])
+
+    def lately(self) -> int:
+        """How many there were in the last minute."""
+        while self.seconds and self.seconds[0][0] < time.monotonic() - 60:
+            self.seconds.popleft()
+        return sum(count for _, count in self.seconds)
+
+
 class Silence(Exception):
     """No whole sample came in time."""
 
@@ -1148,6 +1528,7 @@ class Peer:
         "buffer",
         "slot",
         "since",
+        "known_as",
         "shape",
         "ack",
         "row",
@@ -1160,6 +1541,7 @@ class Peer:
         self.source, self.address = split_address(address)
         self.buffer = memoryview(bytearray(RECEIVE_SIZE))
         self.slot, self.since, self.alerts = -1, time.time(), ""  # -1: no slot yet
+        self.known_as = self.address  # or the node's name: that of its first sample
         self.shape: Optional[Shape] = None
         self.row, self.ack = UNKNOWN, False
         self.state: Dict[Rule, Optional[float]] = {}
@@ -1168,13 +1550,10 @@ class Peer:
         """A text of the last sample."""
         return str(self.row[INDEX[key]], "utf-8")
 
-    @property
-    def name(self) -> str:
-        """What to call the node: its name, or its address."""
-        return self.text("node") or self.address
-
     def __str__(self) -> str:
-        return self.name + (" (job %s)" % self.text("job") if self.text("job") else "")
+        return self.known_as + (
+            " (job %s)" % self.text("job") if self.text("job") else ""
+        )
 
     def say(self, line: bytes) -> None:
         """Write if there is room for it: a peer that never reads is served all the same."""
@@ -1200,7 +1579,8 @@ class Peer:
         if not parsed:
             return None, 0
         message, size, floats = parsed
-        if auth or type(message.get("bye")) is str:
+        is_other = type(message.get("bye")) is str or type(message.get("part")) is str
+        if auth or is_other:
             return message, size
         row = check_sample(message)
         self.shape = make_shape(data[:size], message, row, floats)
@@ -1253,6 +1633,9 @@ class Collector:
         self.looked, self.spent, self.pinned = time.monotonic(), 0.0, False
         self.waiting = Waiting(MAX_WAITING)
         self.refusals = Refusals(self.tell_refusal)
+        self.flapping = Flapping(FLAP_CHANGES, FLAP_SECONDS)
+        self.visits = Flapping(FLAP_VISITS, FLAP_SECONDS)
+        self.turned_away = TurnedAway()
         self.runner = (
             CommandRunner(options.alert_command) if options.alert_command else None
         )
@@ -1263,7 +1646,12 @@ class Collector:
         self.table.reset()
         self.table.lock.release()
         accept_loop(
-            self.listener, self.waiting, self.serve, self.options.timeout, self.beat
+            self.listener,
+            self.waiting,
+            self.serve,
+            self.options.timeout,
+            self.beat,
+            self.turn_away,
         )
 
     def beat(self) -> None:
@@ -1283,10 +1671,31 @@ class Collector:
             self.looked, self.spent = now, spent
             pin_threads(self.pinned)
 
+    def turn_away(self, sock: socket.socket, address: Address, error: str) -> None:
+        """Tell an agent that there is no room for it, and why."""
+        why = (
+            "no room for more agents here (%s): raise TasksMax or ulimit -u -n" % error
+        )
+        with self.lock:
+            self.turned_away.add(why)
+            count = self.turned_away.lately()
+        text = "%s; turned away in the last minute: %d" % (why, count)
+        with contextlib.suppress(OSError):
+            sock.send(b"error %s\n" % text.encode(), socket.MSG_DONTWAIT)
+            sock.shutdown(socket.SHUT_WR)
+        sock.close()
+        self.refusals.add(split_address(address)[0], why)
+
     def beat_table(self) -> None:
         """Write the counts, in their order: who waits for the table must not overtake."""
         with self.lock:
-            self.table.beat(self.samples, self.used)
+            self.table.beat(
+                self.samples,
+                self.used,
+                self.turned_away.total,
+                self.turned_away.lately(),
+                self.turned_away.why,
+            )
 
     def serve(self, sock: socket.socket, address: Address) -> None:
         """Everything between a connection's begin and its end."""
@@ -1323,7 +1732,11 @@ class Collector:
             elif nonce:
                 check_auth(message, self.options.secret, nonce)
                 nonce = None
-            else:
+            elif message.get("part") == "job":
+                row = check_job(message)
+                with self.lock:
+                    self.table.write_job(row)
+            elif "bye" in message:
                 return "finished", "; ".join(
                     clean_text(message[key])
                     for key in ("bye", "report")
@@ -1389,19 +1802,21 @@ class Collector:
                 )
             peer.slot = heapq.heappop(self.free)
             self.slots[peer.source] += 1
+            peer.known_as = peer.text("node") or peer.address
             self.used = max(self.used, peer.slot + 1)
         self.waiting.remove(peer.sock)
 
     def welcome(self, peer: Peer) -> None:
         """Tell that a node is there, and whether it was lost before."""
         self.beat_table()
-        self.tell("connected", peer, "from %s" % peer.address)
         with self.lock:
-            since = self.lost.pop((peer.name, peer.text("job")), None)
-        if since is not None:
-            self.tell(
-                "resolved", peer, "lost: back after %.0f s" % (time.monotonic() - since)
-            )
+            since = self.lost.pop((peer.known_as, peer.text("job")), None)
+        if self.visits.is_flapping(peer.source):
+            return
+        told = self.tell("connected", peer, "from %s" % peer.address)
+        if told and since is not None:
+            away = time.monotonic() - since
+            self.tell("resolved", peer, "lost: back after %.0f s" % away)
 
     def leave(self, peer: Peer, kind: str, text: str) -> None:
         """Free the peer's slot and tell how it ended."""
@@ -1412,11 +1827,47 @@ class Collector:
             if not self.slots[peer.source]:
                 del self.slots[peer.source]
             if kind == "lost":
-                self.lost[peer.name, peer.text("job")] = time.monotonic()
+                self.lost[peer.known_as, peer.text("job")] = time.monotonic()
+        if self.is_restless(peer):
+            return
         for rule in [rule for rule, since in peer.state.items() if since is None]:
-            self.tell("resolved", peer, "%s: the node is gone" % str(rule))
+            self.tell("resolved", peer, "%s: the node is gone" % str(rule), rule)
         if kind != "refused":
             self.tell(kind, peer, text)
+
+    def is_restless(self, peer: Peer) -> bool:
+        """Whether the peer's source comes and goes so often that this visit is not told."""
+        with self.lock:
+            others = self.slots.get(peer.source, 0)
+        if time.time() - peer.since > BRIEF_SECONDS or others > CROWD:
+            return False  # a crowd that is lost at once is no loop
+        visits = self.visits.count(peer.source)
+        if visits > 0:
+            self.announce(
+                "flapping",
+                peer,
+                "%d brief visits from %s within %.0f min: no more is told of them for as long"
+                % (visits, peer.source, FLAP_SECONDS / 60),
+            )
+        return visits != 0
+
+    def is_flapping(self, kind: str, peer: Peer, rule: Optional[Rule]) -> bool:
+        """Whether this comes and goes so often that it is not told; that is told once."""
+        if rule:
+            what = str(rule)
+        elif kind in ("connected", "finished", "lost"):
+            what = "the node"
+        else:
+            return False
+        changes = self.flapping.count((peer.known_as, peer.text("job"), what))
+        if changes > 0:
+            self.announce(
+                "flapping",
+                peer,
+                "%s came and went %d times within %.0f min: no more is told of it for as long"
+                % (what, changes, FLAP_SECONDS / 60),
+            )
+        return changes != 0
 
     def tell(
         self,
@@ -1425,9 +1876,23 @@ class Collector:
         text: str,
         rule: Optional[Rule] = None,
         value: Union[float, str] = "",
+    ) -> bool:
+        """Announce an event, unless its kind is flapping; whether it was."""
+        if self.is_flapping(kind, peer, rule):
+            return False
+        self.announce(kind, peer, text, rule, value)
+        return True
+
+    def announce(
+        self,
+        kind: str,
+        peer: Peer,
+        text: str,
+        rule: Optional[Rule] = None,
+        value: Union[float, str] = "",
     ) -> None:
         """One event: to the ring, the log and, when it is an alert, the command."""
-        self.table.add_event(kind, text, peer.name, peer.row, peer.address)
+        self.table.add_event(kind, text, peer.known_as, peer.row, peer.address)
         if kind == "alert" or kind == "lost" and self.options.lost:
             log.critical(
                 "CRITICAL WARNING: %s%s: %s%s",
@@ -1440,7 +1905,7 @@ class Collector:
                 self.runner.post(
                     Alert(
                         kind,
-                        peer.name,
+                        peer.known_as,
                         peer.text("job"),
                         rule.metric if rule else "lost",
                         value,
@@ -1502,47 +1967,74 @@ class ServeThread(threading.Thread):
         self.serve(self.sock, self.address)
 
 
+def hang_up(sock: socket.socket, address: Address, error: str) -> None:
+    """Close a connection that cannot be served."""
+    sock.close()
+
+
 def accept_loop(
     listener: socket.socket,
     waiting: Waiting,
     serve: Serve,
     timeout: float,
     beat: Callable[[], None] = lambda: None,
+    turn_away: Callable[[socket.socket, Address, str], None] = hang_up,
 ) -> None:
     """Run serve(socket, address) on a thread for each connection, until the supervisor is gone.
 
-    The timeout is set here: a thread that calls setsockopt() needs 4 KiB more of its stack.
+    One that there is no thread or descriptor for goes to turn_away(socket, address, reason).
     """
     listener.setblocking(False)
-    parent, told = multiprocessing.parent_process(), -math.inf
+    parent = multiprocessing.parent_process()
+    told = -math.inf
+    spare = os.open(os.devnull, os.O_RDONLY)
     while parent and parent.is_alive():
         beat()
         multiprocessing.connection.wait([listener, parent.sentinel], BEAT_SECONDS)
+        error = ""
         try:
             for _ in range(MAX_ACCEPTS):
                 sock, address = listener.accept()
-                sock.setblocking(True)
-                with contextlib.suppress(
-                    OSError
-                ):  # gone already, as its thread will see
-                    set_timeout(sock, timeout)
-                waiting.add(sock, split_address(address)[0])
-                try:
-                    ServeThread(serve, sock, address).start()
-                except RuntimeError:
-                    waiting.remove(sock)
-                    sock.close()
-                    raise
+                failure = start_serving(sock, address, waiting, serve, timeout)
+                if failure:
+                    turn_away(sock, address, failure)
+                    error = failure
         except (BlockingIOError, ConnectionError):
             pass
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # no descriptors, memory or threads: it passes
+        except OSError as full:  # no descriptors or memory: it passes
+            error = str(full.strerror)
+            os.close(spare)  # makes room for one, to tell it so
+            with contextlib.suppress(OSError):
+                turn_away(*listener.accept(), error)
+            spare = os.open(os.devnull, os.O_RDONLY)
+        if error:
             if time.monotonic() - told > REFUSAL_SECONDS:
                 log.error("cannot take new connections for now: %s", error)
                 told = time.monotonic()
             time.sleep(BEAT_SECONDS)
+
+
+def start_serving(
+    sock: socket.socket,
+    address: Address,
+    waiting: Waiting,
+    serve: Serve,
+    timeout: float,
+) -> str:
+    """Start a thread for a connection; why there is none, or "".
+
+    The timeout is set here: a thread that calls setsockopt() needs 4 KiB more of its stack.
+    """
+    sock.setblocking(True)
+    with contextlib.suppress(OSError):  # gone already, as its thread will see
+        set_timeout(sock, timeout)
+    waiting.add(sock, split_address(address)[0])
+    try:
+        ServeThread(serve, sock, address).start()
+    except RuntimeError as error:
+        waiting.remove(sock)
+        return str(error)
+    return ""
 
 
 # ============================================================================
@@ -1574,13 +2066,30 @@ COLUMNS = (
     "slot",
     "address",
 )
-RIGHT = {*NUMBERS, "slot", "age"}  # columns of numbers
-LABELS = dict({m.key: m.label for m in METRICS}, recent="Last 5 min", text="What")
-UNITS = dict({m.key: m.unit for m in METRICS}, age="s")
+RIGHT = {*NUMBERS, "slot", "age", "nodes", "mem", "ran", "limit"}  # columns of numbers
+LABELS = dict(
+    {m.key: m.label for m in METRICS},
+    recent="Last 5 min",
+    text="What",
+    mem="Memory asked for",
+    limit="Time limit",
+)
+UNITS = dict({m.key: m.unit for m in METRICS}, age="s", ran="s", limit="s", mem="B")
 SCALES = {
     "s": {"min": 60, "h": 3600, "d": 86400},
     "B": {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40},
 }
+JOB_COLUMNS = (
+    "job",
+    "job_name",
+    "state",
+    "nodes",
+    "cpus",
+    "mem",
+    "ran",
+    "limit",
+    "text",
+)
 GRAPHS = tuple(
     key
     for key in NUMBERS
@@ -1594,6 +2103,7 @@ GRAPHS = tuple(
         "gpus",
         "job_cpus",
         "job_mem_limit",
+        "job_time_limit",
     )
 )
 Query = Dict[str, str]
@@ -1634,6 +2144,7 @@ left:0;right:0;font:1rem/1.6 system-ui;text-align:left;background:var(--bg)}
 .map .al::before{content:"!"} figure .line{display:block;width:100%;height:6rem}
 .graphs{grid-template-columns:repeat(auto-fill,minmax(min(18rem,100%),1fr));margin:0 0 1rem}
 @media (min-width:700px){figure:nth-child(-n+2){grid-column:span 2}}
+#jobs{margin-top:1rem}
 @media (prefers-reduced-motion:no-preference){.bar rect{transition:width .3s}}
 @media (min-width:1800px){main{display:grid;gap:0 2.5rem;grid-template-columns:minmax(0,1fr) 44rem}
 main>*{grid-column:1/-1} #nodes{grid-column:1} aside{grid-column:2}}
@@ -1833,6 +2344,13 @@ def gone(view: Snapshot, kind: str) -> List[Message]:
     ]
 
 
+def render_turned_away(view: Snapshot) -> str:
+    """How many agents found no room lately, and why."""
+    count = view.turned_away_lately
+    agents = "1 agent" if count == 1 else "%d agents" % count
+    return "%s turned away in the last minute: %s" % (agents, view.turned_away_why)
+
+
 def figures(
     view: Snapshot, rows: List[Message]
 ) -> Tuple[str, List[Tuple[str, str, str]]]:
@@ -1843,6 +2361,8 @@ def figures(
         ("lost", len(gone(view, "lost"))),
     )
     trouble = ", ".join("%s: %d" % count for count in counts if count[1]).capitalize()
+    if view.turned_away_lately:
+        trouble = "%s%s" % (trouble and trouble + "; ", render_turned_away(view))
     if view.beat > STALE_SECONDS:
         trouble = (
             "The collector has been silent for %.0f s: what you see is old" % view.beat
@@ -2158,6 +2678,14 @@ class Page:
             Html(SCRIPT),
         )
 
+    def jobs(self) -> Optional[Html]:
+        """The table of jobs, when a watcher tells of any."""
+        folded = fold_arrays(jobs_in_order(self.view))
+        rows = [job_row(tasks, self.view.time) for tasks in folded]
+        if not rows:
+            return None
+        return self.table("jobs", "Jobs", JOB_COLUMNS, [(None, rows)])
+
     def all_nodes(self) -> str:
         """The page: what matters, every live node, what has gone and what happened."""
         title, cards = figures(self.view, self.rows)
@@ -2182,6 +2710,7 @@ class Page:
                     for card in cards
                 ],
             ),
+            self.jobs(),
             self.form() if self.view.nodes else self.empty(),
             self.map() if len(self.rows) >= MAP_FROM else None,
             self.nodes() if self.rows else None,
@@ -2281,6 +2810,55 @@ def render_nodes_json(view: Snapshot, query: Query, site: Any = None) -> str:
         )
         + "\n"
     )
+
+
+def jobs_in_order(view: Snapshot) -> List[Message]:
+    """The jobs, those that have not ended first, by their ids."""
+    return sorted(
+        view.jobs,
+        key=lambda job: (job["state"] in ENDED_STATES, natural(job["job"])),
+    )
+
+
+def render_jobs_json(view: Snapshot, query: Query, site: Any = None) -> str:
+    """The jobs as JSON: what Slurm says of each; times in seconds since 1970, mem in bytes."""
+    jobs = jobs_in_order(view)
+    answer = {"time": round(view.time, 3), "left_out": view.jobs_left_out, "jobs": jobs}
+    return json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def fold_arrays(jobs: Iterable[Message]) -> Iterator[List[Message]]:
+    """The jobs, each in a list; the tasks of an array in one, where its first task is."""
+    arrays: Dict[Any, List[Message]] = {}
+    for job in jobs:
+        arrays.setdefault(job["array"] or job["raw"], []).append(job)
+    return iter(arrays.values())
+
+
+def job_row(tasks: List[Message], now: float) -> Message:
+    """A row of the page's table of jobs, for a job or all tasks of an array."""
+    job = tasks[0]
+    states = collections.Counter(task["state"] or "UNKNOWN" for task in tasks)
+    row = dict(job, slot=job["raw"], state=job["state"], mem=job["mem"])
+    if len(tasks) > 1:
+        counts = ["%d %s" % (count, state.lower()) for state, count in states.items()]
+        row.update(job=job["array"], state=", ".join(counts), ran=None, text=None)
+        return row
+    ran = None
+    if job["start"] and job["state"] != "PENDING":
+        until = job["end"] if job["state"] in ENDED_STATES else now
+        ran = max(0.0, (until or now) - job["start"])
+    words = []
+    if job["reason"]:
+        words.append(job["reason"])
+    if job["exit"] not in (None, "0:0"):
+        words.append("exit code " + job["exit"])
+    if job["state"] == "PENDING" and job["start"]:
+        words.append(
+            "expected %s" % time.strftime("%F %R", time.localtime(job["start"]))
+        )
+    row.update(ran=ran, text=", ".join(words) or None)
+    return row
 
 
 def render_csv(view: Snapshot, query: Query, site: Any = None) -> str:
@@ -2394,6 +2972,11 @@ def render_metrics(view: Snapshot, query: Query, site: Any) -> str:
         ("nodes", "Nodes that send", [("", len(nodes))]),
         ("samples_total", "Samples taken", [("", view.samples)]),
         (
+            "turned_away_total",
+            "Agents turned away for want of threads or descriptors",
+            [("", view.turned_away)],
+        ),
+        (
             "collector_silence_seconds",
             "Time since the collector's heartbeat",
             [("", view.beat)],
@@ -2426,6 +3009,16 @@ def render_metrics(view: Snapshot, query: Query, site: Any) -> str:
     )
 
 
+def render_health(view: Snapshot, query: Query, site: Any) -> str:
+    """That the collector is well, with what keeps agents away; and what the master takes."""
+    lines = ["ok"]
+    if view.turned_away_lately:
+        lines[0] += ", but " + render_turned_away(view)
+    if "verbose" in query:
+        lines.append(site.cost["text"])
+    return "".join(line + "\n" for line in lines)
+
+
 HTML, JSON, TEXT = (
     "text/html; charset=utf-8",
     "application/json; charset=utf-8",
@@ -2435,6 +3028,7 @@ ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
     "/": (HTML, lambda *about: Page(*about).all_nodes()),
     "/node/": (HTML, lambda *about: Page(*about).one_node()),
     "/api/nodes": (JSON, render_nodes_json),
+    "/api/jobs": (JSON, render_jobs_json),
     "/api/events": (
         JSON,
         lambda view, query, site: (
@@ -2447,9 +3041,7 @@ ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
     "/metrics": ("text/plain; version=0.0.4; charset=utf-8", render_metrics),
     "/healthz": (
         TEXT,
-        lambda view, query, site: (
-            "ok\n" + (site.cost["text"] + "\n" if "verbose" in query else "")
-        ),
+        render_health,
     ),
 }
 
@@ -2803,6 +3395,18 @@ class Dashboard:
 # ============================================================================
 
 
+# SIGHUP: the terminal has gone, with the ssh or the window that it was in
+ENDING_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP")
+    if hasattr(signal, name)
+]
+AGENT_PORT = 13579
+PAGE_PORT = 8080
+NEXT_PORTS = 20  # that are tried when a usual one is taken and jobs are watched
+NAME_SECONDS = 5.0  # between two looks whether the segment still has its name
+
+
 class StartError(Exception):
     """The master cannot start; the text says why and what to do."""
 
@@ -2843,20 +3447,24 @@ def open_listener(flag: str, host: str, port: int) -> socket.socket:
 
 
 def run_role(
-    name: str, listener: socket.socket, lock: Any, options: argparse.Namespace
+    name: str,
+    listener: socket.socket,
+    segment: Segment,
+    lock: Any,
+    options: argparse.Namespace,
 ) -> None:
     """The body of a child process: set it up, and run the role for as long as it goes."""
     signal.set_wakeup_fd(-1)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the supervisor as well
+    # Ctrl-C, or the end of the terminal, reaches the supervisor as well
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is lost with a role
     setup_log(options.verbose)
     threading.stack_size(STACK_SIZE)
     if name == "collector":  # its threads are never busy for long; being asked for the
         sys.setswitchinterval(1.0)  # interpreter by thousands that wait costs it a core
     role: Any = {"collector": Collector, "dashboard": Dashboard}[name]
-    role(listener, Table.attach(options.shm_name, lock), options).run()
+    role(listener, Table.inherit(segment, lock), options).run()
 
 
 class AgentProcess(subprocess.Popen):  # type: ignore[type-arg]
@@ -2865,7 +3473,7 @@ class AgentProcess(subprocess.Popen):  # type: ignore[type-arg]
     Its stdout is a pipe: it ends with the agent, and tells it when the supervisor has ended.
     """
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, more: Sequence[str] = ()) -> None:
         command = [
             sys.executable,
             beside("agent.py"),
@@ -2876,6 +3484,7 @@ class AgentProcess(subprocess.Popen):  # type: ignore[type-arg]
         ]
         if options.secret_file:
             command += ["--secret-file", options.secret_file]
+        command += more
         super().__init__(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         self.sentinel = self.stdout
 
@@ -2890,47 +3499,72 @@ class AgentProcess(subprocess.Popen):  # type: ignore[type-arg]
             self.wait(timeout)
 
 
+def watcher_flags(options: argparse.Namespace, again: bool) -> List[str]:
+    """The flags of the agent.py that watches jobs; again: it must not ask for a password."""
+    flags = ["--jobs"]
+    if options.my_jobs:
+        flags.append(",".join(options.my_jobs))
+    if options.ssh:
+        flags += ["--ssh", options.ssh]
+    if again:
+        flags.append("--again")
+    return flags
+
+
 class Supervisor:
-    """Starts the roles (and the agent), starts again what ends, stops all on SIGINT or SIGTERM.
+    """Starts the roles (and the agent), starts again what ends, stops all on a signal.
 
     A new one takes the signals over, so that whatever is made next is also removed again.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.names = ["collector", "dashboard"] + ["agent"] * options.with_agent
+        self.names = ["collector", "dashboard"]
+        if options.with_agent:
+            self.names.append("agent")
+        if watches_jobs(options):
+            self.names.append("watcher")
+        self.watcher_began = False
+        self.has_failed = False  # the watcher could not begin: the user is to mend that
         self.lock: Any = None
         self.running: Dict[str, Any] = {}  # name -> process
         self.signals: List[int] = []
         self.started = dict.fromkeys(self.names, -math.inf)  # time.monotonic()
         self.delay = dict.fromkeys(self.names, 0.0)  # seconds from then to the next
         self.trouble: Dict[str, str] = {}  # name -> why it cannot start
+        self.looked = time.monotonic()  # at the segment's name
         self.wakeup, wakeup_end = os.pipe()
         os.set_blocking(wakeup_end, False)
         signal.set_wakeup_fd(wakeup_end)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: self.signals.append(number))
+        for number in ENDING_SIGNALS:
+            # nohup has SIGHUP ignored: then the end of the terminal is none of ours
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda number, _: self.signals.append(number))
 
     def run(self, listeners: Dict[str, socket.socket], table: Table) -> None:
         """Supervise until a signal comes."""
         self.listeners, self.table = listeners, table
         self.new_lock()
         try:
-            while not self.signals:
+            while not self.signals and not self.has_failed:
                 self.start_missing()
                 waits = [
                     self.delay[name] for name in self.names if name not in self.running
                 ]
+                waits.append(NAME_SECONDS)
                 multiprocessing.connection.wait(
                     [self.wakeup]
                     + [process.sentinel for process in self.running.values()],
-                    min(waits) if waits else None,
+                    min(waits),
                 )
                 self.reap()
+                self.look_after_name()
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in ENDING_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
-            self.stop(["agent"])  # first: while there is somebody to say goodbye to
+            self.stop(
+                ["agent", "watcher"]
+            )  # first: while there is somebody to say goodbye to
             self.stop(self.names)
 
     def new_lock(self) -> None:
@@ -2943,6 +3577,24 @@ class Supervisor:
             ) from None
         self.table.load()
         self.table.reset()
+
+    def look_after_name(self) -> None:
+        """Make the segment's name again when it is gone, by RemoveIPC=yes of logind.conf(5) say."""
+        now = time.monotonic()
+        if now - self.looked < NAME_SECONDS or self.signals:
+            return
+        self.looked = now
+        if self.table.has_name() or not self.lock:
+            return
+        name = self.table.shm.name
+        try:
+            if self.table.renew(self.lock):
+                log.warning("shared memory %s was gone: made again", name)
+                self.trouble.pop("table", None)
+        except TableError as error:
+            if self.trouble.get("table") != str(error):
+                log.error("%s", error)
+            self.trouble["table"] = str(error)
 
     def start_missing(self) -> None:
         """Start what does not run and has waited for its turn."""
@@ -2967,12 +3619,22 @@ class Supervisor:
         """Start a role or the agent."""
         if name == "agent":
             return AgentProcess(self.options)
+        if name == "watcher":
+            again = self.watcher_began
+            self.watcher_began = True
+            return AgentProcess(self.options, watcher_flags(self.options, again))
         if not self.lock:
             self.new_lock()
         role = multiprocessing.Process(
             target=run_role,
             name=name,
-            args=(name, self.listeners[name], self.lock, self.options),
+            args=(
+                name,
+                self.listeners[name],
+                self.table.segment(),
+                self.lock,
+                self.options,
+            ),
         )
         role.start()
         return role
@@ -2988,6 +3650,9 @@ class Supervisor:
             return
         codes = self.stop(ended)
         for name, code in zip(ended, codes):
+            if name == "watcher" and code == 1:
+                self.has_failed = True  # it has said why
+                return
             log.error("%s ended (%s); starting it again", name, describe_exit(code))
         if EXIT_LOCK in codes:
             self.stop(self.listeners)
@@ -3052,6 +3717,25 @@ def shm_argument(text: str) -> str:
     )
 
 
+def jobs_argument(text: str) -> List[str]:
+    """An argparse type: ids of jobs with commas between."""
+    jobs = [job for job in text.split(",") if job]
+    if all(re.fullmatch(r"\d+(?:_\d+|\+\d+)?", job) for job in jobs):
+        return jobs
+    raise argparse.ArgumentTypeError(
+        "%r is no list of jobs; ids with commas between are: 4711,4712_3" % text
+    )
+
+
+def login_argument(text: str) -> str:
+    """An argparse type: where ssh goes; never what ssh would take as a flag."""
+    if re.fullmatch(r"[^\s-]\S*", text) and text.isprintable():
+        return text
+    raise argparse.ArgumentTypeError(
+        "%r is no login node; [USER@]LOGIN as ssh takes it is" % text
+    )
+
+
 def token_argument(text: str) -> str:
     """An argparse type: a token for the dashboard; auto makes one."""
     if not text:
@@ -3104,7 +3788,6 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--port",
         type=port,
-        default=13579,
         help="port for agents (13579); 0 picks a free one",
     )
     add(
@@ -3117,7 +3800,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--dashboard-port",
         metavar="PORT",
         type=port,
-        default=8080,
         help="port for browsers (8080); 0 picks a free one",
     )
     add(
@@ -3169,31 +3851,55 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="name of the shared memory (sentinel_PORT)",
     )
+    add(
+        "--my-jobs",
+        type=jobs_argument,
+        nargs="?",
+        const=[],
+        metavar="IDS",
+        help="watch all of my running jobs, or these (4711,4712), by a step in each",
+    )
+    add(
+        "--ssh",
+        type=login_argument,
+        metavar="[USER@]LOGIN",
+        help="watch my jobs on the cluster behind that login node, by one ssh",
+    )
     add("--with-agent", action="store_true", help="watch this machine, too")
     add("--verbose", action="store_true", help="log every sample")
     return parser
 
 
-def too_old() -> bool:
-    """Whether this Python has no shared memory; says so."""
+def cannot_run() -> bool:
+    """Whether this Python lacks what the master needs; says so."""
+    tool = os.path.basename(sys.argv[0])
+    if os.name != "posix" or resource is None:
+        print(
+            "error: %s needs a Unix, as Linux or macOS; on Windows run it in WSL"
+            % tool,
+            file=sys.stderr,
+        )
+        return True
     if shared_memory is None:
         print(
             "error: %s needs Python 3.8 or newer, and this is %d.%d; try python3.11 or 'module"
-            " load python'" % ((os.path.basename(sys.argv[0]),) + sys.version_info[:2]),
+            " load python'" % ((tool,) + sys.version_info[:2]),
             file=sys.stderr,
         )
-    return shared_memory is None
+        return True
+    return False
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the master: its exit code."""
-    if too_old():
+    if cannot_run():
         return 1
     parser = build_parser()
     options = parser.parse_args(argv)
     options.lost = "no-lost" not in options.alert
     options.rules = [rule for rule in options.alert if isinstance(rule, Rule)] or [
-        parse_rule(text) for text in DEFAULT_RULES
+        parse_rule(text)._replace(is_default=True)  # type: ignore[union-attr]
+        for text in DEFAULT_RULES
     ]
     setup_log(options.verbose)
     try:
@@ -3205,12 +3911,39 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 1
 
 
+def watches_jobs(options: argparse.Namespace) -> bool:
+    """Whether the master is to watch the user's jobs by itself."""
+    return options.my_jobs is not None or bool(options.ssh)
+
+
+def open_port(
+    flag: str, host: str, given: Optional[int], usual: int, may_move: bool
+) -> socket.socket:
+    """A listener on the port that was given, or the usual one.
+
+    On a login node that is often a colleague's: who may move takes the next free one.
+    """
+    if given is not None:
+        return open_listener(flag, host, given)
+    last = usual + NEXT_PORTS if may_move else usual
+    for port in range(usual, last):
+        with contextlib.suppress(StartError):
+            return open_listener(flag, host, port)
+    return open_listener(flag, host, last)
+
+
 def run_master(options: argparse.Namespace) -> int:
     """Bind, make the table, supervise: 0 when a signal ended it."""
-    if options.with_agent and not os.path.exists(beside("agent.py")):
-        raise StartError(
-            "--with-agent needs agent.py beside master_server.py: copy it there"
-        )
+    moves = watches_jobs(options)
+    for flag, given in (
+        ("--with-agent", options.with_agent),
+        ("--my-jobs", options.my_jobs is not None),
+        ("--ssh", options.ssh),
+    ):
+        if given and not os.path.exists(beside("agent.py")):
+            raise StartError(
+                "%s needs agent.py beside master_server.py: copy it there" % flag
+            )
     options.secret = read_secret(options.secret_file) if options.secret_file else None
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(
@@ -3221,11 +3954,15 @@ def run_master(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         listeners = {
             "collector": stack.enter_context(
-                open_listener("--", options.host, options.port)
+                open_port("--", options.host, options.port, AGENT_PORT, moves)
             ),
             "dashboard": stack.enter_context(
-                open_listener(
-                    "--dashboard-", options.dashboard_host, options.dashboard_port
+                open_port(
+                    "--dashboard-",
+                    options.dashboard_host,
+                    options.dashboard_port,
+                    PAGE_PORT,
+                    moves,
                 )
             ),
         }
@@ -3259,7 +3996,7 @@ def run_master(options: argparse.Namespace) -> int:
             )
         supervisor.run(listeners, table)
     log.info("stopped")
-    return 0
+    return int(supervisor.has_failed)
 
 
 if __name__ == "__main__":

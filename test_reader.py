@@ -116,7 +116,7 @@ def run(argv: Optional[List[str]]) -> int:
     """Read the flags, then the table: the exit code."""
     master_server = load_master_server()
     options = build_parser(master_server).parse_args(argv)
-    if master_server.too_old():
+    if master_server.cannot_run():
         return 1
     try:
         read_table(master_server, options)

@@ -57,6 +57,7 @@ foreign_node() {                            # foreign_node ROOT: as a vendor's p
 # shellcheck disable=SC2016     # $1 is that of the shell inside
 INSIDE='
     set -e
+    mount --bind "$1" "$1"                  # a root that is a mount, as unshare(1) wants it inside
     mount -t proc proc "$1/proc"
     mount --rbind /sys "$1/sys"
     mount --rbind /dev "$1/dev"

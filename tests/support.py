@@ -40,6 +40,8 @@ HOST = "127.0.0.1"
 PATIENCE = 20  # seconds that a busy machine may take for what takes a fraction of one
 STOP_LIMIT = 20  # seconds to end after SIGTERM; then SIGKILL, which a test can see
 POLL = 0.05  # seconds between two looks
+EVERYTHING = os.environ.get("SENTINEL_TEST_ALL") == "1"
+LONG = EVERYTHING or os.environ.get("SENTINEL_TEST_SLOW") == "1"
 MAX_SLOTS = 1024  # what the master has without --max-agents
 
 if ROOT not in sys.path:
@@ -641,7 +643,7 @@ def requires(*things):
     reason = "missing here: " + ", ".join(missing)
     if not missing:
         return lambda test: test
-    if not _asked_for("SENTINEL_TEST_ALL"):
+    if not EVERYTHING:
         return unittest.skip(reason)
 
     def fail(*_):
@@ -662,12 +664,7 @@ def slow(why):
 
     SENTINEL_TEST_ALL=1 asks for it, and so does SENTINEL_TEST_SLOW=1.
     """
-    wanted = _asked_for("SENTINEL_TEST_ALL") or _asked_for("SENTINEL_TEST_SLOW")
-    return unittest.skipUnless(wanted, "takes long (%s): SENTINEL_TEST_ALL=1" % why)
-
-
-def _asked_for(variable):
-    return os.environ.get(variable) == "1"
+    return unittest.skipUnless(LONG, "takes long (%s): SENTINEL_TEST_ALL=1" % why)
 
 
 if __name__ == "__main__":  # .ci/run asks: which interpreters are there?

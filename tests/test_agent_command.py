@@ -182,6 +182,7 @@ class Command(unittest.TestCase):
             os.write(terminal.fd, b"\x03")
             terminal.shows("seen 1")
 
+    @support.slow("waits for a limit")
     def test_sigterm_is_reported_within_two_seconds_though_the_command_stays(self):
         with DummyServer(answer=b"ok\n") as server, start_agent(
             "--port",
@@ -475,6 +476,7 @@ class Reports(unittest.TestCase):
             self.assertTrue(0.4 < seconds < 5 and 0 <= mean <= peak <= 100)
             self.assertRegex(facts["text"][0], "ran 0:")
 
+    @support.slow("load")
     def test_the_mean_agrees_with_what_the_command_used(self):
         """A command that burns half a CPU of this machine; the node's other load is measured."""
         with open("/proc/stat") as file:

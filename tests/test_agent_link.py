@@ -119,6 +119,7 @@ class Cadence(unittest.TestCase):
         for process in cls.agents + [cls.dummy, cls.silent, cls.fast]:
             process.close() if isinstance(process, DummyServer) else process.stop()
 
+    @support.slow("samples at 2 s")
     def test_a_dummy_server_gets_a_dictionary_with_cpu_and_ram_every_two_seconds(self):
         eventually(lambda: len(self.dummy.samples) >= 5, 14)
         times = [when for when, _ in self.dummy.samples]
@@ -137,6 +138,7 @@ class Cadence(unittest.TestCase):
         )
         self.assertEqual(self.agents[0].out, "")
 
+    @support.slow("samples for seconds")
     def test_consecutive_samples_have_the_same_length(self):
         eventually(lambda: len(self.fast.samples) >= 20)
         lengths = [
@@ -144,6 +146,7 @@ class Cadence(unittest.TestCase):
         ]
         self.assertEqual(len(set(lengths)), 1, lengths)
 
+    @support.slow("samples for seconds")
     def test_the_cadence_does_not_drift(self):
         eventually(lambda: len(self.fast.samples) >= 112)
         times = [when for when, _ in self.fast.samples][1:]
@@ -153,6 +156,7 @@ class Cadence(unittest.TestCase):
         least = [min(late[at : at + 10]) for at in range(0, 110, 10)]
         self.assertTrue(all(abs(value - round(value)) < 0.25 for value in least), least)
 
+    @support.slow("a limit of seconds")
     def test_ten_seconds_without_an_answer_are_the_limit(self):
         began = eventually(lambda: self.silent.samples)[0][0]
         eventually(lambda: {"bye": "reconnecting"} in self.silent.dicts, 16)
@@ -298,6 +302,7 @@ class Reconnect(unittest.TestCase):
                 tool.logged("connected to 127.0.0.1:%d" % port)
                 self.assertEqual(tool.log.count("\n"), 2)
 
+    @support.slow("a limit of seconds")
     def test_a_server_that_stops_answering_is_left_with_a_word(self):
         with DummyServer(answer=b"ok\n") as server, start_agent(
             "--port", server.port, "--interval", "0.2", patch=PATIENT
@@ -314,6 +319,7 @@ class Reconnect(unittest.TestCase):
             server.answer = b"ok\n"
             eventually(lambda: tool.log.count("connected to") >= 2)
 
+    @support.slow("a long backoff")
     def test_a_server_that_never_answers_is_asked_again_less_and_less_often(self):
         with DummyServer() as server, start_agent(
             "--port", server.port, "--interval", "0.2", patch=PATIENT
@@ -327,6 +333,7 @@ class Reconnect(unittest.TestCase):
             self.assertGreater(third, 2.3)  # 2.4
             self.assertLess(tool.log.count("\n"), 8)
 
+    @support.slow("a long backoff")
     def test_a_server_that_accepts_and_closes_is_backed_off_from(self):
         with DummyServer(
             greeting=b"error the house is full \x1b[31m\n"
@@ -340,6 +347,7 @@ class Reconnect(unittest.TestCase):
             self.assertEqual(tool.log.count("the house is full"), 1)
             self.assertNotIn("\x1b", tool.log)
 
+    @support.slow("a limit of seconds")
     def test_a_server_that_reads_nothing_holds_nothing_up(self):
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -445,6 +453,7 @@ class Secret(unittest.TestCase):
             eventually(lambda: server.connections >= 2)
             self.assertEqual(server.samples, [])
 
+    @support.slow("a limit of seconds")
     def test_another_word_instead_of_a_challenge_is_no_challenge(self):
         for greeting in (
             b"ok\n",

@@ -237,6 +237,7 @@ class BadRequests(MasterTest):
         self.assertNotIn("defect", self.master.log)
         self.assertEqual(get(self.master.page).status, 200)
 
+    @support.slow("a limit of 5 s")
     def test_slow_requests_get_408_after_five_seconds_and_hold_nobody_up(self):
         with contextlib.ExitStack() as stack:
             slow = [

@@ -199,7 +199,9 @@ class Table(unittest.TestCase):
                 os.environ, {"SENTINEL_TEST_ALL": everything}
             ), mock.patch.object(
                 bench, "BENCHES", {"one": (function, True)}
-            ), mock.patch("signal.signal"), contextlib.redirect_stdout(
+            ), mock.patch.object(bench, "busy_share", return_value=0.0), mock.patch(
+                "signal.signal"
+            ), contextlib.redirect_stdout(
                 io.StringIO()
             ) as told, contextlib.redirect_stderr(io.StringIO()):
                 path = os.path.join(folder, "bench.json")

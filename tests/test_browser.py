@@ -113,6 +113,7 @@ class Load:
         self.stack.close()
 
 
+@support.slow("a browser")
 @requires("chromium", "chromedriver")
 class InBrowser(unittest.TestCase):
     """One master with so many nodes and one browser for all tests of a class."""
@@ -506,6 +507,7 @@ class ComingAndGoing(InBrowser):
             )
 
 
+@support.slow("two browsers")
 @requires("chromium", "chromedriver")
 class Empty(unittest.TestCase):
     def test_the_empty_page_says_what_to_run_and_the_first_agent_appears_by_itself(

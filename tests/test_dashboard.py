@@ -329,11 +329,13 @@ class Paths(Served):
             b"Allow: GET, HEAD", request(self.page, b"PUT / HTTP/1.1\r\n\r\n")
         )
 
+    @support.slow("a limit of 5 s")
     def test_half_a_request_has_five_seconds(self):
         start = time.monotonic()
         self.assertEqual(status(self.page, b"GET / HTTP/1.1\r\nHost: loc"), 408)
         self.assertLess(time.monotonic() - start, 7)
 
+    @support.slow("a limit of 5 s")
     def test_single_bytes_do_not_renew_the_five_seconds(self):
         start = time.monotonic()
         with socket.create_connection(
@@ -523,6 +525,7 @@ class Token(Served):
         self.assertIn("is no token", done.stderr)
 
 
+@support.slow("500 clients")
 class Many(Served):
     def assertGood(self, seconds=1.0):
         """A good client is answered in time, several times over."""

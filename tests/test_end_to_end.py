@@ -306,6 +306,7 @@ class Browser:
 class RealAgent(MasterTest):
     """The final checkpoint: agent, page, load; and the truth of the numbers."""
 
+    @support.slow("samples at 2 s")
     def test_a_dummy_server_prints_a_new_dictionary_every_two_seconds(self):
         with (
             socket.create_server((HOST, 0))
@@ -370,6 +371,7 @@ class RealAgent(MasterTest):
             self.assertTrue(row[key])
         self.assertIn("4711", page_text(self.master.page))
 
+    @support.slow("load")
     def test_the_number_on_the_page_goes_up_under_load_and_down_again(self):
         self.real_agent("--name", "loaded", "--interval", "0.5")
         cpus = os.cpu_count()
@@ -392,6 +394,7 @@ class RealAgent(MasterTest):
         )
         self.event("resolved", "loaded", 60)
 
+    @support.slow("load")
     @requires("module psutil")
     def test_cpu_agrees_with_psutil_within_three_points_under_load(self):
         import psutil
@@ -413,6 +416,7 @@ class RealAgent(MasterTest):
         self.assertLessEqual(statistics.median(differences), 3, (ours, theirs))
         self.assertGreater(min(ours), 100 / os.cpu_count() - 5)
 
+    @support.slow("load")
     @requires("top")
     def test_cpu_agrees_with_top_within_three_points_under_load(self):
         self.real_agent("--name", "truth", "--interval", "3")
@@ -425,6 +429,7 @@ class RealAgent(MasterTest):
             row = row_of(self.master.page, node="truth")
         self.assertAlmostEqual(row["cpu"], 100 - float(idle) - float(wait), delta=3)
 
+    @support.slow("load")
     @requires("free")
     def test_ram_agrees_with_free_within_three_points_under_load(self):
         hold = "x = bytearray(400 << 20); print(len(x), flush=True); import time; time.sleep(60)"
@@ -506,6 +511,7 @@ class Timeline:
         self.thread.join()
 
 
+@support.slow("waits for deadlines of 5 s and more")
 class Silence(MasterTest):
     """Who is dropped and when: all of them at once, against one master and one clock."""
 
@@ -702,6 +708,7 @@ class Endings(MasterTest):
         self.assertEqual(sorted(told), ["connected", "connected", "lost", "resolved"])
 
 
+@support.slow("1,024 agents")
 class Many(unittest.TestCase):
     """The plan's ten slots were a first step."""
 

@@ -428,6 +428,7 @@ class Column:
                 test.assertFalse(thread.is_alive(), "it came to no end")
 
 
+@support.slow("a kill at any moment")
 class Table(unittest.TestCase):
     """The first two columns; while the stopped ones wait, the others are killed."""
 
@@ -492,6 +493,7 @@ master_server.FRESH_SECONDS = 0.01
 """
 
 
+@support.slow("a kill at any moment")
 class InsideTheLock(unittest.TestCase):
     """Ends at random moments of a master that is inside the lock most of the time."""
 
@@ -624,6 +626,7 @@ class SharedMemoryFull(unittest.TestCase):
                     tool.log, r"\Aerror: [^\n]*/dev/shm[^\n]*--max-agents[^\n]*\n\Z"
                 )
 
+    @support.slow("every size")
     def test_every_size_from_too_little_to_enough_is_an_error_or_a_master(self):
         """Between the two there is room for the table, and none for a semaphore."""
         results = []
@@ -672,6 +675,7 @@ class SharedMemoryFull(unittest.TestCase):
         self.assertEqual(tool.stop(), 0)
         self.assertNotRegex(tool.log, NOISE)
 
+    @support.slow("waits for limits")
     def test_a_new_lock_for_which_there_is_no_room_is_told_and_made_later(self):
         tool = self.start("2m", "--max-agents", "64")
         port, page = tool.listening("collector"), tool.listening("dashboard")
@@ -794,6 +798,7 @@ class Descriptors(unittest.TestCase):
             self.assertEqual(master.stop(), 0)
             self.assertNotRegex(master.log, NOISE)
 
+    @support.slow("waits for limits")
     def test_coming_and_going_at_the_limit_is_told_once_in_a_while(self):
         with self.start() as master, Witness(master.port) as witness:
             start = time.monotonic()
@@ -818,6 +823,7 @@ class Descriptors(unittest.TestCase):
 PIDS = "/sys/fs/cgroup/pids"
 
 
+@support.slow("no threads")
 @requires("root", PIDS)
 class Threads(unittest.TestCase):
     """Out of threads and processes, by a pids cgroup of the test's own."""
@@ -892,6 +898,7 @@ time.time = shifted_time
 """
 
 
+@support.slow("hours")
 class Clock(unittest.TestCase):
     """The wall clock is set back, and forth: no age, deadline or alert depends on it."""
 

@@ -5,7 +5,7 @@ and what holds for one holds for what it began with, what follows it, and parse_
 request is one that can be answered, or HTTPError.
 
 SENTINEL_TEST_SEED    another seed (1)
-SENTINEL_FUZZ_INPUTS  how many inputs (200,000)
+SENTINEL_FUZZ_INPUTS  how many inputs (200,000; 8,000 unless what takes long is asked for)
 """
 
 import multiprocessing
@@ -18,6 +18,7 @@ import sys
 import time
 import unittest
 
+import support
 from master_server import (
     UNKNOWN,
     HTTPError,
@@ -37,7 +38,9 @@ from test_wire import (
 )
 
 SEED = int(os.environ.get("SENTINEL_TEST_SEED", "1"))
-INPUTS = int(os.environ.get("SENTINEL_FUZZ_INPUTS", "200000"))
+INPUTS = int(
+    os.environ.get("SENTINEL_FUZZ_INPUTS") or (200000 if support.LONG else 8000)
+)
 CODES = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes]
 # what the arguments of opcodes become: the edges of every size that there is
 EDGES = [

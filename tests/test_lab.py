@@ -263,6 +263,7 @@ def tearDownModule():
         LAB.down()
 
 
+@support.slow("a Slurm cluster")
 @support.requires(*NEEDS)
 class LabTest(unittest.TestCase):
     """Tests with a master that runs on `place`, and with a tunnel and a bridge if that is away."""

@@ -168,6 +168,7 @@ class Browser(test_lab.Browser):
         self.read = 0
 
 
+@support.slow("a Slurm cluster")
 @support.requires(*NEEDS)
 class Jobs(unittest.TestCase):
     """Jobs of all kinds, side by side."""

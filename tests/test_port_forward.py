@@ -169,6 +169,7 @@ class Bytes(BridgeTest):
         )
         self.assertTrue(at_far == out and at_near == back, "not what was sent")
 
+    @support.slow("64 MiB")
     def test_64_mib_both_ways_at_once_are_byte_exact(self):
         near, far = self.pair()
         out, back = os.urandom(MIB + 3) * 64, os.urandom(MIB + 5) * 64
@@ -206,6 +207,7 @@ class Bytes(BridgeTest):
         for near in nears:
             self.assertEqual(receive(near, 8), b"to %5d" % near.getsockname()[1])
 
+    @support.slow("a slow reader")
     def test_a_slow_reader_makes_the_writer_wait_and_gets_everything(self):
         near, far = self.pair()
         before = self.memory()
@@ -296,6 +298,7 @@ class Ends(BridgeTest):
             " 127.0.0.1: ", self.bridge.log, "the near side is not to blame"
         )
 
+    @support.slow("watches it idle")
     def test_an_end_that_waits_behind_a_reader_that_does_not_read_burns_nothing(self):
         near, far = self.pair()
         near.shutdown(socket.SHUT_WR)
@@ -414,6 +417,7 @@ class Limits(unittest.TestCase):
             len(re.findall(refused, bridge.log)), 3 + (time.monotonic() - start) / 2
         )
 
+    @support.slow("waits for a limit")
     def test_a_silent_connection_is_closed_after_the_idle_limit_and_a_live_one_is_not(
         self,
     ):

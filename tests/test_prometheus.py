@@ -92,6 +92,7 @@ class Prometheus:
 
 @requires("prometheus", "promtool")
 class Scraped(unittest.TestCase):
+    @support.slow("scrapes and an alert")
     def test_every_node_its_alerts_and_its_loss_arrive_in_a_real_prometheus(self):
         with start_master(
             "--dashboard-token", TOKEN
@@ -205,7 +206,10 @@ class Scraped(unittest.TestCase):
 
 class Quoted(unittest.TestCase):
     def test_what_the_readme_quotes_is_what_was_tested(self):
-        readme = text_of("README.md")
+        with open(
+            os.path.join(support.ROOT, "tests", "README.md"), encoding="utf-8"
+        ) as file:
+            readme = file.read()
         for name in ("prometheus.yml", "alerts.yml"):
             self.assertIn(textwrap.indent(text_of(name), "    "), readme)
 

@@ -127,6 +127,7 @@ class Reader(MasterTest):
                 self.assertEqual(watch.wait(), 1)
                 self.assertRegex(watch.log, r"\Aerror: [^\n]+\n\Z")
 
+    @support.slow("many readers")
     def test_any_number_of_readers_and_even_killed_ones_never_harm_the_table(self):
         agent = self.agent()
         agent.send({"cpu": 5.5, "ram": 1, "node": "unharmed", "interval": 60})

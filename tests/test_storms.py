@@ -100,6 +100,7 @@ class Storm(MasterTest):
             len(calls), 1 + seconds // master_server.STORM_SECONDS, calls
         )
 
+    @support.slow("a thousand nodes")
     def test_a_thousand_nodes_lost_at_once_are_one_call(self):
         crowd = self.crowd()
         with Witness(self.master.port) as witness:
@@ -117,6 +118,7 @@ class Storm(MasterTest):
             witness.check()
         self.assertNotIn("stuck", self.master.log)
 
+    @support.slow("a thousand nodes")
     def test_a_thousand_nodes_over_a_threshold_are_one_call_and_one_when_it_hung_before(
         self,
     ):

@@ -249,6 +249,7 @@ class End(unittest.TestCase):
 
         self.end(insist)
 
+    @support.slow("many moments")
     def test_a_signal_during_the_start_ends_it_as_well(self):
         for delay in (0.0, 0.01, 0.03, 0.1):
             with self.subTest(delay=delay):
@@ -282,6 +283,7 @@ class End(unittest.TestCase):
                 self.assertNotIn(name, support.shm_names())
                 self.assertNotRegex(master.log, NOISE)
 
+    @support.slow("a hundred agents")
     def test_it_ends_in_time_with_a_hundred_agents_and_open_requests(self):
         with support.start_master() as master, contextlib.ExitStack() as stack:
             for _ in range(100):
@@ -406,6 +408,7 @@ class Killed(unittest.TestCase):
             )
             assert_healthy(master)
 
+    @support.slow("each way to start a process")
     def test_the_children_of_a_killed_supervisor_end_within_5_s(self):
         for method in ("fork", "forkserver", "spawn"):
             with self.subTest(method=method), support.start_master(
@@ -443,6 +446,7 @@ class Killed(unittest.TestCase):
             self.assertTrue(row_of(master.page, node="n"))
             self.assertEqual(master.stop(), 0)
 
+    @support.slow("twenty kills")
     def test_twenty_kills_at_random_moments_under_load_are_survived(self):
         seed = int(os.environ.get("SENTINEL_TEST_SEED", "1"))
         chance = random.Random(seed)

@@ -103,7 +103,7 @@ class Layout(TableTest):
                 self.assertEqual(
                     table.shm.size - at, getattr(table, name.lower() + "_at")
                 )
-        self.assertEqual(set(picture), {"HEADER", "SEQUENCE", "COUNTS"})
+        self.assertEqual(set(picture), {"NOTES", "HEADER", "SEQUENCE", "COUNTS"})
         raw = bytes(table.buf)
         magic, layout, capacity, pid, start = struct.unpack_from(
             "=8sIIqq", raw, len(raw) - picture["HEADER"]
@@ -260,6 +260,7 @@ class WholeCopies(TableTest):
         self.assertTrue(started.wait(support.PATIENCE))
         return writer
 
+    @support.slow("seconds of writes")
     def test_readers_with_and_without_the_lock_see_no_torn_row(self):
         table = self.create(self.capacity)
         self.writer(table)
@@ -328,6 +329,7 @@ class WholeCopies(TableTest):
             ([], ["stays"]),
         )
 
+    @support.slow("waits for limits")
     def test_who_cannot_have_the_lock_in_time_ends_with_its_own_exit_code(self):
         table = self.create()
         table.lock.acquire()
@@ -516,6 +518,7 @@ class Owners(TableTest):
                 done = support.run("test_reader.py", "--shm-name", name)
                 self.assertNotIn("Traceback", done.stderr)
 
+    @support.slow("another user")
     @requires("root")
     def test_a_segment_of_another_user_is_neither_read_nor_removed(self):
         table = self.create()

@@ -250,6 +250,7 @@ class Flood(MasterTest):
             witness.check()
 
 
+@support.slow("floods")
 class Floods(MasterTest):
     """Many sources, many bytes, many connections: the others go on."""
 
@@ -622,6 +623,7 @@ class Secret(unittest.TestCase):
                 self.secret.decode(), "".join(a.log for a in agents.values())
             )
 
+    @support.slow("a limit of seconds")
     def test_a_real_agent_with_a_secret_sends_nothing_to_a_master_without(self):
         with support.start_master() as master, support.start(
             "agent.py", "--port", master.port, "--secret-file", self.path
@@ -676,6 +678,7 @@ class Secret(unittest.TestCase):
                 self.assertEqual(len(found), lines, master.log)
 
 
+@support.slow("every kind of stranger")
 class ManyRudeOnes(MasterTest):
     """All at once: what the tests above do one by one."""
 

@@ -696,6 +696,7 @@ def same(one, other):
 class Shapes(unittest.TestCase):
     """parse_shape takes nothing that parse_pickle refuses, and says nothing else of it."""
 
+    @support.slow("fuzzing")
     def test_a_shape_never_says_anything_else_than_the_decoder(self):
         rng = random.Random(4)
         odd = [
@@ -805,6 +806,7 @@ class Memory(unittest.TestCase):
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         return json.loads(done.stdout)
 
+    @support.slow("a process for each input")
     def test_each_hostile_input_is_refused_within_a_mebibyte(self):
         found = self.measured("measure")
         self.assertEqual(len(found), len(hostile()) + len(harmless()))
