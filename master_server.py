@@ -668,6 +668,21 @@ def untracked() -> Iterator[None]:
         tracker.register, tracker.unregister = saved
 
 
+def reserve(shm: Any) -> None:
+    """Have tmpfs keep the room that it promised, or a write may end in SIGBUS; OSError."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(shm._fd, 0, shm.size)
+
+
+def check_owner(shm: Any) -> None:
+    """TableError when the segment is another user's: anybody may make one, as a trap."""
+    if os.fstat(shm._fd).st_uid != os.getuid():
+        raise TableError(
+            "shared memory %s is another user's; give another --port or --shm-name"
+            % shm.name
+        )
+
+
 class Segment:
     """A segment by its descriptor, for a role: the name may be gone when it starts.
 
@@ -806,13 +821,7 @@ class Table:
 
     def __init__(self, shm: Any, lock: Any = None) -> None:
         self.shm, self.buf, self.lock = shm, shm.buf, lock
-        if (
-            os.fstat(shm._fd).st_uid != os.getuid()
-        ):  # anybody may have made it, as a trap
-            raise TableError(
-                "shared memory %s is another user's; give another --port or"
-                " --shm-name" % shm.name
-            )
+        check_owner(shm)
         self.counts_at = shm.size - COUNTS.size
         self.sequence_at = self.counts_at - SEQUENCE.size
         self.header_at = max(0, self.sequence_at - HEADER.size)
@@ -848,8 +857,7 @@ class Table:
             with untracked():
                 cls.discard(name)
                 table = cls(shared_memory.SharedMemory(name, create=True, size=size))
-            # tmpfs promises room that it may not have: a write would then end in SIGBUS
-            getattr(os, "posix_fallocate", lambda *args: None)(table.shm._fd, 0, size)
+            reserve(table.shm)
         except FileExistsError:
             raise TableError(
                 "shared memory %s is somebody else's; give another --port or"
@@ -947,19 +955,22 @@ class Table:
         For the supervisor. Who has the old one mapped follows as soon as it takes the lock and
         sees the note.  A name that is somebody else's by now is left alone: TableError.
         """
+        new = None
         try:
             with untracked():
                 new = shared_memory.SharedMemory(
                     self.shm.name, create=True, size=self.shm.size
                 )
+            reserve(new)
         except OSError as error:
+            if new:
+                self.drop(new)
             raise TableError(
                 "shared memory %s is gone and cannot be made again: %s"
                 % (self.shm.name, error.strerror)
             ) from None
         if not lock.acquire(timeout=LOCK_SECONDS):
-            with untracked():
-                new.unlink()
+            self.drop(new)
             return False
         try:
             buf: Any = new.buf
@@ -969,6 +980,13 @@ class Table:
             lock.release()
         self.use(new)
         return True
+
+    @staticmethod
+    def drop(shm: Any) -> None:
+        """Close a segment that this process has just made, and remove its name."""
+        shm.close()
+        with untracked(), contextlib.suppress(FileNotFoundError):
+            shm.unlink()
 
     def use(self, shm: Any) -> None:
         """Go on with another segment of the same layout."""
@@ -982,14 +1000,26 @@ class Table:
         return bool(self.buf[self.notes_at])
 
     def follow(self) -> None:
-        """Go on with the segment that the table has moved to; TableError when it is not there."""
+        """Go on with the segment that the table has moved to; TableError when it is not there.
+
+        The name may be somebody else's by now: only a copy of this very table is one.
+        """
+        name = self.shm.name
         try:
             with untracked():
-                self.use(shared_memory.SharedMemory(self.shm.name))
-        except OSError:
+                new = shared_memory.SharedMemory(name)
+        except (OSError, ValueError):
             raise TableError(
-                "shared memory %s has moved, and is not to be found" % self.shm.name
+                "shared memory %s has moved, and is not to be found" % name
             ) from None
+        check_owner(new)
+        buf: Any = new.buf
+        old_header = bytes(self.buf[self.header_at : self.sequence_at])
+        new_header = bytes(buf[self.header_at : self.sequence_at])
+        del buf  # nothing may hold a segment that is to be closed
+        if new.size != self.shm.size or new_header != old_header:
+            raise TableError("shared memory %s is another table now" % name)
+        self.use(new)
 
     def owner_lives(self) -> bool:
         """Whether the master that made the segment still runs."""
@@ -1085,12 +1115,17 @@ class Table:
             )
 
     def write_job(self, row: Row) -> None:
-        """Put what Slurm says of a job in its place, or in that of the oldest that has ended."""
-        rows = list(
-            JOB.iter_unpack(self.buf[self.jobs_at : self.jobs_at + JOBS * JOB.size])
-        )
+        """Put what Slurm says of a job in its place, or in that of the oldest that has ended.
+
+        For one thread at a time: to look for the place takes too long to hold the lock for it.
+        """
+        self.acquire()
+        try:
+            jobs = bytes(self.buf[self.jobs_at : self.jobs_at + JOBS * JOB.size])
+        finally:
+            self.lock.release()
         raw = row[1].ljust(24, b"\0")
-        place = find_job_place(rows, raw, time.time())
+        place = find_job_place(list(JOB.iter_unpack(jobs)), raw, time.time())
         with self:
             if place < 0:
                 self.jobs_left_out += 1

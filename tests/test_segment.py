@@ -1,11 +1,17 @@
 """The name of the shared memory vanishes under a running master: RemoveIPC=yes, logind.conf(5)."""
 
+import errno
 import os
 import signal
 import unittest
+from unittest import mock
 
 import support
-from support import PlainAgent, eventually, nodes, start_master
+from support import PlainAgent, eventually, nodes, requires, start_master
+from test_table import TableTest, row
+
+import master_server
+from master_server import TableError
 
 SHORT = "master_server.NAME_SECONDS = 0.5"
 
@@ -99,6 +105,90 @@ class Vanished(unittest.TestCase):
         self.assertEqual(master.log.count("cannot be made again"), 1)
         with open(self.path, "rb") as file:
             self.assertEqual(file.read(), b"mine")
+
+
+class Moving(TableTest):
+    """A table that goes to another segment, in this process."""
+
+    def moved(self):
+        """(the supervisor's table, one that was attached before it was moved)."""
+        table = self.create()
+        table.write(0, "x", row(node="c1"), 0.0, "")
+        table.beat(1, 1)
+        follower = self.attach(table)
+        os.unlink("/dev/shm/" + table.shm.name)
+        self.assertFalse(table.has_name())
+        self.assertTrue(table.renew(table.lock))
+        self.assertTrue(table.has_name())
+        return table, follower
+
+    def test_who_has_the_old_segment_finds_the_new_one(self):
+        table, follower = self.moved()
+        table.write(0, "x", row(node="c2"), 0.0, "")
+        for reader in (follower, self.attach(table)):
+            self.assertEqual(reader.snapshot().nodes[0]["node"], "c2")
+
+    def test_a_writer_writes_what_it_has_into_the_new_segment(self):
+        table, writer = self.moved()
+        writer.lock = table.lock
+        writer.write(0, "x", row(node="c3"), 0.0, "")
+        job = tuple(5.0 if code == "d" else b"7" for _, code in master_server.JOB_FACTS)
+        writer.write_job(job)
+        snapshot = self.attach(table).snapshot()
+        self.assertEqual(snapshot.nodes[0]["node"], "c3")
+        self.assertEqual(snapshot.jobs[0]["job"], "7")
+
+    def test_without_room_for_the_new_segment_the_old_one_is_kept(self):
+        table = self.create()
+        table.write(0, "x", row(node="c1"), 0.0, "")
+        table.beat(1, 1)
+        os.unlink("/dev/shm/" + table.shm.name)
+        full = OSError(errno.ENOSPC, "No space left on device")
+        no_room = mock.patch("os.posix_fallocate", side_effect=full)
+        with no_room, self.assertRaisesRegex(TableError, "No space left"):
+            table.renew(table.lock)
+        self.assertFalse(os.path.exists("/dev/shm/" + table.shm.name))
+        self.assertEqual(table.snapshot().nodes[0]["node"], "c1")
+
+    def test_a_name_that_is_another_table_by_now_is_not_followed(self):
+        table, follower = self.moved()
+        path = "/dev/shm/" + table.shm.name
+        for what, content in (
+            ("another layout", bytes(table.shm.size)),
+            ("another size", bytes(4096)),
+            ("empty", b""),
+        ):
+            with self.subTest(what):
+                os.unlink(path)
+                with open(path, "wb") as file:
+                    file.write(content)
+                with self.assertRaisesRegex(TableError, "another table|not to be"):
+                    follower.snapshot()
+        os.unlink(path)
+        with self.assertRaisesRegex(TableError, "not to be found"):
+            follower.snapshot()
+
+    @requires("root")
+    def test_another_users_segment_of_that_name_is_not_followed(self):
+        table, follower = self.moved()
+        path = "/dev/shm/" + table.shm.name
+        with open(path, "rb") as file:
+            content = file.read()
+        os.unlink(path)
+        with open(path, "wb") as file:
+            file.write(content)
+        os.chown(path, 65534, 65534)
+        self.addCleanup(os.unlink, path)
+        with self.assertRaisesRegex(TableError, "another user's"):
+            follower.snapshot()
+
+    def test_a_lock_that_is_stuck_leaves_no_new_segment_behind(self):
+        table = self.create()
+        os.unlink("/dev/shm/" + table.shm.name)
+        table.lock.acquire()
+        with mock.patch("master_server.LOCK_SECONDS", 0.05):
+            self.assertFalse(table.renew(table.lock))
+        self.assertFalse(table.has_name())
 
 
 if __name__ == "__main__":
