@@ -12,6 +12,19 @@ the dashboard answers browsers.  Either of the two is started again when it dies
 Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP, 1 could not start, 2 bad usage.
 """
 
+# The rooms of this file, in their order.  A room uses the rooms above it, and none below.
+#
+#   Words          the few constants and types that several rooms share
+#   Metrics        the one list of what is measured; all formats and layouts follow from it
+#   Wire           bytes of a peer -> a sample: bounded, and nothing here unpickles
+#   Table          shared memory: the only room that knows offsets, lock and sequence number
+#   Alerts         rules -> what fires and what is resolved; the runner of --alert-command
+#   Collector      agents' sockets -> wire -> table and alerts: a thread for each agent
+#   Pages          a copy of the table -> HTML, JSON, CSV, text: the only room that knows HTML
+#   Dashboard      browsers' sockets -> request -> pages: a thread for each connection
+#   Supervisor     processes and signals: the only room that starts or ends a process of ours
+#   Command line   flags -> options, and the way from there to the supervisor
+
 import os
 import sys
 
@@ -78,197 +91,93 @@ except ImportError:  # Python 3.6 and 3.7: main() says what is needed
     shared_memory = None  # type: ignore[assignment]
 
 # ============================================================================
-# Constants
+# Words: what several rooms share
 # ============================================================================
 
-VERSION = "1.0"
 MAX_SAMPLE = 16384  # bytes of one pickled sample
-MAX_KEYS = 64  # keys of a sample
-MAX_TEXT = 255  # UTF-8 bytes of a string
-MAX_OPCODES = 8 * MAX_KEYS  # opcodes of a pickle
-MAX_INTERVAL = 60.0  # seconds between samples that an agent may announce
-MAX_RATE = 100  # samples a second from one agent, over RATE_SECONDS
-RATE_SECONDS = 5.0  # seconds
-RECEIVE_SIZE = 1024  # bytes; a sample has 600 to 800
-STACK_SIZE = 128 * 1024  # bytes of stack for each thread
-BACKLOG = 4096  # connections that may wait for accept()
-MAX_ACCEPTS = 256  # of them at a time, between two heartbeats
-SOURCE_SHARE = 7 / 8  # of the slots, for one address other than loopback
-MAX_WAITING = 1024  # agents that have not sent a sample yet
-REFUSAL_SECONDS = 10.0  # seconds for which refusals of one source are counted
-MAX_REFUSAL_SECONDS = 3600.0  # that long when it does not end: it doubles
-MAX_SOURCES = 8  # sources whose refusals are counted apart
-EVENTS = 128  # events kept in the ring
+RECEIVE_SIZE = 1024  # bytes that are read at a time; a sample has 600 to 800
 GONE_SECONDS = 600.0  # how long a node that left is remembered
-LOCK_SECONDS = 2.0  # to wait for the table's lock
-LOCK_POLL = 0.001  # between two tries
-READ_SECONDS = 2.0  # to wait for a whole copy without the lock
-BEAT_SECONDS = 0.5  # between two heartbeats of the collector
 STALE_SECONDS = 3.0  # without a heartbeat: the collector has stopped
-PIN_CPU = 0.1  # of a core, from which on a collector is a busy one
-PIN_SECONDS = 5.0  # between two looks at where its threads are to run
-STOP_SECONDS = 3.0  # from SIGTERM to SIGKILL of a role
-MAX_BACKOFF = 2.0  # seconds before a role is started again
-EXIT_LOCK = 75  # exit code of a role that could not get the lock
-LINGER_SECONDS = 0.5  # for a peer to read why it is sent away
-COMMAND_SECONDS = 30.0  # for one run of --alert-command
-GATHER_SECONDS = 1.0  # quiet time that ends an alert storm
-STORM_SECONDS = 5.0  # the longest that an alert waits for others of its kind
-STORM_SIZE = 4  # more alerts of a kind are told by one command
-MAX_ALERTS = 20000  # alerts waiting for the command
-HTTP_SECONDS = 5.0  # for a whole request, and for its whole answer
-MAX_CLIENTS = 128  # HTTP connections at once
-MAX_REQUEST_LINE = 4096  # bytes
-MAX_REQUEST = 16384  # bytes of request line and headers
-FRESH_SECONDS = 0.25  # for which a copy of the table serves every request
-
+EXIT_LOCK = 75  # exit code of a role that could not get the table's lock
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
 Message = Dict[str, Any]  # a decoded dict, or a node of a snapshot
 Row = Tuple[Any, ...]  # a sample, as METRICS has it: floats, UTF-8; see UNKNOWN
 Address = Tuple[Any, ...]  # a peer's, as accept() has it: host, port, ...
-Serve = Callable[[socket.socket, Address], None]
+Serve = Callable[[socket.socket, Address], None]  # what a thread does with a connection
 log = logging.getLogger("sentinel")
 
 # ============================================================================
 # Metrics: the one list.  Layout, JSON, CSV, Prometheus, text and page follow.
 # ============================================================================
 
-Metric = NamedTuple(
-    "Metric",
-    [
-        ("key", str),
-        ("code", str),
-        ("unit", str),
-        ("label", str),
-        ("prometheus", str),
-        ("help", str),
-    ],
-)
 
+class Metric(NamedTuple):
+    """One thing that an agent measures or says of its node."""
+
+    key: str  # in a sample, in JSON and in the header of the CSV
+    code: str  # in the table, as struct has it: f or d for a number, 64s for a text
+    unit: str  # %, B (bytes), B/s, s (seconds); "" for a text and for a bare number
+    label: str  # on the page
+    prometheus: str  # the name in /metrics, behind sentinel_; "" when it is not there
+    help: str  # what it is, for people
+
+
+# fmt: off
 METRICS = (
-    Metric(
-        "cpu", "f", "%", "CPU", "cpu_percent", "CPU time in use, all cores together"
-    ),
+    # cpu and ram come first: every sample has them, and they alone are in the slot itself
+    Metric("cpu", "f", "%", "CPU", "cpu_percent", "CPU time in use, all cores together"),
     Metric("ram", "f", "%", "RAM", "ram_percent", "Memory that is not available"),
+    # who sends; the collector keeps these of each node: see KEPT
     Metric("node", "64s", "", "Node", "", "Name of the monitored machine"),
     Metric("job", "24s", "", "Job", "", "Slurm job id"),
     Metric("job_name", "64s", "", "Job name", "", "Slurm job name"),
     Metric("user", "32s", "", "User", "", "User that runs the agent"),
     Metric("version", "16s", "", "Agent", "", "Version of the agent"),
-    Metric(
-        "interval", "d", "s", "Interval", "interval_seconds", "Time between samples"
-    ),
+    Metric("interval", "d", "s", "Interval", "interval_seconds", "Time between samples"),
+    # the node
     Metric("load1", "d", "", "Load", "load1", "Load average of one minute"),
     Metric("cpus", "d", "", "CPUs", "cpus", "CPUs that are online"),
     Metric("mem_total", "d", "B", "Memory", "memory_total_bytes", "Memory of the node"),
-    Metric(
-        "mem_used", "d", "B", "Memory used", "memory_used_bytes", "Memory not available"
-    ),
+    Metric("mem_used", "d", "B", "Memory used", "memory_used_bytes", "Memory not available"),
     Metric("swap", "d", "%", "Swap", "swap_percent", "Swap space in use"),
-    Metric(
-        "disk",
-        "d",
-        "%",
-        "Disk",
-        "disk_percent",
-        "Working directory's filesystem in use",
-    ),
-    Metric(
-        "disk_tmp", "d", "%", "/tmp", "disk_tmp_percent", "Filesystem of /tmp in use"
-    ),
-    Metric(
-        "disk_read", "d", "B/s", "Disk read", "disk_read_bytes_per_second", "Disk reads"
-    ),
-    Metric(
-        "disk_write",
-        "d",
-        "B/s",
-        "Disk write",
-        "disk_write_bytes_per_second",
-        "Disk writes",
-    ),
-    Metric(
-        "net_rx", "d", "B/s", "Received", "network_receive_bytes_per_second", "Received"
-    ),
+    Metric("disk", "d", "%", "Disk", "disk_percent", "Working directory's filesystem in use"),
+    Metric("disk_tmp", "d", "%", "/tmp", "disk_tmp_percent", "Filesystem of /tmp in use"),
+    Metric("disk_read", "d", "B/s", "Disk read", "disk_read_bytes_per_second", "Disk reads"),
+    Metric("disk_write", "d", "B/s", "Disk write", "disk_write_bytes_per_second", "Disk writes"),
+    Metric("net_rx", "d", "B/s", "Received", "network_receive_bytes_per_second", "Received"),
     Metric("net_tx", "d", "B/s", "Sent", "network_transmit_bytes_per_second", "Sent"),
-    Metric(
-        "psi_cpu", "d", "%", "CPU wait", "pressure_cpu_percent", "Tasks waiting for CPU"
-    ),
-    Metric(
-        "psi_mem",
-        "d",
-        "%",
-        "Memory wait",
-        "pressure_memory_percent",
-        "Tasks waiting for memory",
-    ),
-    Metric(
-        "psi_io", "d", "%", "I/O wait", "pressure_io_percent", "Tasks waiting for I/O"
-    ),
+    Metric("psi_cpu", "d", "%", "CPU wait", "pressure_cpu_percent", "Tasks waiting for CPU"),
+    Metric("psi_mem", "d", "%", "Memory wait", "pressure_memory_percent",
+           "Tasks waiting for memory"),
+    Metric("psi_io", "d", "%", "I/O wait", "pressure_io_percent", "Tasks waiting for I/O"),
     Metric("procs", "d", "", "Processes", "processes", "Processes and threads"),
-    Metric(
-        "uptime", "d", "s", "Uptime", "uptime_seconds", "Time since the node's boot"
-    ),
+    Metric("uptime", "d", "s", "Uptime", "uptime_seconds", "Time since the node's boot"),
     Metric("gpus", "d", "", "GPUs", "gpus", "GPUs that the agent sees"),
     Metric("gpu", "d", "%", "GPU", "gpu_percent", "GPU utilisation, mean of all"),
-    Metric(
-        "gpu_mem", "d", "%", "GPU memory", "gpu_memory_percent", "GPU memory in use"
-    ),
-    Metric(
-        "job_cpus", "d", "", "Job CPUs", "job_cpus", "CPUs allocated to the job here"
-    ),
+    Metric("gpu_mem", "d", "%", "GPU memory", "gpu_memory_percent", "GPU memory in use"),
+    # the job on the node
+    Metric("job_cpus", "d", "", "Job CPUs", "job_cpus", "CPUs allocated to the job here"),
     Metric("job_cpu", "d", "%", "Job CPU", "job_cpu_percent", "Allocated CPUs in use"),
-    Metric(
-        "job_mem",
-        "d",
-        "B",
-        "Job memory",
-        "job_memory_bytes",
-        "Anonymous and shared memory",
-    ),
-    Metric(
-        "job_cache", "d", "B", "Job cache", "job_cache_bytes", "Page cache of the job"
-    ),
-    Metric(
-        "job_mem_limit", "d", "B", "Job limit", "job_memory_limit_bytes", "Memory limit"
-    ),
-    Metric(
-        "job_ram", "d", "%", "Job RAM", "job_ram_percent", "Job's memory limit in use"
-    ),
-    Metric(
-        "job_time_limit",
-        "d",
-        "s",
-        "Time limit",
-        "job_time_limit_seconds",
-        "Time limit of the job",
-    ),
-    Metric(
-        "job_time_left",
-        "d",
-        "s",
-        "Time left",
-        "job_time_left_seconds",
-        "Time until the job's limit",
-    ),
-    Metric(
-        "agent_cpu", "d", "%", "Agent CPU", "agent_cpu_percent", "The agent's own CPU"
-    ),
-    Metric(
-        "agent_rss",
-        "d",
-        "B",
-        "Agent memory",
-        "agent_rss_bytes",
-        "The agent's own memory",
-    ),
+    Metric("job_mem", "d", "B", "Job memory", "job_memory_bytes", "Anonymous and shared memory"),
+    Metric("job_cache", "d", "B", "Job cache", "job_cache_bytes", "Page cache of the job"),
+    Metric("job_mem_limit", "d", "B", "Job limit", "job_memory_limit_bytes", "Memory limit"),
+    Metric("job_ram", "d", "%", "Job RAM", "job_ram_percent", "Job's memory limit in use"),
+    Metric("job_time_limit", "d", "s", "Time limit", "job_time_limit_seconds",
+           "Time limit of the job"),
+    Metric("job_time_left", "d", "s", "Time left", "job_time_left_seconds",
+           "Time until the job's limit"),
+    # the agent itself
+    Metric("agent_cpu", "d", "%", "Agent CPU", "agent_cpu_percent", "The agent's own CPU"),
+    Metric("agent_rss", "d", "B", "Agent memory", "agent_rss_bytes", "The agent's own memory"),
 )
+# fmt: on
 TEXTS = {m.key: m for m in METRICS if m.code.endswith("s")}
 NUMBERS = {m.key: m for m in METRICS if m.key not in TEXTS}
-# bytes and counts: whole numbers are written whole
-WHOLE = [m.key for m in METRICS if m.unit in ("B", "") and m.key in NUMBERS]
+# Bytes and counts: a whole number of them is written whole.  A load is neither.
+WHOLE = [key for key, m in NUMBERS.items() if m.unit in ("B", "") and key != "load1"]
 DETAILS = METRICS[2:]  # those that a slot does not hold
-INDEX = {m.key: n for n, m in enumerate(METRICS)}
+INDEX = {m.key: index for index, m in enumerate(METRICS)}  # where it is in a Row
 KEPT = INDEX["interval"] + 1  # of a row: what is kept of it to tell of its node
 UNKNOWN: Row = tuple(b"" if m.key in TEXTS else math.nan for m in METRICS)
 
@@ -294,6 +203,7 @@ JOB_FACTS = (
     ("limit", "d"),  # seconds
 )
 JOB_KEYS = tuple(key for key, _ in JOB_FACTS)
+WHOLE_FACTS = ("nodes", "cpus", "gpus", "mem")  # counts and bytes, as WHOLE
 ENDED_STATES = (
     "COMPLETED",
     "FAILED",
@@ -309,24 +219,48 @@ ENDED_STATES = (
 # ============================================================================
 # Wire: bytes -> sample.  Bounded, one error type, and nothing that unpickles.
 # ============================================================================
+#
+# A sample is a pickled flat dict, and a pickle is a program for a small machine with a stack.
+# pickletools.dis() shows that of {"cpu": 15.5} in protocol 4 so (with the bytes themselves):
+#
+#     80 04                       PROTO             4
+#     95 13 00 00 00 00 00 00 00  FRAME             19 bytes follow
+#     7d                          EMPTY_DICT
+#     94                          MEMOIZE           so that a later BINGET can repeat it
+#     8c 03 63 70 75              SHORT_BINUNICODE  'cpu', 3 bytes
+#     94                          MEMOIZE
+#     47 40 2f 00 00 00 00 00 00  BINFLOAT          15.5
+#     73                          SETITEM           or MARK before many items, SETITEMS after
+#     2e                          STOP
+#
+# pickle.loads() would run whatever program a peer sends.  Here each opcode is looked at, the
+# dict is built by this code, and an opcode that a flat dict does not need ends the connection.
 
-# What pickletools lists and a flat dict of None, bool, int, float and str needs: the opcode, its
-# name and its argument; for the last three that is the size of what follows.
+MAX_KEYS = 64  # keys of a sample
+MAX_TEXT = 255  # UTF-8 bytes of a string
+MAX_OPCODES = 8 * MAX_KEYS  # opcodes of a pickle
+PROTOCOLS = range(2, 6)
+
+# The opcodes that a flat dict of None, bool, int, float and str needs, as pickletools lists
+# them: the byte, its name and its argument.  See MAX_SIZES for what an argument may be.
 OPCODES = {
     code: (name, struct.Struct(layout))
     for code, name, layout in (
         (0x80, "PROTO", "B"),
         (0x95, "FRAME", "<Q"),
         (0x2E, "STOP", ""),
+        # the dict
         (0x7D, "EMPTY_DICT", ""),
         (0x28, "MARK", ""),
         (0x73, "SETITEM", ""),
         (0x75, "SETITEMS", ""),
+        # the memo: what was put there comes again by its number
         (0x94, "MEMOIZE", ""),
         (0x71, "BINPUT", "B"),
         (0x72, "LONG_BINPUT", "<I"),
         (0x68, "BINGET", "B"),
         (0x6A, "LONG_BINGET", "<I"),
+        # keys and values
         (0x4E, "NONE", ""),
         (0x88, "NEWTRUE", ""),
         (0x89, "NEWFALSE", ""),
@@ -339,35 +273,15 @@ OPCODES = {
         (0x58, "BINUNICODE", "<I"),
     )
 }
-SIZES = {
-    "LONG1": 8,
-    "SHORT_BINUNICODE": MAX_TEXT,
-    "BINUNICODE": MAX_TEXT,
-}  # at most, in bytes
+# The argument of these is the size of the bytes that follow and are the value: at most so many.
+MAX_SIZES = {"LONG1": 8, "SHORT_BINUNICODE": MAX_TEXT, "BINUNICODE": MAX_TEXT}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-SCALARS = {
-    "BININT1",
-    "BININT2",
-    "BININT",
-    "BINFLOAT",
-    "LONG1",
-    "SHORT_BINUNICODE",
-    "BINUNICODE",
-}
-PUTS, GETS = {"MEMOIZE", "BINPUT", "LONG_BINPUT"}, {"BINGET", "LONG_BINGET"}
-Shape = NamedTuple(
-    "Shape",
-    [
-        ("layout", struct.Struct),
-        ("mask", int),
-        ("fixed", int),
-        ("order", Callable[[Row], Row]),
-        ("rest", Row),
-    ],
-)
-Spots = Tuple[
-    Tuple[int, Any], ...
-]  # of each float in a pickle: where it is, and its key
+SCALARS = {"BININT1", "BININT2", "BININT", "BINFLOAT"} | set(MAX_SIZES)
+PUTS = {"MEMOIZE", "BINPUT", "LONG_BINPUT"}
+GETS = {"BINGET", "LONG_BINGET"}
+
+# Of each float in a pickle: where its 8 bytes begin, and its key
+Spots = Tuple[Tuple[int, Any], ...]
 
 
 class WireError(Exception):
@@ -383,29 +297,36 @@ def parse_pickle(data: bytes) -> Optional[Tuple[Message, int, Spots]]:
     if data[0] != 0x80:
         raise WireError(foreign_reason(data))
     result: Message = {}
-    items: List[Any] = []  # keys and values that are not in the dict yet
+    items: List[Any] = []  # the stack: keys and values that are not in the dict yet
     memo: Dict[int, Any] = {}
     floats: List[Tuple[int, Any]] = []
-    begun = marked = False
+    has_begun = False  # the dict is there
+    is_marked = False  # a MARK is below the items, which waits for SETITEMS
     for name, arg, start, end in read_opcodes(data[:MAX_SAMPLE]):
-        if name in SCALARS or name in CONSTANTS:
+        top = items[-1] if items else None
+        if name in SCALARS:
             if name == "BINFLOAT":
-                floats.append((start, items[-1] if items else None))
-            items.append(CONSTANTS.get(name, arg))
+                floats.append((start, top))
+            items.append(arg)
+        elif name in CONSTANTS:
+            items.append(CONSTANTS[name])
         elif name in PUTS:
-            memo[len(memo) if arg is None else arg] = items[-1] if items else None
+            memo[len(memo) if arg is None else arg] = top
         elif name in GETS and type(memo.get(arg)) is str:
             items.append(memo[arg])  # picklers memoize strings alone
-        elif name == "EMPTY_DICT" and not begun:
-            begun = True
-        elif name == "MARK" and begun and not marked and not items:
-            marked = True
-        elif name == "SETITEMS" and marked or name == "SETITEM" and not marked:
+        elif name == "EMPTY_DICT" and not has_begun:
+            has_begun = True
+        elif name == "MARK" and has_begun and not is_marked and not items:
+            is_marked = True
+        elif name == ("SETITEMS" if is_marked else "SETITEM"):
             set_items(result, items)
-            items, marked = [], False
-        elif name == "STOP" and begun and not items and not marked:
+            items = []
+            is_marked = False
+        elif name == "STOP" and has_begun and not items and not is_marked:
             return result, end, tuple(floats)
-        elif not (name == "PROTO" and end == 2 or name == "FRAME"):
+        elif name == "FRAME" or name == "PROTO" and end == 2:
+            continue  # they say nothing about the dict
+        else:
             raise WireError("pickle opcode %s here; a sample is one flat dict" % name)
     if len(data) < MAX_SAMPLE:
         return None
@@ -413,7 +334,11 @@ def parse_pickle(data: bytes) -> Optional[Tuple[Message, int, Spots]]:
 
 
 def read_opcodes(data: bytes) -> Iterator[Tuple[str, Any, int, int]]:
-    """(name, argument, where that begins, where it ends) of each opcode that is whole."""
+    """(name, argument, where that begins, where it ends) of each opcode that is whole.
+
+    Of an opcode of MAX_SIZES the argument is the value that follows.  WireError for an opcode
+    or an argument that no sample has, as soon as it is seen.
+    """
     end = 0
     for _ in range(MAX_OPCODES):
         if end == len(data):
@@ -424,34 +349,46 @@ def read_opcodes(data: bytes) -> Iterator[Tuple[str, Any, int, int]]:
                 " float and str" % data[end]
             )
         name, layout = OPCODES[data[end]]
-        start, end = end + 1, end + 1 + layout.size
+        start = end + 1
+        end = start + layout.size
         if end > len(data):
             return
-        (arg,) = layout.unpack_from(data, start) or (None,)
-        if name in SIZES:
-            if arg > SIZES[name]:
-                raise WireError(
-                    "pickle opcode %s of %d bytes; at most %d are allowed"
-                    % (name, arg, SIZES[name])
-                )
-            start, end = end, end + arg
+        arg: Any = layout.unpack_from(data, start)[0] if layout.size else None
+        if name in MAX_SIZES:
+            check_size(name, arg)
+            start = end
+            end = start + arg
             if end > len(data):
                 return
             arg = read_sized(name, data[start:end])
-        elif (
-            name == "PROTO"
-            and not 2 <= arg <= 5
-            or name == "FRAME"
-            and arg > MAX_SAMPLE
-            or name == "BINFLOAT"
-            and not math.isfinite(arg)
-        ):
-            raise WireError(
-                "%s %s; pickle protocols 2 to 5, frames of at most %d bytes and finite"
-                " floats are allowed" % (name, arg, MAX_SAMPLE)
-            )
+        elif name in ("PROTO", "FRAME", "BINFLOAT"):
+            check_argument(name, arg)
         yield name, arg, start, end
     raise WireError("a sample of more than %d opcodes" % MAX_OPCODES)
+
+
+def check_size(name: str, size: int) -> None:
+    """WireError when more bytes are to follow an opcode than may."""
+    if size > MAX_SIZES[name]:
+        raise WireError(
+            "pickle opcode %s of %d bytes; at most %d are allowed"
+            % (name, size, MAX_SIZES[name])
+        )
+
+
+def check_argument(name: str, arg: Any) -> None:
+    """WireError for a protocol, a frame or a float that no sample has."""
+    if name == "PROTO":
+        is_good = arg in PROTOCOLS
+    elif name == "FRAME":
+        is_good = arg <= MAX_SAMPLE
+    else:
+        is_good = math.isfinite(arg)
+    if not is_good:
+        raise WireError(
+            "%s %s; pickle protocols 2 to 5, frames of at most %d bytes and finite"
+            " floats are allowed" % (name, arg, MAX_SAMPLE)
+        )
 
 
 def read_sized(name: str, raw: bytes) -> Union[int, str]:
@@ -466,9 +403,11 @@ def read_sized(name: str, raw: bytes) -> Union[int, str]:
 
 def set_items(result: Message, items: List[Any]) -> None:
     """Put [key, value, key, value ...] into the dict."""
-    if len(items) % 2 or not all(type(key) is str for key in items[::2]):
+    keys = items[::2]
+    values = items[1::2]
+    if len(keys) != len(values) or not all(type(key) is str for key in keys):
         raise WireError("a dict with keys that are not text")
-    result.update(zip(items[::2], items[1::2]))
+    result.update(zip(keys, values))
     if len(result) > MAX_KEYS:
         raise WireError("more than %d keys" % MAX_KEYS)
 
@@ -482,51 +421,90 @@ def foreign_reason(data: bytes) -> str:
     return "bytes that are no pickle of protocol 2 to 5"
 
 
+# The short way.  Two samples of an agent differ, most of the time, in the bytes of their floats
+# alone.  So of a sample that was found good its Shape is kept, and the next one is only compared
+# with it, which takes a tenth of the time to read it again.  A sample of cpu and ram:
+#
+#     sample    ..}(..cpuG  15.5      ..ramG  40.25     u.
+#     layout    10x         d         6x      d         2x      unpacks (15.5, 40.25)
+#     mask      1111111111  00000000  111111  00000000  11      1: the byte must be the same
+#     fixed     ..}(..cpuG  00000000  ..ramG  00000000  u.      what it must be there
+#
+# Taken as one large integer each, `sample & mask == fixed` compares all those bytes at once.
+# The new row is picked from the new floats and, behind them, the rest of the old row:
+#
+#     floats + rest     (15.5, 40.25) + (nan, nan, b"c1", b"4711", ...)
+#     order              0     1                   4      5              a place for each of a Row
+
+FLOAT_SIZE = 8  # bytes of a BINFLOAT
+FLOAT_MASK = (1 << 8 * FLOAT_SIZE) - 1
+
+
+class Shape(NamedTuple):
+    """What the samples share that differ in their floats alone."""
+
+    layout: struct.Struct  # unpacks the floats of a sample, in their order there
+    mask: int  # all bits set but those of the floats
+    fixed: int  # what a sample has under the mask
+    order: Callable[[Row], Row]  # floats + rest -> row
+    rest: Row  # the row, with what is unknown in place of the floats
+
+
 @functools.lru_cache(maxsize=256)
 def shape_layout(size: int, floats: Spots) -> Tuple[struct.Struct, int, Any]:
-    """What shapes share: where the floats are, a mask of the rest, what puts them into a row."""
-    code, end, mask = ">", 0, (1 << 8 * size) - 1
-    for pos, _ in floats:
-        code, end = code + "%dxd" % (pos - end), pos + 8
-        mask ^= (1 << 64) - 1 << 8 * (size - end)
-    keys = [key if key in NUMBERS else "" for _, key in floats] + list(INDEX)
-    return (
-        struct.Struct(code + "%dx" % (size - end)),
-        mask,
-        operator.itemgetter(*map(keys.index, INDEX)),
-    )
+    """(layout, mask, order) of the shape of samples of so many bytes, with floats there.
+
+    The samples of thousands of agents have few such shapes: they share these three.
+    """
+    code = ">"
+    mask = (1 << 8 * size) - 1
+    end = 0  # of the float before
+    for start, _ in floats:
+        code += "%dxd" % (start - end)
+        end = start + FLOAT_SIZE
+        bits_behind = 8 * (size - end)
+        mask ^= FLOAT_MASK << bits_behind
+    code += "%dx" % (size - end)
+    # a float for which there is no metric, or a metric that is a text, is in no row
+    float_keys = [key if key in NUMBERS else None for _, key in floats]
+    sources = float_keys + list(INDEX)
+    places = [sources.index(key) for key in INDEX]  # of its float, else in the rest
+    return struct.Struct(code), mask, operator.itemgetter(*places)
 
 
 def make_shape(
     data: bytes, message: Message, row: Row, floats: Spots
 ) -> Optional[Shape]:
-    """What makes the next sample cheap if only its floats differ: see parse_shape."""
-    unique = {key for _, key in floats if type(message.get(key)) is float}
-    if len(unique) < len(floats):  # a key came twice, or its float was overwritten
+    """The shape of a good sample: its bytes, its dict, its row and where its floats are.
+
+    None when a float is not the value of its key, because that came twice: then the short way
+    would not know which one counts.
+    """
+    changing = {key for _, key in floats if type(message.get(key)) is float}
+    if len(changing) < len(floats):
         return None
     layout, mask, order = shape_layout(len(data), floats)
     rest = tuple(
-        unknown if key in unique else value
+        unknown if key in changing else value
         for key, value, unknown in zip(INDEX, row, UNKNOWN)
     )
-    return Shape(layout, mask, int.from_bytes(data, "big") & mask, order, rest)
+    fixed = int.from_bytes(data, "big") & mask
+    return Shape(layout, mask, fixed, order, rest)
 
 
 def parse_shape(data: bytes, shape: Shape) -> Optional[Row]:
-    """The row in data if it is the shape's sample with other good floats; None: parse_pickle.
-
-    An agent's samples differ in their floats alone most of the time.  To compare all other bytes
-    with those of a sample that was found good takes a tenth of the time to read them again.
-    """
-    if (
-        len(data) != shape.layout.size
-        or int.from_bytes(data, "big") & shape.mask != shape.fixed
-    ):
+    """The row in data if it is a sample of that shape with good floats; None: parse_pickle."""
+    if len(data) != shape.layout.size:
+        return None
+    if int.from_bytes(data, "big") & shape.mask != shape.fixed:
         return None
     floats = shape.layout.unpack(data)
+    if not math.isfinite(sum(floats)):
+        return None
     row = shape.order(floats + shape.rest)
-    good = math.isfinite(sum(floats)) and 0 <= row[0] <= 100 and 0 <= row[1] <= 100
-    return row if good else None
+    if 0 <= row[0] <= 100 and 0 <= row[1] <= 100:
+        return row
+    return None
 
 
 def clean_text(text: str) -> str:
@@ -536,26 +514,27 @@ def clean_text(text: str) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
+def is_number(value: Any) -> bool:
+    """Whether a decoded value is one: bool, which Python takes for an int, is none."""
+    return type(value) in (int, float)
+
+
 def check_sample(message: Message) -> Row:
     """The row of a decoded dict, wrong types as unknown; WireError without cpu and ram."""
     for key in ("cpu", "ram"):
         value = message.get(key)
-        if type(value) not in (int, float) or not 0 <= value <= 100:  # type: ignore[operator]
+        if not is_number(value) or not 0 <= value <= 100:  # type: ignore[operator]
+            found = ascii(value)[:40] if key in message else "missing"
             raise WireError(
-                "%s must be a number from 0 to 100, and is %s"
-                % (key, ascii(value)[:40] if key in message else "missing")
+                "%s must be a number from 0 to 100, and is %s" % (key, found)
             )
     row = list(UNKNOWN)
-    for n, key in enumerate(INDEX):
+    for index, key in enumerate(INDEX):
         value = message.get(key)
         if type(value) is str and key in TEXTS:
-            row[n] = clean_text(value).encode()
-        elif (
-            isinstance(value, (int, float))
-            and type(value) is not bool
-            and key in NUMBERS
-        ):
-            row[n] = float(value)
+            row[index] = clean_text(value).encode()
+        elif is_number(value) and key in NUMBERS:
+            row[index] = float(value)  # type: ignore[arg-type]
     return tuple(row)
 
 
@@ -565,11 +544,13 @@ def check_job(message: Message) -> Row:
     for key, code in JOB_FACTS:
         value = message.get(key)
         if code == "d":
-            is_number = type(value) in (int, float)
-            row.append(float(value) if is_number else math.nan)  # type: ignore[arg-type]
+            row.append(float(value) if is_number(value) else math.nan)  # type: ignore[arg-type]
+        elif type(value) is str:
+            row.append(clean_text(value).encode())
         else:
-            row.append(clean_text(value).encode() if type(value) is str else b"")
-    if not row[0] or not row[1]:
+            row.append(b"")
+    job, raw = row[:2]
+    if not job or not raw:
         raise WireError("a job without its id")
     return tuple(row)
 
@@ -588,31 +569,54 @@ def check_auth(message: Message, secret: bytes, nonce: str) -> None:
 # Table: the only room that knows offsets, the lock and the sequence number
 # ============================================================================
 
+EVENTS = 128  # events kept in the ring
+JOBS = 512  # jobs that are remembered
+JOB_SECONDS = (
+    900.0  # after which a job that has not ended and is not told of is forgotten
+)
+LOCK_SECONDS = 2.0  # to wait for the table's lock
+LOCK_POLL = 0.001  # between two tries
+READ_SECONDS = 2.0  # to wait for a whole copy without the lock
+READ_POLL = 0.001  # between two tries
+PAGE = 16384  # the largest page of a common system, in bytes
+FOLDER = "/dev/shm/"  # where Linux shows segments as files
+
+MAGIC = b"SENTINEL"
+LAYOUT = 3  # to be changed with any of these structs; see the docstring of Table
 SLOT = struct.Struct("i64sff")  # native, as the plan has it: 76 bytes, no padding
 DETAIL = struct.Struct("=dd64s" + "".join(m.code for m in DETAILS))
 EVENT = struct.Struct("=d12s64s24s32s64sdd256s")
 JOB = struct.Struct("=d" + "".join(code for _, code in JOB_FACTS))
-JOBS = 512  # jobs that are remembered
-JOB_SECONDS = (
-    900.0  # one that has not ended and is not told of for so long is forgotten
-)
+NOTES = struct.Struct("=QQQQ128s")
 HEADER = struct.Struct("=8sIIqq")
 SEQUENCE = struct.Struct("=Q")
 COUNTS = struct.Struct("=QQdQ")
-NOTES = struct.Struct("=QQQQ128s")
-MAGIC = b"SENTINEL"
-LAYOUT = 3
-PAGE = 16384  # the largest page of a common system, in bytes
-NODE_KEYS = ("slot", "address", "cpu", "ram", "age", "since", "alerts") + tuple(INDEX)[
-    2:
-]
+FIRST = struct.Struct("=Q")  # the first field of NOTES and of COUNTS
+
+# A row of Snapshot.rows(): a slot's fields, then its details'
+NODE_KEYS = ("slot", "address", "cpu", "ram", "age", "since", "alerts") + tuple(
+    m.key for m in DETAILS
+)
 EVENT_KEYS = ("time", "kind", "node", "job", "user", "address", "cpu", "ram", "text")
+JOB_RAW = 1 + JOB_KEYS.index("raw")  # in a row of JOB, which begins with the time seen
+JOB_STATE = 1 + JOB_KEYS.index("state")
+
+
+class TableError(Exception):
+    """The shared memory cannot be had; the text says why and what to do."""
+
+
+def from_field(value: Any) -> Union[str, float, None]:
+    """A field's value as Python has it: empty text and NaN are None."""
+    if type(value) is bytes:
+        # a text that was too long may end in the middle of a character
+        return value.rstrip(b"\0").decode("utf-8", "ignore") or None
+    return value if value == value else None
 
 
 def has_ended(row: Row) -> bool:
     """Whether a job's row of the table is of one that has ended."""
-    state = row[1 + JOB_KEYS.index("state")]
-    return bytes(state).rstrip(b"\0").decode() in ENDED_STATES
+    return from_field(row[JOB_STATE]) in ENDED_STATES
 
 
 def find_job_place(rows: List[Row], raw: bytes, now: float) -> int:
@@ -620,9 +624,9 @@ def find_job_place(rows: List[Row], raw: bytes, now: float) -> int:
     best = -1
     oldest = math.inf
     for index, row in enumerate(rows):
-        if row[2] == raw:
+        if row[JOB_RAW] == raw:
             return index
-        if not row[2].strip(b"\0"):
+        if not row[JOB_RAW].strip(b"\0"):
             seen = -math.inf
         elif has_ended(row) or now - row[0] > JOB_SECONDS:
             seen = row[0]
@@ -634,26 +638,28 @@ def find_job_place(rows: List[Row], raw: bytes, now: float) -> int:
     return best
 
 
-class TableError(Exception):
-    """The shared memory cannot be had; the text says why and what to do."""
-
-
 def start_time(pid: int) -> Optional[int]:
     """When a process started, in clock ticks since boot (proc(5), stat field 22).
 
     None when there is no such process, 0 when there is no /proc to tell.
     """
     if not os.path.exists("/proc/self/stat"):
-        with contextlib.suppress(PermissionError):
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                return None
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            pass  # it is there, and another user's
         return 0
-    with contextlib.suppress(OSError), open("/proc/%d/stat" % pid, "rb") as file:
-        fields = file.read().rpartition(b")")[2].split()
-        return int(fields[19]) if fields[0] not in b"ZX" else None  # not of the dead
-    return None
+    try:
+        with open("/proc/%d/stat" % pid, "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    state = fields[0]  # field 3: the name in brackets is before it
+    if state in (b"Z", b"X"):  # dead, and not waited for yet
+        return None
+    return int(fields[19])
 
 
 @contextlib.contextmanager
@@ -668,10 +674,31 @@ def untracked() -> Iterator[None]:
         tracker.register, tracker.unregister = saved
 
 
-def reserve(shm: Any) -> None:
-    """Have tmpfs keep the room that it promised, or a write may end in SIGBUS; OSError."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(shm._fd, 0, shm.size)
+def open_segment(name: str) -> Any:
+    """The segment of that name; OSError, or ValueError when it is empty."""
+    with untracked():
+        return shared_memory.SharedMemory(name)
+
+
+def make_segment(name: str, size: int) -> Any:
+    """A new segment, with all the room that it needs; OSError, with no segment left behind."""
+    with untracked():
+        shm = shared_memory.SharedMemory(name, create=True, size=size)
+    try:
+        # tmpfs promises room that it may not have: a write would then end in SIGBUS
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(shm._fd, 0, shm.size)  # type: ignore[attr-defined]
+    except OSError:
+        remove_segment(shm)
+        raise
+    return shm
+
+
+def remove_segment(shm: Any) -> None:
+    """Close a segment and take its name away, if it still has it."""
+    shm.close()
+    with untracked(), contextlib.suppress(FileNotFoundError):
+        shm.unlink()
 
 
 def check_owner(shm: Any) -> None:
@@ -706,60 +733,91 @@ class Segment:
         return multiprocessing.reduction.DupFd(self._fd), self.name
 
     def __setstate__(self, state: Tuple[Any, str]) -> None:
-        self.__init__(state[0].detach(), state[1])  # type: ignore[misc]
+        sent, name = state
+        self.__init__(sent.detach(), name)  # type: ignore[misc]
 
     def close(self) -> None:
         """Nothing to do: the process ends with it."""
+
+
+class Counts(NamedTuple):
+    """The fields of COUNTS."""
+
+    events: int  # that there have been, ever
+    samples: int
+    beat: float  # time.monotonic() at which the collector was well
+    used: int  # no slot from this index on is taken
+
+
+class Copy(NamedTuple):
+    """The bytes of a table at one instant, as the picture of Table has them."""
+
+    slots: bytes
+    details: bytes
+    events: bytes
+    jobs: bytes
+    notes: bytes
+    counts: Counts
 
 
 class Snapshot:
     """A whole copy of the table at one instant.
 
     nodes: a dict for each used slot, with NODE_KEYS (age in seconds), made when first asked for;
-    events: dicts, oldest first.  What is unknown is None.  beat: seconds since the collector
-    last said that it is well.
+    events: dicts with EVENT_KEYS, oldest first; left: the same, or what a reader remembers of
+    who left.  What is unknown is None.  beat: seconds since the collector last said that it is
+    well.  turned_away, turned_away_lately, turned_away_why: agents that there was no room for,
+    since the start and in the last minute.
     """
 
-    def __init__(
-        self,
-        capacity: int,
-        slots: bytes,
-        details: bytes,
-        ring: bytes,
-        counts: Tuple[int, int, float, int],
-        notes: bytes = bytes(NOTES.size),
-        jobs: bytes = b"",
-    ) -> None:
-        self.slots, self.details, self.copied = slots, details, time.monotonic()
-        self.dicts: Optional[List[Message]] = None
-        count, self.samples, beat, _ = counts
-        _, self.jobs_left_out, self.turned_away, self.turned_away_lately, why = (
-            NOTES.unpack(notes)
-        )
-        self.job_rows = jobs
+    def __init__(self, capacity: int, copy: Copy) -> None:
+        self.capacity = capacity
+        self.time = time.time()
+        self.copied = time.monotonic()
+        self.slots = copy.slots
+        self.details = copy.details
+        self.job_rows = copy.jobs
+        self.dicts: Optional[List[Message]] = None  # nodes, once they were asked for
+        self.samples = copy.counts.samples
+        self.beat = self.copied - copy.counts.beat
+        self.events = read_ring(copy.events, copy.counts.events)
+        self.left = self.events
+        _, left_out, turned_away, lately, why = NOTES.unpack(copy.notes)
+        self.jobs_left_out = left_out
+        self.turned_away = turned_away
+        self.turned_away_lately = lately
         self.turned_away_why = from_field(why) or ""
-        self.time, self.capacity, self.beat = time.time(), capacity, self.copied - beat
-        rows = [
-            EVENT.unpack_from(ring, n % EVENTS * EVENT.size)
-            for n in range(max(0, count - EVENTS), count)
-        ]
-        self.events: List[Message] = [
-            dict(zip(EVENT_KEYS, map(from_field, row))) for row in rows
-        ]
-        self.left = self.events  # or what a reader remembers of who left
 
     def rows(self) -> Iterator[Row]:
         """The used slots as the table has them: NODE_KEYS, with the time seen instead of an age."""
-        for slot, detail in zip(
-            SLOT.iter_unpack(self.slots), DETAIL.iter_unpack(self.details)
-        ):
+        slots = SLOT.iter_unpack(self.slots)
+        details = DETAIL.iter_unpack(self.details)
+        for slot, detail in zip(slots, details):
             if slot[0]:
                 yield slot + detail
 
     @property
+    def nodes(self) -> List[Message]:
+        """The used slots as dicts."""
+        if self.dicts is None:
+            # assigned when it is whole: another thread may ask meanwhile
+            self.dicts = [self.make_node(row) for row in self.rows()]
+        return self.dicts
+
+    def make_node(self, row: Row) -> Message:
+        """A row of rows() as a dict."""
+        node: Message = dict(zip(NODE_KEYS, map(from_field, row)))
+        node["cpu"] = round(node["cpu"], 2)
+        node["ram"] = round(node["ram"], 2)
+        seen = node["age"]
+        node["age"] = round(max(0.0, self.copied - seen), 2)
+        write_whole(node, WHOLE)
+        return node
+
+    @property
     def jobs(self) -> List[Message]:
         """What Slurm says of each job that is not forgotten: dicts with JOB_KEYS."""
-        jobs: List[Message] = []
+        jobs = []
         for seen, *row in JOB.iter_unpack(self.job_rows):
             job: Message = dict(zip(JOB_KEYS, map(from_field, row)))
             if job["job"] is None:
@@ -767,38 +825,26 @@ class Snapshot:
             is_old = self.time - seen > JOB_SECONDS
             if is_old and job["state"] not in ENDED_STATES:
                 continue
-            for key in ("nodes", "cpus", "gpus", "mem"):
-                if job[key] is not None:
-                    job[key] = int(job[key])
+            write_whole(job, WHOLE_FACTS)
             jobs.append(job)
         return jobs
 
-    @property
-    def nodes(self) -> List[Message]:
-        """The used slots as dicts."""
-        if self.dicts is None:
-            nodes: List[Message] = [
-                dict(zip(NODE_KEYS, map(from_field, row))) for row in self.rows()
-            ]
-            for node in nodes:
-                node.update(
-                    cpu=round(node["cpu"], 2),
-                    ram=round(node["ram"], 2),
-                    age=round(max(0.0, self.copied - node["age"]), 2),
-                )
-                for key in WHOLE:
-                    value = node[key]
-                    if value is not None and value.is_integer():
-                        node[key] = int(value)
-            self.dicts = nodes  # whole, whichever thread sees it
-        return self.dicts
+
+def read_ring(ring: bytes, count: int) -> List[Message]:
+    """The events in the ring as dicts, oldest first; count: those that there have been, ever."""
+    events: List[Message] = []
+    for number in range(max(0, count - EVENTS), count):
+        row = EVENT.unpack_from(ring, number % EVENTS * EVENT.size)
+        events.append(dict(zip(EVENT_KEYS, map(from_field, row))))
+    return events
 
 
-def from_field(value: Any) -> Union[str, float, None]:
-    """A field's value as Python has it: empty text and NaN are None."""
-    if type(value) is bytes:
-        return value.rstrip(b"\0").decode("utf-8", "ignore") or None
-    return value if value == value else None
+def write_whole(row: Message, keys: Iterable[str]) -> None:
+    """Make whole numbers of those floats of a dict that are whole."""
+    for key in keys:
+        value = row[key]
+        if value is not None and value.is_integer():
+            row[key] = int(value)
 
 
 class Table:
@@ -817,11 +863,21 @@ class Table:
     Times are time.time(), but seen and the heartbeat are time.monotonic(): a machine has one.
     Who writes holds the lock: ``with table``.  A reader outside the process tree has none: it
     copies until the sequence number was even and had not changed; ``snapshot`` does either.
+
+    Somebody may take the segment's name away while all who have it mapped go on: RemoveIPC=yes
+    of logind.conf(5), or rm.  The supervisor then makes a new segment of that name, copies the
+    old one and notes there that the table has moved (``renew``); who next takes the lock, or
+    reads without it, finds the note and maps the new one (``follow``).
     """
 
+    # ---- making, opening and removing
+
     def __init__(self, shm: Any, lock: Any = None) -> None:
-        self.shm, self.buf, self.lock = shm, shm.buf, lock
+        self.shm = shm
+        self.buf = shm.buf
+        self.lock = lock
         check_owner(shm)
+        # what is no table may be too small for these: its header is then no header of ours
         self.counts_at = shm.size - COUNTS.size
         self.sequence_at = self.counts_at - SEQUENCE.size
         self.header_at = max(0, self.sequence_at - HEADER.size)
@@ -829,15 +885,15 @@ class Table:
         self.load()
 
     def load(self) -> None:
-        """Read what is there."""
-        self.magic, self.layout, self.capacity, self.pid, self.start = (
-            HEADER.unpack_from(self.buf, self.header_at)
-        )
+        """Read the header, and what a writer keeps count of."""
+        header = HEADER.unpack_from(self.buf, self.header_at)
+        self.magic, self.layout, self.capacity, self.pid, self.start = header
         self.details_at = self.capacity * SLOT.size
         self.events_at = self.details_at + self.capacity * DETAIL.size
         self.jobs_at = self.events_at + EVENTS * EVENT.size
+        self.jobs_end = self.jobs_at + JOBS * JOB.size
         (self.sequence,) = SEQUENCE.unpack_from(self.buf, self.sequence_at)
-        self.events = COUNTS.unpack_from(self.buf, self.counts_at)[0]
+        (self.events,) = FIRST.unpack_from(self.buf, self.counts_at)
         self.jobs_left_out = NOTES.unpack_from(self.buf, self.notes_at)[1]
 
     @classmethod
@@ -846,39 +902,29 @@ class Table:
         size = (
             capacity * (SLOT.size + DETAIL.size)
             + EVENTS * EVENT.size
+            + JOBS * JOB.size
+            + NOTES.size
             + HEADER.size
             + SEQUENCE.size
-            + JOBS * JOB.size
             + COUNTS.size
-            + NOTES.size
         )
         size += -size % PAGE
         try:
-            with untracked():
-                cls.discard(name)
-                table = cls(shared_memory.SharedMemory(name, create=True, size=size))
-            reserve(table.shm)
+            cls.discard(name)
+            table = cls(make_segment(name, size))
         except FileExistsError:
             raise TableError(
                 "shared memory %s is somebody else's; give another --port or"
                 " --shm-name" % name
             ) from None
         except OSError as error:
-            with contextlib.suppress(UnboundLocalError):
-                table.unlink()
             raise TableError(
                 "no shared memory of %d bytes: %s; free some of /dev/shm or lower"
                 " --max-agents" % (size, error.strerror)
             ) from None
-        HEADER.pack_into(
-            table.buf,
-            table.header_at,
-            MAGIC,
-            LAYOUT,
-            capacity,
-            os.getpid(),
-            start_time(os.getpid()),
-        )
+        pid = os.getpid()
+        header = (MAGIC, LAYOUT, capacity, pid, start_time(pid))
+        HEADER.pack_into(table.buf, table.header_at, *header)
         COUNTS.pack_into(table.buf, table.counts_at, 0, 0, time.monotonic(), 0)
         table.load()
         return table
@@ -887,17 +933,14 @@ class Table:
     def attach(cls, name: str, lock: Any = None) -> "Table":
         """Open a live master's segment; TableError when there is none or its master is gone."""
         try:
-            with untracked():
-                table = cls(shared_memory.SharedMemory(name), lock)
+            table = cls(open_segment(name), lock)
         except (OSError, ValueError, struct.error):
             raise TableError(
                 "no master's shared memory %s here: is the master running, as this"
                 " user, with this --port or --shm-name?" % name
             ) from None
-        if (table.magic, table.layout) != (
-            MAGIC,
-            LAYOUT,
-        ) or table.jobs_at + JOBS * JOB.size > table.notes_at:
+        is_known = table.magic == MAGIC and table.layout == LAYOUT
+        if not is_known or table.jobs_end > table.notes_at:
             raise TableError("shared memory %s is of no master of this version" % name)
         if not table.owner_lives():
             raise TableError(
@@ -907,16 +950,25 @@ class Table:
         return table
 
     @classmethod
+    def inherit(cls, segment: Segment, lock: Any) -> "Table":
+        """Open the supervisor's segment by its descriptor, for a role."""
+        return cls(segment.map(), lock)
+
+    def segment(self) -> Segment:
+        """What a role needs to open this table."""
+        return Segment(self.shm._fd, self.shm.name)
+
+    @classmethod
     def discard(cls, name: str) -> None:
         """Remove what a killed master left; TableError or OSError when it is somebody's."""
         try:
-            old = cls(shared_memory.SharedMemory(name))
+            old = cls(open_segment(name))
         except FileNotFoundError:
             return
         except ValueError:  # it is empty: its maker was killed right then
-            if os.stat("/dev/shm/" + name).st_uid != os.getuid():
+            if os.stat(FOLDER + name).st_uid != os.getuid():
                 raise FileExistsError from None
-            os.unlink("/dev/shm/" + name)
+            os.unlink(FOLDER + name)
             return
         except (OSError, struct.error):
             raise FileExistsError from None
@@ -929,71 +981,60 @@ class Table:
             raise FileExistsError
         old.unlink()
 
-    @classmethod
-    def inherit(cls, segment: Segment, lock: Any) -> "Table":
-        """Open the supervisor's segment by its descriptor, for a role."""
-        return cls(segment.map(), lock)
+    def owner_lives(self) -> bool:
+        """Whether the master that made the segment still runs."""
+        return bool(self.magic == MAGIC and start_time(self.pid) == self.start)
 
-    def segment(self) -> Segment:
-        """What a role needs to open this table."""
-        return Segment(self.shm._fd, self.shm.name)
+    def unlink(self) -> None:
+        """Remove the segment, unless its name is somebody else's by now: for its creator alone."""
+        is_ours = self.has_name()
+        self.buf = None
+        if is_ours:
+            remove_segment(self.shm)
+        else:
+            self.shm.close()
+
+    def reset(self) -> None:
+        """Empty the slots and end a broken write: for who knows that nobody else writes."""
+        self.buf[: self.details_at] = bytes(self.details_at)
+        self.sequence += self.sequence % 2
+        SEQUENCE.pack_into(self.buf, self.sequence_at, self.sequence)
+
+    # ---- a segment whose name has gone
 
     def has_name(self) -> bool:
         """Whether the segment still is what its name leads to: somebody may have unlinked it."""
-        if not os.path.isdir("/dev/shm"):
+        if not os.path.isdir(FOLDER):
             return True  # nobody but shm_unlink() can take it away, as on macOS
         try:
-            named = os.stat("/dev/shm/" + self.shm.name)
+            named = os.stat(FOLDER + self.shm.name)
         except FileNotFoundError:
             return False
-        mine = os.fstat(self.shm._fd)
-        return (named.st_dev, named.st_ino) == (mine.st_dev, mine.st_ino)
+        return os.path.samestat(named, os.fstat(self.shm._fd))
 
     def renew(self, lock: Any) -> bool:
         """Move the table to a new segment of its name; False when the lock is not to be had.
 
-        For the supervisor. Who has the old one mapped follows as soon as it takes the lock and
-        sees the note.  A name that is somebody else's by now is left alone: TableError.
+        For the supervisor.  A name that is somebody else's by now is left alone, and without
+        room for another segment nothing is changed: TableError.
         """
-        new = None
         try:
-            with untracked():
-                new = shared_memory.SharedMemory(
-                    self.shm.name, create=True, size=self.shm.size
-                )
-            reserve(new)
+            new = make_segment(self.shm.name, self.shm.size)
         except OSError as error:
-            if new:
-                self.drop(new)
             raise TableError(
                 "shared memory %s is gone and cannot be made again: %s"
                 % (self.shm.name, error.strerror)
             ) from None
         if not lock.acquire(timeout=LOCK_SECONDS):
-            self.drop(new)
+            remove_segment(new)
             return False
         try:
-            buf: Any = new.buf
-            buf[: self.shm.size] = self.buf[: self.shm.size]
-            struct.pack_into("=Q", self.buf, self.notes_at, 1)
+            new.buf[: self.shm.size] = self.buf[: self.shm.size]
+            FIRST.pack_into(self.buf, self.notes_at, 1)
         finally:
             lock.release()
         self.use(new)
         return True
-
-    @staticmethod
-    def drop(shm: Any) -> None:
-        """Close a segment that this process has just made, and remove its name."""
-        shm.close()
-        with untracked(), contextlib.suppress(FileNotFoundError):
-            shm.unlink()
-
-    def use(self, shm: Any) -> None:
-        """Go on with another segment of the same layout."""
-        self.buf = None
-        self.shm.close()
-        self.shm = shm
-        self.buf = shm.buf
 
     def has_moved(self) -> bool:
         """Whether the supervisor has noted that the table is elsewhere now."""
@@ -1006,39 +1047,26 @@ class Table:
         """
         name = self.shm.name
         try:
-            with untracked():
-                new = shared_memory.SharedMemory(name)
+            new = open_segment(name)
         except (OSError, ValueError):
             raise TableError(
                 "shared memory %s has moved, and is not to be found" % name
             ) from None
         check_owner(new)
-        buf: Any = new.buf
         old_header = bytes(self.buf[self.header_at : self.sequence_at])
-        new_header = bytes(buf[self.header_at : self.sequence_at])
-        del buf  # nothing may hold a segment that is to be closed
+        new_header = bytes(new.buf[self.header_at : self.sequence_at])
         if new.size != self.shm.size or new_header != old_header:
             raise TableError("shared memory %s is another table now" % name)
         self.use(new)
 
-    def owner_lives(self) -> bool:
-        """Whether the master that made the segment still runs."""
-        return bool(self.magic == MAGIC and start_time(self.pid) == self.start)
-
-    def unlink(self) -> None:
-        """Remove the segment, unless its name is somebody else's by now: for its creator alone."""
-        is_ours = self.has_name()
+    def use(self, shm: Any) -> None:
+        """Go on with another segment of the same layout."""
         self.buf = None
         self.shm.close()
-        with untracked(), contextlib.suppress(FileNotFoundError):
-            if is_ours:
-                self.shm.unlink()
+        self.shm = shm
+        self.buf = shm.buf
 
-    def reset(self) -> None:
-        """Empty the slots and end a broken write: for who knows that nobody else writes."""
-        self.buf[: self.details_at] = bytes(self.details_at)
-        self.sequence += self.sequence % 2
-        SEQUENCE.pack_into(self.buf, self.sequence_at, self.sequence)
+    # ---- writing
 
     def acquire(self) -> None:
         """Take the lock; a role that cannot have it in time ends (its holder was killed).
@@ -1054,7 +1082,7 @@ class Table:
                 )
                 os._exit(EXIT_LOCK)
             time.sleep(LOCK_POLL)
-        if self.buf[self.notes_at]:
+        if self.has_moved():
             try:
                 self.follow()
             except TableError as error:
@@ -1067,7 +1095,7 @@ class Table:
         SEQUENCE.pack_into(self.buf, self.sequence_at, self.sequence + 1)
 
     def __exit__(self, kind: Any, *error: Any) -> None:
-        """End it."""
+        """End it; after an error the number stays odd until the next write ends."""
         if kind is None:
             self.sequence += 2
             SEQUENCE.pack_into(self.buf, self.sequence_at, self.sequence)
@@ -1102,17 +1130,11 @@ class Table:
         the start and in the last minute, and why.
         """
         now = time.monotonic()
+        refused = (turned_away, turned_away_lately, why.encode())
         with self:
             COUNTS.pack_into(self.buf, self.counts_at, self.events, samples, now, used)
-            NOTES.pack_into(
-                self.buf,
-                self.notes_at,
-                0,
-                self.jobs_left_out,
-                turned_away,
-                turned_away_lately,
-                why.encode(),
-            )
+            notes = (0, self.jobs_left_out) + refused
+            NOTES.pack_into(self.buf, self.notes_at, *notes)
 
     def write_job(self, row: Row) -> None:
         """Put what Slurm says of a job in its place, or in that of the oldest that has ended.
@@ -1121,17 +1143,17 @@ class Table:
         """
         self.acquire()
         try:
-            jobs = bytes(self.buf[self.jobs_at : self.jobs_at + JOBS * JOB.size])
+            jobs = bytes(self.buf[self.jobs_at : self.jobs_end])
         finally:
             self.lock.release()
-        raw = row[1].ljust(24, b"\0")
-        place = find_job_place(list(JOB.iter_unpack(jobs)), raw, time.time())
+        now = time.time()
+        raw = row[JOB_KEYS.index("raw")].ljust(24, b"\0")
+        place = find_job_place(list(JOB.iter_unpack(jobs)), raw, now)
         with self:
             if place < 0:
                 self.jobs_left_out += 1
-                return
-            at = self.jobs_at + place * JOB.size
-            JOB.pack_into(self.buf, at, time.time(), *row)
+            else:
+                JOB.pack_into(self.buf, self.jobs_at + place * JOB.size, now, *row)
 
     def add_event(
         self, kind: str, text: str, node: str, row: Row = UNKNOWN, address: str = ""
@@ -1144,54 +1166,59 @@ class Table:
             row[INDEX["job"]],
             row[INDEX["user"]],
             address.encode(),
-            row[0],
-            row[1],
+            row[INDEX["cpu"]],
+            row[INDEX["ram"]],
             text.encode(),
         )
         with self:
-            EVENT.pack_into(
-                self.buf, self.events_at + self.events % EVENTS * EVENT.size, *fields
-            )
+            place = self.events_at + self.events % EVENTS * EVENT.size
+            EVENT.pack_into(self.buf, place, *fields)
             self.events += 1
-            struct.pack_into("=Q", self.buf, self.counts_at, self.events)
+            FIRST.pack_into(self.buf, self.counts_at, self.events)
+
+    # ---- reading
 
     def snapshot(self) -> Snapshot:
         """A Snapshot, copied under the lock, or without one until the copy is whole."""
-        if self.lock:
-            self.acquire()
-            try:
-                copy = self._copy()
-            finally:
-                self.lock.release()
-            return Snapshot(self.capacity, *copy)
+        copy = self.copy_locked() if self.lock else self.copy_unlocked()
+        return Snapshot(self.capacity, copy)
+
+    def copy_locked(self) -> Copy:
+        """A copy, taken under the lock."""
+        self.acquire()
+        try:
+            return self.copy()
+        finally:
+            self.lock.release()
+
+    def copy_unlocked(self) -> Copy:
+        """A copy during which nobody wrote; TableError when there was none in time."""
         deadline = time.monotonic() + READ_SECONDS
         while time.monotonic() < deadline:
             if self.has_moved():
                 self.follow()
-            before = bytes(self.buf[self.sequence_at : self.counts_at])
-            copy = self._copy()
-            if (
-                before[0] % 2 == 0
-                and before == self.buf[self.sequence_at : self.counts_at]
-            ):
-                return Snapshot(self.capacity, *copy)
-            time.sleep(0.001)
+            (before,) = SEQUENCE.unpack_from(self.buf, self.sequence_at)
+            copy = self.copy()
+            (after,) = SEQUENCE.unpack_from(self.buf, self.sequence_at)
+            if before == after and before % 2 == 0:
+                return copy
+            time.sleep(READ_POLL)
         raise TableError(
             "no whole copy of the table in %g s: a write never ended" % READ_SECONDS
         )
 
-    def _copy(
-        self,
-    ) -> Tuple[bytes, bytes, bytes, Tuple[int, int, float, int], bytes, bytes]:
-        counts = COUNTS.unpack_from(self.buf, self.counts_at)
-        used = min(counts[3], self.capacity)
-        return (
+    def copy(self) -> Copy:
+        """The bytes as they are: whole if nobody writes meanwhile."""
+        counts = Counts(*COUNTS.unpack_from(self.buf, self.counts_at))
+        used = min(counts.used, self.capacity)
+        details_end = self.details_at + used * DETAIL.size
+        return Copy(
             bytes(self.buf[: used * SLOT.size]),
-            bytes(self.buf[self.details_at : self.details_at + used * DETAIL.size]),
-            bytes(self.buf[self.events_at : self.events_at + EVENTS * EVENT.size]),
-            counts,
+            bytes(self.buf[self.details_at : details_end]),
+            bytes(self.buf[self.events_at : self.jobs_at]),
+            bytes(self.buf[self.jobs_at : self.jobs_end]),
             bytes(self.buf[self.notes_at : self.header_at]),
-            bytes(self.buf[self.jobs_at : self.jobs_at + JOBS * JOB.size]),
+            counts,
         )
 
 
@@ -1199,6 +1226,11 @@ class Table:
 # Alerts: rules -> firing and resolved, pure; and the runner of the command
 # ============================================================================
 
+COMMAND_SECONDS = 30.0  # for one run of --alert-command
+GATHER_SECONDS = 1.0  # quiet time that ends an alert storm
+STORM_SECONDS = 5.0  # the longest that an alert waits for others of its kind
+STORM_SIZE = 4  # more alerts of a kind are told by one command
+MAX_ALERTS = 20000  # alerts waiting for the command
 FLAP_SECONDS = 600.0  # within which ...
 FLAP_CHANGES = (
     8  # ... a rule may fire and be resolved on a node, and a node come and go
@@ -1440,6 +1472,20 @@ def describe_exit(code: int) -> str:
 # ============================================================================
 # Collector: sockets -> wire -> table, alerts
 # ============================================================================
+
+MAX_INTERVAL = 60.0  # seconds between samples that an agent may announce
+MAX_RATE = 100  # samples a second from one agent, over RATE_SECONDS
+RATE_SECONDS = 5.0  # seconds
+MAX_ACCEPTS = 256  # connections that are taken at a time, between two heartbeats
+SOURCE_SHARE = 7 / 8  # of the slots, for one address other than loopback
+MAX_WAITING = 1024  # agents that have not sent a sample yet
+REFUSAL_SECONDS = 10.0  # seconds for which refusals of one source are counted
+MAX_REFUSAL_SECONDS = 3600.0  # that long when it does not end: it doubles
+MAX_SOURCES = 8  # sources whose refusals are counted apart
+BEAT_SECONDS = 0.5  # between two heartbeats of the collector
+PIN_CPU = 0.1  # of a core, from which on a collector is a busy one
+PIN_SECONDS = 5.0  # between two looks at where its threads are to run
+LINGER_SECONDS = 0.5  # for a peer to read why it is sent away
 
 
 def split_address(address: Address) -> Tuple[str, str]:
@@ -3084,6 +3130,11 @@ ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
 # Dashboard: sockets -> request -> pages
 # ============================================================================
 
+HTTP_SECONDS = 5.0  # for a whole request, and for its whole answer
+MAX_CLIENTS = 128  # HTTP connections at once
+MAX_REQUEST_LINE = 4096  # bytes
+MAX_REQUEST = 16384  # bytes of request line and headers
+FRESH_SECONDS = 0.25  # for which a copy of the table serves every request
 REQUEST = re.compile(
     rb"([A-Za-z]+) ([!-~]+) HTTP/1\.\d\r\n"
     rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n]*\r\n)*)\r\n"
@@ -3429,7 +3480,10 @@ class Dashboard:
 # Supervisor: processes and signals
 # ============================================================================
 
-
+BACKLOG = 4096  # connections that may wait for accept()
+STACK_SIZE = 128 * 1024  # bytes of stack for each thread
+STOP_SECONDS = 3.0  # from SIGTERM to SIGKILL of a role
+MAX_BACKOFF = 2.0  # seconds before a role is started again
 # SIGHUP: the terminal has gone, with the ssh or the window that it was in
 ENDING_SIGNALS = [
     getattr(signal, name)
