@@ -1187,7 +1187,7 @@ class Table:
         """A copy, taken under the lock."""
         self.acquire()
         try:
-            return self.copy()
+            return self._copy()
         finally:
             self.lock.release()
 
@@ -1198,7 +1198,7 @@ class Table:
             if self.has_moved():
                 self.follow()
             (before,) = SEQUENCE.unpack_from(self.buf, self.sequence_at)
-            copy = self.copy()
+            copy = self._copy()
             (after,) = SEQUENCE.unpack_from(self.buf, self.sequence_at)
             if before == after and before % 2 == 0:
                 return copy
@@ -1207,7 +1207,7 @@ class Table:
             "no whole copy of the table in %g s: a write never ended" % READ_SECONDS
         )
 
-    def copy(self) -> Copy:
+    def _copy(self) -> Copy:
         """The bytes as they are: whole if nobody writes meanwhile."""
         counts = Counts(*COUNTS.unpack_from(self.buf, self.counts_at))
         used = min(counts.used, self.capacity)

@@ -283,7 +283,7 @@ class WholeCopies(TableTest):
         reader = self.attach(table)
 
         def careless():
-            copy = master_server.Snapshot(self.capacity, reader.copy())
+            copy = master_server.Snapshot(self.capacity, reader._copy())
             return any(map(torn, copy.nodes))
 
         eventually(careless, 30)
