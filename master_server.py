@@ -831,19 +831,18 @@ class Table:
         self.events = COUNTS.unpack_from(self.buf, self.counts_at)[0]
         self.jobs_left_out = NOTES.unpack_from(self.buf, self.notes_at)[1]
 
+    @staticmethod
+    def size_for(capacity: int) -> int:
+        """The bytes of a segment for so many slots, in whole pages."""
+        size = capacity * (SLOT.size + DETAIL.size)
+        size += EVENTS * EVENT.size + JOBS * JOB.size
+        size += NOTES.size + HEADER.size + SEQUENCE.size + COUNTS.size
+        return size + -size % PAGE
+
     @classmethod
     def create(cls, name: str, capacity: int) -> "Table":
         """Make the segment; one whose owner is dead is replaced, one whose owner lives is not."""
-        size = (
-            capacity * (SLOT.size + DETAIL.size)
-            + EVENTS * EVENT.size
-            + HEADER.size
-            + SEQUENCE.size
-            + JOBS * JOB.size
-            + COUNTS.size
-            + NOTES.size
-        )
-        size += -size % PAGE
+        size = cls.size_for(capacity)
         try:
             with untracked():
                 cls.discard(name)
@@ -873,6 +872,13 @@ class Table:
         )
         COUNTS.pack_into(table.buf, table.counts_at, 0, 0, time.monotonic(), 0)
         table.load()
+        if (
+            not table.has_name()
+        ):  # one that started at the same moment took it for a dead one's
+            raise TableError(
+                "another master has just taken shared memory %s; give another --port or"
+                " --shm-name" % name
+            )
         return table
 
     @classmethod
