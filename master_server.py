@@ -2976,6 +2976,11 @@ def render_metrics(view: Snapshot, query: Query, site: Any) -> str:
             [("", view.turned_away)],
         ),
         (
+            "turned_away_lately",
+            "Agents turned away in the last minute",
+            [("", view.turned_away_lately)],
+        ),
+        (
             "collector_silence_seconds",
             "Time since the collector's heartbeat",
             [("", view.beat)],

@@ -80,7 +80,15 @@ def fields(row):
         )
 
 
-def view(nodes=(), events=(), beat=0.2):
+def job(number, **known):
+    """What Slurm says of a job, as a snapshot has it: what is not given is unknown."""
+    facts = dict.fromkeys(master.JOB_KEYS)
+    facts.update(job=str(number), raw=str(number), state="RUNNING")
+    facts.update(known)
+    return facts
+
+
+def view(nodes=(), events=(), beat=0.2, jobs=(), turned_away=0, why=""):
     nodes, events = list(nodes), list(events)
     return types.SimpleNamespace(
         time=NOW,
@@ -90,6 +98,11 @@ def view(nodes=(), events=(), beat=0.2):
         events=events,
         left=events,
         samples=1234,
+        jobs=list(jobs),
+        jobs_left_out=0,
+        turned_away=turned_away + 7,
+        turned_away_lately=turned_away,
+        turned_away_why=why,
         rows=lambda: map(tuple, map(fields, nodes)),
     )
 
@@ -349,6 +362,40 @@ class Sentence(unittest.TestCase):
         self.assertIn("silent for 12 s", words(render("/", snapshot)))
         self.assertIn("silent for 12 s", render("/nodes.txt", snapshot))
         self.assertNotIn("sentinel_node_cpu_percent{", render("/metrics", snapshot))
+
+    def test_agents_that_are_turned_away_are_told_with_the_reason(self):
+        why = "no room for more agents here (can't start new thread)"
+        said = "\u26a0 40 agents turned away in the last minute: " + why
+        snapshot = view([node(1)], turned_away=40, why=why)
+        self.assertEqual(self.title(snapshot), said)
+        self.assertIn(said, words(render("/", snapshot)))
+        self.assertTrue(render("/nodes.txt", snapshot).startswith(said + " | "))
+        self.assertEqual(
+            render("/healthz", snapshot),
+            "ok, but 40 agents turned away in the last minute: %s\n" % why,
+        )
+        text = render("/metrics", snapshot)
+        self.assertIn("# TYPE sentinel_turned_away_total counter\n", text)
+        self.assertIn("sentinel_turned_away_total{} 47\n", text)
+        self.assertIn("# TYPE sentinel_turned_away_lately gauge\n", text)
+        self.assertIn("sentinel_turned_away_lately{} 40\n", text)
+
+    def test_agents_that_are_turned_away_are_told_beside_other_trouble(self):
+        snapshot = view([node(1, alerts="cpu>90")], turned_away=1, why="<no threads>")
+        self.assertEqual(
+            self.title(snapshot),
+            "\u26a0 Alerts: 1; 1 agent turned away in the last minute: <no threads>",
+        )
+        self.assertNotIn("<no threads>", render("/", snapshot))
+        self.assertEqual(
+            self.title(view(turned_away=2, why="x"))[:10], "\u26a0 2 agents"
+        )
+
+    def test_nothing_is_said_of_agents_turned_away_longer_ago(self):
+        snapshot = view([node(1)], why="no room")
+        self.assertEqual(self.title(snapshot), "All is well")
+        self.assertEqual(render("/healthz", snapshot), "ok\n")
+        self.assertIn("sentinel_turned_away_total{} 7\n", render("/metrics", snapshot))
 
     def test_mean_worst_jobs_and_the_newest_sample_are_in_the_summary(self):
         snapshot = view(
