@@ -2038,6 +2038,413 @@ def start_serving(
 
 
 # ============================================================================
+# Style sheet of the page
+# ============================================================================
+
+STYLE_SHEET = """\
+/* Colours and the base size */
+:root {
+  color-scheme: light dark;
+  overflow-anchor: none;
+  --bg: #fff;
+  --fg: #1a1f26;
+  --dim: #586371;
+  --line: #dde2e8;
+  --card: #f4f6f9;
+  --cpu: #2563c9;
+  --ram: #0b8a70;
+  --bad: #b3261e;
+  --tile: #7ba3ea;
+  font: clamp(14px, 10.5px + 0.33vw, 24px)/1.5 system-ui;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --bg: #0f1318;
+    --fg: #e4e9ef;
+    --dim: #97a3b2;
+    --line: #29313b;
+    --card: #171c23;
+    --cpu: #6ea8ff;
+    --ram: #35b79b;
+    --bad: #ff8a80;
+    --tile: #3b6cb8;
+  }
+}
+
+/* Text and links */
+* {
+  box-sizing: border-box;
+}
+[hidden] {
+  display: none;
+}
+:focus-visible {
+  outline: 2px solid;
+}
+body {
+  margin: 0 auto;
+  max-width: 165rem;
+  padding: 1rem clamp(0.6rem, 2vw, 2rem);
+  background: var(--bg);
+  color: var(--fg);
+  font-variant-numeric: tabular-nums;
+}
+a {
+  color: var(--cpu);
+}
+h1 {
+  font-size: 1.5rem;
+  margin: 0 0 0.6rem;
+  line-height: 1.2;
+  overflow-wrap: anywhere;
+}
+caption,
+h2 {
+  text-align: left;
+  font: 600 1.05rem system-ui;
+}
+small,
+footer,
+dt,
+label,
+thead th,
+.axis,
+.finished {
+  color: var(--dim);
+  font-size: 0.85rem;
+}
+.bad {
+  color: var(--bad);
+}
+.lost,
+.alert {
+  font-weight: 700;
+}
+
+/* The notice of a page that is not renewed */
+.old {
+  position: sticky;
+  top: 0;
+  z-index: 2;
+  margin: 0 0 0.6rem;
+  padding: 0.4rem 0.8rem;
+  background: var(--bad);
+  color: var(--bg);
+  font-weight: 600;
+}
+.stale {
+  filter: grayscale(1);
+}
+
+/* The cards with what matters */
+dl,
+.graphs {
+  display: grid;
+  grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr));
+  gap: 0.6rem;
+  margin: 0;
+}
+dl div,
+figure,
+pre {
+  background: var(--card);
+  padding: 0.5rem 0.8rem;
+  margin: 0;
+  min-width: 0;
+  overflow: auto;
+}
+dd {
+  margin: 0;
+  font-size: 1.35rem;
+}
+label,
+dd small {
+  display: grid;
+}
+
+/* The form */
+form {
+  display: flex;
+  flex-wrap: wrap;
+  gap: 0.5rem 0.8rem;
+  margin: 1rem 0;
+}
+label {
+  flex: 0 1 10rem;
+  min-width: 7rem;
+}
+input,
+select {
+  font: inherit;
+  color: var(--fg);
+  background: var(--bg);
+  border: 1px solid var(--dim);
+  padding: 0.2rem 0.5rem;
+  min-width: 0;
+}
+
+/* Tables */
+section {
+  margin: 0 0 1.4rem;
+  min-width: 0;
+}
+.scroll {
+  overflow-x: auto;
+}
+table {
+  border-collapse: collapse;
+  width: 100%;
+}
+th,
+td {
+  text-align: left;
+  padding: 0.18rem 0.55rem;
+  border-bottom: 1px solid var(--line);
+  font-weight: 400;
+  white-space: nowrap;
+  position: relative;
+  z-index: 0;
+}
+thead a {
+  color: inherit;
+}
+[aria-sort] {
+  font-weight: 700;
+}
+.job {
+  background: var(--card);
+}
+.n {
+  text-align: right;
+}
+.w {
+  white-space: normal;
+  overflow-wrap: anywhere;
+  min-width: 9.6rem;
+}
+
+/* The bar behind a percentage */
+.bar {
+  position: absolute;
+  top: 2px;
+  left: 2px;
+  z-index: -1;
+  width: calc(100% - 4px);
+  height: calc(100% - 4px);
+  fill: var(--cpu);
+  opacity: 0.25;
+}
+.bar.ram,
+.bar.job_ram {
+  fill: var(--ram);
+}
+@media (prefers-reduced-motion: no-preference) {
+  .bar rect {
+    transition: width 0.3s;
+  }
+}
+
+/* Curves: small ones in a table, large ones on the page of a node */
+.line {
+  width: 8rem;
+  height: 1.3rem;
+  overflow: visible;
+  vertical-align: middle;
+  border-bottom: 1px solid var(--line);
+}
+path {
+  fill: none;
+  stroke: var(--cpu);
+  stroke-width: 1.5;
+  stroke-linecap: round;
+  vector-effect: non-scaling-stroke;
+}
+path.ram {
+  stroke: var(--ram);
+  stroke-dasharray: 3 2;
+}
+.graphs {
+  grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr));
+  margin: 0 0 1rem;
+}
+figure .line {
+  display: block;
+  width: 100%;
+  height: 6rem;
+}
+.axis {
+  display: flex;
+  justify-content: space-between;
+}
+@media (min-width: 700px) {
+  figure:nth-child(-n+2) {
+    grid-column: span 2;
+  }
+}
+
+/* The map: a tile is filled up to --v and shows its label when it is pointed at */
+.map {
+  position: relative;
+  display: grid;
+  gap: 2px;
+  margin-top: 0.2rem;
+  grid-template-columns: repeat(auto-fill, minmax(1.15rem, 1fr));
+}
+.map a {
+  height: 1.15rem;
+  text-align: center;
+  font: 700 0.8rem/1.15rem system-ui;
+  text-decoration: none;
+  color: var(--fg);
+  background: linear-gradient(to top, var(--tile) var(--v), var(--line) 0);
+}
+.map a:hover::after,
+.map a:focus::after {
+  content: attr(aria-label);
+  position: absolute;
+  bottom: 100%;
+  left: 0;
+  right: 0;
+  font: 1rem/1.6 system-ui;
+  text-align: left;
+  background: var(--bg);
+}
+.map .al {
+  outline: 2px solid var(--bad);
+}
+.map .al::before {
+  content: "!";
+}
+
+/* Wide screens: what left and what happened beside the table of nodes */
+@media (min-width: 1800px) {
+  main {
+    display: grid;
+    gap: 0 2.5rem;
+    grid-template-columns: minmax(0, 1fr) 44rem;
+  }
+  main > * {
+    grid-column: 1 / -1;
+  }
+  #nodes {
+    grid-column: 1;
+  }
+  aside {
+    grid-column: 2;
+  }
+}
+"""
+TILE_STEPS = 20  # how finely a tile of the map shows its percentage
+TILE_LEVELS = "".join(
+    ".v%d { --v: %d%%; }\n" % (step, 100 // TILE_STEPS * step)
+    for step in range(TILE_STEPS + 1)
+)
+STYLE = STYLE_SHEET + TILE_LEVELS
+
+# ============================================================================
+# Script of the page
+# ============================================================================
+
+SCRIPT = """\
+"use strict";
+// Every 2 s: fetch this very page, and change in place what differs.
+
+const main = document.querySelector("main");
+const notice = document.getElementById("notice");
+let answered = new Date();
+let asked = 0;
+let open = 0;
+
+function morphAttributes(old, wanted) {
+  for (const {name} of [...old.attributes]) {
+    if (!wanted.hasAttribute(name)) old.removeAttribute(name);
+  }
+  for (const {name, value} of wanted.attributes) {
+    if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+  }
+}
+function morphChild(parent, index, wanted) {
+  const at = parent.childNodes[index] || null;
+  const twin = wanted.id ? document.getElementById(wanted.id) : at;
+  const isTwin = twin && twin.parentNode === parent
+    && twin.nodeName === wanted.nodeName && twin.id === wanted.id;
+  if (!isTwin) {
+    parent.insertBefore(wanted, at);
+    return;
+  }
+  // an element with an id is kept wherever it goes
+  if (twin !== at) parent.insertBefore(twin, at);
+  if (wanted.nodeType === Node.ELEMENT_NODE) morph(twin, wanted);
+  else if (twin.data !== wanted.data) twin.data = wanted.data;
+}
+function morph(old, wanted) {
+  morphAttributes(old, wanted);
+  const ids = new Set([...wanted.children].map(child => child.id));
+  for (const child of [...old.children]) {
+    if (!ids.has(child.id)) child.remove();
+  }
+  const nodes = [...wanted.childNodes];
+  nodes.forEach((node, index) => morphChild(old, index, node));
+  while (old.childNodes.length > nodes.length) old.lastChild.remove();
+}
+function show(page) {
+  const focus = document.activeElement;
+  const selection = getSelection();
+  const {isCollapsed, anchorNode, anchorOffset, focusNode, focusOffset} = selection;
+  morph(main, page.querySelector("main"));
+  if (focus !== document.activeElement) focus.focus({preventScroll: true});
+  try {
+    const ends = [anchorNode, anchorOffset, focusNode, focusOffset];
+    if (!isCollapsed) selection.setBaseAndExtent(...ends);
+  } catch (error) { /* that text is gone */ }
+  document.title = page.title;
+  answered = new Date();
+  notice.hidden = true;
+}
+async function update() {
+  const mine = ++asked;
+  const signal = AbortSignal.timeout(5000);
+  try {
+    open++;
+    const answer = await fetch(location, {headers: {Accept: "text/html"}, signal});
+    const text = await answer.text();
+    if (mine !== asked) return;  // another one was asked for meanwhile
+    const page = new DOMParser().parseFromString(text, "text/html");
+    if (!answer.ok) throw RangeError(page.body.textContent);
+    show(page);
+  } catch (error) {
+    const since = answered.toTimeString().slice(0, 8);
+    const reason = error instanceof RangeError ? error.message : "";
+    notice.textContent = `No answer since ${since}, asking every 2 s. ${reason}`;
+    main.classList.add("stale");
+    notice.hidden = false;
+  } finally {
+    open--;
+  }
+}
+function go(how, url) {
+  history[how](null, "", url);
+  update();
+}
+addEventListener("popstate", update);
+document.addEventListener("visibilitychange", () => document.hidden || update());
+document.addEventListener("input", event => {
+  const fields = [...new FormData(event.target.form)];
+  const filled = fields.filter(([key, value]) => value);
+  go("replaceState", "/?" + new URLSearchParams(filled));
+});
+document.addEventListener("click", event => {
+  const link = event.target.closest("a[href^='/?']");
+  const isAside = event.ctrlKey || event.metaKey || event.shiftKey;
+  if (!link || isAside) return;
+  go("pushState", link.href);
+  event.preventDefault();
+});
+if (location.search.includes("token=")) history.replaceState(null, "", location.pathname);
+setInterval(() => document.hidden || open || update(), 2000);
+"""
+
+# ============================================================================
 # Pages: a snapshot -> HTML, JSON, CSV, text, metrics.  The only room that knows HTML.
 # ============================================================================
 
@@ -2107,99 +2514,6 @@ GRAPHS = tuple(
     )
 )
 Query = Dict[str, str]
-STYLE = """
-:root{color-scheme:light dark;overflow-anchor:none;--bg:#fff;--fg:#1a1f26;--dim:#586371;
---line:#dde2e8;--card:#f4f6f9;--cpu:#2563c9;--ram:#0b8a70;--bad:#b3261e;--tile:#7ba3ea;
-font:clamp(14px,10.5px + .33vw,24px)/1.5 system-ui} [hidden]{display:none}
-@media (prefers-color-scheme:dark){:root{--bg:#0f1318;--fg:#e4e9ef;--dim:#97a3b2;--line:#29313b;
---card:#171c23;--cpu:#6ea8ff;--ram:#35b79b;--bad:#ff8a80;--tile:#3b6cb8}}
-*{box-sizing:border-box} :focus-visible{outline:2px solid} .bad{color:var(--bad)}
-body{margin:0 auto;max-width:165rem;padding:1rem clamp(.6rem,2vw,2rem);background:var(--bg);
-color:var(--fg);font-variant-numeric:tabular-nums} a{color:var(--cpu)} thead a{color:inherit}
-h1{font-size:1.5rem;margin:0 0 .6rem;line-height:1.2;overflow-wrap:anywhere} .n{text-align:right}
-small,footer,dt,label,thead th,.axis,.finished{color:var(--dim);font-size:.85rem}
-.old{position:sticky;top:0;z-index:2;margin:0 0 .6rem;padding:.4rem .8rem;background:var(--bad);
-color:var(--bg);font-weight:600} .stale{filter:grayscale(1)} dd{margin:0;font-size:1.35rem}
-dl,.graphs{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:.6rem;margin:0}
-dl div,figure,pre{background:var(--card);padding:.5rem .8rem;margin:0;min-width:0;overflow:auto}
-form{display:flex;flex-wrap:wrap;gap:.5rem .8rem;margin:1rem 0} [aria-sort]{font-weight:700}
-label,dd small{display:grid} label{flex:0 1 10rem;min-width:7rem} .lost,.alert{font-weight:700}
-input,select{font:inherit;color:var(--fg);background:var(--bg);border:1px solid var(--dim);
-padding:.2rem .5rem;min-width:0} section{margin:0 0 1.4rem;min-width:0} .scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%} caption,h2{text-align:left;font:600 1.05rem system-ui}
-th,td{text-align:left;padding:.18rem .55rem;border-bottom:1px solid var(--line);font-weight:400;
-white-space:nowrap;position:relative;z-index:0} .axis{display:flex;justify-content:space-between}
-.job{background:var(--card)} .w{white-space:normal;overflow-wrap:anywhere;min-width:9.6rem}
-.bar{position:absolute;top:2px;left:2px;z-index:-1;width:calc(100% - 4px);height:calc(100% - 4px);
-fill:var(--cpu);opacity:.25} .bar.ram,.bar.job_ram{fill:var(--ram)} .line{width:8rem;height:1.3rem;
-overflow:visible;vertical-align:middle;border-bottom:1px solid var(--line)}
-path{fill:none;stroke:var(--cpu);stroke-width:1.5;stroke-linecap:round;
-vector-effect:non-scaling-stroke} path.ram{stroke:var(--ram);stroke-dasharray:3 2}
-.map{position:relative;display:grid;gap:2px;margin-top:.2rem;
-grid-template-columns:repeat(auto-fill,minmax(1.15rem,1fr))} .map .al{outline:2px solid var(--bad)}
-.map a{height:1.15rem;text-align:center;font:700 .8rem/1.15rem system-ui;text-decoration:none;
-color:var(--fg);background:linear-gradient(to top,var(--tile) var(--v),var(--line) 0)}
-.map a:hover::after,.map a:focus::after{content:attr(aria-label);position:absolute;bottom:100%;
-left:0;right:0;font:1rem/1.6 system-ui;text-align:left;background:var(--bg)}
-.map .al::before{content:"!"} figure .line{display:block;width:100%;height:6rem}
-.graphs{grid-template-columns:repeat(auto-fill,minmax(min(18rem,100%),1fr));margin:0 0 1rem}
-@media (min-width:700px){figure:nth-child(-n+2){grid-column:span 2}}
-@media (prefers-reduced-motion:no-preference){.bar rect{transition:width .3s}}
-@media (min-width:1800px){main{display:grid;gap:0 2.5rem;grid-template-columns:minmax(0,1fr) 44rem}
-main>*{grid-column:1/-1} #nodes{grid-column:1} aside{grid-column:2}}
-""" + "".join(".v%d{--v:%d%%}" % (step, 5 * step) for step in range(21))
-SCRIPT = """
-"use strict";   // every 2 s: fetch this very page, and change in place what differs
-const main = document.querySelector("main"), notice = document.getElementById("notice");
-let good = new Date(), asked = 0, open = 0;
-function morph(old, page) {     // an element with an id is kept wherever it goes
-  for (const {name} of [...old.attributes]) page.hasAttribute(name) || old.removeAttribute(name);
-  for (const {name, value} of page.attributes)
-    old.getAttribute(name) === value || old.setAttribute(name, value);
-  const ids = new Set([...page.children].map(child => child.id)), nodes = [...page.childNodes];
-  for (const child of [...old.children]) ids.has(child.id) || child.remove();
-  nodes.forEach((next, i) => {
-    const at = old.childNodes[i] || null, twin = next.id ? document.getElementById(next.id) : at;
-    if (!twin || twin.parentNode !== old || twin.nodeName !== next.nodeName || twin.id !== next.id)
-      return old.insertBefore(next, at);
-    if (twin !== at) old.insertBefore(twin, at);
-    if (next.nodeType === 1) morph(twin, next);
-    else if (twin.data !== next.data) twin.data = next.data;
-  });
-  while (old.childNodes.length > nodes.length) old.lastChild.remove();
-}
-async function update() {
-  const mine = ++asked, signal = AbortSignal.timeout(5000);
-  try {
-    open++;
-    const answer = await fetch(location, {headers: {Accept: "text/html"}, signal});
-    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-    if (mine !== asked) return;     // another one was asked for meanwhile
-    if (!answer.ok) throw RangeError(page.body.textContent);
-    const focus = document.activeElement, s = getSelection(), picked = s.isCollapsed ? null
-      : [s.anchorNode, s.anchorOffset, s.focusNode, s.focusOffset];
-    morph(main, page.querySelector("main"));
-    if (focus !== document.activeElement) focus.focus({preventScroll: true});
-    try { picked && s.setBaseAndExtent(...picked); } catch (error) { /* that text is gone */ }
-    document.title = page.title, good = new Date(), notice.hidden = true;
-  } catch (error) {
-    notice.textContent = `No answer since ${good.toTimeString().slice(0, 8)}, asking every 2 s. `
-      + (error instanceof RangeError ? error.message : "");
-    main.classList.add("stale"), notice.hidden = false;
-  } finally { open--; }
-}
-function go(how, url) { history[how](null, "", url), update(); }
-addEventListener("popstate", update);
-document.addEventListener("visibilitychange", () => document.hidden || update());
-document.addEventListener("input", event => go("replaceState", "/?" + new URLSearchParams(
-  [...new FormData(event.target.form)].filter(([key, value]) => value))));
-document.addEventListener("click", event => {
-  const link = event.target.closest("a[href^='/?']"), aside = event.ctrlKey || event.metaKey;
-  if (link && !aside && !event.shiftKey) event.preventDefault(go("pushState", link.href));
-});
-if (location.search.includes("token=")) history.replaceState(null, "", location.pathname);
-setInterval(() => document.hidden || open || update(), 2000);
-"""
 PAGE_HTML = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{} - Cluster Sentinel</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">

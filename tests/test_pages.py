@@ -338,8 +338,8 @@ class Gone(unittest.TestCase):
         page = render("/", view([], [event("lost", "c9"), event("finished", "c8")]))
         self.assertIn('<td class="lost">lost</td>', page)
         self.assertIn('<td class="finished">finished</td>', page)
-        self.assertRegex(master.STYLE, r"\.finished[,{][^}]*color:var\(--dim\)")
-        self.assertRegex(master.STYLE, r"\.lost[,{][^}]*font-weight:700")
+        self.assertRegex(master.STYLE, r"\.finished\s*[,{][^}]*color:\s*var\(--dim\)")
+        self.assertRegex(master.STYLE, r"\.lost\s*[,{][^}]*font-weight:\s*700")
 
 
 class Sentence(unittest.TestCase):
