@@ -2191,6 +2191,9 @@ section {
 .scroll {
   overflow-x: auto;
 }
+#jobs {
+  margin-top: 1rem;
+}
 table {
   border-collapse: collapse;
   width: 100%;

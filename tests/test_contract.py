@@ -35,7 +35,7 @@ NOT_STDLIB = {"agent.py": {"psutil"}, "test_reader.py": {"master_server"}}
 FOREIGN_FLAGS = set(
     """
     --array --cpus-per-task --export --gres --job-name --mem --nodes --ntasks --ntasks-per-node
-    --output --overlap --partition --signal --time --wait
+    --output --overlap --partition --signal --strict --time --version --wait
 """.split()
 )
 
@@ -182,7 +182,7 @@ class Repository(unittest.TestCase):
 class Readme(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        cls.readme = text_of("README.md")
+        cls.readme = text_of("README.md") + text_of("tests/README.md")
         cls.flags = {
             name: flags_in(support.run(name, "--help").stdout) for name in TOOLS
         }

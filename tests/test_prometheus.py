@@ -206,7 +206,9 @@ class Scraped(unittest.TestCase):
 
 class Quoted(unittest.TestCase):
     def test_what_the_readme_quotes_is_what_was_tested(self):
-        with open(os.path.join(support.ROOT, "README.md"), encoding="utf-8") as file:
+        with open(
+            os.path.join(support.ROOT, "tests", "README.md"), encoding="utf-8"
+        ) as file:
             readme = file.read()
         for name in ("prometheus.yml", "alerts.yml"):
             self.assertIn(textwrap.indent(text_of(name), "    "), readme)

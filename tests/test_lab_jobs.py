@@ -1,0 +1,177 @@
+"""Jobs that know nothing of us, watched from one command: real Slurm, real sshd (lab.sh).
+
+sshd forwards no TCP here, and of what the compute nodes send to the login node only Slurm's
+own passes, as where Solutions A and B cannot work.
+"""
+
+import json
+import os
+import signal
+import time
+import unittest
+
+import test_lab
+from support import eventually
+
+SPIN = "#!/bin/bash\nsrun --ntasks=$SLURM_NNODES timeout 600 python3 -c 'while True: pass'\n"
+ASK = (
+    "import sys, urllib.request;"
+    " url = 'http://127.0.0.1:%s%s' % (sys.argv[1], sys.argv[2]);"
+    " print(urllib.request.urlopen(url, timeout=5).read().decode())"
+)
+ONLY_SLURM = (
+    "add table ip jobs;"
+    " add chain ip jobs way {type filter hook output priority 0;};"
+    " add rule ip jobs way ip daddr 10.77.2.1 tcp dport != {6817, 60001-60999}"
+    " tcp flags & (syn|ack) == syn drop"
+)
+LAB = None
+
+
+def setUpModule():
+    if os.environ.get("SENTINEL_TEST_ALL") != "1":
+        raise unittest.SkipTest("a Slurm cluster: SENTINEL_TEST_ALL=1 runs it")
+    global LAB
+    LAB = test_lab.Lab()
+    LAB.up()
+    config = os.path.join(LAB.dir, "etc", "ssh", "sshd_config")
+    with open(config, "a") as file:
+        file.write("AllowTcpForwarding no\n")
+    LAB.run("login", "sh", "-c", "kill -HUP $(cat /run/sshd.pid)", user="root")
+    # the ports on which srun hears its tasks: Slurm's own, as the controller's
+    with open(os.path.join(LAB.dir, "etc", "slurm", "slurm.conf"), "a") as file:
+        file.write("SrunPortRange=60001-60999\n")
+    LAB.run("login", "scontrol", "reconfigure", user="root")
+    for host in ("c1", "c2"):
+        LAB.run(host, "nft", ONLY_SLURM, user="root")
+    with open(LAB.path("spin.sh"), "w") as file:
+        file.write(SPIN)
+    os.chmod(LAB.path("spin.sh"), 0o755)
+
+
+def tearDownModule():
+    if LAB:
+        LAB.down()
+
+
+class Watched(unittest.TestCase):
+    def setUp(self):
+        self.addCleanup(LAB.no_jobs)
+
+    def watch(self, host, *flags):
+        master = LAB.start(host, "python3", "master_server.py", *flags)
+        self.addCleanup(master.stop)
+        self.host = host
+        self.page = master.listening("dashboard")
+        return master
+
+    def ask(self, path):
+        text = LAB.run(self.host, "python3", "-c", ASK, self.page, path)
+        return json.loads(text)
+
+    def rows(self):
+        """{(job, node): row}"""
+        return {
+            (row["job"], row["node"]): row for row in self.ask("/api/nodes")["nodes"]
+        }
+
+    def jobs(self):
+        return {job["job"]: job for job in self.ask("/api/jobs")["jobs"]}
+
+    def steps(self):
+        names = LAB.run("login", "squeue", "-s", "-h", "-o", "%j").split()
+        return names.count("sentinel")
+
+    def aged(self, *jobs):
+        """Wait until the jobs run, and are no longer too young to be attached to."""
+        eventually(lambda: all(LAB.queue().get(job) == "RUNNING" for job in jobs), 30)
+        since = time.monotonic()
+        eventually(lambda: time.monotonic() - since > 20, 30)
+
+    def test_from_the_laptop_by_one_ssh_without_a_port_a_file_or_a_changed_script(self):
+        two = LAB.sbatch(
+            "-N2", "--ntasks-per-node=1", "--mem=300", "-t10", "-Jtwo", "spin.sh"
+        )
+        one = LAB.sbatch("-N1", "-c2", "--mem=200", "-t10", "-Jone|x", "spin.sh")
+        self.aged(two, one)
+        before = sorted(os.listdir(LAB.path()))
+        master = self.watch("laptop", "--ssh", "login")
+        three = {(two, "c1"), (two, "c2"), (one, "c1")}
+        began = time.monotonic()
+        eventually(lambda: set(self.rows()) == three, 20)
+        self.assertLess(time.monotonic() - began, 15)
+        row = eventually(
+            lambda: self.rows()[one, "c1"]["job_cpu"] and self.rows()[one, "c1"]
+        )
+        self.assertEqual((row["job_name"], row["job_cpus"]), ("one|x", 2))
+        self.assertEqual(row["job_mem_limit"], 200 * 2**20)
+        self.assertTrue(400 < row["job_time_left"] < 600)
+        self.assertEqual(row["job_time_limit"], 600)
+        self.assertEqual(self.jobs()[two]["state"], "RUNNING")
+        self.assertEqual(self.steps(), 2)
+        self.assertEqual(sorted(os.listdir(LAB.path())), before)
+        sessions = LAB.run("login", "pgrep", "-fc", "sshd: tester@")
+        self.assertEqual(int(sessions), 1)
+        listeners = LAB.run("login", "ss", "-Htlnp", user="root")
+        self.assertNotIn("python", listeners)
+        later = LAB.sbatch("-N1", "-c1", "--mem=100", "-t10", "-Jlater", "spin.sh")
+        eventually(
+            lambda: (later, "c1") in self.rows() or (later, "c2") in self.rows(), 60
+        )
+        LAB.run("login", "scancel", one)
+        master.logged(r"finished c1 \(job %s\): SIGTERM; ran " % one, 15)
+        eventually(lambda: self.jobs()[one]["state"] == "CANCELLED", 60)
+        self.assertEqual(master.stop(), 0)
+        eventually(lambda: self.steps() == 0, 10)
+
+    def test_nothing_is_left_of_a_master_that_was_killed_and_the_job_never_noticed(
+        self,
+    ):
+        with open(LAB.path("quiet.sh"), "w") as file:
+            file.write("#!/bin/bash\nsleep 45; echo done; exit 3\n")
+        job = LAB.sbatch("-N1", "--mem=100", "-t10", "quiet.sh")
+        self.aged(job)
+        master = self.watch("login", "--my-jobs")
+        eventually(lambda: (job, "c1") in self.rows(), 20)
+        self.assertEqual(self.steps(), 1)
+        for pid in LAB.pids("login", "master_server.py"):
+            os.kill(pid, signal.SIGKILL)
+        eventually(lambda: self.steps() == 0, 15)
+        self.assertEqual(LAB.pids("login", "agent.py"), [])
+        master.kill()
+        eventually(lambda: job not in LAB.queue(), 60)
+        self.assertEqual(LAB.text("slurm-%s.out" % job), "done\n")
+        told = LAB.run("login", "scontrol", "show", "job", job)
+        self.assertIn("ExitCode=3:0", told)
+
+    def test_how_a_job_ended_is_told_as_slurm_says(self):
+        with open(LAB.path("fail.sh"), "w") as file:
+            file.write("#!/bin/bash\nsleep 30; exit 3\n")
+        failing = LAB.sbatch("-N1", "--mem=100", "-t10", "fail.sh")
+        waiting = LAB.sbatch("-N2", "--exclusive", "--mem=100", "-t10", "spin.sh")
+        self.watch("login", "--my-jobs")
+        eventually(lambda: self.jobs()[waiting]["reason"], 30)
+        self.assertEqual(self.jobs()[waiting]["state"], "PENDING")
+        ended = eventually(
+            lambda: self.jobs()[failing]["exit"] and self.jobs()[failing], 90
+        )
+        self.assertEqual((ended["state"], ended["exit"]), ("FAILED", "3:0"))
+
+    def test_a_login_that_cannot_be_reached_is_one_line_and_exit_1(self):
+        master = LAB.start("laptop", "python3", "master_server.py", "--ssh", "nowhere")
+        self.addCleanup(master.stop)
+        self.assertEqual(master.wait(30), 1)
+        self.assertRegex(master.log, r"error: .*nowhere")
+        self.assertNotIn("Traceback", master.log)
+
+    def test_ports_of_a_colleague_are_left_alone_and_the_next_are_told(self):
+        other = LAB.start("login", "python3", "master_server.py")
+        self.addCleanup(other.stop)
+        other.listening("dashboard")
+        master = self.watch("login", "--my-jobs")
+        self.assertEqual(self.page, 8081)
+        self.assertEqual(master.listening("collector"), 13580)
+
+
+if __name__ == "__main__":
+    unittest.main()
