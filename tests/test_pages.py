@@ -252,8 +252,8 @@ class Selection(unittest.TestCase):
         ):
             with self.subTest(sort):
                 self.assertEqual(self.slots(sort=sort), slots)
-        for key in master.COLUMNS:
-            self.assertEqual(len(self.slots(sort="-" + key)), 3)
+        for column in master.COLUMNS:
+            self.assertEqual(len(self.slots(sort="-" + column.key)), 3)
 
     def marks(self, *rows):
         return [
