@@ -885,6 +885,60 @@ class Threads(unittest.TestCase):
             self.assertNotRegex(master.log, NOISE)
 
 
+# The collector has no more than so many threads; a dashboard is not touched.
+FEW_THREADS = """
+import threading
+start = master_server.ServeThread.start
+def limited(self):
+    name = multiprocessing.current_process().name
+    if name == "collector" and threading.active_count() > 4:
+        raise RuntimeError("can't start new thread")
+    start(self)
+master_server.ServeThread.start = limited
+"""
+
+
+class NoRoom(unittest.TestCase):
+    """Agents that are turned away for want of threads are counted and told."""
+
+    def test_they_are_told_everywhere_and_room_is_used_as_soon_as_there_is_some(self):
+        with support.start_master(patch=FEW_THREADS) as master:
+            inside = []
+            for number in range(4):
+                agent = PlainAgent(master.port)
+                self.addCleanup(agent.close)
+                agent.send(
+                    {"cpu": 1.0, "ram": 1.0, "node": "in%d" % number, "ack": True}
+                )
+                self.assertEqual(agent.read_line(), "ok")
+                inside.append(agent)
+            for count in range(1, 7):
+                with PlainAgent(master.port) as agent:
+                    self.assertRegex(
+                        agent.read_line(),
+                        "error no room .*thread.*TasksMax.*last minute: %d" % count,
+                    )
+            words = "6 agents turned away in the last minute: no room"
+            eventually(lambda: words in get(master.page, "/nodes.txt").text)
+            self.assertIn(words, support.page_text(master.page))
+            self.assertNotIn("All is well", support.page_text(master.page))
+            self.assertIn("ok, but " + words, get(master.page, "/healthz").text)
+            metrics = get(master.page, "/metrics").text
+            self.assertIn("sentinel_turned_away_total{} 6\n", metrics)
+            self.assertLessEqual(master.log.count("cannot take new connections"), 2)
+            for agent in inside:
+                agent.send({"cpu": 2.0, "ram": 1.0, "node": "in", "ack": True})
+                self.assertEqual(agent.read_line(), "ok")
+            inside.pop().close()
+
+            def gets_in():
+                with PlainAgent(master.port) as agent:
+                    agent.send({"cpu": 1.0, "ram": 1.0, "ack": True})
+                    return agent.read_line() == "ok"
+
+            eventually(gets_in)
+
+
 # The wall clock of a whole program is the real one plus the number in the file $SHIFT.
 SHIFTED = """
 import os, time

@@ -13,6 +13,7 @@ import re
 import sys
 import types
 import unittest
+import unittest.mock
 
 import support  # noqa: F401  (puts the tools on the path)
 
@@ -100,7 +101,7 @@ def view(nodes=(), events=(), beat=0.2, jobs=(), turned_away=0, why=""):
         samples=1234,
         jobs=list(jobs),
         jobs_left_out=0,
-        turned_away=turned_away + 7,
+        turned_away=turned_away,
         turned_away_lately=turned_away,
         turned_away_why=why,
         rows=lambda: map(tuple, map(fields, nodes)),
@@ -362,40 +363,6 @@ class Sentence(unittest.TestCase):
         self.assertIn("silent for 12 s", words(render("/", snapshot)))
         self.assertIn("silent for 12 s", render("/nodes.txt", snapshot))
         self.assertNotIn("sentinel_node_cpu_percent{", render("/metrics", snapshot))
-
-    def test_agents_that_are_turned_away_are_told_with_the_reason(self):
-        why = "no room for more agents here (can't start new thread)"
-        said = "\u26a0 40 agents turned away in the last minute: " + why
-        snapshot = view([node(1)], turned_away=40, why=why)
-        self.assertEqual(self.title(snapshot), said)
-        self.assertIn(said, words(render("/", snapshot)))
-        self.assertTrue(render("/nodes.txt", snapshot).startswith(said + " | "))
-        self.assertEqual(
-            render("/healthz", snapshot),
-            "ok, but 40 agents turned away in the last minute: %s\n" % why,
-        )
-        text = render("/metrics", snapshot)
-        self.assertIn("# TYPE sentinel_turned_away_total counter\n", text)
-        self.assertIn("sentinel_turned_away_total{} 47\n", text)
-        self.assertIn("# TYPE sentinel_turned_away_lately gauge\n", text)
-        self.assertIn("sentinel_turned_away_lately{} 40\n", text)
-
-    def test_agents_that_are_turned_away_are_told_beside_other_trouble(self):
-        snapshot = view([node(1, alerts="cpu>90")], turned_away=1, why="<no threads>")
-        self.assertEqual(
-            self.title(snapshot),
-            "\u26a0 Alerts: 1; 1 agent turned away in the last minute: <no threads>",
-        )
-        self.assertNotIn("<no threads>", render("/", snapshot))
-        self.assertEqual(
-            self.title(view(turned_away=2, why="x"))[:10], "\u26a0 2 agents"
-        )
-
-    def test_nothing_is_said_of_agents_turned_away_longer_ago(self):
-        snapshot = view([node(1)], why="no room")
-        self.assertEqual(self.title(snapshot), "All is well")
-        self.assertEqual(render("/healthz", snapshot), "ok\n")
-        self.assertIn("sentinel_turned_away_total{} 7\n", render("/metrics", snapshot))
 
     def test_mean_worst_jobs_and_the_newest_sample_are_in_the_summary(self):
         snapshot = view(
@@ -777,6 +744,70 @@ class Past(unittest.TestCase):
             types.SimpleNamespace(options=None, cost={}, series=history.series),
         )
         self.assertNotIn("inf", page)
+
+
+class TurnedAway(unittest.TestCase):
+    """Agents that found no room are told wherever somebody looks."""
+
+    def test_the_headline_the_text_healthz_and_the_metrics_say_how_many_and_why(self):
+        full = view([node(1)], turned_away=40, why="no room: raise TasksMax")
+        words = "40 agents turned away in the last minute: no room: raise TasksMax"
+        for path in ("/", "/nodes.txt"):
+            with self.subTest(path):
+                self.assertIn(words, render(path, full))
+                self.assertNotIn("All is well", render(path, full))
+        self.assertEqual(render("/healthz", full), "ok, but %s\n" % words)
+        self.assertIn("\nsentinel_turned_away_total{} 40\n", render("/metrics", full))
+
+    def test_without_any_nothing_is_said_of_it(self):
+        for path in ("/", "/nodes.txt", "/healthz"):
+            self.assertNotIn("turned away", render(path, view([node(1)])))
+
+    def test_they_are_told_beside_other_trouble_and_their_reason_stays_text(self):
+        rows = [node(1, alerts="cpu>90")]
+        full = view(rows, turned_away=1, why="<no threads>")
+        title = master.figures(full, master.select(full, {}))[0]
+        self.assertEqual(
+            title,
+            "\u26a0 Alerts: 1; 1 agent turned away in the last minute: <no threads>",
+        )
+        self.assertIn(title, words(render("/", full)))
+        self.assertNotIn("<no threads>", render("/", full))
+
+    def test_a_gauge_falls_to_zero_while_the_counter_stays(self):
+        full = view([node(1)], turned_away=40)
+        after = view([node(1)], turned_away=40)
+        after.turned_away_lately = 0
+        for snapshot, lately in ((full, 40), (after, 0)):
+            text = render("/metrics", snapshot)
+            self.assertIn("# TYPE sentinel_turned_away_total counter\n", text)
+            self.assertIn("\nsentinel_turned_away_total{} 40\n", text)
+            self.assertIn("# TYPE sentinel_turned_away_lately gauge\n", text)
+            self.assertIn("\nsentinel_turned_away_lately{} %d\n" % lately, text)
+
+
+class Columns(unittest.TestCase):
+    def test_a_column_more_in_the_list_is_on_the_page_and_in_the_text(self):
+        rows = [node(1, swap=12.5), node(2)]
+        for path in ("/", "/nodes.txt"):
+            self.assertNotIn("Swap", render(path, view(rows)))
+        more = (*master.COLUMNS, master.of_metric("swap"))
+        with unittest.mock.patch.object(master, "COLUMNS", more):
+            page = render("/", view(rows), sort="-swap")
+            text = render("/nodes.txt", view(rows))
+        self.assertRegex(
+            page, r'aria-sort="descending"><a href="/\?sort=swap">Swap</a>'
+        )
+        self.assertIn('<td class="n">12.5 %<svg class="bar swap"', page)
+        self.assertRegex(text, r"(?m)^Node .* Swap$")
+        self.assertRegex(text, r"(?m)^10\.0\.0\.1.* 12\.5 %$")
+
+    def test_every_metric_can_be_a_column(self):
+        for metric in master.METRICS:
+            column = master.of_metric(metric.key)
+            self.assertEqual(column.heading, metric.label)
+            is_number = metric.key in master.NUMBERS
+            self.assertEqual(column.align == master.RIGHT, is_number, metric.key)
 
 
 class Text(unittest.TestCase):

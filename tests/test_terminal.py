@@ -1,0 +1,123 @@
+"""The terminal goes away, or stops the master for a while: that is an ordinary end, or none."""
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import termios
+import unittest
+
+import support
+from support import PlainAgent, eventually, nodes, start_master
+
+
+class Gone(unittest.TestCase):
+    def setUp(self):
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.log = os.path.join(self.folder, "log")
+        self.before = support.shm_names()
+
+    def text(self):
+        if not os.path.exists(self.log):
+            return ""
+        with open(self.log) as file:
+            return file.read()
+
+    def command(self):
+        path = os.path.join(support.ROOT, "master_server.py")
+        flags = ["--port", "0", "--dashboard-port", "0", "--with-agent"]
+        return [support.PYTHON, path] + flags
+
+    def assertEnded(self, pids):
+        """All processes have ended, and no shared memory is left."""
+        eventually(lambda: not any(map(support.alive, pids)), 10)
+        eventually(lambda: support.shm_names() <= self.before)
+
+    def test_a_closed_terminal_ends_the_master_in_order(self):
+        for where in ("file", "terminal"):
+            with self.subTest("log on a " + where):
+                ours, theirs = os.openpty()
+
+                def take_terminal(theirs=theirs):
+                    fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+                with open(self.log, "w") as log:
+                    master = support.Tool(
+                        self.command(),
+                        dict(os.environ),
+                        stdin=theirs,
+                        stdout=theirs,
+                        stderr=log if where == "file" else theirs,
+                        preexec_fn=take_terminal,
+                    )
+                self.addCleanup(master.kill)
+                os.close(theirs)
+                if where == "file":
+                    eventually(lambda: "connected" in self.text())
+                    eventually(lambda: "acknowledged" in self.text() or self.text())
+                else:
+                    said = b""
+                    while b"connected" not in said:
+                        said += os.read(ours, 65536)
+                family = [master.pid] + support.descendants(master.pid)
+                self.assertGreaterEqual(len(family), 4)
+                os.close(ours)
+                self.assertEqual(master.wait(15), 0)
+                self.assertEnded(family)
+                if where == "file":
+                    self.assertRegex(self.text(), r"goodbye: SIG(HUP|TERM)")
+                    self.assertRegex(self.text(), r"stopped\n\Z")
+                    self.assertNotIn("Traceback", self.text())
+
+    def test_sighup_ends_it_unless_it_was_ignored_at_the_start(self):
+        with start_master() as master:
+            family = support.descendants(master.pid)
+            master.send_signal(signal.SIGHUP, group=True)
+            self.assertEqual(master.wait(), 0)
+            self.assertRegex(master.log, r"stopped\n\Z")
+            self.assertEnded(family)
+
+        def ignore():
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+        with start_master(preexec_fn=ignore) as master:
+            family = support.descendants(master.pid)
+            master.send_signal(signal.SIGHUP, group=True)
+            with PlainAgent(master.port) as agent:
+                agent.send({"cpu": 1.0, "ram": 1.0})
+                eventually(lambda: nodes(master.page))
+            self.assertTrue(all(map(support.alive, family)))
+            self.assertEqual(master.stop(), 0)
+
+    def test_a_master_that_was_stopped_and_goes_on_serves_again(self):
+        with start_master("--with-agent") as master:
+            eventually(lambda: nodes(master.page))
+            master.send_signal(
+                signal.SIGSTOP, group=True
+            )  # as Ctrl-Z, which nobody may ignore
+            pids = [master.pid] + support.descendants(master.pid)
+            eventually(lambda: all(support._stat(pid)[0] == "T" for pid in pids))
+            master.send_signal(signal.SIGCONT, group=True)  # as fg, and as bg
+            eventually(lambda: nodes(master.page))
+            self.assertEqual(master.stop(), 0)
+            self.assertNotIn("Traceback", master.log)
+
+    @support.requires("tmux")
+    def test_a_tmux_session_that_is_killed_ends_it(self):
+        socket = os.path.join(self.folder, "tmux")
+        line = "exec %s 2>%s" % (" ".join(self.command()), self.log)
+        tmux = ["tmux", "-S", socket]
+        subprocess.check_call(tmux + ["new-session", "-d", line])
+        try:
+            eventually(lambda: "connected" in self.text())
+        finally:
+            subprocess.check_call(tmux + ["kill-session"])
+        eventually(lambda: "stopped" in self.text())
+        eventually(lambda: support.shm_names() <= self.before)
+
+
+if __name__ == "__main__":
+    unittest.main()
