@@ -2588,6 +2588,11 @@ ASIDE_HTML = """
     </aside>"""
 
 
+SPECIAL = re.compile(
+    "[&<>\"']"
+)  # most texts have none, and html.escape() takes its time
+
+
 class Html(str):
     """Markup: what ``fill`` made.  Any other text is escaped on its way in."""
 
@@ -2596,13 +2601,10 @@ def as_markup(value: object) -> str:
     """A value as markup: a list stands for its items, None for nothing."""
     if isinstance(value, Html):
         return value
-    if isinstance(value, (int, float)):
-        return str(value)  # nothing in it to escape
-    if value is None:
-        return ""
     if isinstance(value, list):
         return "".join(map(as_markup, value))
-    return html.escape(str(value))
+    text = "" if value is None else str(value)
+    return html.escape(text) if SPECIAL.search(text) else text
 
 
 def fill(template: str, *values: object, **named: object) -> Html:
