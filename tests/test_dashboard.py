@@ -418,7 +418,7 @@ class Storm(Served):
                     agent.send({"cpu": cpu, "ram": 1.0, "node": "n%d" % number})
         eventually(lambda: not support.events(self.page, "lost"))
         page = get(self.page).text
-        self.assertRegex(page, r'<section id="lost".*/node/gone')
+        self.assertRegex(page, r'(?s)<section id="lost".*/node/gone')
         self.assertIn('sentinel_node_lost{node="gone"', get(self.page, "/metrics").text)
 
 
