@@ -20,7 +20,9 @@ Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP, 1 could not start, 2 bad usa
 #   Table          shared memory: the only room that knows offsets, lock and sequence number
 #   Alerts         rules -> what fires and what is resolved; the runner of --alert-command
 #   Collector      agents' sockets -> wire -> table and alerts: a thread for each agent
-#   Pages          a copy of the table -> HTML, JSON, CSV, text: the only room that knows HTML
+#   The page       a copy of the table -> HTML, and nobody else knows HTML.  Eight rooms: Style
+#                  sheet, Script, Markup, Readings, Selection, Jobs, Columns, Pages
+#   For programs   a copy of the table -> JSON, CSV, text, Prometheus
 #   Dashboard      browsers' sockets -> request -> pages: a thread for each connection
 #   Supervisor     processes and signals: the only room that starts or ends a process of ours
 #   Command line   flags -> options, and the way from there to the supervisor
@@ -77,6 +79,7 @@ from typing import (
     NamedTuple,
     Optional,
     Sequence,
+    Set,
     Tuple,
     Union,
 )
@@ -896,19 +899,18 @@ class Table:
         (self.events,) = FIRST.unpack_from(self.buf, self.counts_at)
         self.jobs_left_out = NOTES.unpack_from(self.buf, self.notes_at)[1]
 
+    @staticmethod
+    def size_for(capacity: int) -> int:
+        """The bytes of a segment for so many slots, in whole pages."""
+        size = capacity * (SLOT.size + DETAIL.size)
+        size += EVENTS * EVENT.size + JOBS * JOB.size
+        size += NOTES.size + HEADER.size + SEQUENCE.size + COUNTS.size
+        return size + -size % PAGE
+
     @classmethod
     def create(cls, name: str, capacity: int) -> "Table":
         """Make the segment; one whose owner is dead is replaced, one whose owner lives is not."""
-        size = (
-            capacity * (SLOT.size + DETAIL.size)
-            + EVENTS * EVENT.size
-            + JOBS * JOB.size
-            + NOTES.size
-            + HEADER.size
-            + SEQUENCE.size
-            + COUNTS.size
-        )
-        size += -size % PAGE
+        size = cls.size_for(capacity)
         try:
             cls.discard(name)
             table = cls(make_segment(name, size))
@@ -927,6 +929,12 @@ class Table:
         HEADER.pack_into(table.buf, table.header_at, *header)
         COUNTS.pack_into(table.buf, table.counts_at, 0, 0, time.monotonic(), 0)
         table.load()
+        if not table.has_name():
+            # one that started at the same moment took it for a dead one's
+            raise TableError(
+                "another master has just taken shared memory %s; give another --port or"
+                " --shm-name" % name
+            )
         return table
 
     @classmethod
@@ -2119,234 +2127,622 @@ def start_serving(
 
 
 # ============================================================================
-# Pages: a snapshot -> HTML, JSON, CSV, text, metrics.  The only room that knows HTML.
+# Style sheet of the page
 # ============================================================================
 
-MAP_FROM, PAGE_ROWS = 61, 100  # nodes: so many get a map, more a table in pages
-NEW_EVENTS = 20  # events on the page
-FINE, COARSE, FIFTH = (
-    300,
-    60,
-    5,
-)  # points of graphs: CPU and RAM, others every fifth tick
-IDLE, BUSY = 10.0, 50.0  # percent: idle is below, if the rest of its job is above
-COLUMNS = (
-    "node",
-    "job",
-    "job_name",
-    "user",
-    "cpu",
-    "ram",
-    "recent",
-    "job_cpu",
-    "job_ram",
-    "gpu",
-    "job_time_left",
-    "load1",
-    "age",
-    "slot",
-    "address",
-)
-RIGHT = {*NUMBERS, "slot", "age", "nodes", "mem", "ran", "limit"}  # columns of numbers
-LABELS = dict(
-    {m.key: m.label for m in METRICS},
-    recent="Last 5 min",
-    text="What",
-    mem="Memory asked for",
-    limit="Time limit",
-)
-UNITS = dict({m.key: m.unit for m in METRICS}, age="s", ran="s", limit="s", mem="B")
-SCALES = {
-    "s": {"min": 60, "h": 3600, "d": 86400},
-    "B": {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40},
+STYLE_SHEET = """\
+/* Colours and the base size */
+:root {
+  color-scheme: light dark;
+  overflow-anchor: none;
+  --bg: #fff;
+  --fg: #1a1f26;
+  --dim: #586371;
+  --line: #dde2e8;
+  --card: #f4f6f9;
+  --cpu: #2563c9;
+  --ram: #0b8a70;
+  --bad: #b3261e;
+  --tile: #7ba3ea;
+  font: clamp(14px, 10.5px + 0.33vw, 24px)/1.5 system-ui;
 }
-JOB_COLUMNS = (
-    "job",
-    "job_name",
-    "state",
-    "nodes",
-    "cpus",
-    "mem",
-    "ran",
-    "limit",
-    "text",
+@media (prefers-color-scheme: dark) {
+  :root {
+    --bg: #0f1318;
+    --fg: #e4e9ef;
+    --dim: #97a3b2;
+    --line: #29313b;
+    --card: #171c23;
+    --cpu: #6ea8ff;
+    --ram: #35b79b;
+    --bad: #ff8a80;
+    --tile: #3b6cb8;
+  }
+}
+
+/* Text and links */
+* {
+  box-sizing: border-box;
+}
+[hidden] {
+  display: none;
+}
+:focus-visible {
+  outline: 2px solid;
+}
+body {
+  margin: 0 auto;
+  max-width: 165rem;
+  padding: 1rem clamp(0.6rem, 2vw, 2rem);
+  background: var(--bg);
+  color: var(--fg);
+  font-variant-numeric: tabular-nums;
+}
+a {
+  color: var(--cpu);
+}
+h1 {
+  font-size: 1.5rem;
+  margin: 0 0 0.6rem;
+  line-height: 1.2;
+  overflow-wrap: anywhere;
+}
+caption,
+h2 {
+  text-align: left;
+  font: 600 1.05rem system-ui;
+}
+small,
+footer,
+dt,
+label,
+thead th,
+.axis,
+.finished {
+  color: var(--dim);
+  font-size: 0.85rem;
+}
+.bad {
+  color: var(--bad);
+}
+.lost,
+.alert {
+  font-weight: 700;
+}
+
+/* The notice of a page that is not renewed */
+.old {
+  position: sticky;
+  top: 0;
+  z-index: 2;
+  margin: 0 0 0.6rem;
+  padding: 0.4rem 0.8rem;
+  background: var(--bad);
+  color: var(--bg);
+  font-weight: 600;
+}
+.stale {
+  filter: grayscale(1);
+}
+
+/* The cards with what matters */
+dl,
+.graphs {
+  display: grid;
+  grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr));
+  gap: 0.6rem;
+  margin: 0;
+}
+dl div,
+figure,
+pre {
+  background: var(--card);
+  padding: 0.5rem 0.8rem;
+  margin: 0;
+  min-width: 0;
+  overflow: auto;
+}
+dd {
+  margin: 0;
+  font-size: 1.35rem;
+}
+label,
+dd small {
+  display: grid;
+}
+
+/* The form */
+form {
+  display: flex;
+  flex-wrap: wrap;
+  gap: 0.5rem 0.8rem;
+  margin: 1rem 0;
+}
+label {
+  flex: 0 1 10rem;
+  min-width: 7rem;
+}
+input,
+select {
+  font: inherit;
+  color: var(--fg);
+  background: var(--bg);
+  border: 1px solid var(--dim);
+  padding: 0.2rem 0.5rem;
+  min-width: 0;
+}
+
+/* Tables */
+section {
+  margin: 0 0 1.4rem;
+  min-width: 0;
+}
+.scroll {
+  overflow-x: auto;
+}
+#jobs {
+  margin-top: 1rem;
+}
+table {
+  border-collapse: collapse;
+  width: 100%;
+}
+th,
+td {
+  text-align: left;
+  padding: 0.18rem 0.55rem;
+  border-bottom: 1px solid var(--line);
+  font-weight: 400;
+  white-space: nowrap;
+  position: relative;
+  z-index: 0;
+}
+thead a {
+  color: inherit;
+}
+[aria-sort] {
+  font-weight: 700;
+}
+.job {
+  background: var(--card);
+}
+.n {
+  text-align: right;
+}
+.w {
+  white-space: normal;
+  overflow-wrap: anywhere;
+  min-width: 9.6rem;
+}
+
+/* The bar behind a percentage */
+.bar {
+  position: absolute;
+  top: 2px;
+  left: 2px;
+  z-index: -1;
+  width: calc(100% - 4px);
+  height: calc(100% - 4px);
+  fill: var(--cpu);
+  opacity: 0.25;
+}
+.bar.ram,
+.bar.job_ram {
+  fill: var(--ram);
+}
+@media (prefers-reduced-motion: no-preference) {
+  .bar rect {
+    transition: width 0.3s;
+  }
+}
+
+/* Curves: small ones in a table, large ones on the page of a node */
+.line {
+  width: 8rem;
+  height: 1.3rem;
+  overflow: visible;
+  vertical-align: middle;
+  border-bottom: 1px solid var(--line);
+}
+path {
+  fill: none;
+  stroke: var(--cpu);
+  stroke-width: 1.5;
+  stroke-linecap: round;
+  vector-effect: non-scaling-stroke;
+}
+path.ram {
+  stroke: var(--ram);
+  stroke-dasharray: 3 2;
+}
+.graphs {
+  grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr));
+  margin: 0 0 1rem;
+}
+figure .line {
+  display: block;
+  width: 100%;
+  height: 6rem;
+}
+.axis {
+  display: flex;
+  justify-content: space-between;
+}
+@media (min-width: 700px) {
+  figure:nth-child(-n+2) {
+    grid-column: span 2;
+  }
+}
+
+/* The map: a tile is filled up to --v and shows its label when it is pointed at */
+.map {
+  position: relative;
+  display: grid;
+  gap: 2px;
+  margin-top: 0.2rem;
+  grid-template-columns: repeat(auto-fill, minmax(1.15rem, 1fr));
+}
+.map a {
+  height: 1.15rem;
+  text-align: center;
+  font: 700 0.8rem/1.15rem system-ui;
+  text-decoration: none;
+  color: var(--fg);
+  background: linear-gradient(to top, var(--tile) var(--v), var(--line) 0);
+}
+.map a:hover::after,
+.map a:focus::after {
+  content: attr(aria-label);
+  position: absolute;
+  bottom: 100%;
+  left: 0;
+  right: 0;
+  font: 1rem/1.6 system-ui;
+  text-align: left;
+  background: var(--bg);
+}
+.map .al {
+  outline: 2px solid var(--bad);
+}
+.map .al::before {
+  content: "!";
+}
+
+/* Wide screens: what left and what happened beside the table of nodes */
+@media (min-width: 1800px) {
+  main {
+    display: grid;
+    gap: 0 2.5rem;
+    grid-template-columns: minmax(0, 1fr) 44rem;
+  }
+  main > * {
+    grid-column: 1 / -1;
+  }
+  #nodes {
+    grid-column: 1;
+  }
+  aside {
+    grid-column: 2;
+  }
+}
+"""
+TILE_STEPS = 20  # how finely a tile of the map shows its percentage
+TILE_LEVELS = "".join(
+    ".v%d { --v: %d%%; }\n" % (step, 100 // TILE_STEPS * step)
+    for step in range(TILE_STEPS + 1)
 )
-GRAPHS = tuple(
-    key
-    for key in NUMBERS
-    if key
-    not in (
-        "interval",
-        "cpus",
-        "mem_total",
-        "mem_used",
-        "uptime",
-        "gpus",
-        "job_cpus",
-        "job_mem_limit",
-        "job_time_limit",
-    )
-)
-Query = Dict[str, str]
-STYLE = """
-:root{color-scheme:light dark;overflow-anchor:none;--bg:#fff;--fg:#1a1f26;--dim:#586371;
---line:#dde2e8;--card:#f4f6f9;--cpu:#2563c9;--ram:#0b8a70;--bad:#b3261e;--tile:#7ba3ea;
-font:clamp(14px,10.5px + .33vw,24px)/1.5 system-ui} [hidden]{display:none}
-@media (prefers-color-scheme:dark){:root{--bg:#0f1318;--fg:#e4e9ef;--dim:#97a3b2;--line:#29313b;
---card:#171c23;--cpu:#6ea8ff;--ram:#35b79b;--bad:#ff8a80;--tile:#3b6cb8}}
-*{box-sizing:border-box} :focus-visible{outline:2px solid} .bad{color:var(--bad)}
-body{margin:0 auto;max-width:165rem;padding:1rem clamp(.6rem,2vw,2rem);background:var(--bg);
-color:var(--fg);font-variant-numeric:tabular-nums} a{color:var(--cpu)} thead a{color:inherit}
-h1{font-size:1.5rem;margin:0 0 .6rem;line-height:1.2;overflow-wrap:anywhere} .n{text-align:right}
-small,footer,dt,label,thead th,.axis,.finished{color:var(--dim);font-size:.85rem}
-.old{position:sticky;top:0;z-index:2;margin:0 0 .6rem;padding:.4rem .8rem;background:var(--bad);
-color:var(--bg);font-weight:600} .stale{filter:grayscale(1)} dd{margin:0;font-size:1.35rem}
-dl,.graphs{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:.6rem;margin:0}
-dl div,figure,pre{background:var(--card);padding:.5rem .8rem;margin:0;min-width:0;overflow:auto}
-form{display:flex;flex-wrap:wrap;gap:.5rem .8rem;margin:1rem 0} [aria-sort]{font-weight:700}
-label,dd small{display:grid} label{flex:0 1 10rem;min-width:7rem} .lost,.alert{font-weight:700}
-input,select{font:inherit;color:var(--fg);background:var(--bg);border:1px solid var(--dim);
-padding:.2rem .5rem;min-width:0} section{margin:0 0 1.4rem;min-width:0} .scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%} caption,h2{text-align:left;font:600 1.05rem system-ui}
-th,td{text-align:left;padding:.18rem .55rem;border-bottom:1px solid var(--line);font-weight:400;
-white-space:nowrap;position:relative;z-index:0} .axis{display:flex;justify-content:space-between}
-.job{background:var(--card)} .w{white-space:normal;overflow-wrap:anywhere;min-width:9.6rem}
-.bar{position:absolute;top:2px;left:2px;z-index:-1;width:calc(100% - 4px);height:calc(100% - 4px);
-fill:var(--cpu);opacity:.25} .bar.ram,.bar.job_ram{fill:var(--ram)} .line{width:8rem;height:1.3rem;
-overflow:visible;vertical-align:middle;border-bottom:1px solid var(--line)}
-path{fill:none;stroke:var(--cpu);stroke-width:1.5;stroke-linecap:round;
-vector-effect:non-scaling-stroke} path.ram{stroke:var(--ram);stroke-dasharray:3 2}
-.map{position:relative;display:grid;gap:2px;margin-top:.2rem;
-grid-template-columns:repeat(auto-fill,minmax(1.15rem,1fr))} .map .al{outline:2px solid var(--bad)}
-.map a{height:1.15rem;text-align:center;font:700 .8rem/1.15rem system-ui;text-decoration:none;
-color:var(--fg);background:linear-gradient(to top,var(--tile) var(--v),var(--line) 0)}
-.map a:hover::after,.map a:focus::after{content:attr(aria-label);position:absolute;bottom:100%;
-left:0;right:0;font:1rem/1.6 system-ui;text-align:left;background:var(--bg)}
-.map .al::before{content:"!"} figure .line{display:block;width:100%;height:6rem}
-.graphs{grid-template-columns:repeat(auto-fill,minmax(min(18rem,100%),1fr));margin:0 0 1rem}
-@media (min-width:700px){figure:nth-child(-n+2){grid-column:span 2}}
-#jobs{margin-top:1rem}
-@media (prefers-reduced-motion:no-preference){.bar rect{transition:width .3s}}
-@media (min-width:1800px){main{display:grid;gap:0 2.5rem;grid-template-columns:minmax(0,1fr) 44rem}
-main>*{grid-column:1/-1} #nodes{grid-column:1} aside{grid-column:2}}
-""" + "".join(".v%d{--v:%d%%}" % (step, 5 * step) for step in range(21))
-SCRIPT = """
-"use strict";   // every 2 s: fetch this very page, and change in place what differs
-const main = document.querySelector("main"), notice = document.getElementById("notice");
-let good = new Date(), asked = 0, open = 0;
-function morph(old, page) {     // an element with an id is kept wherever it goes
-  for (const {name} of [...old.attributes]) page.hasAttribute(name) || old.removeAttribute(name);
-  for (const {name, value} of page.attributes)
-    old.getAttribute(name) === value || old.setAttribute(name, value);
-  const ids = new Set([...page.children].map(child => child.id)), nodes = [...page.childNodes];
-  for (const child of [...old.children]) ids.has(child.id) || child.remove();
-  nodes.forEach((next, i) => {
-    const at = old.childNodes[i] || null, twin = next.id ? document.getElementById(next.id) : at;
-    if (!twin || twin.parentNode !== old || twin.nodeName !== next.nodeName || twin.id !== next.id)
-      return old.insertBefore(next, at);
-    if (twin !== at) old.insertBefore(twin, at);
-    if (next.nodeType === 1) morph(twin, next);
-    else if (twin.data !== next.data) twin.data = next.data;
-  });
+STYLE = STYLE_SHEET + TILE_LEVELS
+
+# ============================================================================
+# Script of the page
+# ============================================================================
+
+SCRIPT = """\
+"use strict";
+// Every 2 s: fetch this very page, and change in place what differs.
+
+const main = document.querySelector("main");
+const notice = document.getElementById("notice");
+let answered = new Date();
+let asked = 0;
+let open = 0;
+
+function morphAttributes(old, wanted) {
+  for (const {name} of [...old.attributes]) {
+    if (!wanted.hasAttribute(name)) old.removeAttribute(name);
+  }
+  for (const {name, value} of wanted.attributes) {
+    if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+  }
+}
+function morphChild(parent, index, wanted) {
+  const at = parent.childNodes[index] || null;
+  const twin = wanted.id ? document.getElementById(wanted.id) : at;
+  const isTwin = twin && twin.parentNode === parent
+    && twin.nodeName === wanted.nodeName && twin.id === wanted.id;
+  if (!isTwin) {
+    parent.insertBefore(wanted, at);
+    return;
+  }
+  // an element with an id is kept wherever it goes
+  if (twin !== at) parent.insertBefore(twin, at);
+  if (wanted.nodeType === Node.ELEMENT_NODE) morph(twin, wanted);
+  else if (twin.data !== wanted.data) twin.data = wanted.data;
+}
+function morph(old, wanted) {
+  morphAttributes(old, wanted);
+  const ids = new Set([...wanted.children].map(child => child.id));
+  for (const child of [...old.children]) {
+    if (!ids.has(child.id)) child.remove();
+  }
+  const nodes = [...wanted.childNodes];
+  nodes.forEach((node, index) => morphChild(old, index, node));
   while (old.childNodes.length > nodes.length) old.lastChild.remove();
 }
+function show(page) {
+  const focus = document.activeElement;
+  const selection = getSelection();
+  const {isCollapsed, anchorNode, anchorOffset, focusNode, focusOffset} = selection;
+  morph(main, page.querySelector("main"));
+  if (focus !== document.activeElement) focus.focus({preventScroll: true});
+  try {
+    const ends = [anchorNode, anchorOffset, focusNode, focusOffset];
+    if (!isCollapsed) selection.setBaseAndExtent(...ends);
+  } catch (error) { /* that text is gone */ }
+  document.title = page.title;
+  answered = new Date();
+  notice.hidden = true;
+}
 async function update() {
-  const mine = ++asked, signal = AbortSignal.timeout(5000);
+  const mine = ++asked;
+  const signal = AbortSignal.timeout(5000);
   try {
     open++;
     const answer = await fetch(location, {headers: {Accept: "text/html"}, signal});
-    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-    if (mine !== asked) return;     // another one was asked for meanwhile
+    const text = await answer.text();
+    if (mine !== asked) return;  // another one was asked for meanwhile
+    const page = new DOMParser().parseFromString(text, "text/html");
     if (!answer.ok) throw RangeError(page.body.textContent);
-    const focus = document.activeElement, s = getSelection(), picked = s.isCollapsed ? null
-      : [s.anchorNode, s.anchorOffset, s.focusNode, s.focusOffset];
-    morph(main, page.querySelector("main"));
-    if (focus !== document.activeElement) focus.focus({preventScroll: true});
-    try { picked && s.setBaseAndExtent(...picked); } catch (error) { /* that text is gone */ }
-    document.title = page.title, good = new Date(), notice.hidden = true;
+    show(page);
   } catch (error) {
-    notice.textContent = `No answer since ${good.toTimeString().slice(0, 8)}, asking every 2 s. `
-      + (error instanceof RangeError ? error.message : "");
-    main.classList.add("stale"), notice.hidden = false;
-  } finally { open--; }
+    const since = answered.toTimeString().slice(0, 8);
+    const reason = error instanceof RangeError ? error.message : "";
+    notice.textContent = `No answer since ${since}, asking every 2 s. ${reason}`;
+    main.classList.add("stale");
+    notice.hidden = false;
+  } finally {
+    open--;
+  }
 }
-function go(how, url) { history[how](null, "", url), update(); }
+function go(how, url) {
+  history[how](null, "", url);
+  update();
+}
 addEventListener("popstate", update);
 document.addEventListener("visibilitychange", () => document.hidden || update());
-document.addEventListener("input", event => go("replaceState", "/?" + new URLSearchParams(
-  [...new FormData(event.target.form)].filter(([key, value]) => value))));
+document.addEventListener("input", event => {
+  const fields = [...new FormData(event.target.form)];
+  const filled = fields.filter(([key, value]) => value);
+  go("replaceState", "/?" + new URLSearchParams(filled));
+});
 document.addEventListener("click", event => {
-  const link = event.target.closest("a[href^='/?']"), aside = event.ctrlKey || event.metaKey;
-  if (link && !aside && !event.shiftKey) event.preventDefault(go("pushState", link.href));
+  const link = event.target.closest("a[href^='/?']");
+  const isAside = event.ctrlKey || event.metaKey || event.shiftKey;
+  if (!link || isAside) return;
+  go("pushState", link.href);
+  event.preventDefault();
 });
 if (location.search.includes("token=")) history.replaceState(null, "", location.pathname);
 setInterval(() => document.hidden || open || update(), 2000);
 """
-PAGE_HTML = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{} - Cluster Sentinel</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,"><style>{}</style>
-<noscript><meta http-equiv="refresh" content="2"></noscript></head>
-<body><p id="notice" class="old" role="status" hidden></p><main><h1>{}</h1>{}
-<footer><a href="/nodes.txt">Text</a> <a href="/nodes.csv">CSV</a> <a href="/api/nodes">JSON</a>
-<a href="/metrics">Prometheus</a> \u00b7 {}</footer></main><script>{}</script></body></html>
+
+# ============================================================================
+# Markup of the page: every template, and the one way to put values into them
+# ============================================================================
+
+PAGE_HTML = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+  <meta charset="utf-8">
+  <title>{title} - Cluster Sentinel</title>
+  <meta name="viewport" content="width=device-width, initial-scale=1">
+  <link rel="icon" href="data:,">
+  <style>{style}</style>
+  <noscript><meta http-equiv="refresh" content="2"></noscript>
+</head>
+<body>
+  <p id="notice" class="old" role="status" hidden></p>
+  <main>
+    <h1>{title}</h1>
+    {parts}
+    <footer>
+      <a href="/nodes.txt">Text</a>
+      <a href="/nodes.csv">CSV</a>
+      <a href="/api/nodes">JSON</a>
+      <a href="/metrics">Prometheus</a>
+      \u00b7 {cost}
+    </footer>
+  </main>
+  <script>{script}</script>
+</body>
+</html>
 """
+ALL_NODES_LINK_HTML = """
+    <p><a href="/">All nodes</a></p>"""
+EMPTY_HTML = """
+    <section>
+      <p>No agents yet: run on the node that you want to see</p>
+      <pre>python3 agent.py --host {host} --port {port}{secret}</pre>
+      <p>or on every node of a job</p>
+      <pre>SENTINEL_HOST={host} SENTINEL_PORT={port} sbatch run_agent.slurm</pre>
+    </section>"""
+
+CARDS_HTML = """
+    <dl>{cards}
+    </dl>"""
+CARD_HTML = """
+      <div>
+        <dt>{label}</dt>
+        <dd>{figure} <small>{remark}</small></dd>
+      </div>"""
+
+FORM_HTML = """
+    <form role="search">
+      <label>Filter <input type="search" name="q" value="{words}"></label>{selects}
+      <input type="hidden" name="sort" value="{sort}">
+      <noscript><button type="submit">Show</button></noscript>
+    </form>"""
+SELECT_HTML = """
+      <label>{label}
+        <select name="{key}">
+          <option value="">{first}</option>{options}
+        </select>
+      </label>"""
+OPTION_HTML = """
+          <option>{value}</option>"""
+CHOSEN_OPTION_HTML = """
+          <option selected>{value}</option>"""
+
+MAP_HTML = """
+    <section>
+      <h2>{label} of every node</h2>
+      <div class="map">{tiles}
+      </div>
+    </section>"""
+TILE_HTML = """
+        <a id="t{slot}" class="{kind}" href="{href}" aria-label="{label}"></a>"""
+
+TABLE_HTML = """
+    <section id="{name}" class="scroll" tabindex="0" aria-label="{caption}">
+      <table>
+        <caption>{caption}</caption>
+        <thead>
+          <tr>{headings}</tr>
+        </thead>{bodies}
+      </table>{end}
+    </section>"""
+HEADING_HTML = '<th scope="col" class="{align}">{label}</th>'
+SORTED_HEADING_HTML = '<th scope="col" class="{align}" aria-sort="{order}">{label}</th>'
+BODY_HTML = """
+        <tbody id="{id}">{heading}{rows}
+        </tbody>"""
+BODY_HEADING_HTML = """
+          <tr><th class="job" scope="rowgroup" colspan="{span}">{heading}</th></tr>"""
+ROW_HTML = """
+          <tr id="{id}">{cells}</tr>"""
+CELL_HTML = '<td class="{kind}">{content}</td>'
+CURVES_CELL_HTML = "<td>{curves}</td>"
+LINK_CELL_HTML = '<td><a href="{href}">{text}</a></td>'
+NODE_CELL_HTML = (
+    '<th scope="row" class="w"><a href="{href}">{name}</a>{marks}</th>'  # of its row
+)
+MARK_HTML = '<b class="bad"> \u26a0\xa0{mark}</b>'
+PERCENT_CELL_HTML = (
+    '<td class="n">{text}'
+    '<svg class="bar {key}" viewBox="0 0 100 1" aria-hidden="true"'
+    ' preserveAspectRatio="none"><rect width="{width}" height="1"/></svg></td>'
+)
+JOB_HEADING_HTML = '<b>Job <a href="{href}">{job}</a></b> {words}'
+NO_JOB_HEADING_HTML = "<b>No job</b> "
+LINK_HTML = '<a href="{href}">{text}</a>'
+PAGES_HTML = """
+      <nav>Pages:{links}
+      </nav>"""
+PAGE_LINK_HTML = """
+        <a href="{href}">{number}</a>"""
+THIS_PAGE_LINK_HTML = """
+        <a href="{href}" aria-current="page">{number}</a>"""
+
+CURVES_HTML = (
+    '<svg class="line" viewBox="0 0 {last} 100" preserveAspectRatio="none"'
+    ' aria-hidden="true">{paths}</svg>'
+)
+PATH_HTML = '<path class="{key}" d="{path}"/>'
+GRAPHS_HTML = """
+    <div class="graphs">{graphs}
+    </div>"""
+GRAPH_HTML = """
+      <figure>
+        <figcaption>{label} <b>{now}</b></figcaption>
+        {curve}
+        <div class="axis">
+          <span>10 min ago</span>
+          <span>{least} to {most}</span>
+        </div>
+      </figure>"""
+ASIDE_HTML = """
+    <aside>{tables}
+    </aside>"""
+
+
+SPECIAL = re.compile(
+    "[&<>\"']"
+)  # most texts have none, and html.escape() takes its time
 
 
 class Html(str):
     """Markup: what ``fill`` made.  Any other text is escaped on its way in."""
 
 
-def fill(template: str, *values: object) -> Html:
-    """Put values into the {} of some markup; a list stands for its items, None for nothing."""
-    return Html(
-        template.format(
-            *[
-                value
-                if isinstance(value, Html)
-                else ""
-                if value is None
-                else "".join(
-                    item if isinstance(item, Html) else fill("{}", item)
-                    for item in value
-                )
-                if isinstance(value, list)
-                else html.escape(str(value))
-                for value in values
-            ]
-        )
-    )
+def as_markup(value: object) -> str:
+    """A value as markup: a list stands for its items, None for nothing."""
+    if isinstance(value, Html):
+        return value
+    if isinstance(value, list):
+        return "".join(map(as_markup, value))
+    text = "" if value is None else str(value)
+    return html.escape(text) if SPECIAL.search(text) else text
+
+
+def fill(template: str, *values: object, **named: object) -> Html:
+    """Put values into the {} and the {name} of a template; what is no markup is escaped."""
+    for name, value in named.items():
+        named[name] = as_markup(value)
+    return Html(template.format(*map(as_markup, values), **named))
+
+
+# ============================================================================
+# Readings: what a value is called, and how people, pages and sorting see it
+# ============================================================================
+
+UNITS = {metric.key: metric.unit for metric in METRICS}
+UNITS.update(age="s", ran="s", limit="s", mem="B")  # of columns that are no metrics
+SCALES = {  # larger units of a unit, the smallest first
+    "s": (("min", 60), ("h", 3600), ("d", 86400)),
+    "B": (("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30), ("TiB", 2**40)),
+}
+FRACTIONS = ("load1",)  # numbers without a unit that are no counts
+MAX_DIGITS = 8  # of a number; a longer one is no machine's, and is written as 1e+99
 
 
 def render_value(key: str, value: Any) -> str:
     """A reading for people: fixed digits and a unit; a dash if it is unknown."""
-    if value is None or isinstance(value, str) or key == "time":
-        return (
-            value or "-"
-            if key != "time"
-            else time.strftime("%T", time.localtime(value))
-        )
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, str):
+        return value
+    if key == "time":
+        return time.strftime("%T", time.localtime(value))
     unit, slash, per = UNITS.get(key, "").partition("/")
-    size, unit = max(
-        [(1, unit)]
-        + [
-            (size, unit)
-            for unit, size in SCALES.get(unit, {}).items()
-            if abs(value) >= size
-        ]
-    )
-    number = "%.*f" % (1 if unit or key == "load1" else 0, value / size)
-    return (
-        "%s %s" % (number if len(number) < 9 else "%.0e" % value, unit + slash + per)
-    ).rstrip()
+    size = 1
+    for larger_unit, larger_size in SCALES.get(unit, ()):
+        if abs(value) >= larger_size:
+            size = larger_size
+            unit = larger_unit
+    digits = 1 if unit or key in FRACTIONS else 0
+    number = "%.*f" % (digits, value / size)
+    if len(number) > MAX_DIGITS:
+        number = "%.0e" % value
+    return ("%s %s%s%s" % (number, unit, slash, per)).rstrip()
 
 
 def name_of(row: Message) -> str:
     """What to call the node of a row: its name, or HOST:PORT."""
     name: str = row["node"] or row["address"] or ""
-    return (
-        re.sub(r"\('(.*)', (\d+)\)", r"\1:\2", name) if name.startswith("('") else name
-    )
+    if name.startswith("('"):
+        return re.sub(r"\('(.*)', (\d+)\)", r"\1:\2", name)
+    return name
 
 
 def path_of(row: Message) -> str:
@@ -2356,11 +2752,25 @@ def path_of(row: Message) -> str:
 
 def natural(value: Any) -> Any:
     """A key to sort by: c2 comes before c10."""
-    return (
-        value
-        if not isinstance(value, str)
-        else re.sub(r"\d+", lambda digits: digits.group().zfill(20), value.lower())
-    )
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"\d+", lambda digits: digits.group().zfill(20), value.lower())
+
+
+def mean(rows: Sequence[Message], key: str) -> float:
+    """The mean of a reading that every row has; rows must not be empty."""
+    total: float = sum(row[key] for row in rows)
+    return total / len(rows)
+
+
+# ============================================================================
+# Selection: which nodes a query asks for, who left, and what matters
+# ============================================================================
+
+Query = Dict[str, str]  # the fields behind the ? of an address
+IDLE = 10.0  # percent: a node below is idle ...
+BUSY = 50.0  # percent: ... if the rest of its job is above
+SEARCHED = (*TEXTS, "address", "marks")  # where the words of a filter are looked for
 
 
 def select(view: Snapshot, query: Query) -> List[Message]:
@@ -2368,61 +2778,74 @@ def select(view: Snapshot, query: Query) -> List[Message]:
 
     Each has marks: the rules that fire, and "idle" when the rest of its job works without it.
     """
-    jobs: Dict[Optional[str], List[Message]] = collections.defaultdict(list)
+    jobs: Dict[Optional[str], List[Message]] = {}
     for node in view.nodes:
-        jobs[node["job"]].append(
-            dict(
-                node,
-                load=node["cpu"] if node["job_cpu"] is None else node["job_cpu"],
-                marks=[
-                    mark.replace("_for_", " for ")
-                    for mark in (node["alerts"] or "").split()
-                ],
-            )
-        )
+        jobs.setdefault(node["job"], []).append(with_marks(node))
+    words = query.get("q", "").lower().split()
+    found: List[Message] = []
     for job, rows in jobs.items():
-        total, others = sum(row["load"] for row in rows), len(rows) - 1
-        for row in rows if job else ():
-            if row["load"] < IDLE and total - row["load"] > BUSY * others:
-                row["marks"].append("idle")
-    words, sort = query.get("q", "").lower().split(), query.get("sort") or "node"
-    found = [
-        row
-        for rows in jobs.values()
-        for row in rows
-        if all(query.get(key) in (None, "", row[key]) for key in ("job", "user"))
-        and all(
-            any(
-                word in str(row[key] or "").lower()
-                for key in (*TEXTS, "address", "marks")
-            )
-            for word in words
-        )
-    ]
+        if job:
+            mark_idle(rows)
+        found += [row for row in rows if is_asked_for(row, query, words)]
+    return in_order(found, query.get("sort") or "node")
+
+
+def with_marks(node: Message) -> Message:
+    """A copy of a node's row with its load, in percent, and the rules that fire as marks."""
+    rules = (node["alerts"] or "").split()
+    row = dict(node)
+    row["load"] = node["cpu"] if node["job_cpu"] is None else node["job_cpu"]
+    row["marks"] = [rule.replace("_for_", " for ") for rule in rules]
+    return row
+
+
+def mark_idle(rows: List[Message]) -> None:
+    """Mark the nodes of one job that idle while the others work."""
+    total = sum(row["load"] for row in rows)
+    others = len(rows) - 1
+    for row in rows:
+        rest = total - row["load"]
+        if row["load"] < IDLE and rest > BUSY * others:
+            row["marks"].append("idle")
+
+
+def is_asked_for(row: Message, query: Query, words: List[str]) -> bool:
+    """Whether a row is of the query's job and user, and has every word somewhere."""
+    for key in ("job", "user"):
+        if query.get(key) and query[key] != row[key]:
+            return False
+    if not words:
+        return True
+    text = "\n".join(str(row[key] or "") for key in SEARCHED).lower()
+    return all(word in text for word in words)
+
+
+def in_order(rows: List[Message], sort: str) -> List[Message]:
+    """Rows by a key, or by -key from the largest on; those that do not have it come last."""
     key = sort.lstrip("-")
-    known = sorted(
-        (row for row in found if row.get(key) is not None),
-        key=lambda row: natural(row[key]),
-        reverse=sort.startswith("-"),
-    )
-    return known + [row for row in found if row.get(key) is None]
+    known = [row for row in rows if row.get(key) is not None]
+    unknown = [row for row in rows if row.get(key) is None]
+    known.sort(key=lambda row: natural(row[key]), reverse=sort.startswith("-"))
+    return known + unknown
 
 
 def gone(view: Snapshot, kind: str) -> List[Message]:
     """The nodes that left like this within GONE_SECONDS and are not back, the newest first."""
-    left = {
-        (name_of(event), event["job"]): event
-        for event in view.left
-        if event["kind"] in ("finished", "lost")
-        and event["time"] > view.time - GONE_SECONDS
-    }
-    for node in view.nodes if left else ():
-        left.pop((name_of(node), node["job"]), None)
-    return [
+    last_events: Dict[Tuple[str, Optional[str]], Message] = {}
+    for event in view.left:
+        is_recent = event["time"] > view.time - GONE_SECONDS
+        if is_recent and event["kind"] in ("finished", "lost"):
+            last_events[name_of(event), event["job"]] = event
+    if last_events:
+        for node in view.nodes:
+            last_events.pop((name_of(node), node["job"]), None)
+    left = [
         event
-        for event in view.left[::-1]
-        if event["kind"] == kind and left.get((name_of(event), event["job"])) is event
+        for event in view.left
+        if event["kind"] == kind
+        and last_events.get((name_of(event), event["job"])) is event
     ]
+    return left[::-1]
 
 
 def render_turned_away(view: Snapshot) -> str:
@@ -2432,465 +2855,60 @@ def render_turned_away(view: Snapshot) -> str:
     return "%s turned away in the last minute: %s" % (agents, view.turned_away_why)
 
 
-def figures(
-    view: Snapshot, rows: List[Message]
-) -> Tuple[str, List[Tuple[str, str, str]]]:
-    """What matters: (is all well?, [(label, figure, remark)])."""
+def trouble_of(view: Snapshot, rows: List[Message]) -> str:
+    """What is wrong, in a line; "" if nothing is."""
+    if view.beat > STALE_SECONDS:
+        return (
+            "The collector has been silent for %.0f s: what you see is old" % view.beat
+        )
     counts = (
         ("alerts", sum(bool(row["alerts"]) for row in rows)),
         ("idle", sum("idle" in row["marks"] for row in rows)),
         ("lost", len(gone(view, "lost"))),
     )
-    trouble = ", ".join("%s: %d" % count for count in counts if count[1]).capitalize()
+    kinds = ["%s: %d" % (kind, count) for kind, count in counts if count]
+    trouble = [", ".join(kinds).capitalize()] if kinds else []
     if view.turned_away_lately:
-        trouble = "%s%s" % (trouble and trouble + "; ", render_turned_away(view))
-    if view.beat > STALE_SECONDS:
-        trouble = (
-            "The collector has been silent for %.0f s: what you see is old" % view.beat
-        )
-    title = "\u26a0 " + trouble if trouble else "All is well" if rows else "No nodes"
-    cards = [
-        (
-            "Nodes",
-            "%d" % len(rows),
-            "jobs: %d" % len({row["job"] for row in rows} - {None}),
-        )
-    ]
-    for key in ("cpu", "ram") if rows else ():
+        trouble.append(render_turned_away(view))
+    return "; ".join(trouble)
+
+
+def headline(view: Snapshot, rows: List[Message]) -> str:
+    """The first words of the page: whether all is well."""
+    trouble = trouble_of(view, rows)
+    if trouble:
+        return "\u26a0 " + trouble
+    return "All is well" if rows else "No nodes"
+
+
+Card = NamedTuple("Card", [("label", str), ("figure", str), ("remark", str)])
+
+
+def cards_of(view: Snapshot, rows: List[Message]) -> List[Card]:
+    """The figures under the headline; none as long as there is no node."""
+    if not rows:
+        return []
+    jobs = {row["job"] for row in rows} - {None}
+    cards = [Card("Nodes", "%d" % len(rows), "jobs: %d" % len(jobs))]
+    for key in ("cpu", "ram"):
         worst, name = max((row[key], name_of(row)) for row in rows)
-        cards.append(
-            (
-                LABELS[key],
-                "%.1f %%" % (sum(row[key] for row in rows) / len(rows)),
-                "worst: %.1f %% %s" % (worst, name),
-            )
-        )
-    age = min([row["age"] for row in rows] or [0])
-    cards.append(
-        ("Newest sample", render_value("time", view.time - age), "%.1f s ago" % age)
-    )
-    return title, cards if rows else []
+        figure = "%.1f %%" % mean(rows, key)
+        remark = "worst: %.1f %% %s" % (worst, name)
+        cards.append(Card(NUMBERS[key].label, figure, remark))
+    age = min(row["age"] for row in rows)
+    taken = render_value("time", view.time - age)
+    cards.append(Card("Newest sample", taken, "%.1f s ago" % age))
+    return cards
 
 
-def link(query: Query, **state: object) -> str:
-    """The address of the page in the query's state, but for what is given."""
-    state = dict(query, **state)
-    return "/?" + urllib.parse.urlencode(
-        [
-            (key, state[key])
-            for key in ("q", "job", "user", "group", "map", "sort", "page")
-            if state.get(key)
-        ]
-    )
+def figures(view: Snapshot, rows: List[Message]) -> Tuple[str, List[Card]]:
+    """What matters: the headline and the cards."""
+    return headline(view, rows), cards_of(view, rows)
 
 
-class Page:
-    """A snapshot for a query as HTML; site has options, cost and series (see Dashboard)."""
-
-    def __init__(self, view: Snapshot, query: Query, site: Any) -> None:
-        self.view, self.query, self.site, self.rows = (
-            view,
-            query,
-            site,
-            select(view, query),
-        )
-
-    def draw(
-        self, row: Message, keys: Sequence[str], points: int, step: int, top: float
-    ) -> Html:
-        """Curves of a node's last readings, from 0 to top, with gaps where they are unknown."""
-        paths = []
-        for key in keys:
-            path, pen = "", "M%d %dh0"  # a dot, should no line follow
-            for x, value in enumerate(self.site.series(row, key, points, step)):
-                if value == value:
-                    path += pen % (x, 100 - 100 * min(max(value / top, 0), 1))
-                pen = "L%d %d" if value == value else "M%d %dh0"
-            paths.append(fill('<path class="{}" d="{}"/>', key, path))
-        return fill(
-            '<svg class="line" viewBox="0 0 {} 100" preserveAspectRatio="none"'
-            ' aria-hidden="true">{}</svg>',
-            points - 1,
-            paths,
-        )
-
-    def cell(self, key: str, row: Message) -> Html:
-        """One cell of a table: a name is a link, a percentage has a bar behind it."""
-        value, text = row.get(key), render_value(key, row.get(key))
-        if key == "node":
-            return fill(
-                '<th scope="row" class="w"><a href="{}">{}</a>{}</th>',
-                path_of(row),
-                name_of(row),
-                [
-                    fill('<b class="bad"> \u26a0\xa0{}</b>', mark)
-                    for mark in row.get("marks", ())
-                ],
-            )
-        if key == "recent":
-            return fill("<td>{}</td>", self.draw(row, ("cpu", "ram"), 30, 5, 100))
-        if key == "job" and value:
-            return fill('<td><a href="{}">{}</a></td>', link({}, job=value), value)
-        if UNITS.get(key) == "%" and value is not None:
-            return fill(
-                '<td class="n">{}<svg class="bar {}" viewBox="0 0 100 1" aria-hidden="true"'
-                ' preserveAspectRatio="none"><rect width="{}" height="1"/></svg></td>',
-                text,
-                key,
-                min(max(value, 0), 100),
-            )
-        return fill(
-            '<td class="{}">{}</td>',
-            "n"
-            if key in RIGHT
-            else "w"
-            if key == "text"
-            else value
-            if key == "kind"
-            else "",
-            text,
-        )
-
-    def table(
-        self,
-        name: str,
-        caption: str,
-        columns: Sequence[str],
-        bodies: Iterable[Tuple[Any, List[Message]]],
-        sort: str = "",
-        end: Any = None,
-    ) -> Html:
-        """A table that scrolls by itself; bodies: (heading or None, rows); sort: it can be."""
-        head = []
-        for key in columns:
-            label: object = LABELS.get(key, key.capitalize())
-            order = {key: "ascending", "-" + key: "descending"}.get(sort)
-            if sort and key != "recent":
-                turned = link(self.query, sort="-" * (sort == key) + key, page="")
-                label = fill('<a href="{}">{}</a>', turned, label)
-            head.append(
-                fill(
-                    '<th scope="col" class="{}"{}>{}</th>',
-                    "n" if key in RIGHT else "",
-                    fill(' aria-sort="{}"', order) if order else None,
-                    label,
-                )
-            )
-        body = [
-            fill(
-                '<tbody id="{}-{}">{}{}</tbody>',
-                name,
-                urllib.parse.quote(rows[0].get("job") or "") if heading else "all",
-                heading
-                and fill(
-                    '<tr><th class="job" scope="rowgroup" colspan="{}">{}</th></tr>',
-                    len(columns),
-                    heading,
-                ),
-                [
-                    fill(
-                        '<tr id="{}_{}">{}</tr>',
-                        name,
-                        row.get("slot") or int(row["time"] * 1e6),
-                        [self.cell(key, row) for key in columns],
-                    )
-                    for row in rows
-                ],
-            )
-            for heading, rows in bodies
-        ]
-        return fill(
-            '<section id="{}" class="scroll" tabindex="0" aria-label="{}"><table><caption>'
-            "{}</caption><thead><tr>{}</tr></thead>{}</table>{}</section>",
-            name,
-            caption,
-            caption,
-            head,
-            body,
-            end,
-        )
-
-    def form(self) -> Html:
-        """The state of the page, to be changed."""
-        choices = [
-            (
-                key,
-                "all",
-                sorted(
-                    {node[key] for node in self.view.nodes if node[key]}, key=natural
-                ),
-            )
-            for key in ("job", "user")
-        ]
-        choices += [
-            ("group", "by job", ["no"]),
-            ("map", "cpu", ["ram"] * (len(self.view.nodes) >= MAP_FROM)),
-        ]
-        selects = [
-            fill(
-                ' <label>{} <select name="{}"><option value="">{}</option>{}</select>'
-                "</label>",
-                key.capitalize(),
-                key,
-                first,
-                [
-                    fill(
-                        "<option{}>{}</option>",
-                        Html(" selected" * (self.query.get(key) == value)),
-                        value,
-                    )
-                    for value in values
-                ],
-            )
-            for key, first, values in choices
-            if values
-        ]
-        return fill(
-            '<form role="search"><label>Filter <input type="search" name="q" value="{}">'
-            '</label>{} <input type="hidden" name="sort" value="{}">'
-            '<noscript><button type="submit">Show</button></noscript></form>',
-            self.query.get("q"),
-            selects,
-            self.query.get("sort"),
-        )
-
-    def map(self) -> Html:
-        """A tile for each node, filled as high as its reading."""
-        key = "ram" if self.query.get("map") == "ram" else "cpu"
-        tiles = [
-            fill(
-                '<a id="t{}" class="v{}{}" href="{}" aria-label="{}, {}"></a>',
-                row["slot"],
-                round(row[key] / 5),
-                " al" * bool(row["alerts"]),
-                path_of(row),
-                name_of(row),
-                "job %s, CPU %.1f %%, RAM %.1f %% %s"
-                % (row["job"] or "-", row["cpu"], row["ram"], ", ".join(row["marks"])),
-            )
-            for row in self.rows
-        ]
-        return fill(
-            '<section><h2>{} of every node</h2><div class="map">{}</div></section>',
-            LABELS[key],
-            tiles,
-        )
-
-    def nodes(self) -> Html:
-        """The table of nodes: by job unless group=no, in pages when there are many."""
-        grouped = not self.query.get("group") and any(row["job"] for row in self.rows)
-        jobs: Dict[str, List[Message]] = {}
-        for row in self.rows:
-            jobs.setdefault(grouped and row["job"] or "", []).append(row)
-        last, asked = -(-len(self.rows) // PAGE_ROWS), self.query.get("page", "")
-        page = min(max(int(asked), 1), last) if asked.isdecimal() else 1
-        shown = [row["slot"] for rows in jobs.values() for row in rows]
-        shown = shown[PAGE_ROWS * (page - 1) : PAGE_ROWS * page]
-        columns = [
-            key
-            for key in COLUMNS
-            if key == "node"
-            or not (grouped and key in ("job", "job_name", "user"))
-            and any(row.get(key, "") is not None for row in self.rows)
-        ]
-        bodies = []
-        for job, rows in jobs.items():
-            words = [
-                rows[0]["job_name"],
-                rows[0]["user"],
-                "nodes: %d" % len(rows),
-                "CPU: %.1f %%" % (sum(row["cpu"] for row in rows) / len(rows)),
-            ]
-            heading = grouped and fill(
-                "<b>{}</b> {}",
-                fill('Job <a href="{}">{}</a>', link({}, job=job), job)
-                if job
-                else "No job",
-                " \u00b7 ".join(word for word in words if word and job),
-            )
-            rows = [row for row in rows if row["slot"] in shown]
-            bodies += [(heading or None, rows)] if rows else []
-        pages = [
-            fill(
-                '<a href="{}"{}>{}</a> ',
-                link(self.query, page=number),
-                Html(' aria-current="page"' * (number == page)),
-                number,
-            )
-            for number in range(1, last + 1)
-        ]
-        return self.table(
-            "nodes",
-            "Nodes",
-            columns,
-            bodies,
-            self.query.get("sort") or "node",
-            fill("<nav>Pages: {}</nav>", pages) if last > 1 else None,
-        )
-
-    def empty(self) -> Html:
-        """What to do as long as there is no agent."""
-        options = self.site.options
-        host = (
-            socket.gethostname()
-            if options.host in ("0.0.0.0", "::", "")
-            else options.host
-        )
-        secret = " --secret-file " + options.secret_file if options.secret_file else ""
-        return fill(
-            "<section><p>No agents yet: run on the node that you want to see</p><pre>"
-            "python3 agent.py --host {0} --port {1}{2}</pre><p>or on every node of a job"
-            "</p><pre>SENTINEL_HOST={0} SENTINEL_PORT={1} sbatch run_agent.slurm</pre>"
-            "</section>",
-            host,
-            options.port,
-            secret,
-        )
-
-    def whole(self, title: str, *parts: object) -> str:
-        """A page around its parts."""
-        return fill(
-            PAGE_HTML,
-            title,
-            Html(STYLE),
-            title,
-            list(parts),
-            self.site.cost.get("text"),
-            Html(SCRIPT),
-        )
-
-    def jobs(self) -> Optional[Html]:
-        """The table of jobs, when a watcher tells of any."""
-        folded = fold_arrays(jobs_in_order(self.view))
-        rows = [job_row(tasks, self.view.time) for tasks in folded]
-        if not rows:
-            return None
-        return self.table("jobs", "Jobs", JOB_COLUMNS, [(None, rows)])
-
-    def all_nodes(self) -> str:
-        """The page: what matters, every live node, what has gone and what happened."""
-        title, cards = figures(self.view, self.rows)
-        left = ("node", "job", "cpu", "ram", "time", "text")
-        tables = [
-            ("lost", "Recently gone", left, gone(self.view, "lost")),
-            ("finished", "Recently finished", left, gone(self.view, "finished")),
-            (
-                "events",
-                "Events",
-                ("time", "kind", "node", "job", "text"),
-                self.view.events[: -NEW_EVENTS - 1 : -1],
-            ),
-        ]
-        return self.whole(
-            title,
-            cards
-            and fill(
-                "<dl>{}</dl>",
-                [
-                    fill("<div><dt>{}</dt><dd>{} <small>{}</small></dd></div>", *card)
-                    for card in cards
-                ],
-            ),
-            self.jobs(),
-            self.form() if self.view.nodes else self.empty(),
-            self.map() if len(self.rows) >= MAP_FROM else None,
-            self.nodes() if self.rows else None,
-            fill(
-                "<aside>{}</aside>",
-                [
-                    self.table(name, caption, columns, [(None, rows)])
-                    for name, caption, columns, rows in tables
-                    if rows
-                ],
-            ),
-        )
-
-    def one_node(self) -> str:
-        """The page of a node: graphs, every reading, events; "" if it is not known."""
-        past = [
-            event
-            for event in self.view.events[::-1]
-            if name_of(event) == self.query["node"]
-        ]
-        rows = [row for row in self.rows if name_of(row) == self.query["node"]] or past[
-            :1
-        ]
-        columns = [
-            key
-            for key in COLUMNS + ("time", "kind", "text")
-            if any(row.get(key) is not None for row in rows)
-        ]
-        parts = [
-            fill('<p><a href="/">All nodes</a></p>'),
-            self.table("nodes", "Last known", columns, [(None, rows)]),
-        ]
-        for row in rows:
-            graphs, readings = [], []
-            for n, metric in enumerate(METRICS):
-                now = render_value(metric.key, row.get(metric.key))
-                readings += (
-                    [
-                        {
-                            "slot": n + 1,
-                            "reading": metric.label,
-                            "now": now,
-                            "meaning": metric.help,
-                        }
-                    ]
-                    if now != "-"
-                    else []
-                )
-                points = FINE if n < 2 else COARSE
-                known = list(
-                    filter(math.isfinite, self.site.series(row, metric.key, points, 1))
-                )
-                if known:
-                    top = 100 if metric.unit == "%" else max(known + [1])
-                    graphs.append(
-                        fill(
-                            '<figure><figcaption>{} <b>{}</b></figcaption>{}<div class="axis">'
-                            "<span>"
-                            "10 min ago</span><span>{} to {}</span></div></figure>",
-                            metric.label,
-                            now,
-                            self.draw(row, [metric.key], points, 1, top),
-                            *[
-                                render_value(metric.key, edge(known))
-                                for edge in (min, max)
-                            ],
-                        )
-                    )
-            parts += [
-                fill('<div class="graphs">{}</div>', graphs),
-                self.table(
-                    "readings%d" % len(parts),
-                    "Readings",
-                    ("reading", "now", "meaning"),
-                    [(None, readings)],
-                ),
-            ]
-        parts.append(
-            self.table(
-                "events", "Events", ("time", "kind", "job", "text"), [(None, past)]
-            )
-        )
-        return self.whole(self.query["node"], *parts) if rows else ""
-
-
-def render_nodes_json(view: Snapshot, query: Query, site: Any = None) -> str:
-    """The live table as JSON."""
-    return (
-        json.dumps(
-            {
-                "time": round(view.time, 3),
-                "capacity": view.capacity,
-                "nodes": view.nodes,
-            },
-            ensure_ascii=False,
-            allow_nan=False,
-        )
-        + "\n"
-    )
+# ============================================================================
+# Jobs: what Slurm says of them, in the order and the words of the page
+# ============================================================================
 
 
 def jobs_in_order(view: Snapshot) -> List[Message]:
@@ -2899,13 +2917,6 @@ def jobs_in_order(view: Snapshot) -> List[Message]:
         view.jobs,
         key=lambda job: (job["state"] in ENDED_STATES, natural(job["job"])),
     )
-
-
-def render_jobs_json(view: Snapshot, query: Query, site: Any = None) -> str:
-    """The jobs as JSON: what Slurm says of each; times in seconds since 1970, mem in bytes."""
-    jobs = jobs_in_order(view)
-    answer = {"time": round(view.time, 3), "left_out": view.jobs_left_out, "jobs": jobs}
-    return json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def fold_arrays(jobs: Iterable[Message]) -> Iterator[List[Message]]:
@@ -2919,178 +2930,768 @@ def fold_arrays(jobs: Iterable[Message]) -> Iterator[List[Message]]:
 def job_row(tasks: List[Message], now: float) -> Message:
     """A row of the page's table of jobs, for a job or all tasks of an array."""
     job = tasks[0]
-    states = collections.Counter(task["state"] or "UNKNOWN" for task in tasks)
-    row = dict(job, slot=job["raw"], state=job["state"], mem=job["mem"])
+    row = dict(job, slot=job["raw"])
     if len(tasks) > 1:
+        states = collections.Counter(task["state"] or "UNKNOWN" for task in tasks)
         counts = ["%d %s" % (count, state.lower()) for state, count in states.items()]
         row.update(job=job["array"], state=", ".join(counts), ran=None, text=None)
         return row
-    ran = None
-    if job["start"] and job["state"] != "PENDING":
-        until = job["end"] if job["state"] in ENDED_STATES else now
-        ran = max(0.0, (until or now) - job["start"])
+    row.update(ran=run_time(job, now), text=", ".join(remarks(job)) or None)
+    return row
+
+
+def run_time(job: Message, now: float) -> Optional[float]:
+    """For how many seconds a job has run or ran; None before it starts."""
+    if not job["start"] or job["state"] == "PENDING":
+        return None
+    has_ended = job["state"] in ENDED_STATES and job["end"]
+    end: float = job["end"] if has_ended else now
+    return max(0.0, end - float(job["start"]))
+
+
+def remarks(job: Message) -> List[str]:
+    """What else there is to say: why it waits or ended, and when it is expected to start."""
     words = []
     if job["reason"]:
         words.append(job["reason"])
     if job["exit"] not in (None, "0:0"):
         words.append("exit code " + job["exit"])
     if job["state"] == "PENDING" and job["start"]:
-        words.append(
-            "expected %s" % time.strftime("%F %R", time.localtime(job["start"]))
+        start = time.strftime("%F %R", time.localtime(job["start"]))
+        words.append("expected " + start)
+    return words
+
+
+# ============================================================================
+# Columns: a table is a list of them; a new column is one line in such a list
+# ============================================================================
+
+LEFT = ""  # classes of the style sheet
+RIGHT = "n"
+WRAPPED = "w"
+RECENT_POINTS = 30  # of a curve in a table
+RECENT_STEP = 5  # every fifth tick: the last five minutes
+MOVE = "M%d %dh0"  # a path begins anew with a dot, should no line follow
+DRAW = "L%d %d"
+
+# what is shown beside a row: Dashboard, or what a test puts in its place
+Site = Any
+Draw = Callable[["Column", Message, Site], Html]
+
+
+def link(query: Query, **state: object) -> str:
+    """The address of the page in the query's state, but for what is given."""
+    state = dict(query, **state)
+    keys = ("q", "job", "user", "group", "map", "sort", "page")
+    fields = [(key, state[key]) for key in keys if state.get(key)]
+    return "/?" + urllib.parse.urlencode(fields)
+
+
+def draw_text(column: "Column", row: Message, site: Site) -> Html:
+    """The reading and nothing more."""
+    text = render_value(column.key, row.get(column.key))
+    return fill(CELL_HTML, kind=column.align, content=text)
+
+
+def draw_percent(column: "Column", row: Message, site: Site) -> Html:
+    """A percentage with a bar behind it."""
+    value = row.get(column.key)
+    if value is None:
+        return draw_text(column, row, site)
+    return fill(
+        PERCENT_CELL_HTML,
+        text=render_value(column.key, value),
+        key=column.key,
+        width=min(max(value, 0), 100),
+    )
+
+
+def draw_node(column: "Column", row: Message, site: Site) -> Html:
+    """The node's name, a link to its page, with the marks that it has."""
+    marks = [fill(MARK_HTML, mark=mark) for mark in row.get("marks", ())]
+    return fill(NODE_CELL_HTML, href=path_of(row), name=name_of(row), marks=marks)
+
+
+def draw_job(column: "Column", row: Message, site: Site) -> Html:
+    """The job's id, a link to its nodes."""
+    job = row.get("job")
+    if not job:
+        return draw_text(column, row, site)
+    return fill(LINK_CELL_HTML, href=link({}, job=job), text=job)
+
+
+def draw_kind(column: "Column", row: Message, site: Site) -> Html:
+    """What kind of event it is, which is the cell's class, too."""
+    return fill(CELL_HTML, kind=row["kind"], content=row["kind"])
+
+
+def draw_recent(column: "Column", row: Message, site: Site) -> Html:
+    """The last five minutes of CPU and RAM."""
+    series = {
+        key: site.series(row, key, RECENT_POINTS, RECENT_STEP) for key in ("cpu", "ram")
+    }
+    return fill(CURVES_CELL_HTML, curves=draw_curves(series, RECENT_POINTS, 100))
+
+
+def draw_curves(series: Dict[str, List[float]], points: int, top: float) -> Html:
+    """A curve for each metric's readings, from 0 to top, with gaps where they are unknown."""
+    paths = [
+        fill(PATH_HTML, key=key, path=path_through(values, top))
+        for key, values in series.items()
+    ]
+    return fill(CURVES_HTML, last=points - 1, paths=paths)
+
+
+def path_through(values: List[float], top: float) -> str:
+    """The path of a curve in a box that is 100 high (SVG 2, 9.3)."""
+    path = ""
+    pen = MOVE
+    for x, value in enumerate(values):
+        if math.isnan(value):
+            pen = MOVE
+            continue
+        share = min(max(value / top, 0), 1)
+        path += pen % (x, 100 - 100 * share)
+        pen = DRAW
+    return path
+
+
+class Column(NamedTuple):
+    """A column of a table.
+
+    key: of the value in a row, by which the table can be sorted; heading: what is written above;
+    align: LEFT, RIGHT or WRAPPED; draw: makes the cell of a row.
+    """
+
+    key: str
+    heading: str
+    align: str = LEFT
+    draw: Draw = draw_text
+
+
+def of_metric(key: str) -> Column:
+    """The column of a metric, as METRICS describes it."""
+    metric = METRICS[INDEX[key]]
+    if key in TEXTS:
+        return Column(key, metric.label)
+    if metric.unit == "%":
+        return Column(key, metric.label, RIGHT, draw_percent)
+    return Column(key, metric.label, RIGHT)
+
+
+NODE = Column("node", "Node", LEFT, draw_node)
+JOB_ID = Column("job", "Job", LEFT, draw_job)
+TIME = Column("time", "Time")
+KIND = Column("kind", "Kind", LEFT, draw_kind)
+WHAT = Column("text", "What", WRAPPED)
+
+COLUMNS = (
+    NODE,
+    JOB_ID,
+    of_metric("job_name"),
+    of_metric("user"),
+    of_metric("cpu"),
+    of_metric("ram"),
+    Column("recent", "Last 5 min", LEFT, draw_recent),
+    of_metric("job_cpu"),
+    of_metric("job_ram"),
+    of_metric("gpu"),
+    of_metric("job_time_left"),
+    of_metric("load1"),
+    Column("age", "Age", RIGHT),
+    Column("slot", "Slot", RIGHT),
+    Column("address", "Address"),
+)
+LAST_KNOWN_COLUMNS = (*COLUMNS, TIME, KIND, WHAT)
+GONE_COLUMNS = (NODE, JOB_ID, of_metric("cpu"), of_metric("ram"), TIME, WHAT)
+EVENT_COLUMNS = (TIME, KIND, NODE, JOB_ID, WHAT)
+NODE_EVENT_COLUMNS = (TIME, KIND, JOB_ID, WHAT)
+READING_COLUMNS = (
+    Column("reading", "Reading"),
+    Column("now", "Now"),
+    Column("meaning", "Meaning"),
+)
+JOB_COLUMNS = (
+    JOB_ID,
+    of_metric("job_name"),
+    Column("state", "State"),
+    Column("nodes", "Nodes", RIGHT),
+    of_metric("cpus"),
+    Column("mem", "Memory asked for", RIGHT),
+    Column("ran", "Ran", RIGHT),
+    Column("limit", "Time limit", RIGHT),
+    WHAT,
+)
+
+# ============================================================================
+# Pages: a snapshot -> HTML.  With the rooms above, the only one that knows HTML.
+# ============================================================================
+
+MAP_FROM = 61  # nodes: so many get a map
+PAGE_ROWS = 100  # nodes: more get a table in pages
+NEW_EVENTS = 20  # events on the page
+FINE = 300  # points of the graphs of CPU and RAM: one a tick
+COARSE = 60  # points of the other graphs ...
+FIFTH = 5  # ... one in so many ticks
+NO_GRAPHS = (  # numbers that hardly ever change, or that another graph shows
+    "interval",
+    "cpus",
+    "mem_total",
+    "mem_used",
+    "uptime",
+    "gpus",
+    "job_cpus",
+    "job_mem_limit",
+    "job_time_limit",
+)
+GRAPHS = tuple(key for key in NUMBERS if key not in NO_GRAPHS)
+FINE_GRAPHS = GRAPHS[:2]  # CPU and RAM
+
+# rows of a table, under a heading of their own or none
+Body = NamedTuple("Body", [("heading", Optional[Html]), ("rows", List[Message])])
+# what a select offers: a field of the query, what is shown for "", other values
+Choice = NamedTuple("Choice", [("key", str), ("first", str), ("values", List[str])])
+
+
+class Page:
+    """A snapshot for a query as HTML; site has options, cost and series (see Dashboard)."""
+
+    def __init__(self, view: Snapshot, query: Query, site: Site) -> None:
+        self.view = view
+        self.query = query
+        self.site = site
+        self.rows = select(view, query)
+
+    def all_nodes(self) -> str:
+        """The page: what matters, every live node, what has gone and what happened."""
+        title, cards = figures(self.view, self.rows)
+        return self.whole(
+            title,
+            self.cards(cards),
+            self.jobs(),
+            self.form() if self.view.nodes else self.empty(),
+            self.node_map() if len(self.rows) >= MAP_FROM else None,
+            self.nodes() if self.rows else None,
+            self.aside(),
         )
-    row.update(ran=ran, text=", ".join(words) or None)
-    return row
+
+    def one_node(self) -> str:
+        """The page of a node: graphs, every reading, events; "" if it is not known."""
+        name = self.query["node"]
+        events = [event for event in self.view.events if name_of(event) == name][::-1]
+        rows = [row for row in self.rows if name_of(row) == name] or events[:1]
+        if not rows:
+            return ""
+        parts = [fill(ALL_NODES_LINK_HTML), self.last_known(rows)]
+        for number, row in enumerate(rows, 1):
+            parts.append(self.graphs(row))
+            parts.append(self.readings(number, row))
+        parts.append(
+            self.table("events", "Events", NODE_EVENT_COLUMNS, [Body(None, events)])
+        )
+        return self.whole(name, *parts)
+
+    def whole(self, title: str, *parts: Optional[Html]) -> str:
+        """A page around its parts."""
+        return fill(
+            PAGE_HTML,
+            title=title,
+            style=Html(STYLE),
+            parts=list(parts),
+            cost=self.site.cost.get("text"),
+            script=Html(SCRIPT),
+        )
+
+    # -- parts of the page of all nodes ------------------------------------
+
+    def cards(self, cards: List[Card]) -> Optional[Html]:
+        """What matters, in figures."""
+        if not cards:
+            return None
+        drawn = [fill(CARD_HTML, **card._asdict()) for card in cards]
+        return fill(CARDS_HTML, cards=drawn)
+
+    def empty(self) -> Html:
+        """What to do as long as there is no agent."""
+        options = self.site.options
+        host = options.host
+        if host in ("0.0.0.0", "::", ""):
+            host = socket.gethostname()
+        secret = ""
+        if options.secret_file:
+            secret = " --secret-file " + options.secret_file
+        return fill(EMPTY_HTML, host=host, port=options.port, secret=secret)
+
+    def form(self) -> Html:
+        """The state of the page, to be changed."""
+        maps = ["ram"] if len(self.view.nodes) >= MAP_FROM else []
+        choices = (
+            Choice("job", "all", self.known_values("job")),
+            Choice("user", "all", self.known_values("user")),
+            Choice("group", "by job", ["no"]),
+            Choice("map", "cpu", maps),
+        )
+        return fill(
+            FORM_HTML,
+            words=self.query.get("q"),
+            selects=[self.drop_down(choice) for choice in choices if choice.values],
+            sort=self.query.get("sort"),
+        )
+
+    def known_values(self, key: str) -> List[str]:
+        """Every value that some node has, in order."""
+        values = {node[key] for node in self.view.nodes if node[key]}
+        return sorted(values, key=natural)
+
+    def drop_down(self, choice: Choice) -> Html:
+        """One choice of the form."""
+        options = []
+        for value in choice.values:
+            is_chosen = self.query.get(choice.key) == value
+            template = CHOSEN_OPTION_HTML if is_chosen else OPTION_HTML
+            options.append(fill(template, value=value))
+        return fill(
+            SELECT_HTML,
+            label=choice.key.capitalize(),
+            key=choice.key,
+            first=choice.first,
+            options=options,
+        )
+
+    def jobs(self) -> Optional[Html]:
+        """The table of jobs, when a watcher tells of any."""
+        folded = fold_arrays(jobs_in_order(self.view))
+        rows = [job_row(tasks, self.view.time) for tasks in folded]
+        if not rows:
+            return None
+        return self.table("jobs", "Jobs", JOB_COLUMNS, [Body(None, rows)])
+
+    def node_map(self) -> Html:
+        """A tile for each node, filled as high as its reading."""
+        key = "ram" if self.query.get("map") == "ram" else "cpu"
+        tiles = [self.tile(row, row[key]) for row in self.rows]
+        return fill(MAP_HTML, label=NUMBERS[key].label, tiles=tiles)
+
+    def tile(self, row: Message, percent: float) -> Html:
+        """The tile of a node; its label tells what its colour cannot."""
+        level = "v%d" % round(percent * TILE_STEPS / 100)
+        label = "%s, job %s, CPU %.1f %%, RAM %.1f %% %s" % (
+            name_of(row),
+            row["job"] or "-",
+            row["cpu"],
+            row["ram"],
+            ", ".join(row["marks"]),
+        )
+        return fill(
+            TILE_HTML,
+            slot=row["slot"],
+            kind=level + " al" if row["alerts"] else level,
+            href=path_of(row),
+            label=label,
+        )
+
+    def nodes(self) -> Html:
+        """The table of nodes: by job unless group=no, in pages when there are many."""
+        has_jobs = any(row["job"] for row in self.rows)
+        is_grouped = has_jobs and not self.query.get("group")
+        jobs: Dict[str, List[Message]] = {}
+        for row in self.rows:
+            job = (row["job"] or "") if is_grouped else ""
+            jobs.setdefault(job, []).append(row)
+        last_page = -(-len(self.rows) // PAGE_ROWS)
+        page = self.page_number(last_page)
+        shown = self.slots_of_page(jobs, page)
+        bodies = []
+        for job, rows in jobs.items():
+            heading = self.job_heading(job, rows) if is_grouped else None
+            shown_rows = [row for row in rows if row["slot"] in shown]
+            if shown_rows:
+                bodies.append(Body(heading, shown_rows))
+        return self.table(
+            "nodes",
+            "Nodes",
+            self.node_columns(is_grouped),
+            bodies,
+            sort=self.query.get("sort") or "node",
+            end=self.page_links(page, last_page) if last_page > 1 else None,
+        )
+
+    def page_number(self, last: int) -> int:
+        """The page of the table that is asked for, or one that is there."""
+        asked = self.query.get("page", "")
+        if not asked.isdecimal():
+            return 1
+        return min(max(int(asked), 1), last)
+
+    def slots_of_page(self, jobs: Dict[str, List[Message]], page: int) -> Set[int]:
+        """The slots of the nodes on a page of the table."""
+        slots = [row["slot"] for rows in jobs.values() for row in rows]
+        first = PAGE_ROWS * (page - 1)
+        return set(slots[first : first + PAGE_ROWS])
+
+    def node_columns(self, is_grouped: bool) -> List[Column]:
+        """The columns that have something to tell, and that no heading tells already."""
+        told = ("job", "job_name", "user") if is_grouped else ()
+        columns = []
+        for column in COLUMNS:
+            is_drawn = column.draw in (draw_node, draw_recent)  # from other values
+            if column.key not in told and (is_drawn or has_any(self.rows, column)):
+                columns.append(column)
+        return columns
+
+    def job_heading(self, job: str, rows: List[Message]) -> Html:
+        """What is written above the nodes of a job."""
+        if not job:
+            return fill(NO_JOB_HEADING_HTML)
+        words = [
+            rows[0]["job_name"],
+            rows[0]["user"],
+            "nodes: %d" % len(rows),
+            "CPU: %.1f %%" % mean(rows, "cpu"),
+        ]
+        known = " \u00b7 ".join(word for word in words if word)
+        return fill(JOB_HEADING_HTML, href=link({}, job=job), job=job, words=known)
+
+    def page_links(self, page: int, last: int) -> Html:
+        """Links to the pages of the table."""
+        links = []
+        for number in range(1, last + 1):
+            template = THIS_PAGE_LINK_HTML if number == page else PAGE_LINK_HTML
+            href = link(self.query, page=number)
+            links.append(fill(template, href=href, number=number))
+        return fill(PAGES_HTML, links=links)
+
+    def aside(self) -> Html:
+        """Who left, and what happened."""
+        lost = gone(self.view, "lost")
+        finished = gone(self.view, "finished")
+        newest = self.view.events[: -NEW_EVENTS - 1 : -1]
+        tables = []
+        for name, caption, columns, rows in (
+            ("lost", "Recently gone", GONE_COLUMNS, lost),
+            ("finished", "Recently finished", GONE_COLUMNS, finished),
+            ("events", "Events", EVENT_COLUMNS, newest),
+        ):
+            if rows:
+                tables.append(self.table(name, caption, columns, [Body(None, rows)]))
+        return fill(ASIDE_HTML, tables=tables)
+
+    # -- parts of the page of one node -------------------------------------
+
+    def last_known(self, rows: List[Message]) -> Html:
+        """The rows of a node: more than one when it is in several jobs."""
+        columns = [column for column in LAST_KNOWN_COLUMNS if has_any(rows, column)]
+        return self.table("nodes", "Last known", columns, [Body(None, rows)])
+
+    def graphs(self, row: Message) -> Html:
+        """A graph for each metric of which the last ten minutes are known."""
+        graphs = [self.graph(row, NUMBERS[key]) for key in GRAPHS]
+        return fill(GRAPHS_HTML, graphs=graphs)
+
+    def graph(self, row: Message, metric: Metric) -> Optional[Html]:
+        """The last ten minutes of a metric; None if they are unknown."""
+        points = FINE if metric.key in FINE_GRAPHS else COARSE
+        values = self.site.series(row, metric.key, points, 1)
+        known = [value for value in values if math.isfinite(value)]
+        if not known:
+            return None
+        top = 100 if metric.unit == "%" else max(known + [1])
+        return fill(
+            GRAPH_HTML,
+            label=metric.label,
+            now=render_value(metric.key, row.get(metric.key)),
+            curve=draw_curves({metric.key: values}, points, top),
+            least=render_value(metric.key, min(known)),
+            most=render_value(metric.key, max(known)),
+        )
+
+    def readings(self, number: int, row: Message) -> Html:
+        """Every reading that a row has, and what it means."""
+        readings: List[Message] = []
+        for slot, metric in enumerate(METRICS, 1):
+            now = render_value(metric.key, row.get(metric.key))
+            if now != "-":
+                readings.append(
+                    {
+                        "slot": slot,
+                        "reading": metric.label,
+                        "now": now,
+                        "meaning": metric.help,
+                    }
+                )
+        name = "readings%d" % number
+        return self.table(name, "Readings", READING_COLUMNS, [Body(None, readings)])
+
+    # -- tables ------------------------------------------------------------
+
+    def table(
+        self,
+        name: str,
+        caption: str,
+        columns: Sequence[Column],
+        bodies: Sequence[Body],
+        sort: str = "",
+        end: Optional[Html] = None,
+    ) -> Html:
+        """A table that scrolls by itself; sort: it can be sorted, and this is how it is."""
+        return fill(
+            TABLE_HTML,
+            name=name,
+            caption=caption,
+            headings=[self.heading(column, sort) for column in columns],
+            bodies=[self.body(name, columns, body) for body in bodies],
+            end=end,
+        )
+
+    def heading(self, column: Column, sort: str) -> Html:
+        """The cell above a column: a link that sorts by it, or that turns the order around."""
+        align = RIGHT if column.align == RIGHT else LEFT
+        label: object = column.heading
+        if sort and column.draw is not draw_recent:
+            turned = "-" + column.key if sort == column.key else column.key
+            href = link(self.query, sort=turned, page="")
+            label = fill(LINK_HTML, href=href, text=label)
+        if sort not in (column.key, "-" + column.key):
+            return fill(HEADING_HTML, align=align, label=label)
+        order = "descending" if sort.startswith("-") else "ascending"
+        return fill(SORTED_HEADING_HTML, align=align, order=order, label=label)
+
+    def body(self, name: str, columns: Sequence[Column], body: Body) -> Html:
+        """Some rows of a table; an id keeps them what they are when the page is renewed."""
+        group = "all"
+        heading = None
+        if body.heading:
+            group = urllib.parse.quote(body.rows[0]["job"] or "")
+            heading = fill(BODY_HEADING_HTML, span=len(columns), heading=body.heading)
+        rows = [self.row(name, columns, row) for row in body.rows]
+        return fill(BODY_HTML, id="%s-%s" % (name, group), heading=heading, rows=rows)
+
+    def row(self, name: str, columns: Sequence[Column], row: Message) -> Html:
+        """A row of a table: a node or a reading by its slot, an event by its time."""
+        number = row.get("slot") or int(row["time"] * 1e6)
+        cells = [column.draw(column, row, self.site) for column in columns]
+        return fill(ROW_HTML, id="%s_%s" % (name, number), cells=cells)
 
 
-def render_csv(view: Snapshot, query: Query, site: Any = None) -> str:
+def has_any(rows: List[Message], column: Column) -> bool:
+    """Whether some row has a value for the column."""
+    return any(row.get(column.key) is not None for row in rows)
+
+
+def render_page(view: Snapshot, query: Query, site: Site) -> str:
+    """The page of all nodes."""
+    return Page(view, query, site).all_nodes()
+
+
+def render_node_page(view: Snapshot, query: Query, site: Site) -> str:
+    """The page of the node that the query names; "" if it is not known."""
+    return Page(view, query, site).one_node()
+
+
+# ============================================================================
+# Pages for programs: a snapshot -> JSON, CSV, text, Prometheus
+# ============================================================================
+
+FORMULA_STARTS = tuple("=+-@\uff1d\uff0b\uff0d\uff20")  # half and full width
+MAX_CELL = 32  # letters of a reading in the text table
+
+
+def as_json(answer: Message) -> str:
+    """An answer as one line of JSON."""
+    return json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def render_nodes_json(view: Snapshot, query: Query, site: Site = None) -> str:
+    """The live table as JSON."""
+    return as_json(
+        {"time": round(view.time, 3), "capacity": view.capacity, "nodes": view.nodes}
+    )
+
+
+def render_jobs_json(view: Snapshot, query: Query, site: Site = None) -> str:
+    """The jobs as JSON: what Slurm says of each; times in seconds since 1970, mem in bytes."""
+    jobs = jobs_in_order(view)
+    return as_json(
+        {"time": round(view.time, 3), "left_out": view.jobs_left_out, "jobs": jobs}
+    )
+
+
+def render_events_json(view: Snapshot, query: Query, site: Site = None) -> str:
+    """The events as JSON, the oldest first."""
+    return as_json({"events": view.events})
+
+
+def render_csv(view: Snapshot, query: Query, site: Site = None) -> str:
     """The live table as CSV (RFC 4180), in which no text is a formula to a spreadsheet."""
-    keys = ["slot", "address", "age", "since", "alerts"] + [
-        metric.key for metric in METRICS
-    ]
-    table, formulas = io.StringIO(), tuple("=+-@\uff1d\uff0b\uff0d\uff20")
-    csv.writer(table).writerows(
-        [keys]
-        + [
-            [
-                "'" + cell
-                if isinstance(cell, str) and cell.startswith(formulas)
-                else cell
-                for cell in map(node.get, keys)
-            ]
-            for node in view.nodes
-        ]
-    )
-    return table.getvalue()
+    keys = ["slot", "address", "age", "since", "alerts"]
+    keys += [metric.key for metric in METRICS]
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(keys)
+    for node in view.nodes:
+        table.writerow([as_csv(node[key]) for key in keys])
+    return text.getvalue()
 
 
-def render_nodes_text(view: Snapshot, query: Query, site: Any = None) -> str:
+def as_csv(value: Any) -> Any:
+    """A value as a cell of CSV: what a spreadsheet would compute is quoted."""
+    if isinstance(value, str) and value.startswith(FORMULA_STARTS):
+        return "'" + value
+    return value
+
+
+def render_nodes_text(view: Snapshot, query: Query, site: Site = None) -> str:
     """The live table as aligned text; width in the query cuts its lines."""
-
-    def columns(text: str) -> int:
-        return len(text) + (
-            not text.isascii()
-            and sum(unicodedata.east_asian_width(char) in "WF" for char in text)
-        )
-
     nodes = select(view, query)
-    keys = [
-        key
-        for key in COLUMNS
-        if key in ("node", "cpu", "ram")
-        or any(node.get(key) is not None for node in nodes)
-    ]
-    rows = [[LABELS.get(key, key.capitalize()) for key in keys]] + [
-        [
-            name_of(node) if key == "node" else render_value(key, node[key])[:32]
-            for key in keys
-        ]
-        for node in nodes
-    ]
-    (title, cards), widths = (
-        figures(view, nodes),
-        [max(map(columns, row)) for row in zip(*rows)],
-    )
-    lines, width = [" | ".join([title, *map(" ".join, cards)])], query.get("width", "")
-    for row in rows:
-        blanks = [" " * (width - columns(text)) for text, width in zip(row, widths)]
-        lines.append(
-            "  ".join(
-                blank + text if key in RIGHT else text + blank
-                for key, text, blank in zip(keys, row, blanks)
-            ).rstrip()
-        )
-    return "".join(
-        line[: int(width) if width.isdecimal() else None] + "\n" for line in lines
-    )
+    title, cards = figures(view, nodes)
+    lines = [" | ".join([title] + [" ".join(card) for card in cards])]
+    lines += text_table(nodes)
+    width = query.get("width", "")
+    cut = int(width) if width.isdecimal() else None
+    return "".join(line[:cut] + "\n" for line in lines)
 
 
-def render_metrics(view: Snapshot, query: Query, site: Any) -> str:
+def text_table(nodes: List[Message]) -> List[str]:
+    """The lines of the table of nodes, its heading first."""
+    always = ("node", "cpu", "ram")
+    columns = [
+        column for column in COLUMNS if column.key in always or has_any(nodes, column)
+    ]
+    table = [[column.heading for column in columns]]
+    table += [[text_cell(column, node) for column in columns] for node in nodes]
+    widths = [max(map(text_width, texts)) for texts in zip(*table)]
+    lines = []
+    for texts in table:
+        cells = map(align, columns, texts, widths)
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def text_cell(column: Column, node: Message) -> str:
+    """What a cell says; a node's name is whole, as it is what one acts upon."""
+    if column.key == "node":
+        return name_of(node)
+    return render_value(column.key, node[column.key])[:MAX_CELL]
+
+
+def text_width(text: str) -> int:
+    """How many columns of a terminal a text takes (Unicode, UAX 11)."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
+    return len(text) + wide
+
+
+def align(column: Column, text: str, width: int) -> str:
+    """A text with blanks, so that it takes the width of its column."""
+    blanks = " " * (width - text_width(text))
+    return blanks + text if column.align == RIGHT else text + blanks
+
+
+class Family(NamedTuple):
+    """What Prometheus calls a metric family: its series by their labels, without sentinel_."""
+
+    name: str
+    help: str
+    series: Iterable[Tuple[str, Optional[float]]]
+
+
+def render_metrics(view: Snapshot, query: Query, site: Site) -> str:
     """Prometheus text format 0.0.4; a collector that is silent has no nodes."""
+    nodes = nodes_by_labels(view.nodes) if view.beat <= STALE_SECONDS else {}
+    families = node_families(nodes)
+    families.append(Family("nodes", "Nodes that send", [("", len(nodes))]))
+    families += master_families(view, site)
+    return "".join(map(render_family, families))
 
-    def labels(row: Message, **more: str) -> str:
-        named = dict(
-            node=name_of(row), job=row["job"] or "", user=row["user"] or "", **more
-        )
-        return ",".join(
-            "%s=%s" % (key, json.dumps(value, ensure_ascii=False))
-            for key, value in named.items()
-        )
 
-    nodes: Dict[str, Message] = {}
-    for row in view.nodes if view.beat <= STALE_SECONDS else ():
-        nodes[
-            labels(row, slot=str(row["slot"])) if labels(row) in nodes else labels(row)
-        ] = row
-    families = [
-        (
-            "node_" + metric.prometheus,
-            metric.help,
-            [(label, row[metric.key]) for label, row in nodes.items()],
-        )
-        for metric in METRICS
-        if metric.prometheus
-    ]
-    families += [
-        (
-            "node_age_seconds",
-            "Time since the last sample",
-            [(label, row["age"]) for label, row in nodes.items()],
-        ),
-        (
-            "node_alert",
-            "Rule that fires",
-            [
-                (label + ',rule="%s"' % rule, 1)
-                for label, row in nodes.items()
-                for rule in (row["alerts"] or "").split()
-            ],
-        ),
-        (
-            "node_lost",
-            "Node that was lost in the last ten minutes",
-            [(labels(event), 1) for event in gone(view, "lost")],
-        ),
-        ("nodes", "Nodes that send", [("", len(nodes))]),
-        ("samples_total", "Samples taken", [("", view.samples)]),
+def node_families(nodes: Dict[str, Message]) -> List[Family]:
+    """What is known of the nodes, each with its labels: METRICS, ages and alerts."""
+    families = []
+    for metric in METRICS:
+        if metric.prometheus:
+            series = [(labels, node[metric.key]) for labels, node in nodes.items()]
+            name = "node_" + metric.prometheus
+            families.append(Family(name, metric.help, series))
+    ages = [(labels, node["age"]) for labels, node in nodes.items()]
+    families.append(Family("node_age_seconds", "Time since the last sample", ages))
+    alerts = []
+    for labels, node in nodes.items():
+        for rule in (node["alerts"] or "").split():
+            alerts.append((labels + ',rule="%s"' % rule, 1))
+    families.append(Family("node_alert", "Rule that fires", alerts))
+    return families
+
+
+def master_families(view: Snapshot, site: Site) -> List[Family]:
+    """What the master itself has seen and takes."""
+    lost = [(labels_of(event), 1) for event in gone(view, "lost")]
+    totals: Tuple[Tuple[str, str, Optional[float]], ...] = (
+        ("samples_total", "Samples taken", view.samples),
         (
             "turned_away_total",
             "Agents turned away for want of threads or descriptors",
-            [("", view.turned_away)],
+            view.turned_away,
+        ),
+        (
+            "turned_away_lately",
+            "Agents turned away in the last minute",
+            view.turned_away_lately,
         ),
         (
             "collector_silence_seconds",
             "Time since the collector's heartbeat",
-            [("", view.beat)],
+            view.beat,
         ),
         (
             "master_cpu_seconds_total",
             "CPU time of the master",
-            [("", site.cost.get("seconds"))],
+            site.cost.get("seconds"),
         ),
         (
             "master_memory_bytes",
             "The master's resident memory",
-            [("", site.cost.get("memory"))],
+            site.cost.get("memory"),
         ),
-    ]
-    return "".join(
-        "# HELP sentinel_%s %s\n# TYPE sentinel_%s %s\n%s"
-        % (
-            name,
-            text,
-            name,
-            "counter" if name.endswith("_total") else "gauge",
-            "".join(
-                "sentinel_%s{%s} %.15g\n" % (name, label, value)
-                for label, value in samples
-                if value is not None
-            ),
-        )
-        for name, text, samples in families
+    )
+    families = [Family("node_lost", "Node that was lost in the last ten minutes", lost)]
+    families += [Family(name, text, [("", value)]) for name, text, value in totals]
+    return families
+
+
+def nodes_by_labels(nodes: List[Message]) -> Dict[str, Message]:
+    """The nodes by labels of their own: two of one name have their slots, too."""
+    named: Dict[str, Message] = {}
+    for node in nodes:
+        labels = labels_of(node)
+        if labels in named:
+            labels = labels_of(node, slot=str(node["slot"]))
+        named[labels] = node
+    return named
+
+
+def labels_of(row: Message, **more: str) -> str:
+    """The labels of a node's series, escaped: JSON's escapes are a part of Prometheus'."""
+    named = {"node": name_of(row), "job": row["job"] or "", "user": row["user"] or ""}
+    named.update(more)
+    return ",".join(
+        "%s=%s" % (key, json.dumps(value, ensure_ascii=False))
+        for key, value in named.items()
     )
 
 
-def render_health(view: Snapshot, query: Query, site: Any) -> str:
+def render_family(family: Family) -> str:
+    """The lines of a family; a series without a value has none."""
+    name = "sentinel_" + family.name
+    kind = "counter" if name.endswith("_total") else "gauge"
+    lines = ["# HELP %s %s\n" % (name, family.help), "# TYPE %s %s\n" % (name, kind)]
+    for labels, value in family.series:
+        if value is not None:
+            lines.append("%s{%s} %.15g\n" % (name, labels, value))
+    return "".join(lines)
+
+
+def render_health(view: Snapshot, query: Query, site: Site) -> str:
     """That the collector is well, with what keeps agents away; and what the master takes."""
     lines = ["ok"]
     if view.turned_away_lately:
@@ -3100,30 +3701,21 @@ def render_health(view: Snapshot, query: Query, site: Any) -> str:
     return "".join(line + "\n" for line in lines)
 
 
-HTML, JSON, TEXT = (
-    "text/html; charset=utf-8",
-    "application/json; charset=utf-8",
-    "text/plain; charset=utf-8",
-)
+HTML = "text/html; charset=utf-8"
+JSON = "application/json; charset=utf-8"
+TEXT = "text/plain; charset=utf-8"
+CSV = "text/csv; charset=utf-8"
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
-    "/": (HTML, lambda *about: Page(*about).all_nodes()),
-    "/node/": (HTML, lambda *about: Page(*about).one_node()),
+    "/": (HTML, render_page),
+    "/node/": (HTML, render_node_page),
     "/api/nodes": (JSON, render_nodes_json),
     "/api/jobs": (JSON, render_jobs_json),
-    "/api/events": (
-        JSON,
-        lambda view, query, site: (
-            json.dumps({"events": view.events}, ensure_ascii=False, allow_nan=False)
-            + "\n"
-        ),
-    ),
-    "/nodes.csv": ("text/csv; charset=utf-8", render_csv),
+    "/api/events": (JSON, render_events_json),
+    "/nodes.csv": (CSV, render_csv),
     "/nodes.txt": (TEXT, render_nodes_text),
-    "/metrics": ("text/plain; version=0.0.4; charset=utf-8", render_metrics),
-    "/healthz": (
-        TEXT,
-        render_health,
-    ),
+    "/metrics": (PROMETHEUS, render_metrics),
+    "/healthz": (TEXT, render_health),
 }
 
 # ============================================================================

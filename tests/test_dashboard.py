@@ -391,6 +391,19 @@ class Paths(Served):
         self.assertLessEqual(len(times), 4 * (time.monotonic() - start) + 2)
 
 
+class Whole(Served):
+    def test_whole_numbers_are_written_whole_and_others_are_not(self):
+        sample = {"cpus": 4, "mem_total": 4111360000.0, "load1": 0.5, "swap": 5.0}
+        with PlainAgent(self.master.port) as agent:
+            agent.send(dict(sample, cpu=1.0, ram=1.0, node="whole"))
+            eventually(lambda: "whole" in get(self.page, "/nodes.txt").text)
+            text = get(self.page, "/api/nodes").text
+            table = get(self.page, "/nodes.csv").text
+        for words in ('"cpus": 4,', '"mem_total": 4111360000,', '"load1": 0.5,'):
+            self.assertIn(words, text)
+        self.assertIn(",4111360000,", table)
+
+
 class Storm(Served):
     flags = ("--alert", "cpu>50")
 
@@ -405,7 +418,7 @@ class Storm(Served):
                     agent.send({"cpu": cpu, "ram": 1.0, "node": "n%d" % number})
         eventually(lambda: not support.events(self.page, "lost"))
         page = get(self.page).text
-        self.assertRegex(page, r'<section id="lost".*/node/gone')
+        self.assertRegex(page, r'(?s)<section id="lost".*/node/gone')
         self.assertIn('sentinel_node_lost{node="gone"', get(self.page, "/metrics").text)
 
 

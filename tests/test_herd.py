@@ -179,7 +179,7 @@ class Slurm:
         with open(path) as file:
             return file.read().splitlines()
 
-    def watch(self, master, *flags, path=os.environ["PATH"]):
+    def watch(self, master, *flags, path=os.environ["PATH"], python=None):
         """Start the watcher: `agent.py --jobs` for a master."""
         env = {
             "PATH": self.folder + os.pathsep + path,
@@ -187,7 +187,13 @@ class Slurm:
             "SLURM_CONF": "/etc/slurm/slurm.conf",
         }
         return start(
-            self.agent, "--jobs", *flags, "--port", master.port, env=env, stdin=None
+            self.agent,
+            "--jobs",
+            *flags,
+            "--port",
+            master.port,
+            env=env,
+            python=python,
         )
 
 
@@ -381,6 +387,41 @@ class Herding(unittest.TestCase):
                     self.assertEqual(watcher.wait(), 0)
                 eventually(lambda: not any(map(support.alive, family)))  # noqa: B023
                 eventually(lambda: not self.rows())
+
+    def test_a_relay_that_falls_silent_leaves_no_step_and_is_back_when_it_wakes(self):
+        """As a laptop that was cut off, or sleeps: its ssh stays open on the other side."""
+        self.slurm.write("queue", row())
+        self.slurm.write("job.7", details())
+        watcher = self.watch()
+        eventually(lambda: self.rows() == [("c1", "7")])
+        family = support.descendants(watcher.pid)
+        watcher.send_signal(signal.SIGSTOP)
+        eventually(lambda: not any(map(support.alive, family)), 15)
+        watcher.send_signal(signal.SIGCONT)
+        eventually(lambda: self.rows() == [("c1", "7")])
+        self.assertNotEqual(support.descendants(watcher.pid), family)
+
+    def test_the_oldest_python_herds_and_is_all_that_a_node_has(self):
+        version, python = min(support.pythons().items())
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        os.symlink(python, os.path.join(folder, "python3"))
+        self.slurm.write("queue", row())
+        self.slurm.write("job.7", details())
+        path = folder + os.pathsep + os.environ["PATH"]
+        with self.slurm.watch(self.master, path=path, python=python):
+            eventually(lambda: self.rows() == [("c1", "7")], what=str(version))
+
+    def test_a_master_with_a_secret_takes_what_the_relay_proves(self):
+        secret = os.path.join(self.slurm.folder, "secret")
+        with start_master("--secret-file", secret) as master:
+            self.slurm.write("queue", row())
+            self.slurm.write("job.7", details())
+            with self.slurm.watch(master, "--secret-file", secret):
+                eventually(lambda: [n["job"] for n in nodes(master.page)] == ["7"])
+                eventually(
+                    lambda: "train|it" in support.get(master.page, "/api/jobs").text
+                )
 
     def test_a_watcher_that_leaves_says_goodbye_for_its_nodes(self):
         self.slurm.write("queue", row())

@@ -157,6 +157,32 @@ class Watched(unittest.TestCase):
         )
         self.assertEqual((ended["state"], ended["exit"]), ("FAILED", "3:0"))
 
+    def test_a_laptop_that_is_cut_off_leaves_no_step_and_has_its_rows_back_later(self):
+        job = LAB.sbatch("-N1", "--mem=100", "-t10", "spin.sh")
+        self.aged(job)
+        self.watch("laptop", "--ssh", "login")
+        eventually(lambda: (job, "c1") in self.rows(), 20)
+        LAB.must("cut", "laptop")
+        try:
+            eventually(lambda: self.steps() == 0, 40)
+            self.assertEqual(LAB.queue(), {job: "RUNNING"})
+        finally:
+            LAB.must("heal", "laptop")
+        eventually(lambda: (job, "c1") in self.rows(), 60)
+
+    def test_a_node_that_is_cut_off_is_lost_and_back_once_the_cable_is(self):
+        job = LAB.sbatch("-N2", "--mem=100", "-t10", "spin.sh")
+        self.aged(job)
+        master = self.watch("login", "--my-jobs")
+        both = {(job, "c1"), (job, "c2")}
+        eventually(lambda: set(self.rows()) == both, 20)
+        LAB.must("cut", "c2")
+        try:
+            master.logged(r"c2 \(job %s\) lost: no sample" % job)
+        finally:
+            LAB.must("heal", "c2")
+        eventually(lambda: set(self.rows()) == both, 30)
+
     def test_a_login_that_cannot_be_reached_is_one_line_and_exit_1(self):
         master = LAB.start("laptop", "python3", "master_server.py", "--ssh", "nowhere")
         self.addCleanup(master.stop)

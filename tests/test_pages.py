@@ -13,6 +13,7 @@ import re
 import sys
 import types
 import unittest
+import unittest.mock
 
 import support  # noqa: F401  (puts the tools on the path)
 
@@ -80,7 +81,15 @@ def fields(row):
         )
 
 
-def view(nodes=(), events=(), beat=0.2, turned_away=0, why=""):
+def job(number, **known):
+    """What Slurm says of a job, as a snapshot has it: what is not given is unknown."""
+    facts = dict.fromkeys(master.JOB_KEYS)
+    facts.update(job=str(number), raw=str(number), state="RUNNING")
+    facts.update(known)
+    return facts
+
+
+def view(nodes=(), events=(), beat=0.2, jobs=(), turned_away=0, why=""):
     nodes, events = list(nodes), list(events)
     return types.SimpleNamespace(
         time=NOW,
@@ -90,7 +99,7 @@ def view(nodes=(), events=(), beat=0.2, turned_away=0, why=""):
         events=events,
         left=events,
         samples=1234,
-        jobs=[],
+        jobs=list(jobs),
         jobs_left_out=0,
         turned_away=turned_away,
         turned_away_lately=turned_away,
@@ -244,8 +253,8 @@ class Selection(unittest.TestCase):
         ):
             with self.subTest(sort):
                 self.assertEqual(self.slots(sort=sort), slots)
-        for key in master.COLUMNS:
-            self.assertEqual(len(self.slots(sort="-" + key)), 3)
+        for column in master.COLUMNS:
+            self.assertEqual(len(self.slots(sort="-" + column.key)), 3)
 
     def marks(self, *rows):
         return [
@@ -330,8 +339,8 @@ class Gone(unittest.TestCase):
         page = render("/", view([], [event("lost", "c9"), event("finished", "c8")]))
         self.assertIn('<td class="lost">lost</td>', page)
         self.assertIn('<td class="finished">finished</td>', page)
-        self.assertRegex(master.STYLE, r"\.finished[,{][^}]*color:var\(--dim\)")
-        self.assertRegex(master.STYLE, r"\.lost[,{][^}]*font-weight:700")
+        self.assertRegex(master.STYLE, r"\.finished\s*[,{][^}]*color:\s*var\(--dim\)")
+        self.assertRegex(master.STYLE, r"\.lost\s*[,{][^}]*font-weight:\s*700")
 
 
 class Sentence(unittest.TestCase):
@@ -753,6 +762,52 @@ class TurnedAway(unittest.TestCase):
     def test_without_any_nothing_is_said_of_it(self):
         for path in ("/", "/nodes.txt", "/healthz"):
             self.assertNotIn("turned away", render(path, view([node(1)])))
+
+    def test_they_are_told_beside_other_trouble_and_their_reason_stays_text(self):
+        rows = [node(1, alerts="cpu>90")]
+        full = view(rows, turned_away=1, why="<no threads>")
+        title = master.figures(full, master.select(full, {}))[0]
+        self.assertEqual(
+            title,
+            "\u26a0 Alerts: 1; 1 agent turned away in the last minute: <no threads>",
+        )
+        self.assertIn(title, words(render("/", full)))
+        self.assertNotIn("<no threads>", render("/", full))
+
+    def test_a_gauge_falls_to_zero_while_the_counter_stays(self):
+        full = view([node(1)], turned_away=40)
+        after = view([node(1)], turned_away=40)
+        after.turned_away_lately = 0
+        for snapshot, lately in ((full, 40), (after, 0)):
+            text = render("/metrics", snapshot)
+            self.assertIn("# TYPE sentinel_turned_away_total counter\n", text)
+            self.assertIn("\nsentinel_turned_away_total{} 40\n", text)
+            self.assertIn("# TYPE sentinel_turned_away_lately gauge\n", text)
+            self.assertIn("\nsentinel_turned_away_lately{} %d\n" % lately, text)
+
+
+class Columns(unittest.TestCase):
+    def test_a_column_more_in_the_list_is_on_the_page_and_in_the_text(self):
+        rows = [node(1, swap=12.5), node(2)]
+        for path in ("/", "/nodes.txt"):
+            self.assertNotIn("Swap", render(path, view(rows)))
+        more = (*master.COLUMNS, master.of_metric("swap"))
+        with unittest.mock.patch.object(master, "COLUMNS", more):
+            page = render("/", view(rows), sort="-swap")
+            text = render("/nodes.txt", view(rows))
+        self.assertRegex(
+            page, r'aria-sort="descending"><a href="/\?sort=swap">Swap</a>'
+        )
+        self.assertIn('<td class="n">12.5 %<svg class="bar swap"', page)
+        self.assertRegex(text, r"(?m)^Node .* Swap$")
+        self.assertRegex(text, r"(?m)^10\.0\.0\.1.* 12\.5 %$")
+
+    def test_every_metric_can_be_a_column(self):
+        for metric in master.METRICS:
+            column = master.of_metric(metric.key)
+            self.assertEqual(column.heading, metric.label)
+            is_number = metric.key in master.NUMBERS
+            self.assertEqual(column.align == master.RIGHT, is_number, metric.key)
 
 
 class Text(unittest.TestCase):

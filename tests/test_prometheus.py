@@ -100,6 +100,7 @@ class Scraped(unittest.TestCase):
             master.page, folder
         ) as server:
             good, bad = PlainAgent(master.port), PlainAgent(master.port)
+            busy = PlainAgent(master.port)
             known = {"job": "42", "user": "ann", "version": "1.0", "interval": 60}
             good.send(dict(known, node='c"1\\', cpu=12.5, ram=40.0, gpu=7.0))
             bad.send(
@@ -110,8 +111,11 @@ class Scraped(unittest.TestCase):
                     ram=50.0,
                     job_ram=95.0,
                     job_time_left=60.0,
+                    job_time_limit=3600.0,
                 )
             )
+            busy.send({"node": "c3", "cpu": 99.0, "ram": 1.0, "interval": 60})
+            self.addCleanup(busy.close)
             self.addCleanup(good.close)
             names = {
                 name: (
@@ -124,27 +128,30 @@ class Scraped(unittest.TestCase):
             }
             values = eventually(
                 lambda: (
-                    len(server.query("sentinel_node_cpu_percent")) == 2
+                    len(server.query("sentinel_node_cpu_percent")) == 3
                     and server.query("sentinel_node_cpu_percent")
                 ),
                 40,
             )
-            self.assertEqual(values, {names['c"1\\']: 12.5, names["c2"]: 99.0})
+            outside = (("cluster", "main"), ("node", "c3"))
+            self.assertEqual(
+                values, {names['c"1\\']: 12.5, names["c2"]: 99.0, outside: 99.0}
+            )
             self.assertEqual(
                 server.query("sentinel_node_gpu_percent"), {names['c"1\\']: 7.0}
             )
             self.assertEqual(
                 server.query("sum(sentinel_node_alert) by (node)"),
-                {(("node", "c2"),): 3.0},
+                {(("node", "c2"),): 2.0, (("node", "c3"),): 1.0},
             )
-            self.assertEqual(list(server.query("sentinel_nodes").values()), [2.0])
+            self.assertEqual(list(server.query("sentinel_nodes").values()), [3.0])
             self.assertGreater(
                 server.query("sentinel_master_memory_bytes").popitem()[1], 1e7
             )
             eventually(
                 lambda: (
                     {
-                        ("NodeBusy", "c2"),
+                        ("NodeBusy", "c3"),
                         ("JobMemoryNearItsLimit", "c2"),
                         ("JobTimeNearItsLimit", "c2"),
                     }
@@ -157,7 +164,9 @@ class Scraped(unittest.TestCase):
                 lambda: server.query("sentinel_node_lost") == {names["c2"]: 1.0}, 20
             )
             eventually(lambda: ("NodeLost", "c2") in server.alerts(), 20)
-            eventually(lambda: ("NodeBusy", "c2") not in server.alerts(), 20)
+            eventually(
+                lambda: ("JobMemoryNearItsLimit", "c2") not in server.alerts(), 20
+            )
 
     def test_promtool_finds_no_lint_in_the_metrics(self):
         with start_master() as master, PlainAgent(master.port) as agent, PlainAgent(

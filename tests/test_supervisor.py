@@ -9,6 +9,8 @@ import signal
 import socket
 import threading
 import time
+import shutil
+import tempfile
 import unittest
 
 import support
@@ -84,6 +86,37 @@ def create_and_be_told(*arguments):
 
 master_server.Table.create = create_and_be_told
 """
+
+
+class Neighbours(unittest.TestCase):
+    """What may lie beside the master, and where it cannot run."""
+
+    def test_modules_of_the_users_own_beside_it_do_not_hide_the_standard_library(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        for name in ("json", "select", "socket", "queue", "html", "signal", "logging"):
+            with open(os.path.join(folder, name + ".py"), "w") as file:
+                file.write("raise RuntimeError('the wrong %s')\n" % name)
+        for name in ("master_server.py", "agent.py"):
+            shutil.copy(os.path.join(support.ROOT, name), folder)
+        path = os.path.join(folder, "master_server.py")
+        flags = ("--port", 0, "--dashboard-port", 0, "--with-agent")
+        with support.start(path, *flags, cwd=folder) as master:
+            page = master.listening("dashboard")
+            eventually(lambda: support.nodes(page))
+            self.assertEqual(master.stop(), 0)
+            self.assertNotIn("Traceback", master.log)
+
+    def test_a_system_without_unix_parts_is_told_in_one_line(self):
+        for lacking in ("sys.modules['resource'] = None", "os.name = 'nt'"):
+            start = (
+                "import os, sys; %s; import master_server;"
+                " sys.exit(master_server.main([]))" % lacking
+            )
+            with self.subTest(lacking):
+                done = support.run("-c", start, cwd=support.ROOT)
+                self.assertEqual((done.returncode, done.stdout), (1, ""))
+                self.assertRegex(done.stderr, r"\Aerror: [^\n]*WSL\n\Z")
 
 
 class Start(unittest.TestCase):

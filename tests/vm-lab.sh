@@ -123,7 +123,7 @@ machine_pid() {                                 # the pid of the running machine
 run() {                                         # run USER CMD...
     local user=$1; shift
     ssh -q -i "$LAB/key" -p "$PORT" -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null \
-        -o ConnectTimeout=3 "$user@127.0.0.1" "$@"
+        -o ConnectTimeout=30 "$user@127.0.0.1" "$@"
 }
 
 put() {                                         # put USER FILE...
