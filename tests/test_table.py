@@ -149,6 +149,15 @@ class Layout(TableTest):
         (node,) = table.snapshot().nodes
         self.assertEqual({node[m.key] for m in DETAILS}, {None})
 
+    def test_bytes_and_counts_are_whole_numbers_and_a_load_is_none(self):
+        table = self.create()
+        table.write(0, "x", row(cpus=4.0, mem_total=2.0**40, load1=2.0), 0.0, "")
+        table.beat(1, 1)
+        (node,) = table.snapshot().nodes
+        found = {key: repr(node[key]) for key in ("cpus", "mem_total", "load1")}
+        expected = {"cpus": "4", "mem_total": "1099511627776", "load1": "2.0"}
+        self.assertEqual(found, expected)
+
     def test_text_that_is_too_long_is_cut_at_a_whole_character(self):
         table = self.create()
         table.beat(0, 1)
