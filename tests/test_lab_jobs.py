@@ -133,7 +133,8 @@ class Watched(unittest.TestCase):
         master = self.watch("login", "--my-jobs")
         eventually(lambda: (job, "c1") in self.rows(), 20)
         self.assertEqual(self.steps(), 1)
-        LAB.kill("login", "master_server.py")  # its roles may end before their turn comes
+        # its roles may end by themselves before their turn comes
+        LAB.kill("login", "master_server.py")
         eventually(lambda: self.steps() == 0, 15)
         self.assertEqual(LAB.pids("login", "agent.py"), [])
         master.kill()
