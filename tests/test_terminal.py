@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,16 @@ import unittest
 
 import support
 from support import PlainAgent, eventually, nodes, start_master
+
+
+def open_terminal():
+    """(our end, their end, a preexec_fn that makes their end the terminal of a session)."""
+    ours, theirs = os.openpty()
+
+    def take_terminal():
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    return ours, theirs, take_terminal
 
 
 class Gone(unittest.TestCase):
@@ -31,6 +42,11 @@ class Gone(unittest.TestCase):
         flags = ["--port", "0", "--dashboard-port", "0", "--with-agent"]
         return [support.PYTHON, path] + flags
 
+    def kill(self, pids):
+        """End what still runs, when a test has failed."""
+        for pid in filter(support.alive, pids):
+            os.kill(pid, signal.SIGKILL)
+
     def assertEnded(self, pids):
         """All processes have ended, and no shared memory is left."""
         eventually(lambda: not any(map(support.alive, pids)), 10)
@@ -39,11 +55,7 @@ class Gone(unittest.TestCase):
     def test_a_closed_terminal_ends_the_master_in_order(self):
         for where in ("file", "terminal"):
             with self.subTest("log on a " + where):
-                ours, theirs = os.openpty()
-
-                def take_terminal(theirs=theirs):
-                    fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
-
+                ours, theirs, take_terminal = open_terminal()
                 with open(self.log, "w") as log:
                     master = support.Tool(
                         self.command(),
@@ -57,7 +69,6 @@ class Gone(unittest.TestCase):
                 os.close(theirs)
                 if where == "file":
                     eventually(lambda: "connected" in self.text())
-                    eventually(lambda: "acknowledged" in self.text() or self.text())
                 else:
                     said = b""
                     while b"connected" not in said:
@@ -104,6 +115,94 @@ class Gone(unittest.TestCase):
             eventually(lambda: nodes(master.page))
             self.assertEqual(master.stop(), 0)
             self.assertNotIn("Traceback", master.log)
+
+    @support.requires("bash")
+    def test_ctrl_z_fg_and_bg_of_a_shell_stop_it_and_let_it_go_on(self):
+        ours, theirs, take_terminal = open_terminal()
+        self.addCleanup(os.close, ours)
+        shell = support.Tool(
+            ["bash", "--norc", "--noprofile", "-i"],
+            dict(os.environ, PS1="", HISTFILE=""),
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            preexec_fn=take_terminal,
+        )
+        self.addCleanup(shell.kill)
+        os.close(theirs)
+
+        def press(keys):
+            os.write(ours, keys.encode())
+
+        def state():
+            return {support._stat(pid)[0] for pid in family}
+
+        line = " ".join(self.command() + ["--timeout", "60", "2>", self.log])
+        press(line + "\n")
+        eventually(lambda: "connected" in self.text())
+        family = support.descendants(shell.pid)
+        self.addCleanup(self.kill, family)
+        page, port = (
+            int(re.search(role + r" listening on \S+:(\d+)", self.text()).group(1))
+            for role in ("dashboard", "collector")
+        )
+        with PlainAgent(port) as agent:
+            for cpu, command in ((1.0, "fg\n"), (2.0, "bg\n")):
+                press("\x1a")
+                eventually(lambda: state() == {"T"})
+                agent.send({"cpu": cpu, "ram": 1.0, "node": "plain"})
+                press(command)
+                eventually(lambda cpu=cpu: support.row_of(page, node="plain", cpu=cpu))
+                eventually(lambda: len(nodes(page)) == 2)  # its own agent, too
+            press("fg\n")
+            eventually(lambda: os.tcgetpgrp(ours) in family)
+            press("\x03")
+            eventually(lambda: "stopped\n" in self.text())
+        self.assertEnded(family)
+        self.assertNotIn("Traceback", self.text())
+
+    def test_a_log_that_nobody_reads_any_more_stops_nothing(self):
+        ours, theirs = os.pipe()
+        master = support.Tool(self.command(), dict(os.environ), stderr=theirs)
+        self.addCleanup(master.kill)
+        os.close(theirs)
+        said = b""
+        while b"connected" not in said:
+            said += os.read(ours, 65536)
+        os.close(ours)  # what is logged from now on is an EPIPE
+        text = said.decode()
+        page = int(re.search(r"dashboard listening on \S+:(\d+)", text).group(1))
+        for role in ("collector", "dashboard"):
+            pid = int(re.search(role + r" started, pid (\d+)", text).group(1))
+            os.kill(pid, signal.SIGKILL)
+            eventually(lambda pid=pid: not support.alive(pid))
+            eventually(lambda: nodes(page))
+        family = [master.pid] + support.descendants(master.pid)
+        master.send_signal(signal.SIGHUP)
+        self.assertEqual(master.wait(), 0)
+        self.assertEnded(family)
+
+    @support.requires("nohup")
+    def test_under_nohup_the_end_of_the_terminal_is_none_of_its(self):
+        ours, theirs, take_terminal = open_terminal()
+        with open(self.log, "w") as log:
+            master = support.Tool(
+                ["nohup"] + self.command(),
+                dict(os.environ),
+                stdin=theirs,
+                stderr=log,
+                preexec_fn=take_terminal,
+            )
+        self.addCleanup(master.kill)
+        os.close(theirs)
+        eventually(lambda: "connected" in self.text())
+        family = [master.pid] + support.descendants(master.pid)
+        page = int(re.search(r"dashboard listening on \S+:(\d+)", self.text()).group(1))
+        os.close(ours)
+        support.stays(lambda: nodes(page) and all(map(support.alive, family)), 1)
+        master.send_signal(signal.SIGTERM)
+        self.assertEqual(master.wait(), 0)
+        self.assertEnded(family)
 
     @support.requires("tmux")
     def test_a_tmux_session_that_is_killed_ends_it(self):
