@@ -24,12 +24,16 @@ def open_terminal():
     return ours, theirs, take_terminal
 
 
+def port_in(text, role):
+    """The port on which a role listens, by the log."""
+    return int(re.search(role + r" listening on \S+:(\d+)", text).group(1))
+
+
 class Gone(unittest.TestCase):
     def setUp(self):
         self.folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, self.folder)
         self.log = os.path.join(self.folder, "log")
-        self.before = support.shm_names()
 
     def text(self):
         if not os.path.exists(self.log):
@@ -47,10 +51,16 @@ class Gone(unittest.TestCase):
         for pid in filter(support.alive, pids):
             os.kill(pid, signal.SIGKILL)
 
+    def family(self, master):
+        """The pids of a master and all that it has started; their shared memory is noted."""
+        self.shared = support.shm_of(master)
+        self.assertTrue(any(name.startswith("sentinel_") for name in self.shared))
+        return [master] + support.descendants(master)
+
     def assertEnded(self, pids):
-        """All processes have ended, and no shared memory is left."""
+        """All processes have ended, and their shared memory is gone."""
         eventually(lambda: not any(map(support.alive, pids)), 10)
-        eventually(lambda: support.shm_names() <= self.before)
+        eventually(lambda: not self.shared & support.shm_names())
 
     def test_a_closed_terminal_ends_the_master_in_order(self):
         for where in ("file", "terminal"):
@@ -73,7 +83,7 @@ class Gone(unittest.TestCase):
                     said = b""
                     while b"connected" not in said:
                         said += os.read(ours, 65536)
-                family = [master.pid] + support.descendants(master.pid)
+                family = self.family(master.pid)
                 self.assertGreaterEqual(len(family), 4)
                 os.close(ours)
                 self.assertEqual(master.wait(15), 0)
@@ -85,7 +95,7 @@ class Gone(unittest.TestCase):
 
     def test_sighup_ends_it_unless_it_was_ignored_at_the_start(self):
         with start_master() as master:
-            family = support.descendants(master.pid)
+            family = self.family(master.pid)
             master.send_signal(signal.SIGHUP, group=True)
             self.assertEqual(master.wait(), 0)
             self.assertRegex(master.log, r"stopped\n\Z")
@@ -95,7 +105,7 @@ class Gone(unittest.TestCase):
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
         with start_master(preexec_fn=ignore) as master:
-            family = support.descendants(master.pid)
+            family = self.family(master.pid)
             master.send_signal(signal.SIGHUP, group=True)
             with PlainAgent(master.port) as agent:
                 agent.send({"cpu": 1.0, "ram": 1.0})
@@ -140,12 +150,10 @@ class Gone(unittest.TestCase):
         line = " ".join(self.command() + ["--timeout", "60", "2>", self.log])
         press(line + "\n")
         eventually(lambda: "connected" in self.text())
-        family = support.descendants(shell.pid)
+        family = self.family(support.descendants(shell.pid)[0])
         self.addCleanup(self.kill, family)
-        page, port = (
-            int(re.search(role + r" listening on \S+:(\d+)", self.text()).group(1))
-            for role in ("dashboard", "collector")
-        )
+        page = port_in(self.text(), "dashboard")
+        port = port_in(self.text(), "collector")
         with PlainAgent(port) as agent:
             for cpu, command in ((1.0, "fg\n"), (2.0, "bg\n")):
                 press("\x1a")
@@ -171,13 +179,13 @@ class Gone(unittest.TestCase):
             said += os.read(ours, 65536)
         os.close(ours)  # what is logged from now on is an EPIPE
         text = said.decode()
-        page = int(re.search(r"dashboard listening on \S+:(\d+)", text).group(1))
+        page = port_in(text, "dashboard")
         for role in ("collector", "dashboard"):
             pid = int(re.search(role + r" started, pid (\d+)", text).group(1))
             os.kill(pid, signal.SIGKILL)
             eventually(lambda pid=pid: not support.alive(pid))
             eventually(lambda: nodes(page))
-        family = [master.pid] + support.descendants(master.pid)
+        family = self.family(master.pid)
         master.send_signal(signal.SIGHUP)
         self.assertEqual(master.wait(), 0)
         self.assertEnded(family)
@@ -196,8 +204,8 @@ class Gone(unittest.TestCase):
         self.addCleanup(master.kill)
         os.close(theirs)
         eventually(lambda: "connected" in self.text())
-        family = [master.pid] + support.descendants(master.pid)
-        page = int(re.search(r"dashboard listening on \S+:(\d+)", self.text()).group(1))
+        family = self.family(master.pid)
+        page = port_in(self.text(), "dashboard")
         os.close(ours)
         support.stays(lambda: nodes(page) and all(map(support.alive, family)), 1)
         master.send_signal(signal.SIGTERM)
@@ -212,10 +220,13 @@ class Gone(unittest.TestCase):
         subprocess.check_call(tmux + ["new-session", "-d", line])
         try:
             eventually(lambda: "connected" in self.text())
+            role = int(re.search(r"collector started, pid (\d+)", self.text()).group(1))
+            _, master = support._stat(role)
+            family = self.family(master)
         finally:
             subprocess.check_call(tmux + ["kill-session"])
         eventually(lambda: "stopped" in self.text())
-        eventually(lambda: support.shm_names() <= self.before)
+        self.assertEnded(family)
 
 
 if __name__ == "__main__":
