@@ -61,6 +61,7 @@ import re
 import secrets
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import threading
@@ -106,6 +107,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 Message = Dict[str, Any]  # a decoded dict, or a node of a snapshot
 Row = Tuple[Any, ...]  # a sample, as METRICS has it: floats, UTF-8; see UNKNOWN
+PartRow = Tuple[str, Row]  # a kind of PART_FIELDS, and what it has
 Address = Tuple[Any, ...]  # a peer's, as accept() has it: host, port, ...
 Serve = Callable[[socket.socket, Address], None]  # what a thread does with a connection
 log = logging.getLogger("sentinel")
@@ -207,6 +209,63 @@ JOB_FACTS = (
 )
 JOB_KEYS = tuple(key for key, _ in JOB_FACTS)
 WHOLE_FACTS = ("nodes", "cpus", "gpus", "mem")  # counts and bytes, as WHOLE
+
+# What an agent tells of a job's processes, CPUs and GPUs on its node, a dict each: {"part": "rank",
+# ...}.  All dicts of one instant are a look, which begins with {"part": "look", ...}.
+# The kinds, and of each: key, struct code
+PART_FIELDS = {
+    "look": (
+        ("look", "d"),  # counts the looks of an agent
+        ("processes", "d"),  # of the job on this node
+        ("shown", "d"),  # of them, as ranks
+        ("cpus", "255s"),  # that the job may use: 0-3,8
+    ),
+    "core": (
+        ("first", "d"),  # the CPU of the first character
+        ("busy", "240s"),  # a character a CPU: 0 to 9 tenths, - unknown
+    ),
+    "rank": (
+        ("pid", "d"),
+        ("rank", "d"),  # of all in the job or step
+        ("local_rank", "d"),  # of those on the node
+        ("step", "12s"),
+        ("program", "32s"),
+        ("cpu", "d"),  # % of one core
+        ("mem", "d"),  # bytes
+        ("peak", "d"),
+        ("threads", "d"),
+        ("running", "d"),  # threads that can run
+        ("cpus", "96s"),  # that it may use
+        ("on", "48s"),  # where its threads ran last
+        ("state", "4s"),  # R, S, D ...: proc(5)
+        ("wchan", "32s"),  # what it waits in
+        ("read", "d"),  # bytes per second
+        ("write", "d"),
+        ("read_total", "d"),  # bytes
+        ("write_total", "d"),
+        ("gpu", "32s"),  # indices of the GPUs that it uses
+    ),
+    "gpu": (
+        ("index", "d"),
+        ("uuid", "48s"),
+        ("name", "48s"),
+        ("gpu", "d"),  # % busy
+        ("mem_used", "d"),  # bytes
+        ("mem_total", "d"),
+        ("power", "d"),  # watts
+        ("power_limit", "d"),
+        ("temp", "d"),  # degrees Celsius
+        ("throttle", "48s"),  # why it is slowed
+        ("mig", "48s"),
+        ("processes", "d"),
+        ("error", "64s"),  # why it cannot be read
+    ),
+}
+PART_KINDS = tuple(PART_FIELDS)
+WHOLE_PARTS = (  # counts and bytes, as WHOLE
+    "look processes shown first pid rank local_rank mem peak threads running"
+    " read_total write_total index mem_used mem_total"
+).split()
 ENDED_STATES = (
     "COMPLETED",
     "FAILED",
@@ -558,6 +617,23 @@ def check_job(message: Message) -> Row:
     return tuple(row)
 
 
+def check_part(message: Message) -> Optional[PartRow]:
+    """The row of a message {"part": KIND, ...}, wrong types unknown; None for a kind of later."""
+    kind = message["part"]
+    if kind not in PART_FIELDS:
+        return None
+    row: List[Any] = []
+    for key, code in PART_FIELDS[kind]:
+        value = message.get(key)
+        if code == "d":
+            row.append(float(value) if is_number(value) else math.nan)  # type: ignore[arg-type]
+        elif type(value) is str:
+            row.append(clean_text(value).encode())
+        else:
+            row.append(b"")
+    return kind, tuple(row)
+
+
 def check_auth(message: Message, secret: bytes, nonce: str) -> None:
     """WireError unless the message is {"auth": HMAC-SHA256 of the nonce in hex} (RFC 2104)."""
     answer = message.get("auth")
@@ -573,7 +649,10 @@ def check_auth(message: Message, secret: bytes, nonce: str) -> None:
 # ============================================================================
 
 EVENTS = 128  # events kept in the ring
-JOBS = 512  # jobs that are remembered
+JOBS = 512  # jobs that are remembered, and whose verdicts are
+PARTS = 4096  # processes, GPUs and strips of CPUs of all nodes together
+VERDICT_BYTES = 1536  # of a job's verdicts as JSON
+LOOK_PARTS = 128  # of them at most in one look of an agent
 JOB_SECONDS = (
     900.0  # after which a job that has not ended and is not told of is forgotten
 )
@@ -585,12 +664,21 @@ PAGE = 16384  # the largest page of a common system, in bytes
 FOLDER = "/dev/shm/"  # where Linux shows segments as files
 
 MAGIC = b"SENTINEL"
-LAYOUT = 3  # to be changed with any of these structs; see the docstring of Table
+LAYOUT = 4  # to be changed with any of these structs; see the docstring of Table
 SLOT = struct.Struct("i64sff")  # native, as the plan has it: 76 bytes, no padding
 DETAIL = struct.Struct("=dd64s" + "".join(m.code for m in DETAILS))
 EVENT = struct.Struct("=d12s64s24s32s64sdd256s")
 JOB = struct.Struct("=d" + "".join(code for _, code in JOB_FACTS))
-NOTES = struct.Struct("=QQQQ128s")
+VERDICT = struct.Struct(
+    "=24sd12s%ds" % VERDICT_BYTES
+)  # raw job id, time, severity, JSON
+PART_HEAD = struct.Struct("=iBd")  # slot, kind + 1 (0: free), seen
+PART_BODIES = {
+    kind: struct.Struct("=" + "".join(code for _, code in fields))
+    for kind, fields in PART_FIELDS.items()
+}
+PART_SIZE = PART_HEAD.size + max(body.size for body in PART_BODIES.values())
+NOTES = struct.Struct("=QQQQ128sQQQ")
 HEADER = struct.Struct("=8sIIqq")
 SEQUENCE = struct.Struct("=Q")
 COUNTS = struct.Struct("=QQdQ")
@@ -603,6 +691,17 @@ NODE_KEYS = ("slot", "address", "cpu", "ram", "age", "since", "alerts") + tuple(
 EVENT_KEYS = ("time", "kind", "node", "job", "user", "address", "cpu", "ram", "text")
 JOB_RAW = 1 + JOB_KEYS.index("raw")  # in a row of JOB, which begins with the time seen
 JOB_STATE = 1 + JOB_KEYS.index("state")
+
+# The newest look of a node: a dict, and lists of dicts, with the keys of PART_FIELDS
+Parts = NamedTuple(
+    "Parts",
+    [
+        ("look", Message),
+        ("cores", List[Message]),
+        ("ranks", List[Message]),
+        ("gpus", List[Message]),
+    ],
+)
 
 
 class TableError(Exception):
@@ -759,6 +858,8 @@ class Copy(NamedTuple):
     details: bytes
     events: bytes
     jobs: bytes
+    verdicts: bytes
+    parts: bytes
     notes: bytes
     counts: Counts
 
@@ -780,13 +881,18 @@ class Snapshot:
         self.slots = copy.slots
         self.details = copy.details
         self.job_rows = copy.jobs
+        self.verdict_rows = copy.verdicts
+        self.part_rows = copy.parts
+        self.looks: Optional[Dict[int, Parts]] = None  # once they were asked for
         self.dicts: Optional[List[Message]] = None  # nodes, once they were asked for
         self.samples = copy.counts.samples
         self.beat = self.copied - copy.counts.beat
         self.events = read_ring(copy.events, copy.counts.events)
         self.left = self.events
-        _, left_out, turned_away, lately, why = NOTES.unpack(copy.notes)
+        notes = NOTES.unpack(copy.notes)
+        _, left_out, turned_away, lately, why, _, parts_left_out, _ = notes
         self.jobs_left_out = left_out
+        self.parts_left_out = parts_left_out  # looks that there was no room for
         self.turned_away = turned_away
         self.turned_away_lately = lately
         self.turned_away_why = from_field(why) or ""
@@ -832,6 +938,45 @@ class Snapshot:
             jobs.append(job)
         return jobs
 
+    def parts(self, slot: int) -> Parts:
+        """The newest look of the node in a slot; empty when there is none."""
+        if self.looks is None:
+            self.looks = read_parts(self.part_rows)
+        return self.looks.get(slot) or Parts({}, [], [], [])
+
+    @property
+    def verdicts(self) -> Dict[str, List[Message]]:
+        """What is judged of each job, by its raw id, the worst first: see Verdict."""
+        judged = {}
+        for raw, _, severity, text in VERDICT.iter_unpack(self.verdict_rows):
+            if severity.strip(b"\0"):
+                judged[str(from_field(raw))] = json.loads(text.rstrip(b"\0"))
+        return judged
+
+
+def read_parts(rows: bytes) -> Dict[int, Parts]:
+    """The looks by slot."""
+    looks: Dict[int, Parts] = {}
+    for at in range(0, len(rows), PART_SIZE):
+        slot, number, seen = PART_HEAD.unpack_from(rows, at)
+        if not number:
+            continue
+        kind = PART_KINDS[number - 1]
+        body = PART_BODIES[kind].unpack_from(rows, at + PART_HEAD.size)
+        part: Message = {}
+        for (key, _), value in zip(PART_FIELDS[kind], map(from_field, body)):
+            if key in WHOLE_PARTS and value is not None and value.is_integer():  # type: ignore[union-attr]
+                value = int(value)
+            part[key] = value
+        look = looks.setdefault(slot, Parts({}, [], [], []))
+        if kind == "look":
+            look.look.update(part, time=seen)
+        else:
+            {"core": look.cores, "rank": look.ranks, "gpu": look.gpus}[kind].append(
+                part
+            )
+    return looks
+
 
 def read_ring(ring: bytes, count: int) -> List[Message]:
     """The events in the ring as dicts, oldest first; count: those that there have been, ever."""
@@ -857,8 +1002,11 @@ class Table:
                     details   capacity x DETAIL   seen, since, alerts, then DETAILS in their order
                     events    EVENTS x EVENT      a ring: event n is in row n % EVENTS
                     jobs      JOBS x JOB          seen, then JOB_FACTS in their order
-        size - 232  NOTES     1 once the table has moved, jobs there was no room for,
-                              agents turned away, lately, and why
+                    verdicts  JOBS x VERDICT      of each job that was judged, anywhere
+                    parts     PARTS x PART_SIZE   PART_HEAD, then PART_FIELDS of its kind
+        size - 256  NOTES     1 once the table has moved, jobs there was no room for,
+                              agents turned away, lately, and why; part rows to look at,
+                              looks there was no room for, changes of verdicts so far
         size - 72   HEADER    magic, layout, capacity, the master's pid and its start time
         size - 40   SEQUENCE  odd while a write is under way
         size - 32   COUNTS    events and samples so far, the collector's heartbeat, slots to look at
@@ -894,16 +1042,22 @@ class Table:
         self.details_at = self.capacity * SLOT.size
         self.events_at = self.details_at + self.capacity * DETAIL.size
         self.jobs_at = self.events_at + EVENTS * EVENT.size
-        self.jobs_end = self.jobs_at + JOBS * JOB.size
+        self.verdicts_at = self.jobs_at + JOBS * JOB.size
+        self.parts_at = self.verdicts_at + JOBS * VERDICT.size
+        self.parts_end = self.parts_at + PARTS * PART_SIZE
         (self.sequence,) = SEQUENCE.unpack_from(self.buf, self.sequence_at)
         (self.events,) = FIRST.unpack_from(self.buf, self.counts_at)
-        self.jobs_left_out = NOTES.unpack_from(self.buf, self.notes_at)[1]
+        notes = NOTES.unpack_from(self.buf, self.notes_at)
+        self.jobs_left_out = notes[1]
+        self.parts_used, self.parts_left_out = notes[5:7]
+        self.free_parts = list(range(PARTS))  # a heap
 
     @staticmethod
     def size_for(capacity: int) -> int:
         """The bytes of a segment for so many slots, in whole pages."""
         size = capacity * (SLOT.size + DETAIL.size)
-        size += EVENTS * EVENT.size + JOBS * JOB.size
+        size += EVENTS * EVENT.size + JOBS * (JOB.size + VERDICT.size)
+        size += PARTS * PART_SIZE
         size += NOTES.size + HEADER.size + SEQUENCE.size + COUNTS.size
         return size + -size % PAGE
 
@@ -948,7 +1102,7 @@ class Table:
                 " user, with this --port or --shm-name?" % name
             ) from None
         is_known = table.magic == MAGIC and table.layout == LAYOUT
-        if not is_known or table.jobs_end > table.notes_at:
+        if not is_known or table.parts_end > table.notes_at:
             raise TableError("shared memory %s is of no master of this version" % name)
         if not table.owner_lives():
             raise TableError(
@@ -1003,8 +1157,10 @@ class Table:
             self.shm.close()
 
     def reset(self) -> None:
-        """Empty the slots and end a broken write: for who knows that nobody else writes."""
+        """Empty slots and parts and end a broken write: for who knows that nobody else writes."""
         self.buf[: self.details_at] = bytes(self.details_at)
+        self.buf[self.parts_at : self.parts_end] = bytes(PARTS * PART_SIZE)
+        (self.sequence,) = SEQUENCE.unpack_from(self.buf, self.sequence_at)
         self.sequence += self.sequence % 2
         SEQUENCE.pack_into(self.buf, self.sequence_at, self.sequence)
 
@@ -1098,14 +1254,18 @@ class Table:
                 os._exit(EXIT_LOCK)
 
     def __enter__(self) -> None:
-        """Begin to write: hold the lock and keep the sequence number odd."""
+        """Begin to write: hold the lock and keep the sequence number odd.
+
+        It is read each time, as two processes write: the collector and the recorder.
+        """
         self.acquire()
-        SEQUENCE.pack_into(self.buf, self.sequence_at, self.sequence + 1)
+        self.sequence = SEQUENCE.unpack_from(self.buf, self.sequence_at)[0] | 1
+        SEQUENCE.pack_into(self.buf, self.sequence_at, self.sequence)
 
     def __exit__(self, kind: Any, *error: Any) -> None:
         """End it; after an error the number stays odd until the next write ends."""
         if kind is None:
-            self.sequence += 2
+            self.sequence += 1
             SEQUENCE.pack_into(self.buf, self.sequence_at, self.sequence)
         self.lock.release()
 
@@ -1141,7 +1301,9 @@ class Table:
         refused = (turned_away, turned_away_lately, why.encode())
         with self:
             COUNTS.pack_into(self.buf, self.counts_at, self.events, samples, now, used)
-            notes = (0, self.jobs_left_out) + refused
+            changes = NOTES.unpack_from(self.buf, self.notes_at)[-1]
+            parts = (self.parts_used, self.parts_left_out, changes)
+            notes = (0, self.jobs_left_out) + refused + parts
             NOTES.pack_into(self.buf, self.notes_at, *notes)
 
     def write_job(self, row: Row) -> None:
@@ -1151,7 +1313,7 @@ class Table:
         """
         self.acquire()
         try:
-            jobs = bytes(self.buf[self.jobs_at : self.jobs_end])
+            jobs = bytes(self.buf[self.jobs_at : self.verdicts_at])
         finally:
             self.lock.release()
         now = time.time()
@@ -1162,6 +1324,75 @@ class Table:
                 self.jobs_left_out += 1
             else:
                 JOB.pack_into(self.buf, self.jobs_at + place * JOB.size, now, *row)
+
+    def write_parts(self, index: int, look: List[PartRow], places: List[int]) -> None:
+        """Put a look of the node in a slot into the places, which are made as many as it needs.
+
+        Without room for all of it, the look is left out.  For the collector; under a lock of its
+        own, as it has many threads.
+        """
+        missing = len(look) - len(places)
+        if missing > len(self.free_parts):
+            self.parts_left_out += 1
+            return
+        for _ in range(missing):
+            places.append(heapq.heappop(self.free_parts))
+        now = time.time()
+        rows = [self.pack_part(index, part, now) for part in look]
+        self.parts_used = max(self.parts_used, max(places) + 1)
+        with self:
+            for place, row in zip(places, rows):
+                self.put_part(place, row)
+            for place in places[len(rows) :]:
+                self.put_part(place, bytes(PART_HEAD.size))
+        for place in places[len(rows) :]:
+            heapq.heappush(self.free_parts, place)
+        del places[len(rows) :]
+
+    def pack_part(self, index: int, part: PartRow, now: float) -> bytes:
+        """The bytes of a row of the parts."""
+        kind, row = part
+        head = PART_HEAD.pack(index + 1, PART_KINDS.index(kind) + 1, now)
+        return head + PART_BODIES[kind].pack(*row)
+
+    def put_part(self, place: int, row: bytes) -> None:
+        """Write a row of the parts, or the begin of one."""
+        at = self.parts_at + place * PART_SIZE
+        self.buf[at : at + len(row)] = row
+
+    def write_verdicts(self, raw: str, verdicts: List[Message]) -> None:
+        """Put what is judged of a job in its place, or in that of the one judged longest ago.
+
+        verdicts: dicts with the fields of a Verdict, the worst first; of too many the last are
+        left out.  For the recorder alone.
+        """
+        severity = verdicts[0]["severity"]
+        text = json.dumps(verdicts)
+        while len(text) > VERDICT_BYTES:
+            verdicts = verdicts[:-1]
+            text = json.dumps(verdicts)
+        self.acquire()
+        try:
+            rows = bytes(self.buf[self.verdicts_at : self.parts_at])
+        finally:
+            self.lock.release()
+        job = raw.encode()[:24].ljust(24, b"\0")
+        best = (True, math.inf, -1)  # not its own, when, place
+        for place, (owner, when, _, _) in enumerate(VERDICT.iter_unpack(rows)):
+            best = min(best, (owner != job, when, place))
+        place = best[2]
+        row = (job, time.time(), severity.encode(), text.encode())
+        with self:
+            at = self.verdicts_at + place * VERDICT.size
+            VERDICT.pack_into(self.buf, at, *row)
+            notes = list(NOTES.unpack_from(self.buf, self.notes_at))
+            notes[-1] += 1
+            NOTES.pack_into(self.buf, self.notes_at, *notes)
+
+    def verdict_changes(self) -> int:
+        """How often verdicts have been written: a look at the copy is worth it when it grows."""
+        changes: int = NOTES.unpack_from(self.buf, self.notes_at)[-1]
+        return changes
 
     def add_event(
         self, kind: str, text: str, node: str, row: Row = UNKNOWN, address: str = ""
@@ -1220,11 +1451,14 @@ class Table:
         counts = Counts(*COUNTS.unpack_from(self.buf, self.counts_at))
         used = min(counts.used, self.capacity)
         details_end = self.details_at + used * DETAIL.size
+        parts_used = min(NOTES.unpack_from(self.buf, self.notes_at)[5], PARTS)
         return Copy(
             bytes(self.buf[: used * SLOT.size]),
             bytes(self.buf[self.details_at : details_end]),
             bytes(self.buf[self.events_at : self.jobs_at]),
-            bytes(self.buf[self.jobs_at : self.jobs_end]),
+            bytes(self.buf[self.jobs_at : self.verdicts_at]),
+            bytes(self.buf[self.verdicts_at : self.parts_at]),
+            bytes(self.buf[self.parts_at : self.parts_at + parts_used * PART_SIZE]),
             bytes(self.buf[self.notes_at : self.header_at]),
             counts,
         )
@@ -1623,6 +1857,8 @@ class Peer:
         "row",
         "state",
         "alerts",
+        "look",
+        "places",
     )
 
     def __init__(self, sock: socket.socket, address: Address, timeout: float) -> None:
@@ -1634,6 +1870,8 @@ class Peer:
         self.shape: Optional[Shape] = None
         self.row, self.ack = UNKNOWN, False
         self.state: Dict[Rule, Optional[float]] = {}
+        self.look: List[PartRow] = []  # parts that came since the last sample
+        self.places: List[int] = []  # of its last look in the table
 
     def text(self, key: str) -> str:
         """A text of the last sample."""
@@ -1825,6 +2063,8 @@ class Collector:
                 row = check_job(message)
                 with self.lock:
                     self.table.write_job(row)
+            elif "part" in message:
+                add_part(peer, message)
             elif "bye" in message:
                 return "finished", "; ".join(
                     clean_text(message[key])
@@ -1851,6 +2091,9 @@ class Collector:
                 if since is None
             )
         self.table.write(peer.slot, peer.address, row, peer.since, peer.alerts)
+        if peer.look:
+            self.write_look(peer, peer.look)
+            peer.look = []
         if new:
             self.welcome(peer)
         for kind, rule, value in changes:
@@ -1862,7 +2105,8 @@ class Collector:
                 value,
             )
         if peer.ack:
-            peer.say(b"ok\n")
+            takes_parts = new and peer.text("version")
+            peer.say(b"ok parts\nok\n" if takes_parts else b"ok\n")
         if self.options.verbose:
             log.debug(
                 "%s sent %s",
@@ -1907,9 +2151,16 @@ class Collector:
             away = time.monotonic() - since
             self.tell("resolved", peer, "lost: back after %.0f s" % away)
 
+    def write_look(self, peer: Peer, look: List[PartRow]) -> None:
+        """Show a look of a node: it is whole when the next sample comes."""
+        with self.lock:
+            self.table.write_parts(peer.slot, look, peer.places)
+
     def leave(self, peer: Peer, kind: str, text: str) -> None:
         """Free the peer's slot and tell how it ended."""
         self.table.clear(peer.slot)
+        if peer.places:
+            self.write_look(peer, [])
         with self.lock:
             heapq.heappush(self.free, peer.slot)
             self.slots[peer.source] -= 1
@@ -2008,6 +2259,20 @@ class Collector:
         """One event for one or many refusals of a source."""
         log.warning("refused %s: %s", source, reason)
         self.table.add_event("refused", reason, source)
+
+
+def add_part(peer: Peer, message: Message) -> None:
+    """Keep a part until its look is whole; WireError when there are too many."""
+    part = check_part(message)
+    if part is None or peer.slot < 0:
+        return
+    if part[0] == "look":
+        peer.look = []
+    elif not peer.look:
+        raise WireError("a part %s before its look" % part[0])
+    if len(peer.look) >= LOOK_PARTS:
+        raise WireError("more than %d parts in a look" % LOOK_PARTS)
+    peer.look.append(part)
 
 
 def pin_threads(busy: bool) -> None:
@@ -2374,6 +2639,25 @@ figure .line {
   }
 }
 
+/* The strip of a node's CPUs */
+.strip {
+  width: 100%;
+  min-width: 12rem;
+  height: 1rem;
+  vertical-align: middle;
+}
+.strip path {
+  stroke-linecap: butt;
+  stroke-width: 0.9rem;
+}
+.strip .idle {
+  stroke: var(--tile);
+  opacity: 0.35;
+}
+.strip .other {
+  stroke: var(--line);
+}
+
 /* The map: a tile is filled up to --v and shows its label when it is pointed at */
 .map {
   position: relative;
@@ -2659,6 +2943,10 @@ CURVES_HTML = (
     ' aria-hidden="true">{paths}</svg>'
 )
 PATH_HTML = '<path class="{key}" d="{path}"/>'
+STRIP_CELL_HTML = (
+    '<td class="w"><svg class="strip" viewBox="0 0 {last} 2" preserveAspectRatio="none"'
+    ' role="img" aria-label="{label}">{paths}</svg></td>'
+)
 GRAPHS_HTML = """
     <div class="graphs">{graphs}
     </div>"""
@@ -2707,7 +2995,11 @@ def fill(template: str, *values: object, **named: object) -> Html:
 # ============================================================================
 
 UNITS = {metric.key: metric.unit for metric in METRICS}
-UNITS.update(age="s", ran="s", limit="s", mem="B")  # of columns that are no metrics
+UNITS.update(age="s", ran="s", limit="s")  # of columns that are no metrics
+UNITS.update(
+    mem="B", peak="B", read="B/s", write="B/s", read_total="B", write_total="B"
+)
+UNITS.update(mem_used="B", mem_total="B", power="W", power_limit="W", temp="\u00b0C")
 SCALES = {  # larger units of a unit, the smallest first
     "s": (("min", 60), ("h", 3600), ("d", 86400)),
     "B": (("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30), ("TiB", 2**40)),
@@ -2910,6 +3202,14 @@ def figures(view: Snapshot, rows: List[Message]) -> Tuple[str, List[Card]]:
 # Jobs: what Slurm says of them, in the order and the words of the page
 # ============================================================================
 
+# A process is odd when a reading is further from the median of the job than so many times the
+# median of these distances, and than so much
+ODD_SPREADS = 5.0
+ODD_CPU = 20.0  # % of a core
+ODD_BYTES = 64.0 * 2**20
+CPU_RANGE = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
+MAX_CPUS = 8192  # as CONFIG_NR_CPUS has it at most on x86
+
 
 def jobs_in_order(view: Snapshot) -> List[Message]:
     """The jobs, those that have not ended first, by their ids."""
@@ -2960,6 +3260,104 @@ def remarks(job: Message) -> List[str]:
         start = time.strftime("%F %R", time.localtime(job["start"]))
         words.append("expected " + start)
     return words
+
+
+def find_job(view: Snapshot, name: str) -> Optional[Message]:
+    """What is known of a job, by its id as Slurm or as an agent says it; None for no such job.
+
+    Of a job that only agents tell of, most is None.
+    """
+    for job in view.jobs:
+        if name in (job["job"], job["raw"]):
+            return job
+    rows = [node for node in view.nodes if node["job"] == name]
+    if not rows:
+        return None
+    job = dict.fromkeys(JOB_KEYS)
+    job.update(job=name, raw=name, state="RUNNING", nodes=len(rows))
+    for key in ("job_name", "user"):
+        job[key] = rows[0][key]
+    return job
+
+
+def nodes_of_job(view: Snapshot, job: Message) -> List[Message]:
+    """The nodes on which an agent watches the job, in their order."""
+    names = (job["job"], job["raw"])
+    rows = [with_marks(node) for node in view.nodes if node["job"] in names]
+    if len(rows) > 1:
+        mark_idle(rows)
+    return in_order(rows, "node")
+
+
+def ranks_of_job(view: Snapshot, rows: List[Message]) -> List[Message]:
+    """The job's processes on all its nodes, odd ones first, then by rank.
+
+    Each has its node and its slot, a name of its own on the page.
+    """
+    ranks = []
+    for row in rows:
+        for rank in view.parts(row["slot"]).ranks:
+            rank = dict(rank, node=name_of(row), address=row["address"])
+            rank["slot"] = "%d-%s" % (row["slot"], rank["pid"])
+            ranks.append(rank)
+    for key, least in (("cpu", ODD_CPU), ("mem", ODD_BYTES)):
+        mark_odd(ranks, key, least)
+    return sorted(ranks, key=rank_order)
+
+
+def mark_odd(ranks: List[Message], key: str, least: float) -> None:
+    """Note of each process whether a reading of it is unlike that of the most."""
+    known = [rank[key] for rank in ranks if rank[key] is not None]
+    if len(known) < 3:
+        return
+    middle = statistics.median(known)
+    spread = statistics.median(abs(value - middle) for value in known)
+    for rank in ranks:
+        if rank[key] is not None:
+            away = abs(rank[key] - middle)
+            if away > least and away > ODD_SPREADS * spread:
+                rank["odd"] = True
+
+
+def rank_order(rank: Message) -> Tuple[Any, ...]:
+    """A key to sort processes by."""
+    number = math.inf if rank["rank"] is None else rank["rank"]
+    return not rank.get("odd"), number, natural(rank["node"]), -(rank["cpu"] or 0)
+
+
+def gpus_of_job(view: Snapshot, rows: List[Message]) -> List[Message]:
+    """The job's GPUs on all its nodes."""
+    gpus = []
+    for row in rows:
+        for gpu in view.parts(row["slot"]).gpus:
+            gpu = dict(gpu, node=name_of(row), address=row["address"])
+            gpu["slot"] = "%d-%s" % (row["slot"], gpu["uuid"] or gpu["index"])
+            gpus.append(gpu)
+    return gpus
+
+
+def cpus_of(parts: Parts) -> Dict[int, Optional[int]]:
+    """How busy each CPU of a node is, in tenths; None is unknown."""
+    busy: Dict[int, Optional[int]] = {}
+    for core in parts.cores:
+        for number, char in enumerate(core["busy"] or "", int(core["first"] or 0)):
+            busy[number] = int(char) if char.isdigit() else None
+    return busy
+
+
+def parse_cpu_list(text: Optional[str]) -> Set[int]:
+    """The numbers of a list as the kernel writes it, cpuset(7): 0-3,8; empty when it is odd."""
+    numbers: Set[int] = set()
+    for part in (text or "").split(","):
+        match = CPU_RANGE.fullmatch(part.strip())
+        if not match:
+            return set()
+        first = int(match.group(1))
+        last = int(match.group(2) or first)
+        if last >= MAX_CPUS:
+            return set()
+        numbers.update(range(first, last + 1))
+    return numbers
 
 
 # ============================================================================
@@ -3018,6 +3416,36 @@ def draw_job(column: "Column", row: Message, site: Site) -> Html:
     if not job:
         return draw_text(column, row, site)
     return fill(LINK_CELL_HTML, href=link({}, job=job), text=job)
+
+
+def draw_job_page(column: "Column", row: Message, site: Site) -> Html:
+    """The job's id, a link to its page; to the nodes of an array's tasks."""
+    job = row.get("job")
+    if not job:
+        return draw_text(column, row, site)
+    return fill(LINK_CELL_HTML, href="/job/" + urllib.parse.quote(job, ""), text=job)
+
+
+def draw_strip(column: "Column", row: Message, site: Site) -> Html:
+    """A node's CPUs in a row: those of the job that are busy, those that idle, and the others."""
+    busy: Dict[int, Optional[int]] = row["busy"]
+    paths = dict.fromkeys(("busy", "idle", "other"), "")
+    counts = dict.fromkeys(paths, 0)
+    for place, (cpu, tenths) in enumerate(sorted(busy.items())):
+        kind = "busy" if (tenths or 0) >= 5 else "idle"
+        if row["job_cpus"] and cpu not in row["job_cpus"]:
+            kind = "other"
+        paths[kind] += "M%d 1h.8" % place
+        counts[kind] += 1
+    label = "%d of the job's CPUs busy, %d idle, %d not of the job" % (
+        counts["busy"],
+        counts["idle"],
+        counts["other"],
+    )
+    drawn = [
+        fill(PATH_HTML, key=kind, path=path) for kind, path in paths.items() if path
+    ]
+    return fill(STRIP_CELL_HTML, last=len(busy), label=label, paths=drawn)
 
 
 def draw_kind(column: "Column", row: Message, site: Site) -> Html:
@@ -3111,8 +3539,55 @@ READING_COLUMNS = (
     Column("now", "Now"),
     Column("meaning", "Meaning"),
 )
+RANK_COLUMNS = (
+    NODE,
+    Column("rank", "Rank", RIGHT),
+    Column("pid", "PID", RIGHT),
+    Column("program", "Program"),
+    Column("step", "Step"),
+    Column("cpu", "CPU (of one core)", RIGHT, draw_percent),
+    Column("mem", "Memory", RIGHT),
+    Column("peak", "Peak", RIGHT),
+    Column("threads", "Threads", RIGHT),
+    Column("running", "Can run", RIGHT),
+    Column("cpus", "May use CPUs"),
+    Column("on", "Ran on CPUs"),
+    Column("state", "State"),
+    Column("wchan", "Waits in"),
+    Column("read", "Reads", RIGHT),
+    Column("write", "Writes", RIGHT),
+    Column("read_total", "Read", RIGHT),
+    Column("write_total", "Written", RIGHT),
+    Column("gpu", "GPU"),
+)
+GPU_COLUMNS = (
+    NODE,
+    Column("index", "GPU", RIGHT),
+    Column("name", "Model"),
+    Column("gpu", "Busy", RIGHT, draw_percent),
+    Column("mem_used", "Memory used", RIGHT),
+    Column("mem_total", "Memory", RIGHT),
+    Column("power", "Power", RIGHT),
+    Column("power_limit", "Power limit", RIGHT),
+    Column("temp", "Temperature", RIGHT),
+    Column("throttle", "Slowed by"),
+    Column("processes", "Processes", RIGHT),
+    Column("mig", "MIG"),
+    Column("error", "Error", WRAPPED),
+)
+CPU_COLUMNS = (
+    NODE,
+    Column("cpus", "The job's CPUs"),
+    Column("busy", "Busy, idle, not of the job", LEFT, draw_strip),
+)
+VERDICT_COLUMNS = (
+    Column("severity", "Verdict"),
+    Column("what", "What", WRAPPED),
+    Column("proof", "Proof", WRAPPED),
+    Column("cure", "What to do", WRAPPED),
+)
 JOB_COLUMNS = (
-    JOB_ID,
+    Column("job", "Job", LEFT, draw_job_page),
     of_metric("job_name"),
     Column("state", "State"),
     Column("nodes", "Nodes", RIGHT),
@@ -3190,6 +3665,62 @@ class Page:
             self.table("events", "Events", NODE_EVENT_COLUMNS, [Body(None, events)])
         )
         return self.whole(name, *parts)
+
+    def one_job(self) -> str:
+        """The page of a job: what is asked for, its nodes, CPUs, processes, GPUs and events."""
+        job = find_job(self.view, self.query["job"])
+        if not job:
+            return ""
+        rows = nodes_of_job(self.view, job)
+        names = (job["job"], job["raw"])
+        events = [event for event in self.view.events if event["job"] in names][::-1]
+        judged = self.view.verdicts.get(job["raw"], [])
+        verdicts = [dict(row, slot=number) for number, row in enumerate(judged, 1)]
+        title = "Job %s %s" % (job["job"], job["job_name"] or "")
+        return self.whole(
+            title.strip(),
+            fill(ALL_NODES_LINK_HTML),
+            self.table(
+                "jobs",
+                "Job",
+                JOB_COLUMNS,
+                [Body(None, [job_row([job], self.view.time)])],
+            ),
+            self.known_table("verdicts", "Verdicts", VERDICT_COLUMNS, verdicts),
+            self.known_table("nodes", "Nodes", COLUMNS, rows),
+            self.known_table("cores", "CPUs", CPU_COLUMNS, self.cpu_rows(rows)),
+            self.known_table(
+                "ranks", "Processes", RANK_COLUMNS, ranks_of_job(self.view, rows)
+            ),
+            self.known_table("gpus", "GPUs", GPU_COLUMNS, gpus_of_job(self.view, rows)),
+            self.known_table("events", "Events", NODE_EVENT_COLUMNS, events),
+        )
+
+    def cpu_rows(self, rows: List[Message]) -> List[Message]:
+        """A row for each node that tells of its CPUs."""
+        found = []
+        for row in rows:
+            parts = self.view.parts(row["slot"])
+            busy = cpus_of(parts)
+            if busy:
+                cpus = parts.look.get("cpus")
+                found.append(
+                    dict(row, cpus=cpus, busy=busy, job_cpus=parse_cpu_list(cpus))
+                )
+        return found
+
+    def known_table(
+        self, name: str, caption: str, columns: Sequence[Column], rows: List[Message]
+    ) -> Optional[Html]:
+        """A table with the columns that have something to tell; None without rows."""
+        known = [
+            column
+            for column in columns
+            if column.draw is draw_recent or has_any(rows, column)
+        ]
+        if not rows:
+            return None
+        return self.table(name, caption, known, [Body(None, rows)])
 
     def whole(self, title: str, *parts: Optional[Html]) -> str:
         """A page around its parts."""
@@ -3483,6 +4014,11 @@ def render_page(view: Snapshot, query: Query, site: Site) -> str:
     return Page(view, query, site).all_nodes()
 
 
+def render_job_page(view: Snapshot, query: Query, site: Site) -> str:
+    """The page of the job that the query names; "" if it is not known."""
+    return Page(view, query, site).one_job()
+
+
 def render_node_page(view: Snapshot, query: Query, site: Site) -> str:
     """The page of the node that the query names; "" if it is not known."""
     return Page(view, query, site).one_node()
@@ -3510,10 +4046,30 @@ def render_nodes_json(view: Snapshot, query: Query, site: Site = None) -> str:
 
 def render_jobs_json(view: Snapshot, query: Query, site: Site = None) -> str:
     """The jobs as JSON: what Slurm says of each; times in seconds since 1970, mem in bytes."""
-    jobs = jobs_in_order(view)
+    judged = view.verdicts
+    jobs = [
+        dict(job, verdicts=judged.get(job["raw"], [])) for job in jobs_in_order(view)
+    ]
     return as_json(
         {"time": round(view.time, 3), "left_out": view.jobs_left_out, "jobs": jobs}
     )
+
+
+def render_job_json(view: Snapshot, query: Query, site: Site = None) -> str:
+    """One job as JSON with its nodes, and of each its CPUs, ranks and GPUs; "" for no such job."""
+    job = find_job(view, query["job"])
+    if not job:
+        return ""
+    nodes = []
+    for row in nodes_of_job(view, job):
+        parts = view.parts(row["slot"])
+        node = {key: row[key] for key in NODE_KEYS}
+        node.update(
+            look=parts.look, cores=parts.cores, ranks=parts.ranks, gpus=parts.gpus
+        )
+        nodes.append(node)
+    answer = dict(job, verdicts=view.verdicts.get(job["raw"], []), nodes=nodes)
+    return as_json({"time": round(view.time, 3), "job": answer})
 
 
 def render_events_json(view: Snapshot, query: Query, site: Site = None) -> str:
@@ -3711,6 +4267,8 @@ ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
     "/node/": (HTML, render_node_page),
     "/api/nodes": (JSON, render_nodes_json),
     "/api/jobs": (JSON, render_jobs_json),
+    "/job/": (HTML, render_job_page),
+    "/api/job/": (JSON, render_job_json),
     "/api/events": (JSON, render_events_json),
     "/nodes.csv": (CSV, render_csv),
     "/nodes.txt": (TEXT, render_nodes_text),
@@ -4047,8 +4605,13 @@ class Dashboard:
         self.admit(query, fields, headers)
         if path == "/" and "text/html" not in fields.get("accept", "text/html"):
             path = "/nodes.txt"  # curl
-        if path.startswith("/node/"):
-            path, query["node"] = "/node/", path[len("/node/") :]
+        for prefix, field in (
+            ("/node/", "node"),
+            ("/job/", "job"),
+            ("/api/job/", "job"),
+        ):
+            if path.startswith(prefix):
+                path, query[field] = prefix, path[len(prefix) :]
         if path not in ROUTES:
             raise HTTPError(404, "no such page; there are " + " ".join(ROUTES))
         self.asked, view, (kind, render) = time.monotonic(), self.fresh(), ROUTES[path]
@@ -4061,7 +4624,9 @@ class Dashboard:
             if body is None:
                 body = render(view, query, self).encode("utf-8", "replace")
                 if not body:
-                    raise HTTPError(404, "no such node; it may have left long ago")
+                    raise HTTPError(
+                        404, "no such node or job; it may have left long ago"
+                    )
                 body = self.bodies[key] = gzip.compress(body, 1) if zipped else body
         headers.update({"Content-Type": kind, "Vary": "Accept, Accept-Encoding"})
         headers.update({"Content-Encoding": "gzip"} if zipped else {})
