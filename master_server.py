@@ -20,8 +20,8 @@ Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP, 1 could not start, 2 bad usa
 #   Table          shared memory: the only room that knows offsets, lock and sequence number
 #   Alerts         rules -> what fires and what is resolved; the runner of --alert-command
 #   Collector      agents' sockets -> wire -> table and alerts: a thread for each agent
-#   The page       a copy of the table -> HTML, and nobody else knows HTML.  Eight rooms: Style
-#                  sheet, Script, Markup, Readings, Selection, Jobs, Columns, Pages
+#   The page       a copy of the table -> HTML, and nobody else knows HTML.  Nine rooms: Style
+#                  sheet, Script, Markup, Readings, Selection, Jobs, Headline, Columns, Pages
 #   For programs   a copy of the table -> JSON, CSV, text, Prometheus
 #   Dashboard      browsers' sockets -> request -> pages: a thread for each connection
 #   Supervisor     processes and signals: the only room that starts or ends a process of ours
@@ -885,6 +885,7 @@ class Snapshot:
         self.part_rows = copy.parts
         self.looks: Optional[Dict[int, Parts]] = None  # once they were asked for
         self.dicts: Optional[List[Message]] = None  # nodes, once they were asked for
+        self.made: Dict[str, Any] = {}  # what pages have made of it, to be made once
         self.samples = copy.counts.samples
         self.beat = self.copied - copy.counts.beat
         self.events = read_ring(copy.events, copy.counts.events)
@@ -2917,6 +2918,7 @@ ROW_HTML = """
           <tr id="{id}">{cells}</tr>"""
 CELL_HTML = '<td class="{kind}">{content}</td>'
 CURVES_CELL_HTML = "<td>{curves}</td>"
+BAD_CELL_HTML = '<td><b class="bad">\u26a0\xa0{severity}</b></td>'
 LINK_CELL_HTML = '<td><a href="{href}">{text}</a></td>'
 NODE_CELL_HTML = (
     '<th scope="row" class="w"><a href="{href}">{name}</a>{marks}</th>'  # of its row
@@ -3140,68 +3142,24 @@ def gone(view: Snapshot, kind: str) -> List[Message]:
     return left[::-1]
 
 
-def render_turned_away(view: Snapshot) -> str:
-    """How many agents found no room lately, and why."""
-    count = view.turned_away_lately
-    agents = "1 agent" if count == 1 else "%d agents" % count
-    return "%s turned away in the last minute: %s" % (agents, view.turned_away_why)
-
-
-def trouble_of(view: Snapshot, rows: List[Message]) -> str:
-    """What is wrong, in a line; "" if nothing is."""
-    if view.beat > STALE_SECONDS:
-        return (
-            "The collector has been silent for %.0f s: what you see is old" % view.beat
-        )
-    counts = (
-        ("alerts", sum(bool(row["alerts"]) for row in rows)),
-        ("idle", sum("idle" in row["marks"] for row in rows)),
-        ("lost", len(gone(view, "lost"))),
-    )
-    kinds = ["%s: %d" % (kind, count) for kind, count in counts if count]
-    trouble = [", ".join(kinds).capitalize()] if kinds else []
-    if view.turned_away_lately:
-        trouble.append(render_turned_away(view))
-    return "; ".join(trouble)
-
-
-def headline(view: Snapshot, rows: List[Message]) -> str:
-    """The first words of the page: whether all is well."""
-    trouble = trouble_of(view, rows)
-    if trouble:
-        return "\u26a0 " + trouble
-    return "All is well" if rows else "No nodes"
-
-
-Card = NamedTuple("Card", [("label", str), ("figure", str), ("remark", str)])
-
-
-def cards_of(view: Snapshot, rows: List[Message]) -> List[Card]:
-    """The figures under the headline; none as long as there is no node."""
-    if not rows:
-        return []
-    jobs = {row["job"] for row in rows} - {None}
-    cards = [Card("Nodes", "%d" % len(rows), "jobs: %d" % len(jobs))]
-    for key in ("cpu", "ram"):
-        worst, name = max((row[key], name_of(row)) for row in rows)
-        figure = "%.1f %%" % mean(rows, key)
-        remark = "worst: %.1f %% %s" % (worst, name)
-        cards.append(Card(NUMBERS[key].label, figure, remark))
-    age = min(row["age"] for row in rows)
-    taken = render_value("time", view.time - age)
-    cards.append(Card("Newest sample", taken, "%.1f s ago" % age))
-    return cards
-
-
-def figures(view: Snapshot, rows: List[Message]) -> Tuple[str, List[Card]]:
-    """What matters: the headline and the cards."""
-    return headline(view, rows), cards_of(view, rows)
-
-
 # ============================================================================
 # Jobs: what Slurm says of them, in the order and the words of the page
 # ============================================================================
 
+NEEDS = (
+    "died",
+    "problem",
+    "advice",
+)  # verdicts that need the job's user, the worst first
+BAD_ENDS = (
+    "FAILED",
+    "TIMEOUT",
+    "OUT_OF_MEMORY",
+    "NODE_FAIL",
+    "BOOT_FAIL",
+    "DEADLINE",
+)
+SHOWN_GPUS = 8  # of a job, each by itself
 # A process is odd when a reading is further from the median of the job than so many times the
 # median of these distances, and than so much
 ODD_SPREADS = 5.0
@@ -3211,33 +3169,191 @@ CPU_RANGE = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
 MAX_CPUS = 8192  # as CONFIG_NR_CPUS has it at most on x86
 
 
+def all_jobs(view: Snapshot) -> List[Message]:
+    """The jobs that Slurm says something of, and those that only agents tell of."""
+    jobs = view.jobs
+    known = {name for job in jobs for name in (job["job"], job["raw"])}
+    nodes: Dict[str, List[Message]] = {}
+    for node in view.nodes:
+        if node["job"] and node["job"] not in known:
+            nodes.setdefault(node["job"], []).append(node)
+    return jobs + [job_of_nodes(name, rows) for name, rows in nodes.items()]
+
+
+def job_of_nodes(name: str, rows: List[Message]) -> Message:
+    """A job that only agents tell of: what they do not know is None."""
+    job: Message = dict.fromkeys(JOB_KEYS)
+    job.update(job=name, raw=name, state="RUNNING", nodes=len(rows))
+    for key in ("job_name", "user"):
+        job[key] = rows[0][key]
+    left = rows[0]["job_time_left"]
+    limit = rows[0]["job_time_limit"]
+    if left is not None and limit is not None:
+        job.update(limit=limit, start=rows[0]["since"] - (limit - left))
+    return job
+
+
 def jobs_in_order(view: Snapshot) -> List[Message]:
-    """The jobs, those that have not ended first, by their ids."""
+    """The jobs that Slurm says something of, those that have not ended first, by their ids."""
     return sorted(
         view.jobs,
         key=lambda job: (job["state"] in ENDED_STATES, natural(job["job"])),
     )
 
 
-def fold_arrays(jobs: Iterable[Message]) -> Iterator[List[Message]]:
-    """The jobs, each in a list; the tasks of an array in one, where its first task is."""
+def job_rows(view: Snapshot) -> List[Message]:
+    """A row for each job, the tasks of an array in one; what needs its user comes first."""
+    if "jobs" not in view.made:
+        view.made["jobs"] = make_job_rows(view)
+    rows: List[Message] = view.made["jobs"]
+    return rows
+
+
+def make_job_rows(view: Snapshot) -> List[Message]:
+    """The rows of ``job_rows``."""
     arrays: Dict[Any, List[Message]] = {}
-    for job in jobs:
+    for job in all_jobs(view):
         arrays.setdefault(job["array"] or job["raw"], []).append(job)
-    return iter(arrays.values())
+    nodes: Dict[str, List[Message]] = {}
+    for node in view.nodes:
+        if node["job"]:
+            nodes.setdefault(node["job"], []).append(node)
+    rows = []
+    for tasks in arrays.values():
+        theirs = []
+        for task in tasks:
+            for name in {task["job"], task["raw"]}:
+                theirs += nodes.get(name, [])
+        rows.append(job_row(view, tasks, theirs))
+    return sorted(rows, key=job_order)
 
 
-def job_row(tasks: List[Message], now: float) -> Message:
-    """A row of the page's table of jobs, for a job or all tasks of an array."""
+def job_order(row: Message) -> Tuple[Any, ...]:
+    """A key to sort jobs by: the worst verdict, then running, pending, ended; then the id."""
+    severity = row["severity"]
+    need = NEEDS.index(severity) if severity in NEEDS else len(NEEDS)
+    states = ("running", "pending", "ended")
+    return need, states.index(row["phase"]), natural(row["job"])
+
+
+def job_row(view: Snapshot, tasks: List[Message], nodes: List[Message]) -> Message:
+    """The row of a job, or of all tasks of an array, with what its nodes use.
+
+    To what is known of the first task come: severity and text, which are its verdict or what
+    Slurm says; phase; clock, cpu, memory and gpu with what is used of what was asked for, as
+    text, and clock_share and memory_share in percent.
+    """
     job = tasks[0]
-    row = dict(job, slot=job["raw"])
+    severity, text = judge_job(view, tasks)
+    row = dict(job, slot=job["raw"], severity=severity, text=text, tasks=len(tasks))
+    row["phase"] = phase_of(tasks)
+    ran = run_time(job, view.time)
+    row.update(clock=None, clock_share=None)
     if len(tasks) > 1:
         states = collections.Counter(task["state"] or "UNKNOWN" for task in tasks)
         counts = ["%d %s" % (count, state.lower()) for state, count in states.items()]
-        row.update(job=job["array"], state=", ".join(counts), ran=None, text=None)
-        return row
-    row.update(ran=run_time(job, now), text=", ".join(remarks(job)) or None)
+        row.update(job=job["array"], state=", ".join(counts), nodes=None)
+    elif ran is not None:
+        row["clock"] = render_clock(ran)
+        if job["limit"]:
+            row["clock"] += " of " + render_clock(job["limit"])
+            row["clock_share"] = 100 * ran / job["limit"]
+    row["cpu"] = mean_of_known(nodes, "job_cpu", "cpu")
+    row.update(memory_of_job(nodes))
+    row["gpu"] = render_gpus(view, nodes)
     return row
+
+
+def verdicts_of(view: Snapshot) -> Dict[str, List[Message]]:
+    """What is judged of each job, read once for a copy of the table."""
+    if "verdicts" not in view.made:
+        view.made["verdicts"] = view.verdicts
+    verdicts: Dict[str, List[Message]] = view.made["verdicts"]
+    return verdicts
+
+
+def judge_job(
+    view: Snapshot, tasks: List[Message]
+) -> Tuple[Optional[str], Optional[str]]:
+    """(severity, what) of a job or of the tasks of an array: the worst there is.
+
+    Without a verdict it is what Slurm says; how many tasks ended badly is told with it.
+    """
+    judged = verdicts_of(view)
+    found = []
+    for task in tasks:
+        for verdict in judged.get(task["raw"], [])[:1]:
+            found.append((verdict["severity"], verdict["what"]))
+        if task["raw"] not in judged and task["state"] in BAD_ENDS:
+            words = [task["state"].lower().replace("_", " ")] + remarks(task)
+            found.append(("died", ", ".join(words)))
+    order = (*NEEDS, "fine")
+    found.sort(
+        key=lambda verdict: order.index(verdict[0]) if verdict[0] in order else 9
+    )
+    if found and found[0][0] in NEEDS:
+        severity, what = found[0]
+        count = sum(verdict[0] == severity for verdict in found)
+        return severity, what if count == 1 else "%s (tasks: %d)" % (what, count)
+    said = ", ".join(remarks(tasks[0])) if len(tasks) == 1 else ""
+    if found and not said:
+        return "fine", found[0][1]
+    return (found[0][0] if found else None), said or None
+
+
+def phase_of(tasks: List[Message]) -> str:
+    """Whether a job is running, pending or ended: an array is what is most alive in it."""
+    states = {task["state"] for task in tasks}
+    if not states.difference(ENDED_STATES):
+        return "ended"
+    return "pending" if states.issubset({"PENDING", *ENDED_STATES}) else "running"
+
+
+def render_clock(seconds: float) -> str:
+    """A time as Slurm writes it, without its seconds where there are hours: 1-02:03, 2:13, 0:05."""
+    minutes = int(seconds) // 60
+    days, hours = divmod(minutes // 60, 24)
+    if days:
+        return "%d-%02d:%02d" % (days, hours, minutes % 60)
+    return "%d:%02d h" % (hours, minutes % 60) if hours else "%d min" % minutes
+
+
+def mean_of_known(rows: List[Message], *keys: str) -> Optional[float]:
+    """The mean of the first of these readings that some row has."""
+    for key in keys:
+        known = [row[key] for row in rows if row[key] is not None]
+        if known:
+            return float(sum(known) / len(known))
+    return None
+
+
+def memory_of_job(nodes: List[Message]) -> Message:
+    """The memory of a job on the node that is nearest to its limit there."""
+    known = [node for node in nodes if node["job_ram"] is not None]
+    if not known:
+        return {"memory": None, "memory_share": None}
+    worst = max(known, key=lambda node: node["job_ram"])
+    text = "%.0f %%" % worst["job_ram"]
+    if worst["job_mem_limit"]:
+        text += " of " + render_value("job_mem_limit", worst["job_mem_limit"])
+    return {"memory": text, "memory_share": worst["job_ram"]}
+
+
+def render_gpus(view: Snapshot, nodes: List[Message]) -> Optional[str]:
+    """How busy each GPU of a job is, in percent; of many the least, the mean and the most."""
+    busy: List[float] = []
+    for node in nodes:
+        gpus = [gpu["gpu"] for gpu in view.parts(node["slot"]).gpus]
+        known = [value for value in gpus if value is not None]
+        if not known and node["gpu"] is not None:
+            known = [node["gpu"]]
+        busy += known
+    if not busy:
+        return None
+    if len(busy) <= SHOWN_GPUS:
+        return " ".join("%.0f" % value for value in busy)
+    total = sum(busy) / len(busy)
+    return "%.0f to %.0f, mean %.0f (%d)" % (min(busy), max(busy), total, len(busy))
 
 
 def run_time(job: Message, now: float) -> Optional[float]:
@@ -3271,13 +3387,7 @@ def find_job(view: Snapshot, name: str) -> Optional[Message]:
         if name in (job["job"], job["raw"]):
             return job
     rows = [node for node in view.nodes if node["job"] == name]
-    if not rows:
-        return None
-    job = dict.fromkeys(JOB_KEYS)
-    job.update(job=name, raw=name, state="RUNNING", nodes=len(rows))
-    for key in ("job_name", "user"):
-        job[key] = rows[0][key]
-    return job
+    return job_of_nodes(name, rows) if rows and name else None
 
 
 def nodes_of_job(view: Snapshot, job: Message) -> List[Message]:
@@ -3361,6 +3471,85 @@ def parse_cpu_list(text: Optional[str]) -> Set[int]:
 
 
 # ============================================================================
+# Headline: what matters of it all, in a line and a few figures
+# ============================================================================
+
+
+def render_turned_away(view: Snapshot) -> str:
+    """How many agents found no room lately, and why."""
+    count = view.turned_away_lately
+    agents = "1 agent" if count == 1 else "%d agents" % count
+    return "%s turned away in the last minute: %s" % (agents, view.turned_away_why)
+
+
+def trouble_of(view: Snapshot, rows: List[Message]) -> str:
+    """What is wrong, in a line; "" if nothing is."""
+    if view.beat > STALE_SECONDS:
+        return (
+            "The collector has been silent for %.0f s: what you see is old" % view.beat
+        )
+    counts = (
+        ("alerts", sum(bool(row["alerts"]) for row in rows)),
+        ("idle", sum("idle" in row["marks"] for row in rows)),
+        ("lost", len(gone(view, "lost"))),
+    )
+    kinds = ["%s: %d" % (kind, count) for kind, count in counts if count]
+    trouble = trouble_of_jobs(view)
+    if kinds:
+        trouble.append(", ".join(kinds).capitalize())
+    if view.turned_away_lately:
+        trouble.append(render_turned_away(view))
+    return "; ".join(trouble)
+
+
+def trouble_of_jobs(view: Snapshot) -> List[str]:
+    """How many jobs died or have a problem: a list of one line, or none."""
+    severities = [job["severity"] for job in job_rows(view)]
+    counts = []
+    for severity, words in (("died", "died"), ("problem", "with a problem")):
+        count = severities.count(severity)
+        if count:
+            counts.append("%d %s" % (count, words))
+    if not counts:
+        return []
+    jobs = "1 job" if len(severities) == 1 else "%d jobs" % len(severities)
+    return ["%s: %s" % (jobs, ", ".join(counts))]
+
+
+def headline(view: Snapshot, rows: List[Message]) -> str:
+    """The first words of the page: whether all is well."""
+    trouble = trouble_of(view, rows)
+    if trouble:
+        return "\u26a0 " + trouble
+    return "All is well" if rows else "No nodes"
+
+
+Card = NamedTuple("Card", [("label", str), ("figure", str), ("remark", str)])
+
+
+def cards_of(view: Snapshot, rows: List[Message]) -> List[Card]:
+    """The figures under the headline; none as long as there is no node."""
+    if not rows:
+        return []
+    jobs = {row["job"] for row in rows} - {None}
+    cards = [Card("Nodes", "%d" % len(rows), "jobs: %d" % len(jobs))]
+    for key in ("cpu", "ram"):
+        worst, name = max((row[key], name_of(row)) for row in rows)
+        figure = "%.1f %%" % mean(rows, key)
+        remark = "worst: %.1f %% %s" % (worst, name)
+        cards.append(Card(NUMBERS[key].label, figure, remark))
+    age = min(row["age"] for row in rows)
+    taken = render_value("time", view.time - age)
+    cards.append(Card("Newest sample", taken, "%.1f s ago" % age))
+    return cards
+
+
+def figures(view: Snapshot, rows: List[Message]) -> Tuple[str, List[Card]]:
+    """What matters: the headline and the cards."""
+    return headline(view, rows), cards_of(view, rows)
+
+
+# ============================================================================
 # Columns: a table is a list of them; a new column is one line in such a list
 # ============================================================================
 
@@ -3424,6 +3613,27 @@ def draw_job_page(column: "Column", row: Message, site: Site) -> Html:
     if not job:
         return draw_text(column, row, site)
     return fill(LINK_CELL_HTML, href="/job/" + urllib.parse.quote(job, ""), text=job)
+
+
+def draw_severity(column: "Column", row: Message, site: Site) -> Html:
+    """A verdict in a word, with a sign when it needs the user."""
+    severity = row.get("severity") or ""
+    if severity in ("died", "problem"):
+        return fill(BAD_CELL_HTML, severity=severity)
+    return fill(CELL_HTML, kind=severity, content=severity or "-")
+
+
+def draw_share(column: "Column", row: Message, site: Site) -> Html:
+    """A text with a bar behind it, for a share in percent."""
+    share = row.get(column.key + "_share")
+    if share is None:
+        return draw_text(column, row, site)
+    return fill(
+        PERCENT_CELL_HTML,
+        text=row[column.key],
+        key=column.key,
+        width="%.1f" % min(max(share, 0), 100),
+    )
 
 
 def draw_strip(column: "Column", row: Message, site: Site) -> Html:
@@ -3587,14 +3797,16 @@ VERDICT_COLUMNS = (
     Column("cure", "What to do", WRAPPED),
 )
 JOB_COLUMNS = (
+    Column("severity", "Verdict", LEFT, draw_severity),
     Column("job", "Job", LEFT, draw_job_page),
     of_metric("job_name"),
+    of_metric("user"),
     Column("state", "State"),
     Column("nodes", "Nodes", RIGHT),
-    of_metric("cpus"),
-    Column("mem", "Memory asked for", RIGHT),
-    Column("ran", "Ran", RIGHT),
-    Column("limit", "Time limit", RIGHT),
+    Column("clock", "Time", RIGHT, draw_share),
+    Column("cpu", "CPU", RIGHT, draw_percent),
+    Column("memory", "Memory", RIGHT, draw_share),
+    Column("gpu", "GPU %"),
     WHAT,
 )
 
@@ -3636,6 +3848,7 @@ class Page:
         self.query = query
         self.site = site
         self.rows = select(view, query)
+        self.job_rows = job_rows(view)
 
     def all_nodes(self) -> str:
         """The page: what matters, every live node, what has gone and what happened."""
@@ -3647,6 +3860,7 @@ class Page:
             self.form() if self.view.nodes else self.empty(),
             self.node_map() if len(self.rows) >= MAP_FROM else None,
             self.nodes() if self.rows else None,
+            self.ended_jobs(),
             self.aside(),
         )
 
@@ -3674,18 +3888,14 @@ class Page:
         rows = nodes_of_job(self.view, job)
         names = (job["job"], job["raw"])
         events = [event for event in self.view.events if event["job"] in names][::-1]
-        judged = self.view.verdicts.get(job["raw"], [])
+        judged = verdicts_of(self.view).get(job["raw"], [])
         verdicts = [dict(row, slot=number) for number, row in enumerate(judged, 1)]
+        row = job_row(self.view, [job], rows)
         title = "Job %s %s" % (job["job"], job["job_name"] or "")
         return self.whole(
             title.strip(),
             fill(ALL_NODES_LINK_HTML),
-            self.table(
-                "jobs",
-                "Job",
-                JOB_COLUMNS,
-                [Body(None, [job_row([job], self.view.time)])],
-            ),
+            self.known_table("jobs", "Job", JOB_COLUMNS, [row]),
             self.known_table("verdicts", "Verdicts", VERDICT_COLUMNS, verdicts),
             self.known_table("nodes", "Nodes", COLUMNS, rows),
             self.known_table("cores", "CPUs", CPU_COLUMNS, self.cpu_rows(rows)),
@@ -3790,12 +4000,38 @@ class Page:
         )
 
     def jobs(self) -> Optional[Html]:
-        """The table of jobs, when a watcher tells of any."""
-        folded = fold_arrays(jobs_in_order(self.view))
-        rows = [job_row(tasks, self.view.time) for tasks in folded]
+        """The table of jobs, but for those that ended well."""
+        rows = [
+            row
+            for row in self.job_rows
+            if row["phase"] != "ended" or row["severity"] in NEEDS
+        ]
         if not rows:
             return None
-        return self.table("jobs", "Jobs", JOB_COLUMNS, [Body(None, rows)])
+        return self.table("jobs", "Jobs", self.job_columns(rows), [Body(None, rows)])
+
+    def ended_jobs(self) -> Optional[Html]:
+        """The table of jobs that ended, and that need nobody."""
+        rows = [
+            row
+            for row in self.job_rows
+            if row["phase"] == "ended" and row["severity"] not in NEEDS
+        ]
+        if not rows:
+            return None
+        columns = self.job_columns(rows)
+        return self.table("ended", "Ended jobs", columns, [Body(None, rows)])
+
+    def job_columns(self, rows: List[Message]) -> List[Column]:
+        """The columns that have something to tell; the user's when there are several."""
+        users = {row["user"] for row in rows}
+        columns = []
+        for column in JOB_COLUMNS:
+            if column.key == "user" and len(users) < 2:
+                continue
+            if column.key in ("job", "state") or has_any(rows, column):
+                columns.append(column)
+        return columns
 
     def node_map(self) -> Html:
         """A tile for each node, filled as high as its reading."""
@@ -4046,7 +4282,7 @@ def render_nodes_json(view: Snapshot, query: Query, site: Site = None) -> str:
 
 def render_jobs_json(view: Snapshot, query: Query, site: Site = None) -> str:
     """The jobs as JSON: what Slurm says of each; times in seconds since 1970, mem in bytes."""
-    judged = view.verdicts
+    judged = verdicts_of(view)
     jobs = [
         dict(job, verdicts=judged.get(job["raw"], [])) for job in jobs_in_order(view)
     ]
@@ -4068,7 +4304,7 @@ def render_job_json(view: Snapshot, query: Query, site: Site = None) -> str:
             look=parts.look, cores=parts.cores, ranks=parts.ranks, gpus=parts.gpus
         )
         nodes.append(node)
-    answer = dict(job, verdicts=view.verdicts.get(job["raw"], []), nodes=nodes)
+    answer = dict(job, verdicts=verdicts_of(view).get(job["raw"], []), nodes=nodes)
     return as_json({"time": round(view.time, 3), "job": answer})
 
 
@@ -4101,33 +4337,37 @@ def render_nodes_text(view: Snapshot, query: Query, site: Site = None) -> str:
     nodes = select(view, query)
     title, cards = figures(view, nodes)
     lines = [" | ".join([title] + [" ".join(card) for card in cards])]
-    lines += text_table(nodes)
+    jobs = job_rows(view)
+    if view.jobs or verdicts_of(view):  # of others the nodes tell as much
+        lines += text_table(jobs, JOB_COLUMNS) + [""]
+    lines += text_table(nodes, COLUMNS)
     width = query.get("width", "")
     cut = int(width) if width.isdecimal() else None
     return "".join(line[:cut] + "\n" for line in lines)
 
 
-def text_table(nodes: List[Message]) -> List[str]:
-    """The lines of the table of nodes, its heading first."""
+def text_table(rows: List[Message], columns: Sequence[Column]) -> List[str]:
+    """The lines of a table with the columns that have something to tell, its heading first."""
     always = ("node", "cpu", "ram")
-    columns = [
-        column for column in COLUMNS if column.key in always or has_any(nodes, column)
+    known = [
+        column for column in columns if column.key in always or has_any(rows, column)
     ]
-    table = [[column.heading for column in columns]]
-    table += [[text_cell(column, node) for column in columns] for node in nodes]
+    table = [[column.heading for column in known]]
+    table += [[text_cell(column, row) for column in known] for row in rows]
     widths = [max(map(text_width, texts)) for texts in zip(*table)]
     lines = []
     for texts in table:
-        cells = map(align, columns, texts, widths)
+        cells = map(align, known, texts, widths)
         lines.append("  ".join(cells).rstrip())
     return lines
 
 
-def text_cell(column: Column, node: Message) -> str:
-    """What a cell says; a node's name is whole, as it is what one acts upon."""
+def text_cell(column: Column, row: Message) -> str:
+    """What a cell says; what one acts upon or has to read is whole."""
     if column.key == "node":
-        return name_of(node)
-    return render_value(column.key, node[column.key])[:MAX_CELL]
+        return name_of(row)
+    text = render_value(column.key, row.get(column.key))
+    return text if column.align == WRAPPED else text[:MAX_CELL]
 
 
 def text_width(text: str) -> int:
