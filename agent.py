@@ -49,12 +49,14 @@ import signal
 import socket
 import threading
 import time
+from functools import partial
 from typing import Any, Callable, Dict, Iterable, List, Optional, Set, Tuple, Union
 
 VERSION = "1.0"
 Value = Union[str, float]  # float stands for int and bool, too (PEP 484)
 Sample = Dict[str, Value]  # what is unknown has no key
 Reading = Iterable[Tuple[str, Value]]
+Reader = Callable[[], Reading]
 
 
 # ============================================================================
@@ -161,14 +163,15 @@ def parse_gpus(text: str) -> Reading:
     # 35, 1024, 40960           [N/A] where the GPU does not tell
     rows = [line.split(", ") for line in text.splitlines() if line.count(", ") == 2]
     busy = [int(row[0]) for row in rows if row[0].isdigit()]
-    used = [int(row[1]) for row in rows if row[1].isdigit()]
-    total = [int(row[2]) for row in rows if row[2].isdigit()]
+    sized = [row for row in rows if row[1].isdigit() and row[2].isdigit()]
+    used = sum(int(row[1]) for row in sized)
+    total = sum(int(row[2]) for row in sized)
     if rows:
         yield "gpus", len(rows)
     if busy:
         yield "gpu", round(sum(busy) / len(busy), 1)
     if total:
-        yield "gpu_mem", round(100.0 * sum(used) / sum(total), 1)
+        yield "gpu_mem", round(100.0 * used / total, 1)
 
 
 def parse_duration(text: str) -> Optional[float]:
@@ -209,14 +212,23 @@ class Probe:
         return self.roots[root] + slash + rest
 
     def read(self, path: str, limit: int = FILE_BYTES) -> str:
-        """Return up to `limit` bytes of a file; OSError if it cannot be read."""
+        """Return up to `limit` bytes of a file; OSError if it cannot be read.
+
+        One that fails is opened anew the next time: behind the old descriptor there may be
+        a file system that has gone (lxcfs, a cgroup) while the path leads to a new one.
+        """
         if path not in self.open_files:
             self.open_files[path] = os.open(self.where(path), os.O_RDONLY)
         file = self.open_files[path]
-        text = chunk = os.pread(file, limit, 0)
-        while chunk and len(text) < limit:  # /proc gives about a page at a time
-            chunk = os.pread(file, limit - len(text), len(text))
-            text += chunk
+        try:
+            text = chunk = os.pread(file, limit, 0)
+            while chunk and len(text) < limit:  # /proc gives about a page at a time
+                chunk = os.pread(file, limit - len(text), len(text))
+                text += chunk
+        except OSError as error:
+            del self.open_files[path]
+            os.close(file)
+            raise OSError(error.errno, error.strerror, self.where(path)) from None
         return text.decode("utf-8", "replace")
 
     def names(self, path: str) -> List[str]:
@@ -310,10 +322,14 @@ NVIDIA_SMI = (
     " --format=csv,noheader,nounits"
 )
 NO_LIMIT = 2**60  # bytes: cgroup v1 says 2 ** 63 - 4096 for no limit
+FILESYSTEMS = (("disk", "."), ("disk_tmp", "/tmp"))
 
 
-def collect(readers: Iterable[Callable[[], Reading]]) -> Sample:
-    """Return all that the readers know; one that fails leaves out the rest of its keys."""
+def collect(readers: Iterable[Reader]) -> Sample:
+    """Return all that the readers know; one that fails leaves out the rest of its keys.
+
+    So a reader reads one source: what is missing takes no key of another source with it.
+    """
     known: Sample = {}
     for reader in readers:
         try:
@@ -342,6 +358,7 @@ class Sampler:
         self.idle = 0  # ticks, and so is total
         self.total = 0
         self.percent = 0.0  # CPU in use, as it was last
+        self.trouble = ""  # what keeps cpu or ram from being known now
         self.find_end_of_job()
         self.require_cpu_and_ram()
         self.hardware = {kind: self.find_hardware(kind) for kind in ("net", "block")}
@@ -349,17 +366,17 @@ class Sampler:
             [self.find_job]
         )  # {controller: directory of the job's cgroup}
         self.fixed = collect([self.identify, self.find_job_cpus, self.count_cpus])
-        self.readers = [
+        self.readers: List[Reader] = [
             self.read_cpu,
             self.read_memory,
-            self.read_numbers,
-            self.read_counters,
+            *[partial(self.read_number, *source) for source in NUMBERS],
+            *[partial(self.read_counters, *source) for source in COUNTERS],
             self.read_job_cpu,
             self.read_job_memory,
             self.read_agent,
         ]
-        self.slow_readers = [
-            self.read_filesystems,
+        self.slow_readers: List[Reader] = [
+            *[partial(self.read_filesystem, *source) for source in FILESYSTEMS],
             self.read_time_left,
             self.read_gpus,
         ]
@@ -369,19 +386,20 @@ class Sampler:
 
     def require_cpu_and_ram(self) -> None:
         """Raise OSError or ValueError, naming the file, if cpu or ram cannot be known here."""
-        needed = (
-            ("cpu", "proc/stat", self.read_cpu),
-            ("ram", "proc/meminfo", self.read_memory),
-        )
-        for key, path, reader in needed:
-            try:
-                known = dict(reader())
-            except (ValueError, LookupError, ArithmeticError) as error:
-                file = self.probe.where(path)
-                raise ValueError("no %s in %s: %s" % (key, file, error)) from None
-            if key not in known:
-                file = self.probe.where(path)
-                raise ValueError("no %s in %s: its numbers make no sense" % (key, file))
+        self.require("cpu", "proc/stat", self.read_cpu)
+        self.require("ram", "proc/meminfo", self.read_memory)
+
+    def require(self, key: str, path: str, reader: Reader) -> Sample:
+        """Return what the reader knows; OSError or ValueError, naming the file, without the key."""
+        try:
+            known = dict(reader())
+        except (ValueError, LookupError, ArithmeticError) as error:
+            file = self.probe.where(path)
+            raise ValueError("no %s in %s: %s" % (key, file, error)) from None
+        if key not in known:
+            file = self.probe.where(path)
+            raise ValueError("no %s in %s: its numbers make no sense" % (key, file))
+        return known
 
     def identify(self) -> Reading:
         """Yield who this is: node, user and job."""
@@ -445,7 +463,24 @@ class Sampler:
         then, slow = self.slow
         if self.now - then < STALE_SECONDS:
             known.update(slow)
+        self.look_again(known)
         return known
+
+    def look_again(self, known: Sample) -> None:
+        """Complete a sample that lacks cpu or ram; log once that it cannot be, and that it can."""
+        trouble = ""
+        try:
+            if "cpu" not in known:
+                known.update(self.require("cpu", "proc/stat", self.read_cpu))
+            if "ram" not in known:
+                known.update(self.require("ram", "proc/meminfo", self.read_memory))
+        except (OSError, ValueError) as error:
+            trouble = str(error)
+        if trouble and not self.trouble:
+            log("%s: no samples until it is back" % trouble)
+        elif self.trouble and not trouble:
+            log("cpu and ram are known again")
+        self.trouble = trouble
 
     def refresh_for_ever(self) -> None:
         """Do the readings that may hang (a dead file server, a GPU's driver), on a thread."""
@@ -479,19 +514,19 @@ class Sampler:
         if swap and unused <= swap:
             yield "swap", round(100.0 * (swap - unused) / swap, 1)
 
-    def read_numbers(self) -> Reading:
-        for key, path, pattern in NUMBERS:
-            yield key, float(re.findall(pattern, self.probe.read(path))[0])
+    def read_number(self, key: str, path: str, pattern: str) -> Reading:
+        yield key, float(re.findall(pattern, self.probe.read(path))[0])
 
-    def read_counters(self) -> Reading:
-        for keys, kind, path, pattern, unit in COUNTERS:
-            devices = self.hardware[kind]
-            rows = []
-            for name, received, sent in re.findall(pattern, self.probe.read(path)):
-                if name in devices:
-                    rows.append((int(received), int(sent)))
-            for key, column in zip(keys, zip(*rows)):
-                yield from self.rates.change(key, unit * sum(column), self.now)
+    def read_counters(
+        self, keys: Tuple[str, str], kind: str, path: str, pattern: str, unit: int
+    ) -> Reading:
+        devices = self.hardware[kind]
+        rows = []
+        for name, received, sent in re.findall(pattern, self.probe.read(path)):
+            if name in devices:
+                rows.append((int(received), int(sent)))
+        for key, column in zip(keys, zip(*rows)):
+            yield from self.rates.change(key, unit * sum(column), self.now)
 
     def read_job_cpu(self) -> Reading:
         if "cpuacct" in self.job:  # cgroup v1
@@ -511,32 +546,33 @@ class Sampler:
             anonymous = number(text, "total_rss ")
             shared = number_or(text, "total_shmem ", 0)  # since Linux 4.15
             cache = number(text, "total_cache ")
-            limit = self.probe.read("%s/memory.limit_in_bytes" % folder)
+            limit = "%s/memory.limit_in_bytes" % folder
         else:
             folder = self.job[""]
             text = self.probe.read("%s/memory.stat" % folder)
             anonymous = number(text, "anon ")
             shared = number_or(text, "shmem ", 0)
             cache = number(text, "file ")
-            limit = self.probe.read("%s/memory.max" % folder)
+            limit = "%s/memory.max" % folder
         used = anonymous + shared
         yield "job_mem", float(used)
         yield "job_cache", float(cache - shared)
-        most = int(limit)  # ValueError for "max": there is none
+        most = int(self.probe.read(limit))  # ValueError for "max": there is none
         if most < NO_LIMIT:
             yield "job_mem_limit", most
             yield "job_ram", round(100.0 * used / most, 1)
 
     def read_agent(self) -> Reading:
+        yield from self.rates.change("agent_cpu", 100.0 * time.process_time(), self.now)
         pages = int(self.probe.read("proc/self/statm").split()[1])
         yield "agent_rss", float(pages * os.sysconf("SC_PAGE_SIZE"))
-        yield from self.rates.change("agent_cpu", 100.0 * time.process_time(), self.now)
 
     def read_time_left(self) -> Reading:
         now = time.monotonic()
         if "job" in self.fixed and now - self.asked >= SQUEUE_SECONDS:
             self.asked = now  # seldom: sites forbid squeue in a loop
-            self.ask_for_end()
+            with contextlib.suppress(OSError, LookupError):
+                self.ask_for_end()
         if self.end_time:
             yield "job_time_left", max(0.0, round(self.end_time - time.time(), 1))
         if self.time_limit:
@@ -550,32 +586,39 @@ class Sampler:
             self.end_time = time.time() + left
         self.time_limit = parse_duration(words[1]) or 0.0 if len(words) > 1 else 0.0
 
-    def read_filesystems(self) -> Reading:
-        for key, path in (("disk_tmp", "/tmp"), ("disk", ".")):
-            space = os.statvfs(path)
-            used = space.f_blocks - space.f_bfree  # percent as df(1) has it
-            yield key, round(100.0 * used / (used + space.f_bavail), 1)
+    def read_filesystem(self, key: str, path: str) -> Reading:
+        space = os.statvfs(path)
+        used = space.f_blocks - space.f_bfree  # percent as df(1) has it
+        yield key, round(100.0 * used / (used + space.f_bavail), 1)
 
     def read_gpus(self) -> Reading:
-        texts = []
+        rows = []
         for name in self.probe.names("sys/class/drm"):
             card = "sys/class/drm/%s/device" % name
             # the renderD128 of a card is the same GPU
             if name.startswith("card") and AMD_FILES[0] in self.probe.names(card):
-                values = [self.probe.read("%s/%s" % (card, file)) for file in AMD_FILES]
-                texts.append(", ".join(value.strip() for value in values))
-        texts.append(self.probe.ask(NVIDIA_SMI))
-        return parse_gpus("\n".join(texts))
+                values = [self.read_or("%s/%s" % (card, file)) for file in AMD_FILES]
+                rows.append(", ".join(values))
+        rows.append(self.probe.ask(NVIDIA_SMI))
+        return parse_gpus("\n".join(rows))
+
+    def read_or(self, path: str, default: str = "[N/A]") -> str:
+        """Return the word in a file, or the default if it cannot be read."""
+        try:
+            return self.probe.read(path).strip()
+        except OSError:
+            return default
 
 
 def environment_time(name: str) -> float:
     """Return the time.time() in a variable of Slurm's; 0 if it is none, which is told."""
     text = os.environ.get(name) or "0"
-    try:
-        return float(text)
-    except ValueError:
-        log("%s is %r, which is no time: it is left out" % (name, text))
-        return 0.0
+    with contextlib.suppress(ValueError):
+        moment = float(text)
+        if 0 <= moment < math.inf:  # nan is not
+            return moment
+    log("%s is %r, which is no time: it is left out" % (name, text))
+    return 0.0
 
 
 def get_system_stats(sampler: Optional[Sampler] = None) -> Sample:
@@ -706,7 +749,8 @@ class Link:
             if sock is not None:
                 sock.close()
             self.lose("cannot reach", error)
-        os.write(wake, b"\0")
+        with contextlib.suppress(OSError):  # a full pipe wakes the loop as well
+            os.write(wake, b"\0")
 
     def exchange(self, message: Optional[Sample] = None) -> None:
         """Hear what has come, then send a message; a link that fails is dialled again later."""
@@ -830,8 +874,11 @@ GIB = 2.0**30
 class Report(Dict[str, Tuple[float, float, float]]):
     """Sums samples up, {key: (seconds, mean, peak)}; each has the weight of the time it covers."""
 
+    seconds = 0.0  # covered by all samples
+
     def add(self, sample: Sample, seconds: float) -> None:
         """Count a sample that covers so many seconds."""
+        self.seconds += seconds
         for key in REPORTED:
             if key in sample:
                 value = float(sample[key])
@@ -842,21 +889,18 @@ class Report(Dict[str, Tuple[float, float, float]]):
     def lines(self, last: Sample) -> Iterable[str]:
         """Yield the report for people, a line a subject; last is the last sample."""
         yield self.duration_line()
-        yield self.cpu_line(last)
-        in_job = "job_mem" in self
-        peak = self["job_mem" if in_job else "mem_used"][2] / GIB
-        owner = "" if in_job else "the node's "
-        most = float(last.get("mem_total", 0.0)) / GIB
-        if in_job and "job_mem_limit" in last:
-            most = float(last["job_mem_limit"]) / GIB
-        yield "memory peak %.3g GB of %s%.3g GB" % (peak, owner, most)
+        if "job_cpu" in self or "cpu" in self:
+            yield self.cpu_line(last)
+        if "job_mem" in self or "mem_used" in self:
+            yield self.memory_line(last)
         if "gpu" in self:
             yield "GPU mean %.1f %% of %s" % (self["gpu"][1], last.get("gpus"))
-        if "job_mem_limit" in last:
+        if "job_mem" in self and "job_mem_limit" in last:
+            peak = self["job_mem"][2] / GIB
             yield from advise_memory(peak, float(last["job_mem_limit"]) / GIB)
 
     def duration_line(self) -> str:
-        minutes, seconds = divmod(round(self["cpu"][0]), 60)
+        minutes, seconds = divmod(round(self.seconds), 60)
         hours, minutes = divmod(minutes, 60)
         return "ran %d:%02d:%02d" % (hours, minutes, seconds)
 
@@ -866,6 +910,15 @@ class Report(Dict[str, Tuple[float, float, float]]):
         cpus = last.get("job_cpus" if in_job else "cpus")
         owner = "" if in_job else "the node's "
         return "CPU mean %.1f %%, peak %.1f %% of %s%s CPUs" % (mean, peak, owner, cpus)
+
+    def memory_line(self, last: Sample) -> str:
+        in_job = "job_mem" in self
+        peak = self["job_mem" if in_job else "mem_used"][2] / GIB
+        owner = "" if in_job else "the node's "
+        most = float(last.get("mem_total", 0.0)) / GIB
+        if in_job and "job_mem_limit" in last:
+            most = float(last["job_mem_limit"]) / GIB
+        return "memory peak %.3g GB of %s%.3g GB" % (peak, owner, most)
 
 
 def advise_memory(peak: float, limit: float) -> Iterable[str]:
@@ -891,6 +944,16 @@ def exit_status(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
+def ending_of(code: int) -> str:
+    """Return how a process ended, from its code: exit 3, SIGKILL; signal 40 has no name."""
+    if code >= 0:
+        return "exit %d" % code
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return "signal %d" % -code
+
+
 class Agent:
     """Binds sampler, link and command to the clock and the signals."""
 
@@ -907,30 +970,49 @@ class Agent:
         self.awake, self.wake = os.pipe()  # signals and dialled links write a byte
         os.set_blocking(self.wake, False)
 
-    def run(self) -> int:
-        """Watch until a signal or the end of the command; return the exit code."""
+    def start(self) -> None:
+        """Catch signals and start the command.
+
+        OSError with the command's name if it cannot be run, without one if no process can be had.
+        """
         self.catch_signals()
         if self.args.command:
             import subprocess
 
             self.command = subprocess.Popen(self.args.command, close_fds=False)
+
+    def run(self) -> int:
+        """Watch until a signal or the end of the command; return the exit code."""
         try:
             self.watch()
             self.finish()
         except Exception as error:  # the command must not notice
             log("stopped watching: %r" % error)
-        while self.command and self.command.poll() is None:
-            self.wait(time.monotonic() + WAIT_SECONDS)
         if self.command:
+            self.outlast()
             return exit_status(self.command.returncode)
         return 0 if self.ending else 1
 
+    def outlast(self) -> None:
+        """Pass signals on until the command has ended, whatever has become of the watching."""
+        poll = select.poll()
+        poll.register(self.awake, select.POLLIN)
+        while self.command.poll() is None:
+            if poll.poll(WAIT_SECONDS * 1000):
+                os.read(self.awake, FILE_BYTES)
+            self.handle_signals()
+
     def catch_signals(self) -> None:
-        """Note signals and wake up, but for those that are ignored (nohup)."""
+        """Note signals and wake up, but for those that are ignored (nohup): so has the command.
+
+        SIGCHLD is never ignored: the exit code would be lost.  Nor is SIGINT without a command:
+        a shell script has it ignored by what it starts in the background, as a sidecar.
+        """
         signal.set_wakeup_fd(self.wake)
         for name in CAUGHT_SIGNALS:
             number = getattr(signal, name)
-            if signal.getsignal(number) != signal.SIG_IGN or name == "SIGINT":
+            heeded = name == "SIGCHLD" or name == "SIGINT" and not self.args.command
+            if heeded or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda caught, _: self.signals.append(caught))
 
     def watch(self) -> None:
@@ -946,7 +1028,9 @@ class Agent:
                 # the master waits for the first sample
                 beat = min(beat, max(self.sampler.now + FIRST_SECONDS, now))
             if now >= beat:
-                self.link.exchange(self.take())
+                sample = self.take()
+                # without cpu or ram the master would refuse it
+                self.link.exchange(None if self.sampler.trouble else sample)
                 beat += interval * (1 + (now - beat) // interval)
             self.wait(min(beat, self.link.retry_at))
 
@@ -962,11 +1046,10 @@ class Agent:
             self.ending = "finished"  # who read our stdout has gone
         elif ready:
             self.link.exchange()
-        while self.signals:
-            self.handle_signal(signal.Signals(self.signals.pop(0)).name)
+        self.handle_signals()
         code = self.command.poll() if self.command else None
         if code is not None:
-            self.ending = "exit %d" % code if code >= 0 else signal.Signals(-code).name
+            self.ending = ending_of(code)
 
     def poll(self, until: float) -> Dict[int, int]:
         """Wait for a wake-up, the master, our reader or our input: {descriptor: what}."""
@@ -983,12 +1066,20 @@ class Agent:
             poll.register(0, select.POLLIN)
         return dict(poll.poll(max(0.0, until - time.monotonic()) * 1000))
 
+    def handle_signals(self) -> None:
+        """Act on the signals that have come."""
+        while self.signals:
+            self.handle_signal(signal.Signals(self.signals.pop(0)).name)
+
     def handle_signal(self, name: str) -> None:
         """Pass a signal on to the command, or end of it."""
         if self.command:
             was_typed = name in TYPED_SIGNALS and os.isatty(0)
             if name != "SIGCHLD" and not was_typed:
-                self.command.send_signal(getattr(signal, name))
+                try:
+                    self.command.send_signal(getattr(signal, name))
+                except OSError as error:  # it has become another user's (su, sudo)
+                    log("%s cannot be passed on: %s" % (name, error.strerror))
             if name == "SIGTERM":
                 self.ending = name
         elif name in ENDING_SIGNALS:
@@ -1003,7 +1094,7 @@ class Agent:
             log(repr(sample))
         elif self.args.live:
             answer = "acknowledged by" if self.link.answered else "no answer from"
-            readings = "cpu %(cpu)s %%, ram %(ram)s %%" % sample
+            readings = "cpu %s %%, ram %s %%" % (sample.get("cpu"), sample.get("ram"))
             log("%s, %s %s" % (readings, answer, self.link.peer), end="")
         return sample
 
@@ -1216,6 +1307,13 @@ def parse_job_nodes(text: str) -> Dict[str, int]:
     return cpus
 
 
+def note_signals(signals: List[int]) -> None:
+    """Have the signals that end it noted in a list, but for those that are ignored (nohup)."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda caught, _: signals.append(caught))
+
+
 class Question:
     """A command of Slurm's that is asked and not waited for."""
 
@@ -1397,8 +1495,7 @@ class Herd:
 
     def run(self) -> int:
         """Herd until the relay is gone; return the exit code."""
-        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(name, lambda caught, _: self.signals.append(caught))
+        note_signals(self.signals)
         try:
             while self.relay_lives():
                 self.look()
@@ -1836,9 +1933,7 @@ class Relay:
 
     def run(self, first: bool = True) -> int:
         """Keep the herd running until a signal comes or nobody reads our stdout."""
-        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(name) != signal.SIG_IGN:
-                signal.signal(name, lambda caught, _: self.signals.append(caught))
+        note_signals(self.signals)
         backoff = BACKOFF_SECONDS
         while not self.signals:
             begun = time.monotonic()
@@ -2184,10 +2279,14 @@ def run_agent(args: argparse.Namespace) -> int:
         reason = str(error) or repr(error)
     else:
         try:
+            agent.start()
+        except OSError as error:
+            if error.filename is not None:  # there is no such command
+                print("error: %s" % error, file=sys.stderr)
+                return 127 if isinstance(error, FileNotFoundError) else 126
+            reason = "no second process: %s" % error.strerror
+        else:
             return agent.run()
-        except OSError as error:  # there is no such command
-            print("error: %s" % error, file=sys.stderr)
-            return 127 if isinstance(error, FileNotFoundError) else 126
     if args.command:
         return run_unwatched(args.command, reason)
     print("error: %s" % reason, file=sys.stderr)
@@ -2233,6 +2332,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             file=sys.stderr,
         )
         return 1
+    fill_closed_streams()
     parser = build_parser()
     args = parse_words(parser, sys.argv[1:] if argv is None else argv)
     try:
@@ -2248,6 +2348,20 @@ def main(argv: Optional[List[str]] = None) -> int:
     if args.once:
         return run_once(args)
     return run_agent(args)
+
+
+def fill_closed_streams() -> None:
+    """Put /dev/null where a standard stream is closed: no pipe of ours is to take its place.
+
+    Only for this process: a command does not inherit it, so its streams stay closed.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY)  # takes the lowest that is free
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
 
 
 def spare_exit_code() -> None:
