@@ -95,12 +95,32 @@ TIME_LEFT = r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)$"  # 1-02:03:04 of squeue(1), %L
 CPUS_PER_NODE = (
     r"(\d+)(?:\(x(\d+)\))?"  # 72(x2),36 in SLURM_JOB_CPUS_PER_NODE, sbatch(1)
 )
-# Controllers, path of the job: what is below uid_N (v1), slurmstepd.scope (v2), whatever its name
-# 4:memory:/slurm_c1/uid_4242/job_1/step_0/task_0
-# 0::/system.slice/slurmstepd.scope/job_1/step_0/user/task_0
-JOB_CGROUP = re.compile(
-    r"^\d+:([^:]*):(.*?(?:/uid_\d+|slurmstepd\.scope)/[^/\n]+)", re.M
+# The variables that a scheduler sets in a job: its id, the element of an array, its name
+# sbatch(1), qsub(1B) of PBS, bsub(1), flux-environment(7), qsub(1) of Grid Engine
+SCHEDULERS = (
+    ("SLURM_JOB_ID", "", "SLURM_JOB_NAME"),
+    ("PBS_JOBID", "", "PBS_JOBNAME"),  # 1234[7].server
+    ("LSB_JOBID", "LSB_JOBINDEX", "LSB_JOBNAME"),
+    ("FLUX_JOB_ID", "", "FLUX_JOB_NAME"),
+    ("JOB_ID", "SGE_TASK_ID", "JOB_NAME"),
 )
+# The directory above the job's in /proc/self/cgroup, whatever the job's own is called
+JOB_PARENTS = (
+    r"/uid_\d+",  # Slurm v1: 4:memory:/slurm_c1/uid_4242/job_1/step_0/task_0
+    r"slurmstepd\.scope",  # v2: 0::/system.slice/slurmstepd.scope/job_1/step_0/user/task_0
+    r"/pbs_jobs\.service/job(?:id|s)",  # PBS: 5:memory:/pbs_jobs.service/jobid/12.server
+    r"/lsf/[^/\n]+",  # LSF: 9:memory:/lsf/cluster1/job.12.4711.1700000000
+    r"/UGE",  # Univa Grid Engine: 3:memory:/UGE/12.1
+)
+# controllers, path of the job, what is below of it
+JOB_CGROUP = re.compile(
+    r"^\d+:([^:]*):(.*?(?:%s)/[^/\n]+)(.*)" % "|".join(JOB_PARENTS), re.M
+)
+#   READ: 7 7 0 1120 229680 0 11 12 0    operations, sent, timed out, bytes out, bytes in,
+#                                        ms in the queue, ms of round trips, ms in all
+NFS_OPERATION = re.compile(r"^\s+[A-Z_\d]+: (\d+) (?:\d+ ){5}(\d+) \d+", re.M)
+# read_bytes    27 samples [bytes] 4096 1048576 25804800      (smallest, largest, sum)
+LUSTRE_BYTES = r"^%s\s+\d+ samples \[bytes\] \d+ \d+ (\d+)"
 TEXT_BYTES = 255  # the most that the master takes of a text
 
 
@@ -174,6 +194,27 @@ def parse_gpus(text: str) -> Reading:
         yield "gpu_mem", round(100.0 * used / total, 1)
 
 
+def parse_nfs(text: str) -> Tuple[int, int]:
+    """Return (operations, ms of round trips) of all NFS mounts, nfsiostat(8) of mountstats.
+
+    A mount that is bound to several places is listed as often, with the same counters.
+    """
+    # device server:/home mounted on /home with fstype nfs4 statvers=1.1
+    mounts = set()
+    for block in re.split(r"^device ", text, flags=re.M):
+        head, _, counters = block.partition("\n")
+        if " with fstype nfs" in head and "per-op statistics" in counters:
+            mounts.add((head.partition(" mounted on ")[0], counters))
+    operations = 0
+    waited = 0
+    for _, counters in mounts:
+        _, _, counters = counters.partition("per-op statistics")
+        for count, milliseconds in NFS_OPERATION.findall(counters):
+            operations += int(count)
+            waited += int(milliseconds)
+    return operations, waited
+
+
 def parse_duration(text: str) -> Optional[float]:
     """Return the seconds of 1-02:03:04 or 5:00, squeue(1); None for UNLIMITED and the like."""
     found = re.match(TIME_LEFT, text)
@@ -196,7 +237,18 @@ FILE_BYTES = 65536  # the most that is read of a file or an answer
 STAT_BYTES = (
     4194304  # ... and of /proc/stat when its CPUs are counted: 4,096 have 400 KB
 )
+MOUNTS_BYTES = 4194304  # ... and of mountstats: 4 KB a mount of NFS
+MAX_FOLDERS = 1024  # of a tree of cgroups that are looked at
 WAIT_SECONDS = 5.0  # for a connection, a challenge, nvidia-smi or squeue
+
+
+def read_descriptor(file: int, limit: int) -> str:
+    """Return up to `limit` bytes of an open file, from its beginning."""
+    text = chunk = os.pread(file, limit, 0)
+    while chunk and len(text) < limit:  # /proc gives about a page at a time
+        chunk = os.pread(file, limit - len(text), len(text))
+        text += chunk
+    return text.decode("utf-8", "replace")
 
 
 class Probe:
@@ -221,21 +273,35 @@ class Probe:
             self.open_files[path] = os.open(self.where(path), os.O_RDONLY)
         file = self.open_files[path]
         try:
-            text = chunk = os.pread(file, limit, 0)
-            while chunk and len(text) < limit:  # /proc gives about a page at a time
-                chunk = os.pread(file, limit - len(text), len(text))
-                text += chunk
+            return read_descriptor(file, limit)
         except OSError as error:
             del self.open_files[path]
             os.close(file)
             raise OSError(error.errno, error.strerror, self.where(path)) from None
-        return text.decode("utf-8", "replace")
+
+    def read_once(self, path: str, limit: int = FILE_BYTES) -> str:
+        """Return up to `limit` bytes of a file that is not kept open, as one of many."""
+        file = os.open(self.where(path), os.O_RDONLY)
+        try:
+            return read_descriptor(file, limit)
+        finally:
+            os.close(file)
 
     def names(self, path: str) -> List[str]:
         """Return the sorted names in a directory, none if there is no such directory."""
         with contextlib.suppress(OSError):
             return sorted(os.listdir(self.where(path)))
         return []
+
+    def folders(self, path: str) -> List[str]:
+        """Return a directory and those below of it, the upper ones first."""
+        found = [path]
+        for folder in found:  # it grows
+            with contextlib.suppress(OSError):
+                for entry in os.scandir(self.where(folder)):
+                    if len(found) < MAX_FOLDERS and entry.is_dir(follow_symlinks=False):
+                        found.append(folder + "/" + entry.name)
+        return found
 
     def ask(self, command: str) -> str:
         """Return what a command prints within its time, nothing if there is no such command."""
@@ -314,7 +380,12 @@ class Rates(Dict[str, Tuple[float, float]]):
 
 FIRST_SECONDS = 0.25  # the first sample covers so much time
 SLOW_SECONDS = 10.0  # between two rounds of what may hang
-STALE_SECONDS = 60.0  # older results of it are unknown
+WIDE_SECONDS = 10.0  # between two rounds of what reads many files, and at least ...
+WIDE_FACTOR = 100.0  # ... so many times what the last one took, up to ...
+MAX_WIDE_SECONDS = 50.0  # ... this
+STALE_SECONDS = 60.0  # older results of either are unknown
+MAX_PROCESSES = 4096  # of a job that are read
+MAX_KEPT_GROUPS = 16  # cgroups whose OOM kills are read with each sample
 SQUEUE_SECONDS = 300.0  # squeue is never asked twice within this time
 AMD_FILES = ("gpu_busy_percent", "mem_info_vram_used", "mem_info_vram_total")
 NVIDIA_SMI = (
@@ -323,6 +394,14 @@ NVIDIA_SMI = (
 )
 NO_LIMIT = 2**60  # bytes: cgroup v1 says 2 ** 63 - 4096 for no limit
 FILESYSTEMS = (("disk", "."), ("disk_tmp", "/tmp"))
+# its clients' counters: /proc before Lustre 2.12, then debugfs, which few may read
+LUSTRE_FOLDERS = ("proc/fs/lustre/llite", "sys/kernel/debug/lustre/llite")
+# keys, files in order of preference: before Linux 4.5 the 64-bit counters were apart
+PORT_COUNTERS = (
+    ("ib_rx", ("counters_ext/port_rcv_data_64", "counters/port_rcv_data")),
+    ("ib_tx", ("counters_ext/port_xmit_data_64", "counters/port_xmit_data")),
+)
+STUCK_COUNTER = 2**32 - 1  # where a port's counter of 32 bits stays
 
 
 def collect(readers: Iterable[Reader]) -> Sample:
@@ -342,8 +421,9 @@ def collect(readers: Iterable[Reader]) -> Sample:
 class Sampler:
     """Reads a Linux node: each reader yields (key, value), or raises what `collect` passes over.
 
-    A new metric is one more reader in `self.readers`, or in `self.slow_readers` if what it
-    reads may hang; master_server.py shows it once its METRICS list it.
+    A new metric is one more reader in `self.readers`, in `self.slow_readers` if what it reads
+    may hang, or in `self.wide_readers` if it reads many files; master_server.py shows it once
+    its METRICS list it.
     """
 
     def __init__(self, probe: Optional[Probe] = None, name: str = "") -> None:
@@ -351,10 +431,9 @@ class Sampler:
         self.name = name
         self.rates = Rates()
         self.now = 0.0  # monotonic time of the last sample
-        self.slow: Tuple[float, Sample] = (
-            -math.inf,
-            {},
-        )  # the last round: when, result
+        # the last round of the slow readers, and of the wide ones: when, result
+        self.slow: Tuple[float, Sample] = (-math.inf, {})
+        self.wide: Tuple[float, Sample] = (-math.inf, {})
         self.idle = 0  # ticks, and so is total
         self.total = 0
         self.percent = 0.0  # CPU in use, as it was last
@@ -362,9 +441,14 @@ class Sampler:
         self.find_end_of_job()
         self.require_cpu_and_ram()
         self.hardware = {kind: self.find_hardware(kind) for kind in ("net", "block")}
-        self.job = collect(
-            [self.find_job]
-        )  # {controller: directory of the job's cgroup}
+        # {controller: directory of the job's cgroup}, and of the own one in it
+        self.job: Dict[str, str] = {}
+        self.own: Dict[str, str] = {}
+        with contextlib.suppress(OSError, LookupError):
+            self.find_job()
+        self.groups = [self.own["memory"]] if "memory" in self.own else []
+        self.killed: Dict[str, int] = {}  # by the OOM killer, by cgroup
+        self.nfs = (0, 0)  # operations, ms of their round trips
         self.fixed = collect([self.identify, self.find_job_cpus, self.count_cpus])
         self.readers: List[Reader] = [
             self.read_cpu,
@@ -373,12 +457,21 @@ class Sampler:
             *[partial(self.read_counters, *source) for source in COUNTERS],
             self.read_job_cpu,
             self.read_job_memory,
+            self.read_job_peak,
+            self.read_job_events,
             self.read_agent,
         ]
         self.slow_readers: List[Reader] = [
             *[partial(self.read_filesystem, *source) for source in FILESYSTEMS],
             self.read_time_left,
             self.read_gpus,
+            *[partial(self.read_ports, *source) for source in PORT_COUNTERS],
+        ]
+        self.wide_readers: List[Reader] = [
+            self.read_job_io,
+            self.find_groups,
+            self.read_nfs,
+            self.read_lustre,
         ]
         self.sample()  # the first rates begin here
 
@@ -407,10 +500,12 @@ class Sampler:
         host = socket.gethostname().split(".")[0]
         yield "version", VERSION
         yield "node", clip(self.name or environ.get("SLURMD_NODENAME") or host)
-        if environ.get("SLURM_JOB_ID"):
-            yield "job", clip(environ["SLURM_JOB_ID"])
-        if environ.get("SLURM_JOB_NAME"):
-            yield "job_name", clip(environ["SLURM_JOB_NAME"])
+        for job, element, name in SCHEDULERS:
+            if environ.get(job) and element in ("", *environ):
+                yield "job", clip(job_of(environ[job], environ.get(element, "")))
+                if environ.get(name):
+                    yield "job_name", clip(environ[name])
+                break
         yield "user", clip(getpass.getuser())  # KeyError, OSError: a uid without a name
 
     def count_cpus(self) -> Reading:
@@ -425,15 +520,16 @@ class Sampler:
             return real
         return [name for name in names if name != "lo"]  # in a container
 
-    def find_job(self) -> Reading:
-        """Yield (controller, directory of the job's cgroup); v2 is the controller ""."""
+    def find_job(self) -> None:
+        """Set the directory of the job's cgroup for each controller; v2 is the controller ""."""
         text = self.probe.read("proc/self/cgroup")
-        for controllers, path in JOB_CGROUP.findall(text):
+        for controllers, path, below in JOB_CGROUP.findall(text):
             for name in controllers.split(","):
                 for mount in (controllers, name or "unified"):
                     folder = "sys/fs/cgroup/%s%s" % (mount, path)
                     if self.probe.names(folder):
-                        yield name, folder
+                        self.job[name] = folder
+                        self.own[name] = folder + below
 
     def find_job_cpus(self) -> Reading:
         """Yield the CPUs that Slurm has given to the job on this node."""
@@ -460,9 +556,9 @@ class Sampler:
         self.now = time.monotonic()
         known = dict(self.fixed)
         known.update(collect(self.readers))
-        then, slow = self.slow
-        if self.now - then < STALE_SECONDS:
-            known.update(slow)
+        for then, round_of_it in (self.slow, self.wide):
+            if self.now - then < STALE_SECONDS:
+                known.update(round_of_it)
         self.look_again(known)
         return known
 
@@ -482,8 +578,20 @@ class Sampler:
             log("cpu and ram are known again")
         self.trouble = trouble
 
+    def widen_for_ever(self) -> None:
+        """Do the readings of many files, on a thread."""
+        while True:
+            begun = time.monotonic()
+            self.wide = (begun, collect(self.wide_readers))
+            took = time.monotonic() - begun
+            time.sleep(min(max(WIDE_SECONDS, WIDE_FACTOR * took), MAX_WIDE_SECONDS))
+
     def refresh_for_ever(self) -> None:
-        """Do the readings that may hang (a dead file server, a GPU's driver), on a thread."""
+        """Do the readings that may hang (a dead file server, a GPU's driver), on a thread.
+
+        What hangs must not hide what many files tell of it: that has a thread of its own.
+        """
+        threading.Thread(target=self.widen_for_ever, daemon=True).start()
         while True:
             self.slow = (time.monotonic(), collect(self.slow_readers))
             time.sleep(SLOW_SECONDS)
@@ -562,6 +670,128 @@ class Sampler:
             yield "job_mem_limit", most
             yield "job_ram", round(100.0 * used / most, 1)
 
+    def read_job_peak(self) -> Reading:
+        """Yield the most that the kernel has ever charged the job with, page cache included."""
+        if "memory" in self.job:
+            path = "%s/memory.max_usage_in_bytes" % self.job["memory"]
+        else:
+            path = "%s/memory.peak" % self.job[""]  # since Linux 5.19
+        yield "job_mem_peak", float(self.probe.read(path))
+
+    def read_job_events(self) -> Reading:
+        """Yield how often the job's limit was hit, and how often the kernel killed for it.
+
+        v2 counts for the whole tree. v1 counts kills in the leaf where they were, since Linux
+        4.13, and the leaf of a step is gone a second later: what it had counted is kept.
+        """
+        if "memory" not in self.job:
+            events = self.probe.read("%s/memory.events" % self.job[""])
+            yield "job_mem_failcnt", number(events, "max ")
+            yield "oom_kill", number(events, "oom_kill ")
+            return
+        for group in self.groups[:MAX_KEPT_GROUPS]:
+            with contextlib.suppress(OSError, ValueError):
+                self.count_kills(group, self.probe.read(group + "/memory.oom_control"))
+        if self.killed:
+            yield "oom_kill", sum(self.killed.values())
+        path = "%s/memory.failcnt" % self.job["memory"]
+        yield "job_mem_failcnt", int(self.probe.read(path))
+
+    def count_kills(self, group: str, text: str) -> None:
+        """Note the kills in a cgroup of v1, from its memory.oom_control."""
+        # oom_kill_disable 0 / under_oom 0 / oom_kill 1
+        self.killed[group] = max(number(text, "oom_kill "), self.killed.get(group, 0))
+
+    def find_groups(self) -> Reading:
+        """Look for the cgroups of v1 in which processes may be killed; few are read in between."""
+        own = self.own["memory"]
+        rest = [name for name in self.probe.folders(self.job["memory"]) if name != own]
+        self.groups = [own, *rest]
+        for group in self.groups[MAX_KEPT_GROUPS:]:
+            with contextlib.suppress(OSError, ValueError):
+                text = self.probe.read_once(group + "/memory.oom_control")
+                self.count_kills(group, text)
+        return ()
+
+    def job_processes(self) -> List[int]:
+        """Return the pids of the job's processes on this node, but for this one."""
+        top = self.job.get("memory") or self.job.get("cpuacct") or self.job[""]
+        pids: Set[int] = set()
+        for folder in self.probe.folders(top):
+            with contextlib.suppress(OSError):
+                pids.update(
+                    map(int, self.probe.read_once(folder + "/cgroup.procs").split())
+                )
+        return sorted(pids - {0, os.getpid()})[:MAX_PROCESSES]  # 0 is one out of sight
+
+    def read_job_io(self) -> Reading:
+        """Yield what the job's processes read and write by system calls, on any filesystem.
+
+        What a process has done its parent inherits, so the sum goes back only when the parent
+        is not of the job: then the rate is unknown for a round.
+        """
+        read = []
+        written = []
+        for pid in self.job_processes():
+            with contextlib.suppress(OSError, ValueError):  # it has ended, or is root's
+                text = self.probe.read_once("proc/%d/io" % pid)
+                read.append(number(text, "rchar:"))
+                written.append(number(text, "wchar:"))
+        now = time.monotonic()
+        if read:
+            yield from self.rates.change("job_read", sum(read), now)
+            yield from self.rates.change("job_write", sum(written), now)
+
+    def read_nfs(self) -> Reading:
+        """Yield operations a second of all NFS mounts, and the mean of their round trips."""
+        text = self.probe.read_once("proc/self/mountstats", MOUNTS_BYTES)
+        if " with fstype nfs" not in text:
+            return
+        before, waited_before = self.nfs
+        operations, waited = self.nfs = parse_nfs(text)
+        known = list(self.rates.change("nfs_ops", operations, time.monotonic()))
+        yield from known
+        if known and operations > before and waited >= waited_before:
+            seconds = (waited - waited_before) / 1000.0
+            yield "nfs_rtt", round(seconds / (operations - before), 6)
+
+    def read_lustre(self) -> Reading:
+        """Yield what this node reads from Lustre and writes to it."""
+        texts = []
+        for folder in LUSTRE_FOLDERS:
+            for mount in self.probe.names(folder):
+                texts.append(self.probe.read_once("%s/%s/stats" % (folder, mount)))
+        now = time.monotonic()
+        for key, name in (
+            ("lustre_read", "read_bytes"),
+            ("lustre_write", "write_bytes"),
+        ):
+            sums = re.findall(LUSTRE_BYTES % name, "\n".join(texts), re.M)
+            if texts:
+                yield from self.rates.change(key, sum(map(int, sums)), now)
+
+    def read_ports(self, key: str, files: Iterable[str]) -> Reading:
+        """Yield the bytes of all ports of InfiniBand and Omni-Path, which count words of four."""
+        words = []
+        for device in self.probe.names("sys/class/infiniband"):
+            ports = "sys/class/infiniband/%s/ports" % device
+            for port in self.probe.names(ports):
+                count = self.read_port(
+                    ["%s/%s/%s" % (ports, port, file) for file in files]
+                )
+                if count is not None:
+                    words.append(count)
+        if words:
+            yield from self.rates.change(key, 4 * sum(words), time.monotonic())
+
+    def read_port(self, paths: Iterable[str]) -> Optional[int]:
+        """Return the first counter that can be read, None for one that no longer counts."""
+        for path in paths:
+            with contextlib.suppress(OSError, ValueError):
+                count = int(self.probe.read_once(path))
+                return None if count == STUCK_COUNTER else count
+        return None
+
     def read_agent(self) -> Reading:
         yield from self.rates.change("agent_cpu", 100.0 * time.process_time(), self.now)
         pages = int(self.probe.read("proc/self/statm").split()[1])
@@ -569,7 +799,7 @@ class Sampler:
 
     def read_time_left(self) -> Reading:
         now = time.monotonic()
-        if "job" in self.fixed and now - self.asked >= SQUEUE_SECONDS:
+        if os.environ.get("SLURM_JOB_ID") and now - self.asked >= SQUEUE_SECONDS:
             self.asked = now  # seldom: sites forbid squeue in a loop
             with contextlib.suppress(OSError, LookupError):
                 self.ask_for_end()
@@ -610,6 +840,13 @@ class Sampler:
             return default
 
 
+def job_of(job: str, element: str) -> str:
+    """Return a job's id as its scheduler's commands take it, without the server's name."""
+    job = job.partition(".")[0]
+    # an element of 0 (LSF) or "undefined" (Grid Engine) says that it is no array
+    return "%s[%s]" % (job, element) if element.isdigit() and int(element) else job
+
+
 def environment_time(name: str) -> float:
     """Return the time.time() in a variable of Slurm's; 0 if it is none, which is told."""
     text = os.environ.get(name) or "0"
@@ -624,9 +861,10 @@ def environment_time(name: str) -> float:
 def get_system_stats(sampler: Optional[Sampler] = None) -> Sample:
     """Return one sample of the next 0.25 s, {'cpu': 15.5, 'ram': 40.2, ...}: percent, bytes, s."""
     sampler = sampler or Sampler()
+    collect(sampler.wide_readers)  # their rates begin here
     time.sleep(FIRST_SECONDS)
     sample = sampler.sample()
-    sample.update(collect(sampler.slow_readers))
+    sample.update(collect([*sampler.wide_readers, *sampler.slow_readers]))
     return sample
 
 
@@ -893,6 +1131,8 @@ class Report(Dict[str, Tuple[float, float, float]]):
             yield self.cpu_line(last)
         if "job_mem" in self or "mem_used" in self:
             yield self.memory_line(last)
+        if last.get("oom_kill"):
+            yield "out of memory: the kernel killed %d" % int(last["oom_kill"])
         if "gpu" in self:
             yield "GPU mean %.1f %% of %s" % (self["gpu"][1], last.get("gpus"))
         if "job_mem" in self and "job_mem_limit" in last:
@@ -918,7 +1158,11 @@ class Report(Dict[str, Tuple[float, float, float]]):
         most = float(last.get("mem_total", 0.0)) / GIB
         if in_job and "job_mem_limit" in last:
             most = float(last["job_mem_limit"]) / GIB
-        return "memory peak %.3g GB of %s%.3g GB" % (peak, owner, most)
+        line = "memory peak %.3g GB of %s%.3g GB" % (peak, owner, most)
+        if in_job and "job_mem_peak" in last:
+            counted = float(last["job_mem_peak"]) / GIB
+            line += " (%.3g GB with page cache)" % counted
+        return line
 
 
 def advise_memory(peak: float, limit: float) -> Iterable[str]:
