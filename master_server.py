@@ -3168,7 +3168,10 @@ NO_GRAPHS = (  # numbers that hardly ever change, or that another graph shows
     "uptime",
     "gpus",
     "job_cpus",
+    "job_mem_peak",
     "job_mem_limit",
+    "job_mem_failcnt",
+    "oom_kill",
     "job_time_limit",
 )
 GRAPHS = tuple(key for key in NUMBERS if key not in NO_GRAPHS)
