@@ -381,7 +381,7 @@ class Rates(Dict[str, Tuple[float, float]]):
 FIRST_SECONDS = 0.25  # the first sample covers so much time
 SLOW_SECONDS = 10.0  # between two rounds of what may hang
 WIDE_SECONDS = 10.0  # between two rounds of what reads many files, and at least ...
-WIDE_FACTOR = 100.0  # ... so many times what the last one took, up to ...
+WIDE_FACTOR = 1000.0  # ... so many times what the last one took, up to ...
 MAX_WIDE_SECONDS = 50.0  # ... this
 STALE_SECONDS = 60.0  # older results of either are unknown
 MAX_PROCESSES = 4096  # of a job that are read
@@ -715,9 +715,10 @@ class Sampler:
 
     def job_processes(self) -> List[int]:
         """Return the pids of the job's processes on this node, but for this one."""
-        top = self.job.get("memory") or self.job.get("cpuacct") or self.job[""]
+        # by the freezer Slurm keeps track of processes: one cgroup a step, not one a task
+        controllers = [name for name in ("freezer", "memory", "") if name in self.job]
         pids: Set[int] = set()
-        for folder in self.probe.folders(top):
+        for folder in self.probe.folders(self.job[controllers[0]]):
             with contextlib.suppress(OSError):
                 pids.update(
                     map(int, self.probe.read_once(folder + "/cgroup.procs").split())
@@ -1131,6 +1132,9 @@ class Report(Dict[str, Tuple[float, float, float]]):
             yield self.cpu_line(last)
         if "job_mem" in self or "mem_used" in self:
             yield self.memory_line(last)
+        if "job_mem_peak" in last:
+            counted = float(last["job_mem_peak"]) / GIB
+            yield "the kernel's peak, with page cache, %.3g GB" % counted
         if last.get("oom_kill"):
             yield "out of memory: the kernel killed %d" % int(last["oom_kill"])
         if "gpu" in self:
@@ -1158,11 +1162,7 @@ class Report(Dict[str, Tuple[float, float, float]]):
         most = float(last.get("mem_total", 0.0)) / GIB
         if in_job and "job_mem_limit" in last:
             most = float(last["job_mem_limit"]) / GIB
-        line = "memory peak %.3g GB of %s%.3g GB" % (peak, owner, most)
-        if in_job and "job_mem_peak" in last:
-            counted = float(last["job_mem_peak"]) / GIB
-            line += " (%.3g GB with page cache)" % counted
-        return line
+        return "memory peak %.3g GB of %s%.3g GB" % (peak, owner, most)
 
 
 def advise_memory(peak: float, limit: float) -> Iterable[str]:

@@ -47,6 +47,24 @@ def replace(probe, path, old, new):
         file.write(text.replace(old, new))
 
 
+class Clock:
+    """In the place of the module time: sleep() ends the test's loop and notes how long it was."""
+
+    now = 0.0
+    slept = None
+
+    def monotonic(self):
+        return self.now
+
+    def pass_by(self, seconds):
+        self.now += seconds
+        return ()
+
+    def sleep(self, seconds):
+        self.slept = seconds
+        raise InterruptedError
+
+
 class Nodes(unittest.TestCase):
     """Trees of nodes of other kinds, read as a whole."""
 
@@ -164,10 +182,11 @@ class Memory(unittest.TestCase):
         last.update(job_mem=GIB, mem_used=1.0, job_mem_limit=2 * GIB)
         report.add(last, 10.0)
         lines = list(report.lines(dict(last, job_mem_peak=1.5 * GIB, oom_kill=0)))
-        self.assertIn("memory peak 1 GB of 2 GB (1.5 GB with page cache)", lines)
+        self.assertIn("memory peak 1 GB of 2 GB", lines)
+        self.assertIn("the kernel's peak, with page cache, 1.5 GB", lines)
         self.assertNotIn("kernel killed", "; ".join(lines))
         lines = list(report.lines(dict(last, oom_kill=2)))
-        self.assertIn("memory peak 1 GB of 2 GB", lines)
+        self.assertNotIn("the kernel's peak", "; ".join(lines))
         self.assertIn("out of memory: the kernel killed 2", lines)
 
 
@@ -194,10 +213,28 @@ class Bytes(unittest.TestCase):
         write(V2 + "/step_1/user/task_0/cgroup.procs", "0\n%d\n5101\n" % os.getpid())
         self.assertEqual(agent.Sampler(probe).job_processes(), [5000, 5001, 5101])
 
+    def test_where_slurm_has_a_freezer_it_says_which_processes_there_are(self):
+        probe, write = copy_of(self, "slurm-v1")
+        step = "sys/fs/cgroup/freezer/slurm_c1/uid_4242/job_3/step_batch"
+        os.makedirs(probe.where(step))
+        write(step + "/cgroup.procs", "77\n78\n")
+        write(V1 + "/step_batch/task_0/cgroup.procs", "77\n")
+        self.assertEqual(agent.Sampler(probe).job_processes(), [77, 78])
+
     def test_a_process_that_ends_gives_no_rate_below_zero(self):
         probe, _ = copy_of(self, "rhel7")
         gone = lambda: shutil.rmtree(probe.where("proc/4412"))  # noqa: E731
         self.assertEqual(rates_of(agent.Sampler(probe), "read_job_io", change=gone), {})
+
+    def test_what_takes_long_is_done_less_often(self):
+        sampler = agent.Sampler(tree("debian"))
+        for took, wait in ((0.0, 10.0), (0.02, 20.0), (3.0, 50.0)):
+            sampler.wide_readers = [lambda took=took: agent.time.pass_by(took)]
+            clock = Clock()
+            with self.subTest(took), mock.patch.object(agent, "time", clock):
+                with self.assertRaises(InterruptedError):
+                    sampler.widen_for_ever()
+                self.assertAlmostEqual(clock.slept, wait)
 
     def test_outside_of_a_job_there_is_nothing(self):
         self.assertEqual(rates_of(agent.Sampler(tree("lxc")), "read_job_io"), {})
@@ -439,7 +476,7 @@ class RealCgroup(unittest.TestCase):
                 pass
             self.assertEqual(tool.wait(), 128 + signal.SIGKILL)
             self.assertRegex(tool.log, "out of memory: the kernel killed 1\n")
-            peak = float(re.search(r"\((\S+) GB with page cache\)", tool.log).group(1))
+            peak = float(re.search(r"with page cache, (\S+) GB", tool.log).group(1))
             truth = self.kernel("memory.max_usage_in_bytes") / GIB
             self.assertAlmostEqual(peak, truth, delta=truth / 100)
             self.assertGreater(self.kernel("memory.failcnt"), 0)
