@@ -1132,9 +1132,6 @@ class Report(Dict[str, Tuple[float, float, float]]):
             yield self.cpu_line(last)
         if "job_mem" in self or "mem_used" in self:
             yield self.memory_line(last)
-        if "job_mem_peak" in last:
-            counted = float(last["job_mem_peak"]) / GIB
-            yield "the kernel's peak, with page cache, %.3g GB" % counted
         if last.get("oom_kill"):
             yield "out of memory: the kernel killed %d" % int(last["oom_kill"])
         if "gpu" in self:
@@ -1142,6 +1139,9 @@ class Report(Dict[str, Tuple[float, float, float]]):
         if "job_mem" in self and "job_mem_limit" in last:
             peak = self["job_mem"][2] / GIB
             yield from advise_memory(peak, float(last["job_mem_limit"]) / GIB)
+        if "job_mem_peak" in last:
+            counted = float(last["job_mem_peak"]) / GIB
+            yield "the kernel's peak, with page cache, %.3g GB" % counted
 
     def duration_line(self) -> str:
         minutes, seconds = divmod(round(self.seconds), 60)
