@@ -39,6 +39,7 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import functools
 import getpass
 import json
 import math
@@ -49,7 +50,6 @@ import signal
 import socket
 import threading
 import time
-from functools import partial
 from typing import Any, Callable, Dict, Iterable, List, Optional, Set, Tuple, Union
 
 VERSION = "1.0"
@@ -183,15 +183,14 @@ def parse_gpus(text: str) -> Reading:
     # 35, 1024, 40960           [N/A] where the GPU does not tell
     rows = [line.split(", ") for line in text.splitlines() if line.count(", ") == 2]
     busy = [int(row[0]) for row in rows if row[0].isdigit()]
-    sized = [row for row in rows if row[1].isdigit() and row[2].isdigit()]
-    used = sum(int(row[1]) for row in sized)
-    total = sum(int(row[2]) for row in sized)
+    used = [int(row[1]) for row in rows if row[1].isdigit()]
+    total = [int(row[2]) for row in rows if row[2].isdigit()]
     if rows:
         yield "gpus", len(rows)
     if busy:
         yield "gpu", round(sum(busy) / len(busy), 1)
     if total:
-        yield "gpu_mem", round(100.0 * used / total, 1)
+        yield "gpu_mem", round(100.0 * sum(used) / sum(total), 1)
 
 
 def parse_nfs(text: str) -> Tuple[int, int]:
@@ -238,17 +237,7 @@ STAT_BYTES = (
     4194304  # ... and of /proc/stat when its CPUs are counted: 4,096 have 400 KB
 )
 MOUNTS_BYTES = 4194304  # ... and of mountstats: 4 KB a mount of NFS
-MAX_FOLDERS = 1024  # of a tree of cgroups that are looked at
 WAIT_SECONDS = 5.0  # for a connection, a challenge, nvidia-smi or squeue
-
-
-def read_descriptor(file: int, limit: int) -> str:
-    """Return up to `limit` bytes of an open file, from its beginning."""
-    text = chunk = os.pread(file, limit, 0)
-    while chunk and len(text) < limit:  # /proc gives about a page at a time
-        chunk = os.pread(file, limit - len(text), len(text))
-        text += chunk
-    return text.decode("utf-8", "replace")
 
 
 class Probe:
@@ -273,19 +262,27 @@ class Probe:
             self.open_files[path] = os.open(self.where(path), os.O_RDONLY)
         file = self.open_files[path]
         try:
-            return read_descriptor(file, limit)
+            text = chunk = os.pread(file, limit, 0)
+            while chunk and len(text) < limit:  # /proc gives about a page at a time
+                chunk = os.pread(file, limit - len(text), len(text))
+                text += chunk
         except OSError as error:
             del self.open_files[path]
             os.close(file)
             raise OSError(error.errno, error.strerror, self.where(path)) from None
+        return text.decode("utf-8", "replace")
 
-    def read_once(self, path: str, limit: int = FILE_BYTES) -> str:
-        """Return up to `limit` bytes of a file that is not kept open, as one of many."""
+    def peek(self, path: str, limit: int = FILE_BYTES) -> str:
+        """Return up to `limit` bytes of a file and close it: for what may soon be gone."""
         file = os.open(self.where(path), os.O_RDONLY)
         try:
-            return read_descriptor(file, limit)
+            text = chunk = os.read(file, limit)
+            while chunk and len(text) < limit:
+                chunk = os.read(file, limit - len(text))
+                text += chunk
         finally:
             os.close(file)
+        return text.decode("utf-8", "replace")
 
     def names(self, path: str) -> List[str]:
         """Return the sorted names in a directory, none if there is no such directory."""
@@ -293,14 +290,16 @@ class Probe:
             return sorted(os.listdir(self.where(path)))
         return []
 
-    def folders(self, path: str) -> List[str]:
-        """Return a directory and those below of it, the upper ones first."""
+    def tree(self, path: str) -> List[str]:
+        """Return a directory and all below it that are directories, in a cgroup's tree."""
         found = [path]
-        for folder in found:  # it grows
+        for folder in found:
             with contextlib.suppress(OSError):
-                for entry in os.scandir(self.where(folder)):
-                    if len(found) < MAX_FOLDERS and entry.is_dir(follow_symlinks=False):
-                        found.append(folder + "/" + entry.name)
+                if os.stat(self.where(folder)).st_nlink == 2:  # nothing below: stat(2)
+                    continue
+                with os.scandir(self.where(folder)) as entries:
+                    below = [entry.name for entry in entries if entry.is_dir()]
+                found += ["%s/%s" % (folder, name) for name in sorted(below)]
         return found
 
     def ask(self, command: str) -> str:
@@ -380,12 +379,7 @@ class Rates(Dict[str, Tuple[float, float]]):
 
 FIRST_SECONDS = 0.25  # the first sample covers so much time
 SLOW_SECONDS = 10.0  # between two rounds of what may hang
-WIDE_SECONDS = 10.0  # between two rounds of what reads many files, and at least ...
-WIDE_FACTOR = 1000.0  # ... so many times what the last one took, up to ...
-MAX_WIDE_SECONDS = 50.0  # ... this
-STALE_SECONDS = 60.0  # older results of either are unknown
-MAX_PROCESSES = 4096  # of a job that are read
-MAX_KEPT_GROUPS = 16  # cgroups whose OOM kills are read with each sample
+STALE_SECONDS = 60.0  # older results of it are unknown
 SQUEUE_SECONDS = 300.0  # squeue is never asked twice within this time
 AMD_FILES = ("gpu_busy_percent", "mem_info_vram_used", "mem_info_vram_total")
 NVIDIA_SMI = (
@@ -393,6 +387,11 @@ NVIDIA_SMI = (
     " --format=csv,noheader,nounits"
 )
 NO_LIMIT = 2**60  # bytes: cgroup v1 says 2 ** 63 - 4096 for no limit
+WIDE_SECONDS = 10.0  # between two rounds of what reads many files, and at least ...
+WIDE_FACTOR = 1000.0  # ... so many times what the last one took, up to ...
+MAX_WIDE_SECONDS = 50.0  # ... this
+MAX_PROCESSES = 4096  # of a job that are read
+MAX_KEPT_GROUPS = 16  # cgroups whose OOM kills are read with each sample
 FILESYSTEMS = (("disk", "."), ("disk_tmp", "/tmp"))
 # its clients' counters: /proc before Lustre 2.12, then debugfs, which few may read
 LUSTRE_FOLDERS = ("proc/fs/lustre/llite", "sys/kernel/debug/lustre/llite")
@@ -453,8 +452,8 @@ class Sampler:
         self.readers: List[Reader] = [
             self.read_cpu,
             self.read_memory,
-            *[partial(self.read_number, *source) for source in NUMBERS],
-            *[partial(self.read_counters, *source) for source in COUNTERS],
+            *[functools.partial(self.read_number, *source) for source in NUMBERS],
+            *[functools.partial(self.read_counters, *source) for source in COUNTERS],
             self.read_job_cpu,
             self.read_job_memory,
             self.read_job_peak,
@@ -462,10 +461,13 @@ class Sampler:
             self.read_agent,
         ]
         self.slow_readers: List[Reader] = [
-            *[partial(self.read_filesystem, *source) for source in FILESYSTEMS],
+            *[
+                functools.partial(self.read_filesystem, *source)
+                for source in FILESYSTEMS
+            ],
             self.read_time_left,
             self.read_gpus,
-            *[partial(self.read_ports, *source) for source in PORT_COUNTERS],
+            *[functools.partial(self.read_ports, *source) for source in PORT_COUNTERS],
         ]
         self.wide_readers: List[Reader] = [
             self.read_job_io,
@@ -705,11 +707,11 @@ class Sampler:
     def find_groups(self) -> Reading:
         """Look for the cgroups of v1 in which processes may be killed; few are read in between."""
         own = self.own["memory"]
-        rest = [name for name in self.probe.folders(self.job["memory"]) if name != own]
+        rest = [name for name in self.probe.tree(self.job["memory"]) if name != own]
         self.groups = [own, *rest]
         for group in self.groups[MAX_KEPT_GROUPS:]:
             with contextlib.suppress(OSError, ValueError):
-                text = self.probe.read_once(group + "/memory.oom_control")
+                text = self.probe.peek(group + "/memory.oom_control")
                 self.count_kills(group, text)
         return ()
 
@@ -718,11 +720,9 @@ class Sampler:
         # by the freezer Slurm keeps track of processes: one cgroup a step, not one a task
         controllers = [name for name in ("freezer", "memory", "") if name in self.job]
         pids: Set[int] = set()
-        for folder in self.probe.folders(self.job[controllers[0]]):
+        for folder in self.probe.tree(self.job[controllers[0]]):
             with contextlib.suppress(OSError):
-                pids.update(
-                    map(int, self.probe.read_once(folder + "/cgroup.procs").split())
-                )
+                pids.update(map(int, self.probe.peek(folder + "/cgroup.procs").split()))
         return sorted(pids - {0, os.getpid()})[:MAX_PROCESSES]  # 0 is one out of sight
 
     def read_job_io(self) -> Reading:
@@ -735,7 +735,7 @@ class Sampler:
         written = []
         for pid in self.job_processes():
             with contextlib.suppress(OSError, ValueError):  # it has ended, or is root's
-                text = self.probe.read_once("proc/%d/io" % pid)
+                text = self.probe.peek("proc/%d/io" % pid)
                 read.append(number(text, "rchar:"))
                 written.append(number(text, "wchar:"))
         now = time.monotonic()
@@ -745,7 +745,7 @@ class Sampler:
 
     def read_nfs(self) -> Reading:
         """Yield operations a second of all NFS mounts, and the mean of their round trips."""
-        text = self.probe.read_once("proc/self/mountstats", MOUNTS_BYTES)
+        text = self.probe.peek("proc/self/mountstats", MOUNTS_BYTES)
         if " with fstype nfs" not in text:
             return
         before, waited_before = self.nfs
@@ -761,7 +761,7 @@ class Sampler:
         texts = []
         for folder in LUSTRE_FOLDERS:
             for mount in self.probe.names(folder):
-                texts.append(self.probe.read_once("%s/%s/stats" % (folder, mount)))
+                texts.append(self.probe.peek("%s/%s/stats" % (folder, mount)))
         now = time.monotonic()
         for key, name in (
             ("lustre_read", "read_bytes"),
@@ -789,7 +789,7 @@ class Sampler:
         """Return the first counter that can be read, None for one that no longer counts."""
         for path in paths:
             with contextlib.suppress(OSError, ValueError):
-                count = int(self.probe.read_once(path))
+                count = int(self.probe.peek(path))
                 return None if count == STUCK_COUNTER else count
         return None
 
@@ -823,22 +823,15 @@ class Sampler:
         yield key, round(100.0 * used / (used + space.f_bavail), 1)
 
     def read_gpus(self) -> Reading:
-        rows = []
+        texts = []
         for name in self.probe.names("sys/class/drm"):
             card = "sys/class/drm/%s/device" % name
             # the renderD128 of a card is the same GPU
             if name.startswith("card") and AMD_FILES[0] in self.probe.names(card):
-                values = [self.read_or("%s/%s" % (card, file)) for file in AMD_FILES]
-                rows.append(", ".join(values))
-        rows.append(self.probe.ask(NVIDIA_SMI))
-        return parse_gpus("\n".join(rows))
-
-    def read_or(self, path: str, default: str = "[N/A]") -> str:
-        """Return the word in a file, or the default if it cannot be read."""
-        try:
-            return self.probe.read(path).strip()
-        except OSError:
-            return default
+                values = [self.probe.read("%s/%s" % (card, file)) for file in AMD_FILES]
+                texts.append(", ".join(value.strip() for value in values))
+        texts.append(self.probe.ask(NVIDIA_SMI))
+        return parse_gpus("\n".join(texts))
 
 
 def job_of(job: str, element: str) -> str:

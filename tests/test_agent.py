@@ -405,16 +405,6 @@ class Trees(unittest.TestCase):
         self.assertEqual(sample["job_mem"], 160632832)
         self.assertNotIn("job_mem_limit", sample)
 
-    def test_what_one_gpu_does_not_tell_is_known_of_the_others(self):
-        probe, _ = copy_of(self, "amd")
-        os.unlink(probe.where("sys/class/drm/card1/device/gpu_busy_percent"))
-        with open(probe.where("sys/class/drm/card1/device/gpu_busy_percent"), "w"):
-            pass
-        os.unlink(probe.where("sys/class/drm/card0/device/mem_info_vram_used"))
-        with mock.patch.dict(os.environ, {"PATH": "/nowhere"}):
-            known = dict(agent.Sampler(probe).read_gpus())
-        self.assertEqual(known, {"gpus": 2, "gpu": 90.0, "gpu_mem": 0.0})
-
     def test_files_of_a_filesystem_that_died_are_opened_anew_once_it_is_back(self):
         """As lxcfs started again: what was open fails for ever, the path leads to another."""
         probe, _ = copy_of(self, "bonded")

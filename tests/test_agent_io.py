@@ -317,7 +317,7 @@ class Bytes(unittest.TestCase):
 
     def test_what_reads_many_files_is_not_read_with_each_sample(self):
         sampler = agent.Sampler(tree("rhel7"))
-        with mock.patch.object(agent.Probe, "read_once", side_effect=AssertionError):
+        with mock.patch.object(agent.Probe, "peek", side_effect=AssertionError):
             sampler.sample()
         sampler.wide = time.monotonic(), {"job_read": 5.0}
         self.assertEqual(sampler.sample()["job_read"], 5.0)
