@@ -158,10 +158,12 @@ METRICS = (
     Metric("uptime", "d", "s", "Uptime", "uptime_seconds", "Time since the node's boot"),
     Metric("gpus", "d", "", "GPUs", "gpus", "GPUs that the agent sees"),
     Metric("gpu", "d", "%", "GPU", "gpu_percent", "GPU utilisation, mean of all"),
+    Metric("gpu_min", "d", "%", "Idlest GPU", "gpu_min_percent", "Utilisation of the idlest GPU"),
     Metric("gpu_mem", "d", "%", "GPU memory", "gpu_memory_percent", "GPU memory in use"),
     # the job on the node
     Metric("job_cpus", "d", "", "Job CPUs", "job_cpus", "CPUs allocated to the job here"),
     Metric("job_cpu", "d", "%", "Job CPU", "job_cpu_percent", "Allocated CPUs in use"),
+    Metric("cores_busy", "d", "", "Busy CPUs", "cores_busy", "Job's CPUs over half busy"),
     Metric("job_mem", "d", "B", "Job memory", "job_memory_bytes", "Anonymous and shared memory"),
     Metric("job_cache", "d", "B", "Job cache", "job_cache_bytes", "Page cache of the job"),
     Metric("job_mem_limit", "d", "B", "Job limit", "job_memory_limit_bytes", "Memory limit"),
