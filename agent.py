@@ -379,6 +379,10 @@ class Gpu:
         self.known: Sample = {}
         self.pids: List[int] = []
 
+    def number_on_node(self) -> int:
+        """Return the number that Slurm gives it, whichever the process may open."""
+        return self.index if self.minor is None else self.minor
+
     def part(self) -> Sample:
         """Return it as a flat dict, without what is unknown."""
         part: Sample = {"part": "gpu", "index": self.index}
@@ -478,8 +482,7 @@ def numbered_gpus(gpus: List[Gpu], numbers: str) -> List[Gpu]:
     wanted = {int(word) for word in re.findall(r"\d+", numbers)}
     if len({gpu.index for gpu in gpus}) <= len(wanted):
         return gpus
-    node = lambda gpu: gpu.index if gpu.minor is None else gpu.minor  # noqa: E731
-    return [gpu for gpu in gpus if node(gpu) in wanted]
+    return [gpu for gpu in gpus if gpu.number_on_node() in wanted]
 
 
 def slurm_gpus(environ: Dict[str, str]) -> str:
@@ -605,13 +608,17 @@ class Nvml:
                 with contextlib.suppress(NvmlError):
                     part.name = self.text("nvmlDeviceGetName", part.handle)
                 profile = re.search(r"MIG (\S+)$", part.name)
-                part.known["mig"] = profile.group(1) if profile else "on"
+                part.known["mig"] = profile.group(1) if profile else "an instance"
                 found.append(part)
         return found
 
     def read(self, gpu: Gpu, details: bool) -> None:
         """Read a GPU: what it does not support stays unknown, a fault is told in words."""
-        readers = [self.read_busy, self.read_memory]
+        readers = [self.read_busy]
+        if (
+            gpu.known.get("mig") != "on"
+        ):  # or the memory is that of all who share the card
+            readers.append(self.read_memory)
         if details:
             readers += [
                 self.read_power,
