@@ -1141,7 +1141,7 @@ def apply_facts(sampler: Sampler, facts: Dict[str, Any]) -> None:
 # Processes are those in the tree of the job's cgroup, so never others of the same user.
 
 PART_SECONDS = 10.0  # from one look to the next, and at least ...
-PART_SHARE = 0.002  # ... so long that looks take no more than this of a core
+PART_SHARE = 0.0015  # ... so long that looks take no more than this of a core
 SECOND_LOOK_SECONDS = 2.0  # from the first look to the second
 MAX_RANKS = 64  # processes of a look
 TOP_RANKS = 24  # so many of the busiest are among them, and of the largest, ...
@@ -1425,7 +1425,8 @@ class Parts:
         began = time.process_time()
         self.looks += 1
         processes = self.read_processes()
-        ranks = [self.rank_part(process) for process in choose_processes(processes)]
+        chosen = sorted(choose_processes(processes), key=by_rank)
+        ranks = [self.rank_part(process) for process in chosen]
         ranks = [part for part in ranks if part]
         self.cores.find_cpus()
         self.cores.refresh()
