@@ -1121,6 +1121,12 @@ def apply_facts(sampler: Sampler, facts: Dict[str, Any]) -> None:
     cpus = facts["cpus"].get(sampler.fixed["node"])
     if cpus:
         sampler.fixed["job_cpus"] = cpus
+    gpus = facts.get("gpus", {}).get(sampler.fixed["node"])
+    environ = sampler.gpus.environ
+    if gpus and not slurm_gpus(environ):
+        environ["SLURM_JOB_GPUS"] = gpus
+        if environ.get("CUDA_VISIBLE_DEVICES") in ("", "NoDevFiles"):
+            del environ["CUDA_VISIBLE_DEVICES"]  # the step has none, the job has
     if facts.get("end"):
         sampler.end_time = float(facts["end"])
         sampler.time_limit = float(facts.get("limit") or 0.0)
@@ -1151,8 +1157,6 @@ CORES_A_PART = 240
 MAX_CORES = 8192
 STAT_LINE = 128  # the most bytes that a line of a CPU has in /proc/stat
 ENVIRON_BYTES = 262144
-TICK = 1.0 / os.sysconf("SC_CLK_TCK")
-PAGE = os.sysconf("SC_PAGE_SIZE")
 PROCESS_CGROUPS = (
     "",
     "freezer",
@@ -1264,7 +1268,7 @@ def format_cpu_list(cpus: Iterable[int]) -> str:
 def parse_cores(text: str) -> Dict[int, Tuple[int, int]]:
     """Return {CPU: (idle, total) ticks since boot} of the lines cpuN of /proc/stat."""
     cores = {}
-    for line in text.split("\n"):
+    for line in text.split("\n")[:-1]:  # the last one may be cut off
         if not line.startswith("cpu"):
             break
         words = line.split()
@@ -1314,7 +1318,8 @@ class Process:
         now = time.monotonic()
         elapsed = now - self.counted
         if elapsed > 0:
-            self.cpu = 100.0 * TICK * (stat.ticks - self.stat.ticks) / elapsed
+            seconds = (stat.ticks - self.stat.ticks) / os.sysconf("SC_CLK_TCK")
+            self.cpu = 100.0 * seconds / elapsed
         self.stat = stat
         self.counted = now
 
@@ -1429,7 +1434,8 @@ class Parts:
         ranks = [self.rank_part(process) for process in chosen]
         ranks = [part for part in ranks if part]
         self.cores.find_cpus()
-        self.cores.refresh()
+        with contextlib.suppress(OSError, ValueError, LookupError):
+            self.cores.refresh()
         self.sampler.gpus.details = True
         head: Sample = {"part": "look", "shown": len(ranks)}
         if self.folder():
@@ -1543,7 +1549,7 @@ class Parts:
             part["step"] = clip(process.step)
         if process.cpu is not None:
             part["cpu"] = round(process.cpu, 1)
-        part["mem"] = process.stat.pages * PAGE
+        part["mem"] = process.stat.pages * os.sysconf("SC_PAGE_SIZE")
         part["threads"] = process.stat.threads
         part["state"] = process.stat.state
         gpus = self.sampler.gpus.owners.get(process.pid)
@@ -1998,7 +2004,8 @@ class Agent:
         """Send a look behind the sample, when it is time and somebody takes it."""
         if self.link.takes_parts:
             if time.monotonic() >= self.parts.due:
-                self.link.send_look(self.parts.look())
+                with contextlib.suppress(OSError, ValueError, LookupError):
+                    self.link.send_look(self.parts.look())
         else:
             self.sampler.gpus.details = False
 
@@ -2256,6 +2263,17 @@ def parse_scontrol(text: str) -> Dict[str, str]:
     for key, value in re.findall(r"(?:^|\s)([A-Za-z][\w/:]*)=(\S*)", text):
         known.setdefault(key, value)
     return known
+
+
+def parse_job_gpus(text: str) -> Dict[str, str]:
+    """Return {node: numbers of the job's GPUs there} from the same lines."""
+    gpus = {}
+    for nodes, ids in re.findall(
+        r"\bNodes=(\S+) .*\bgpu\b[^ ,]*\(IDX:([\d,-]+)\)", text
+    ):
+        for node in parse_hostlist(nodes):
+            gpus[node] = ",".join(expand_ranges(ids))
+    return gpus
 
 
 def parse_job_nodes(text: str) -> Dict[str, int]:
@@ -2621,6 +2639,7 @@ class Herd:
             "end": job.facts.get("end"),
             "limit": job.facts.get("limit"),
             "cpus": cpus,
+            "gpus": parse_job_gpus(question.text()),
         }
         job.tries += 1
         groups = [[node] for node in nodes] if job.rung == 1 else [nodes]

@@ -79,7 +79,8 @@ def gpu(index, uuid="", minor=None):
 class Choice(unittest.TestCase):
     """Which of a node's GPUs are the job's: by the variables that schedulers and users set."""
 
-    def indices(self, gpus, **environ):
+    @staticmethod
+    def indices(gpus, **environ):
         return [found.index for found in agent.choose_nvidia(gpus, environ)]
 
     def test_cuda_visible_devices_names_numbers_or_beginnings_of_uuids(self):
@@ -144,6 +145,29 @@ class Choice(unittest.TestCase):
             with self.subTest(environ):
                 chosen = agent.choose_amd(cards, environ)
                 self.assertEqual([found.index for found in chosen], expected)
+
+    def test_a_step_that_was_given_none_knows_the_jobs_by_what_scontrol_told(self):
+        text = (
+            "     Nodes=c1 CPU_IDs=0-1 Mem=100 GRES=gpu:a100:3(IDX:0,2-3)\n"
+            "     Nodes=c[2-3] CPU_IDs=4 Mem=100 GRES=craynetwork:1,gpu:1(IDX:7)\n"
+            "     Nodes=c4 CPU_IDs=4 Mem=100 GRES=\n"
+        )
+        gpus = agent.parse_job_gpus(text)
+        self.assertEqual(gpus, {"c1": "0,2,3", "c2": "7", "c3": "7"})
+        facts = {"job": "7", "job_name": "x", "cpus": {}, "gpus": gpus}
+        for environ, expected in (
+            ({}, [0, 2, 3]),
+            ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, [0, 2, 3]),
+            ({"CUDA_VISIBLE_DEVICES": "2"}, [2]),
+            ({"SLURM_STEP_GPUS": "3"}, [3]),
+        ):
+            with self.subTest(environ), environment(SLURMD_NODENAME="c1", **environ):
+                sampler = agent.Sampler()
+                agent.apply_facts(sampler, facts)
+                self.assertEqual(
+                    self.indices([gpu(n) for n in range(8)], **sampler.gpus.environ),
+                    expected,
+                )
 
 
 class NvidiaSmi(unittest.TestCase):

@@ -213,6 +213,17 @@ class Parsers(unittest.TestCase):
         )
         self.assertEqual(agent.parse_status("Name:\tx\nUid:\t5\t5\t5\t5\n"), {"uid": 5})
 
+    def test_an_old_kernel_says_enough(self):
+        # as Linux 2.6.32 of RHEL 6 writes it: 44 fields
+        text = (
+            "4711 (a.out) R 4700 4711 4700 34816 4711 4202496 200 0 0 0 500 25 0 0 20 0 4 0"
+            " 123456 200000000 2500 18446744073709551615 4194304 4196000 140736 140735"
+            " 4195500 0 0 0 0 0 0 0 17 5 0 0 0 0 0\n"
+        )
+        self.assertEqual(
+            agent.parse_stat(text), ("a.out", "R", 525, 4, 123456, 2500, 5)
+        )
+
 
 class Strip(unittest.TestCase):
     def test_a_character_a_cpu_in_tenths_and_a_dash_for_one_that_is_off(self):
@@ -659,7 +670,70 @@ IN_A_JOB = textwrap.dedent("""\
 """)
 
 
-@support.requires("/sys/fs/cgroup/freezer/cgroup.procs")
+@support.requires("/sys/fs/cgroup/cpuset/cpuset.cpus", "root")
+class Cpuset(unittest.TestCase):
+    """A real cpuset, as Slurm makes one for a job that has one CPU of the node (cgroup v1)."""
+
+    def test_the_jobs_cpu_is_its_one_and_no_other_counts(self):
+        last = max(agent.parse_cpu_list(self.text("cpuset.cpus")))
+        top = "/parts%d" % os.getpid()
+        root = top + "/uid_0/job_7"
+        self.addCleanup(remove_cgroup, "/sys/fs/cgroup/cpuset" + top)
+        for folder in (top, top + "/uid_0", root):
+            os.mkdir("/sys/fs/cgroup/cpuset" + folder)
+            self.write(folder + "/cpuset.mems", self.text("cpuset.mems"))
+            self.write(folder + "/cpuset.cpus", str(last))
+
+        def enter():
+            self.write(root + "/cgroup.procs", "0")
+
+        burner = subprocess.Popen(
+            [sys.executable, "-c", "while True: pass"], preexec_fn=enter
+        )
+        self.addCleanup(burner.wait)
+        self.addCleanup(burner.kill)
+        tool = start_agent(
+            "--stdout",
+            "--interval",
+            "0.2",
+            patch=HURRY,
+            env={"SLURM_JOB_ID": "7"},
+            preexec_fn=enter,
+        )
+        self.addCleanup(tool.stop)
+
+        def lines():
+            text = tool.out[: tool.out.rfind("\n") + 1]
+            return [json.loads(line) for line in text.splitlines()]
+
+        look = eventually(lambda: [x for x in lines() if x.get("part") == "look"][0])
+        self.assertEqual(look["cpus"], str(last))
+        self.assertEqual(look["processes"], 1)
+        sample = eventually(lambda: [x for x in lines() if "cores_busy" in x][-1])
+        self.assertEqual(sample["cores_busy"], 1)
+        rank = eventually(lambda: [x for x in lines() if x.get("part") == "rank"][-1])
+        self.assertEqual((rank["pid"], rank["cpus"]), (burner.pid, str(last)))
+        core = eventually(lambda: [x for x in lines() if x.get("part") == "core"][-1])
+        self.assertGreaterEqual(int(core["busy"][last]), 5)
+
+    @staticmethod
+    def text(name):
+        with open("/sys/fs/cgroup/cpuset/" + name) as file:
+            return file.read().strip()
+
+    @staticmethod
+    def write(name, text):
+        with open("/sys/fs/cgroup/cpuset" + name, "w") as file:
+            file.write(text)
+
+
+def remove_cgroup(top):
+    """Remove a cgroup whose processes have ended."""
+    remove = ["find", top, "-depth", "-type", "d", "-exec", "rmdir", "{}", ";"]
+    eventually(lambda: not os.path.exists(top) or subprocess.call(remove) == 0)
+
+
+@support.requires("/sys/fs/cgroup/freezer/cgroup.procs", "root")
 class Cost(unittest.TestCase):
     """What looks cost, in a real cgroup (v1)."""
 
@@ -670,10 +744,7 @@ class Cost(unittest.TestCase):
             os.makedirs(root)
         except OSError as error:
             self.skipTest("missing here: the right to make a cgroup (%s)" % error)
-        self.addCleanup(
-            subprocess.run,
-            ["find", top, "-depth", "-type", "d", "-exec", "rmdir", "{}", ";"],
-        )
+        self.addCleanup(remove_cgroup, top)
         tool = support.start(
             "-c",
             IN_A_JOB,
@@ -700,7 +771,7 @@ class Cost(unittest.TestCase):
     def seconds(pid):
         with open("/proc/%d/stat" % pid) as file:
             words = file.read().rpartition(")")[2].split()
-        return (int(words[11]) + int(words[12])) * agent.TICK
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
     def looks(self, tool):
         lines = tool.out[: tool.out.rfind("\n") + 1].splitlines()
