@@ -1291,11 +1291,11 @@ def busy_cores(
     return busy
 
 
-def core_parts(busy: Dict[int, float]) -> Iterable[Sample]:
+def core_parts(busy: Dict[int, float], count: int) -> Iterable[Sample]:
     """Yield the strip: a character a CPU, tenths that it was busy, - where that is unknown."""
-    for first in range(0, max(busy, default=-1) + 1, CORES_A_PART):
+    for first in range(0, count, CORES_A_PART):
         strip = ""
-        for cpu in range(first, min(first + CORES_A_PART, max(busy) + 1)):
+        for cpu in range(first, min(first + CORES_A_PART, count)):
             strip += str(min(9, int(10 * busy[cpu] + 1e-9))) if cpu in busy else "-"
         yield {"part": "core", "first": first, "busy": strip}
 
@@ -1395,13 +1395,18 @@ class Cores:
     def refresh(self) -> None:
         """Read /proc/stat, unless that was done a moment ago."""
         now = time.monotonic()
-        if self.busy and now - self.read_at < PART_SECONDS - 0.5:
+        if self.busy and now - self.read_at < 0.95 * PART_SECONDS:
             return
         lines = int(self.sampler.fixed.get("cpus", MAX_CORES)) + 1
         counted = parse_cores(self.probe.read("proc/stat", STAT_LINE * lines))
         self.busy = busy_cores(self.counted, counted) or self.busy
         self.counted = counted
         self.read_at = now
+
+    def strip(self) -> List[Sample]:
+        """Return the parts of all CPUs, none before they are known."""
+        count = max(self.counted, default=-1) + 1 if self.busy else 0
+        return list(core_parts(self.busy, min(count, MAX_CORES)))
 
     def read_busy(self) -> Reading:
         """Yield how many of the job's CPUs are more than half busy: a reader of the Sampler."""
@@ -1445,7 +1450,7 @@ class Parts:
             head["cpus"] = cpus
         cost = time.process_time() - began
         head["interval"] = self.rest(cost)
-        parts = [head] + list(core_parts(self.cores.busy)) + ranks
+        parts = [head] + self.cores.strip() + ranks
         parts += [dict(part) for part in self.sampler.gpus.look()]
         for part in parts:
             part["look"] = self.looks
