@@ -157,7 +157,7 @@ METRICS = (
     Metric("procs", "d", "", "Processes", "processes", "Processes and threads"),
     Metric("uptime", "d", "s", "Uptime", "uptime_seconds", "Time since the node's boot"),
     Metric("gpus", "d", "", "GPUs", "gpus", "GPUs that the agent sees"),
-    Metric("gpu", "d", "%", "GPU", "gpu_percent", "GPU utilisation, mean of all"),
+    Metric("gpu", "d", "%", "GPU", "gpu_percent", "GPU utilisation, mean"),
     Metric("gpu_min", "d", "%", "Idlest GPU", "gpu_min_percent", "Utilisation of the idlest GPU"),
     Metric("gpu_mem", "d", "%", "GPU memory", "gpu_memory_percent", "GPU memory in use"),
     # the job on the node

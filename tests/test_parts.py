@@ -239,6 +239,10 @@ class Strip(unittest.TestCase):
         (part,) = agent.core_parts(busy, 7)
         self.assertEqual(part, {"part": "core", "first": 0, "busy": "0959-1-"})
 
+    def test_a_line_that_is_cut_off_is_not_read(self):
+        text = "cpu  1 2 3 4 5 6 7 8 9 0\ncpu0 1 0 0 4 1 0 0 0 0 0\ncpu1 1 0 0 4 1 0"
+        self.assertEqual(agent.parse_cores(text), {0: (5, 6)})
+
     def test_a_cpu_without_time_gone_by_is_unknown(self):
         self.assertEqual(agent.busy_cores({}, {0: (5, 9)}), {})
         self.assertEqual(agent.busy_cores({0: (5, 9)}, {0: (5, 9)}), {})
@@ -599,8 +603,24 @@ class Herded(unittest.TestCase):
         text = text.replace("PART_SECONDS = 10.0", "PART_SECONDS = 0.5")
         text = text.replace("SECOND_LOOK_SECONDS = 2.0", "SECOND_LOOK_SECONDS = 0.5")
         self.slurm.write("agent.py", text)
+        self.break_lines()
         self.slurm.write("queue", test_herd.row())
         self.slurm.write("job.7", test_herd.details())
+
+    def break_lines(self):
+        """Have srun do what a real one does: a label and a new line after so many bytes."""
+        path = os.path.join(self.slurm.folder, "srun")
+        with open(path) as file:
+            text = file.read()
+        whole = "for line in task.stdout:\n"
+        self.assertIn(whole, text)
+        broken = (
+            "for line in iter(lambda: os.read(task.stdout.fileno(), 100), b''):\n"
+            "        line = line if line.endswith(b'\\n') else line + b'\\n'\n"
+            "        line = line.replace(b'\\n', b'\\n%d: ' % number, line.count(b'\\n') - 1)\n"
+        )
+        with open(path, "w") as file:
+            file.write(text.replace(whole, broken))
 
     def test_a_master_that_takes_parts_gets_them_behind_the_sample_of_their_node(self):
         with DummyServer(answer=b"") as server:
