@@ -20,7 +20,9 @@ Exit codes: 0 done or stopped, 1 failed, 2 bad usage; a command's own, 128+n by 
 #   parsers       text in, values out: no files, no clock
 #   probe         the only door to files and commands
 #   rates         counters into change per second
+#   gpus          those of the job, one by one: a driver may hang, so on a thread of its own
 #   sample        one reader a source: a new metric is one reader in the Sampler's list
+#   parts         what a flat sample cannot hold: the job's processes, CPUs and GPUs
 #   link          the connection to the master: dial, hear, send, dial again
 #   outlet        the same with stdout in its place
 #   report        what a job used of what it asked for
@@ -50,7 +52,18 @@ import signal
 import socket
 import threading
 import time
-from typing import Any, Callable, Dict, Iterable, List, Optional, Set, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    List,
+    NamedTuple,
+    Optional,
+    Set,
+    Tuple,
+    Union,
+)
 
 VERSION = "1.0"
 Value = Union[str, float]  # float stands for int and bool, too (PEP 484)
@@ -178,21 +191,6 @@ def available_before_3_14(text: str) -> int:
     return number(text, "MemFree:") + cached - number_or(text, "Shmem:", 0)
 
 
-def parse_gpus(text: str) -> Reading:
-    """Yield gpus, gpu (mean percent busy) and gpu_mem (percent in use) from nvidia-smi's CSV."""
-    # 35, 1024, 40960           [N/A] where the GPU does not tell
-    rows = [line.split(", ") for line in text.splitlines() if line.count(", ") == 2]
-    busy = [int(row[0]) for row in rows if row[0].isdigit()]
-    used = [int(row[1]) for row in rows if row[1].isdigit()]
-    total = [int(row[2]) for row in rows if row[2].isdigit()]
-    if rows:
-        yield "gpus", len(rows)
-    if busy:
-        yield "gpu", round(sum(busy) / len(busy), 1)
-    if total:
-        yield "gpu_mem", round(100.0 * sum(used) / sum(total), 1)
-
-
 def parse_nfs(text: str) -> Tuple[int, int]:
     """Return (operations, ms of round trips) of all NFS mounts, nfsiostat(8) of mountstats.
 
@@ -238,6 +236,8 @@ STAT_BYTES = (
 )
 MOUNTS_BYTES = 4194304  # ... and of mountstats: 4 KB a mount of NFS
 WAIT_SECONDS = 5.0  # for a connection, a challenge, nvidia-smi or squeue
+SLOW_SECONDS = 10.0  # between two rounds of what may hang
+STALE_SECONDS = 60.0  # older results of it are unknown
 
 
 class Probe:
@@ -374,18 +374,526 @@ class Rates(Dict[str, Tuple[float, float]]):
 
 
 # ============================================================================
+# GPUs: those of the job, one by one
+# ============================================================================
+#
+# NVIDIA's library is asked within this process, nvidia-smi where that cannot be, and AMD's
+# driver has files in /sys.  Any of it may hang: `Gpus.refresh` runs on a thread of its own.
+
+NVML_LIBRARY = "libnvidia-ml.so.1"
+NVML_NO_PERMISSION = 4  # numbers of nvml.h, nvmlReturn_t
+NVML_NOT_FOUND = 6
+NVML_GPU_IS_LOST = 15
+NVML_RESET_REQUIRED = 16
+NVML_TEXT_BYTES = 96  # NVML_DEVICE_NAME_V2_BUFFER_SIZE
+NVML_MEMORY_V2 = 40 | 2 << 24  # NVML_STRUCT_VERSION(Memory, 2)
+NVML_PROCESS_FUNCTIONS = (  # name, bytes of one nvmlProcessInfo_t
+    ("nvmlDeviceGetComputeRunningProcesses_v3", 24),
+    ("nvmlDeviceGetComputeRunningProcesses_v2", 24),
+    ("nvmlDeviceGetComputeRunningProcesses", 16),
+)
+MAX_GPU_PROCESSES = 256  # of one GPU; more are not told apart
+FAULTS = {
+    NVML_GPU_IS_LOST: "lost: the driver cannot reach it any more",
+    NVML_RESET_REQUIRED: "it has failed and must be reset",
+}
+# nvmlClocksEventReasons; an idle GPU (bit 0) is not slowed
+THROTTLE_REASONS = (
+    (0x02, "clocks set by an application"),
+    (0x04, "power cap"),
+    (0x08, "hardware slowdown"),
+    (0x10, "sync boost"),
+    (0x20, "heat (driver)"),
+    (0x40, "heat (hardware)"),
+    (0x80, "power brake"),
+    (0x100, "display clocks"),
+)
+NVIDIA_SMI = "nvidia-smi --query-gpu=%s --format=csv,noheader,nounits"
+SMI_FIELDS = ("index", "uuid", "name", "utilization.gpu", "memory.used", "memory.total")
+SMI_DETAILS = (
+    "power.draw",
+    "enforced.power.limit",
+    "temperature.gpu",
+    "clocks_throttle_reasons.active",
+    "mig.mode.current",
+)
+AMD_BUSY = "gpu_busy_percent"
+
+
+class Gpu:
+    """One GPU, or one MIG instance of it: who it is, and what was read of it last."""
+
+    def __init__(self, index: int, uuid: str = "", name: str = "") -> None:
+        self.index = index
+        self.uuid = uuid
+        self.name = name
+        self.minor: Optional[int] = None  # N of /dev/nvidiaN
+        self.handle: Any = None
+        self.known: Sample = {}
+        self.pids: List[int] = []
+
+    def number_on_node(self) -> int:
+        """Return the number that Slurm gives it, whichever the process may open."""
+        return self.index if self.minor is None else self.minor
+
+    def part(self) -> Sample:
+        """Return it as a flat dict, without what is unknown."""
+        part: Sample = {"part": "gpu", "index": self.index}
+        if self.uuid:
+            part["uuid"] = clip(self.uuid)
+        if self.name:
+            part["name"] = clip(self.name)
+        part.update(self.known)
+        return part
+
+
+def summarise_gpus(parts: List[Sample]) -> Reading:
+    """Yield gpus, gpu and gpu_min (percent busy: mean, least), gpu_mem (percent in use)."""
+    if parts:
+        yield "gpus", len(parts)
+    busy = [float(part["gpu"]) for part in parts if "gpu" in part]
+    if busy:
+        yield "gpu", round(sum(busy) / len(busy), 1)
+        yield "gpu_min", min(busy)
+    sized = [part for part in parts if "mem_used" in part and part.get("mem_total")]
+    used = sum(float(part["mem_used"]) for part in sized)
+    total = sum(float(part["mem_total"]) for part in sized)
+    if total:
+        yield "gpu_mem", round(100.0 * used / total, 1)
+
+
+def throttle_words(reasons: int) -> str:
+    """Return why the clocks of a GPU are lowered, "" if they are not."""
+    return ", ".join(words for bit, words in THROTTLE_REASONS if reasons & bit)
+
+
+def parse_nvidia_smi(text: str) -> List[Gpu]:
+    """Return the GPUs of nvidia-smi's CSV: SMI_FIELDS, and SMI_DETAILS if they were asked for."""
+    # 0, GPU-5c89..., NVIDIA A100-SXM4-40GB, 35, 1024, 40960, 61.5, 400.00, 34, 0x...04, Disabled
+    gpus = []
+    for line in text.splitlines():
+        words = line.split(", ")
+        if words[0].isdigit() and len(words) >= len(SMI_FIELDS):
+            gpus.append(gpu_of_smi(dict(zip(SMI_FIELDS + SMI_DETAILS, words))))
+    return gpus
+
+
+def gpu_of_smi(words: Dict[str, str]) -> Gpu:
+    """Return a GPU from the words of nvidia-smi; [N/A] and [Not Supported] are unknown."""
+    gpu = Gpu(int(words["index"]), words["uuid"], words["name"])
+    known = gpu.known
+    fields = [
+        ("gpu", "utilization.gpu", 1),
+        ("mem_used", "memory.used", 2**20),
+        ("mem_total", "memory.total", 2**20),
+        ("power", "power.draw", 1),
+        ("power_limit", "enforced.power.limit", 1),
+        ("temp", "temperature.gpu", 1),
+    ]
+    if words.get("mig.mode.current") == "Enabled":
+        known["mig"] = (
+            "on"  # the memory is that of the whole card, not of the job's part
+        )
+        fields = fields[3:]
+    for key, name, unit in fields:
+        word = words.get(name, "")
+        if re.match(r"\d+(\.\d+)?$", word):
+            known[key] = float(word) * unit
+        elif re.search("lost|reset", word):
+            known["error"] = clip(word.strip("[]"))
+    reasons = words.get("clocks_throttle_reasons.active", "")
+    if re.match("0x[0-9a-fA-F]+$", reasons) and throttle_words(int(reasons, 16)):
+        known["throttle"] = throttle_words(int(reasons, 16))
+    return gpu
+
+
+def visible_gpus(gpus: List[Gpu], visible: str) -> List[Gpu]:
+    """Return those that CUDA_VISIBLE_DEVICES names: numbers, or the beginnings of UUIDs.
+
+    As CUDA has it, the first name that fits none ends the list; "" and NoDevFiles are none.
+    The numbers count the GPUs that this process may open.
+    """
+    numbers = sorted({gpu.index for gpu in gpus})
+    chosen: List[Gpu] = []
+    for word in visible.replace(" ", "").split(","):
+        if word.isdigit():
+            nth = int(word)
+            fit = [gpu for gpu in gpus if gpu.index in numbers[nth : nth + 1]]
+        else:
+            fit = [gpu for gpu in gpus if word and gpu.uuid.startswith(word)]
+        if not fit:
+            break
+        chosen += [gpu for gpu in fit if gpu not in chosen]
+    return chosen
+
+
+def numbered_gpus(gpus: List[Gpu], numbers: str) -> List[Gpu]:
+    """Return those that SLURM_JOB_GPUS names: the node's own numbers, N of /dev/nvidiaN.
+
+    Where no more can be seen than the job has, the devices are constrained: all are the job's.
+    """
+    wanted = {int(word) for word in re.findall(r"\d+", numbers)}
+    if len({gpu.index for gpu in gpus}) <= len(wanted):
+        return gpus
+    return [gpu for gpu in gpus if gpu.number_on_node() in wanted]
+
+
+def slurm_gpus(environ: Dict[str, str]) -> str:
+    """Return the numbers that Slurm gives the GPUs of this step or job, "" if it says none."""
+    return environ.get("SLURM_STEP_GPUS") or environ.get("SLURM_JOB_GPUS") or ""
+
+
+def choose_nvidia(gpus: List[Gpu], environ: Dict[str, str]) -> List[Gpu]:
+    """Return the job's; all of them where nothing says which these are."""
+    if "CUDA_VISIBLE_DEVICES" in environ:
+        return visible_gpus(gpus, environ["CUDA_VISIBLE_DEVICES"])
+    if slurm_gpus(environ):
+        return numbered_gpus(gpus, slurm_gpus(environ))
+    return gpus
+
+
+def choose_amd(gpus: List[Gpu], environ: Dict[str, str]) -> List[Gpu]:
+    """Return the job's: /sys shows all cards, constrained or not, so Slurm's numbers come first."""
+    if slurm_gpus(environ):
+        chosen = numbered_gpus(gpus, slurm_gpus(environ))
+        if chosen:
+            return chosen
+    if "ROCR_VISIBLE_DEVICES" in environ:
+        return visible_gpus(gpus, environ["ROCR_VISIBLE_DEVICES"])
+    return gpus
+
+
+class NvmlError(OSError):
+    """What the library answered in place of a value: errno is its nvmlReturn_t."""
+
+
+class Nvml:
+    """NVIDIA's management library, nvml.h; OSError or ImportError where there is none."""
+
+    def __init__(self) -> None:
+        import ctypes
+
+        self.c = ctypes
+        self.library: Any = ctypes.CDLL(NVML_LIBRARY)
+        self.call("nvmlInit_v2")
+        self.uuids: Dict[int, str] = {}  # of each index: a lost GPU tells no more
+        self.names: Dict[int, str] = {}
+
+    def call(self, function: str, *arguments: Any) -> None:
+        """Call a function; NvmlError if it fails or this driver does not have it."""
+        try:
+            asked: Any = getattr(self.library, function)
+            code = asked(*arguments)
+        except AttributeError:
+            raise NvmlError(0, "there is no %s" % function) from None
+        if code:
+            self.library.nvmlErrorString.restype = self.c.c_char_p
+            words = self.library.nvmlErrorString(code) or b""
+            raise NvmlError(code, words.decode("utf-8", "replace"))
+
+    def number(self, function: str, handle: Any, *more: int) -> int:
+        """Return what a function writes behind its last argument."""
+        value = self.c.c_ulonglong(0)  # little endian: an unsigned int fits in front
+        self.call(function, handle, *more, self.c.byref(value))
+        return int(value.value)
+
+    def text(self, function: str, handle: Any) -> str:
+        """Return the text that a function writes; its buffer's size comes last."""
+        buffer = self.c.create_string_buffer(NVML_TEXT_BYTES)
+        self.call(function, handle, buffer, NVML_TEXT_BYTES)
+        return buffer.value.decode("utf-8", "replace")
+
+    def gpus(self) -> List[Gpu]:
+        """Return all that this process may open; a MIG instance stands for itself."""
+        count = self.c.c_uint(0)
+        self.call("nvmlDeviceGetCount_v2", self.c.byref(count))
+        gpus: List[Gpu] = []
+        for index in range(count.value):
+            gpu = Gpu(index, self.uuids.get(index, ""), self.names.get(index, ""))
+            gpu.handle = self.c.c_void_p()
+            try:
+                handle = self.c.byref(gpu.handle)
+                self.call("nvmlDeviceGetHandleByIndex_v2", index, handle)
+                self.identify(gpu)
+                gpus += self.instances(gpu) or [gpu]
+            except NvmlError as error:
+                if error.errno not in (NVML_NO_PERMISSION, NVML_NOT_FOUND):
+                    gpu.known["error"] = fault_words(error)
+                    gpus.append(gpu)
+        return gpus
+
+    def identify(self, gpu: Gpu) -> None:
+        """Set UUID, name and number of the device file."""
+        gpu.uuid = self.uuids[gpu.index] = self.text("nvmlDeviceGetUUID", gpu.handle)
+        with contextlib.suppress(NvmlError):
+            gpu.name = self.text("nvmlDeviceGetName", gpu.handle)
+            self.names[gpu.index] = gpu.name
+        with contextlib.suppress(NvmlError):
+            gpu.minor = self.number("nvmlDeviceGetMinorNumber", gpu.handle)
+
+    def instances(self, gpu: Gpu) -> List[Gpu]:
+        """Return the MIG instances of a GPU that this process may use, none without MIG."""
+        mode = self.c.c_uint(0)
+        pending = self.c.c_uint(0)
+        try:
+            self.call(
+                "nvmlDeviceGetMigMode",
+                gpu.handle,
+                self.c.byref(mode),
+                self.c.byref(pending),
+            )
+        except NvmlError:  # it has none
+            return []
+        if not mode.value:
+            return []
+        gpu.known["mig"] = "on"
+        found = []
+        for nth in range(self.number("nvmlDeviceGetMaxMigDeviceCount", gpu.handle)):
+            part = Gpu(gpu.index, name=gpu.name)
+            part.minor = gpu.minor
+            part.handle = self.c.c_void_p()
+            with contextlib.suppress(NvmlError):
+                handle = self.c.byref(part.handle)
+                self.call(
+                    "nvmlDeviceGetMigDeviceHandleByIndex", gpu.handle, nth, handle
+                )
+                part.uuid = self.text("nvmlDeviceGetUUID", part.handle)
+                with contextlib.suppress(NvmlError):
+                    part.name = self.text("nvmlDeviceGetName", part.handle)
+                profile = re.search(r"MIG (\S+)$", part.name)
+                part.known["mig"] = profile.group(1) if profile else "an instance"
+                found.append(part)
+        return found
+
+    def read(self, gpu: Gpu, details: bool) -> None:
+        """Read a GPU: what it does not support stays unknown, a fault is told in words."""
+        readers = [self.read_busy]
+        if (
+            gpu.known.get("mig") != "on"
+        ):  # or the memory is that of all who share the card
+            readers.append(self.read_memory)
+        if details:
+            readers += [
+                self.read_power,
+                self.read_power_limit,
+                self.read_temperature,
+                self.read_throttle,
+                self.read_processes,
+            ]
+        for reader in readers:
+            if "error" in gpu.known:
+                return
+            try:
+                reader(gpu)
+            except NvmlError as error:
+                if error.errno in FAULTS:
+                    gpu.known["error"] = fault_words(error)
+
+    def read_busy(self, gpu: Gpu) -> None:
+        rates = (self.c.c_uint * 2)()  # of the GPU, of its memory
+        self.call("nvmlDeviceGetUtilizationRates", gpu.handle, rates)
+        gpu.known["gpu"] = int(rates[0])
+
+    def read_memory(self, gpu: Gpu) -> None:
+        """The second version leaves out what the driver keeps for itself, as nvidia-smi does."""
+        words = (self.c.c_ulonglong * 5)(NVML_MEMORY_V2)
+        try:
+            self.call("nvmlDeviceGetMemoryInfo_v2", gpu.handle, words)
+            _, total, _, _, used = words
+        except NvmlError as error:
+            if error.errno in FAULTS:
+                raise
+            self.call("nvmlDeviceGetMemoryInfo", gpu.handle, words)
+            total, _, used = words[:3]
+        gpu.known["mem_used"] = used
+        gpu.known["mem_total"] = total
+
+    def read_power(self, gpu: Gpu) -> None:
+        milliwatts = self.number("nvmlDeviceGetPowerUsage", gpu.handle)
+        gpu.known["power"] = milliwatts / 1000
+
+    def read_power_limit(self, gpu: Gpu) -> None:
+        milliwatts = self.number("nvmlDeviceGetEnforcedPowerLimit", gpu.handle)
+        gpu.known["power_limit"] = milliwatts / 1000
+
+    def read_temperature(self, gpu: Gpu) -> None:
+        gpu.known["temp"] = self.number("nvmlDeviceGetTemperature", gpu.handle, 0)
+
+    def read_throttle(self, gpu: Gpu) -> None:
+        name = "nvmlDeviceGetCurrentClocksThrottleReasons"
+        words = throttle_words(self.number(name, gpu.handle))
+        if words:
+            gpu.known["throttle"] = words
+
+    def read_processes(self, gpu: Gpu) -> None:
+        """Note who computes on it; the processes of others are counted as well."""
+        for function, size in NVML_PROCESS_FUNCTIONS:
+            count = self.c.c_uint(MAX_GPU_PROCESSES)
+            buffer = self.c.create_string_buffer(size * MAX_GPU_PROCESSES)
+            try:
+                self.call(function, gpu.handle, self.c.byref(count), buffer)
+            except NvmlError as error:
+                if error.errno in FAULTS:
+                    raise
+                continue
+            raw = buffer.raw
+            rows = range(0, size * count.value, size)
+            pids = [int.from_bytes(raw[at : at + 4], sys.byteorder) for at in rows]
+            gpu.pids = sorted(set(pids))
+            gpu.known["processes"] = len(gpu.pids)
+            return
+
+
+def fault_words(error: NvmlError) -> str:
+    """Return what is wrong with a GPU that cannot be read."""
+    return clip(FAULTS.get(error.errno or 0) or "the driver says: %s" % error.strerror)
+
+
+class Gpus:
+    """The GPUs of the job as the last round found them."""
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+        self.environ: Dict[str, str] = dict(os.environ)
+        self.details = False  # somebody takes more than the summary
+        self.nvml: Optional[Nvml] = None
+        self.begun = math.inf  # monotonic, as `ended`: the round that goes on, the last
+        self.ended = -math.inf
+        self.parts: List[Sample] = []
+        self.owners: Dict[int, List[int]] = {}  # pid: numbers of its GPUs
+
+    def refresh(self) -> None:
+        """Read them all; this may hang."""
+        self.begun = time.monotonic()
+        try:
+            gpus = self.read_nvidia() + self.read_amd()
+        finally:
+            self.begun = math.inf
+        owners: Dict[int, List[int]] = {}
+        for gpu in gpus:
+            for pid in gpu.pids:
+                owners.setdefault(pid, []).append(gpu.index)
+        self.parts = [gpu.part() for gpu in gpus]
+        self.owners = owners
+        self.ended = time.monotonic()
+
+    def refresh_for_ever(self) -> None:
+        """Read them again and again, on a thread."""
+        while True:
+            with contextlib.suppress(OSError, ValueError, LookupError):
+                self.refresh()
+            time.sleep(SLOW_SECONDS)
+
+    def start(self) -> threading.Thread:
+        """Have a thread read them again and again."""
+        thread = threading.Thread(target=self.refresh_for_ever, daemon=True)
+        thread.start()
+        return thread
+
+    def wait(self, seconds: float) -> None:
+        """Read them once, and wait no longer than this for it."""
+        thread = threading.Thread(target=self.refresh, daemon=True)
+        thread.start()
+        thread.join(seconds)
+
+    def fresh(self) -> bool:
+        """Whether the last round is young enough to be told."""
+        return time.monotonic() - self.ended < STALE_SECONDS
+
+    def look(self) -> List[Sample]:
+        """Return a part for each; where the driver hangs, its words in place of the values."""
+        if self.fresh():
+            return self.parts
+        silent = time.monotonic() - max(self.ended, min(self.begun, time.monotonic()))
+        if silent < STALE_SECONDS:
+            return []  # the first round has just begun
+        words = "no answer from the driver for %.0f s" % silent
+        parts: List[Sample] = []
+        for part in self.parts or [{"part": "gpu"}]:
+            known = ("part", "index", "uuid", "name", "mig")
+            kept = {key: value for key, value in part.items() if key in known}
+            parts.append(dict(kept, error=words))
+        return parts
+
+    def read_nvidia(self) -> List[Gpu]:
+        """Return the job's NVIDIA GPUs, by the library or else by nvidia-smi."""
+        try:
+            self.nvml = self.nvml or Nvml()
+            chosen = choose_nvidia(self.nvml.gpus(), self.environ)
+        except (OSError, ImportError):  # no library, no driver
+            self.nvml = None
+            return choose_nvidia(self.ask_nvidia_smi(), self.environ)
+        for gpu in chosen:
+            self.nvml.read(gpu, self.details)
+        return chosen
+
+    def ask_nvidia_smi(self) -> List[Gpu]:
+        """Return all GPUs that nvidia-smi lists; an old one does not know each of the details."""
+        gpus: List[Gpu] = []
+        if self.details:
+            fields = ",".join(SMI_FIELDS + SMI_DETAILS)
+            gpus = parse_nvidia_smi(self.probe.ask(NVIDIA_SMI % fields))
+        if not gpus:
+            fields = ",".join(SMI_FIELDS)
+            gpus = parse_nvidia_smi(self.probe.ask(NVIDIA_SMI % fields))
+        return gpus
+
+    def read_amd(self) -> List[Gpu]:
+        """Return the job's AMD GPUs, from the files of amdgpu (kernel document gpu/amdgpu)."""
+        cards = []
+        for name in self.probe.names("sys/class/drm"):
+            card = "sys/class/drm/%s/device" % name
+            # the renderD128 of a card is the same GPU
+            number = re.match(r"card(\d+)$", name)
+            if number and AMD_BUSY in self.probe.names(card):
+                cards.append((int(number.group(1)), card))
+        gpus = []
+        for index, (_, card) in enumerate(sorted(cards)):
+            gpu = Gpu(index)
+            gpu.handle = card
+            unique = self.amd_text(card + "/unique_id")
+            gpu.uuid = "GPU-" + unique if unique else ""
+            gpu.name = self.amd_text(card + "/product_name")
+            gpus.append(gpu)
+        chosen = choose_amd(gpus, self.environ)
+        for gpu in chosen:
+            self.read_amd_card(gpu)
+        return chosen
+
+    def read_amd_card(self, gpu: Gpu) -> None:
+        """Read the files of one card; those that it does not have stay unknown."""
+        files = [
+            ("gpu", AMD_BUSY, 1.0),
+            ("mem_used", "mem_info_vram_used", 1.0),
+            ("mem_total", "mem_info_vram_total", 1.0),
+        ]
+        if self.details:
+            for name in self.probe.names(gpu.handle + "/hwmon"):
+                folder = "hwmon/%s/" % name
+                files += [
+                    ("power", folder + "power1_input", 1e6),
+                    ("power", folder + "power1_average", 1e6),
+                    ("power_limit", folder + "power1_cap", 1e6),
+                    ("temp", folder + "temp1_input", 1e3),
+                ]
+        for key, file, unit in files:
+            text = self.amd_text("%s/%s" % (gpu.handle, file))
+            if text.isdigit():
+                gpu.known[key] = int(text) / unit
+
+    def amd_text(self, path: str) -> str:
+        """Return what a file of the driver says, "" if it does not."""
+        with contextlib.suppress(OSError):
+            return self.probe.peek(path).strip()
+        return ""
+
+
+# ============================================================================
 # Sample: all readings of one node at one instant, one reader a source
 # ============================================================================
 
 FIRST_SECONDS = 0.25  # the first sample covers so much time
-SLOW_SECONDS = 10.0  # between two rounds of what may hang
-STALE_SECONDS = 60.0  # older results of it are unknown
 SQUEUE_SECONDS = 300.0  # squeue is never asked twice within this time
-AMD_FILES = ("gpu_busy_percent", "mem_info_vram_used", "mem_info_vram_total")
-NVIDIA_SMI = (
-    "nvidia-smi --query-gpu=utilization.gpu,memory.used,memory.total"
-    " --format=csv,noheader,nounits"
-)
 NO_LIMIT = 2**60  # bytes: cgroup v1 says 2 ** 63 - 4096 for no limit
 WIDE_SECONDS = 10.0  # between two rounds of what reads many files, and at least ...
 WIDE_FACTOR = 1000.0  # ... so many times what the last one took, up to ...
@@ -429,6 +937,7 @@ class Sampler:
         self.probe = probe or Probe()
         self.name = name
         self.rates = Rates()
+        self.gpus = Gpus(self.probe)
         self.now = 0.0  # monotonic time of the last sample
         # the last round of the slow readers, and of the wide ones: when, result
         self.slow: Tuple[float, Sample] = (-math.inf, {})
@@ -459,6 +968,7 @@ class Sampler:
             self.read_job_peak,
             self.read_job_events,
             self.read_agent,
+            self.read_gpus,
         ]
         self.slow_readers: List[Reader] = [
             *[
@@ -466,7 +976,6 @@ class Sampler:
                 for source in FILESYSTEMS
             ],
             self.read_time_left,
-            self.read_gpus,
             *[functools.partial(self.read_ports, *source) for source in PORT_COUNTERS],
         ]
         self.wide_readers: List[Reader] = [
@@ -823,15 +1332,8 @@ class Sampler:
         yield key, round(100.0 * used / (used + space.f_bavail), 1)
 
     def read_gpus(self) -> Reading:
-        texts = []
-        for name in self.probe.names("sys/class/drm"):
-            card = "sys/class/drm/%s/device" % name
-            # the renderD128 of a card is the same GPU
-            if name.startswith("card") and AMD_FILES[0] in self.probe.names(card):
-                values = [self.probe.read("%s/%s" % (card, file)) for file in AMD_FILES]
-                texts.append(", ".join(value.strip() for value in values))
-        texts.append(self.probe.ask(NVIDIA_SMI))
-        return parse_gpus("\n".join(texts))
+        if self.gpus.fresh():
+            yield from summarise_gpus(self.gpus.parts)
 
 
 def job_of(job: str, element: str) -> str:
@@ -855,6 +1357,7 @@ def environment_time(name: str) -> float:
 def get_system_stats(sampler: Optional[Sampler] = None) -> Sample:
     """Return one sample of the next 0.25 s, {'cpu': 15.5, 'ram': 40.2, ...}: percent, bytes, s."""
     sampler = sampler or Sampler()
+    sampler.gpus.wait(WAIT_SECONDS)
     collect(sampler.wide_readers)  # their rates begin here
     time.sleep(FIRST_SECONDS)
     sample = sampler.sample()
@@ -869,10 +1372,500 @@ def apply_facts(sampler: Sampler, facts: Dict[str, Any]) -> None:
     cpus = facts["cpus"].get(sampler.fixed["node"])
     if cpus:
         sampler.fixed["job_cpus"] = cpus
+    gpus = facts.get("gpus", {}).get(sampler.fixed["node"])
+    environ = sampler.gpus.environ
+    if gpus and not slurm_gpus(environ):
+        environ["SLURM_JOB_GPUS"] = gpus
+        if environ.get("CUDA_VISIBLE_DEVICES") in ("", "NoDevFiles"):
+            del environ["CUDA_VISIBLE_DEVICES"]  # the step has none, the job has
     if facts.get("end"):
         sampler.end_time = float(facts["end"])
         sampler.time_limit = float(facts.get("limit") or 0.0)
         sampler.asked = math.inf
+
+
+# ============================================================================
+# Parts: who does the work of the job on this node, a look every ten seconds
+# ============================================================================
+#
+# A look is a list of flat dicts, each with its kind and the number of the look:
+#
+#   {"part": "look", ...}    how many processes the job has, how many are shown, its CPUs
+#   {"part": "core", ...}    how busy 240 CPUs of the node are, a character each
+#   {"part": "rank", ...}    one process of the job
+#   {"part": "gpu", ...}     one GPU of the job
+#
+# Processes are those in the tree of the job's cgroup, so never others of the same user.
+
+PART_SECONDS = 10.0  # from one look to the next, and at least ...
+PART_SHARE = 0.0015  # ... so long that looks take no more than this of a core
+SECOND_LOOK_SECONDS = 2.0  # from the first look to the second
+MAX_RANKS = 64  # processes of a look
+TOP_RANKS = 24  # so many of the busiest are among them, and of the largest, ...
+IDLE_RANKS = 8  # ... and so many ranks that do the least
+MAX_THREADS = 64  # of a process whose threads are looked at
+CORES_A_PART = 240
+MAX_CORES = 8192
+STAT_LINE = 128  # the most bytes that a line of a CPU has in /proc/stat
+ENVIRON_BYTES = 262144
+PROCESS_CGROUPS = (
+    "",
+    "freezer",
+    "cpuset",
+    "memory",
+    "cpuacct",
+)  # all processes are in it
+# Who has started a rank has told it its number: the innermost starter first.  Slurm gives a
+# batch script a 0, too, which then is no rank's; RANK alone may be a leftover of the user's.
+RANK_NAMES = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("RANK", "LOCAL_RANK"),
+    ("PMI_RANK", "MPI_LOCALRANKID"),
+    ("PMIX_RANK", "PMIX_LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_LOCALID"),
+    ("RANK", ""),
+)
+
+
+class ProcessStat(NamedTuple):
+    """What /proc/PID/stat says, proc(5)."""
+
+    name: str
+    state: str
+    ticks: int  # of user and system time
+    threads: int
+    started: int  # ticks since boot: with the pid it tells a process from a later one
+    pages: int  # resident
+    cpu: int  # it last ran on
+
+
+def parse_stat(text: str) -> ProcessStat:
+    """Return what is used of /proc/PID/stat; the name may hold blanks and parentheses."""
+    # 4411 (my (app)) R 4400 4411 ... 14: utime stime 20: threads 22: start 24: rss 39: cpu
+    head, _, tail = text.rpartition(")")
+    words = tail.split()
+    return ProcessStat(
+        head.partition("(")[2],
+        words[0],
+        int(words[11]) + int(words[12]),
+        int(words[17]),
+        int(words[19]),
+        int(words[21]),
+        int(words[36]),
+    )
+
+
+def parse_status(text: str) -> Sample:
+    """Return mem and peak (bytes), cpus (a list text) and uid of /proc/PID/status."""
+    known: Sample = {"uid": number(text, "Uid:")}
+    for key, name in (("mem", "VmRSS:"), ("peak", "VmHWM:")):
+        if "\n" + name in text:  # a zombie has none
+            known[key] = 1024 * number(text, name)
+    allowed = text.partition("\nCpus_allowed_list:")[2].split(None, 1)
+    if allowed and len(allowed[0]) <= TEXT_BYTES:
+        known["cpus"] = allowed[0]
+    return known
+
+
+def parse_io(text: str) -> Tuple[int, int]:
+    """Return (read, written) bytes of /proc/PID/io: of all calls, whatever they read from."""
+    return number(text, "rchar:"), number(text, "wchar:")
+
+
+def parse_wchan(text: str) -> str:
+    """Return the kernel's function that a process waits in, "" if it runs or that is hidden."""
+    return "" if text in ("", "0") else clip(text.strip())
+
+
+def parse_environ(text: str, in_step: bool) -> Sample:
+    """Return rank and local_rank of /proc/PID/environ, as far as it names them."""
+    known: Sample = {}
+    words = dict(word.split("=", 1) for word in text.split("\0") if "=" in word)
+    for rank, local in RANK_NAMES:
+        complete = rank in words and (local in words or rank != "RANK" or not local)
+        if not complete or rank == "SLURM_PROCID" and not in_step:
+            continue
+        if words[rank].isdigit():
+            known["rank"] = int(words[rank])
+            if words.get(local, "").isdigit():
+                known["local_rank"] = int(words[local])
+            return known
+    return known
+
+
+def parse_cpu_list(text: str) -> Set[int]:
+    """Return the numbers of 0-3,8, cpuset(7), List format."""
+    cpus: Set[int] = set()
+    for part in text.strip().split(","):
+        if part:
+            first, _, last = part.partition("-")
+            cpus.update(range(int(first), min(int(last or first), MAX_CORES) + 1))
+    return cpus
+
+
+def format_cpu_list(cpus: Iterable[int]) -> str:
+    """Return the numbers as 0-3,8."""
+    runs: List[List[int]] = []
+    for cpu in sorted(cpus):
+        if runs and cpu == runs[-1][1] + 1:
+            runs[-1][1] = cpu
+        else:
+            runs.append([cpu, cpu])
+    return ",".join(
+        str(first) if first == last else "%d-%d" % (first, last) for first, last in runs
+    )
+
+
+def parse_cores(text: str) -> Dict[int, Tuple[int, int]]:
+    """Return {CPU: (idle, total) ticks since boot} of the lines cpuN of /proc/stat."""
+    cores = {}
+    for line in text.split("\n")[:-1]:  # the last one may be cut off
+        if not line.startswith("cpu"):
+            break
+        words = line.split()
+        if len(words) > 5 and words[0] != "cpu":
+            ticks = [int(word) for word in words[1:9]]
+            cores[int(words[0][3:])] = (ticks[3] + ticks[4], sum(ticks))
+    return cores
+
+
+def busy_cores(
+    before: Dict[int, Tuple[int, int]], after: Dict[int, Tuple[int, int]]
+) -> Dict[int, float]:
+    """Return {CPU: share of the time that it was busy, 0 to 1} between two readings."""
+    busy = {}
+    for cpu, (idle, total) in after.items():
+        idle_before, total_before = before.get(cpu, (idle, total))
+        elapsed = total - total_before
+        if elapsed > 0:
+            busy[cpu] = min(1.0, max(0.0, 1 - (idle - idle_before) / elapsed))
+    return busy
+
+
+def core_parts(busy: Dict[int, float], count: int) -> Iterable[Sample]:
+    """Yield the strip: a character a CPU, tenths that it was busy, - where that is unknown."""
+    for first in range(0, count, CORES_A_PART):
+        strip = ""
+        for cpu in range(first, min(first + CORES_A_PART, count)):
+            strip += str(min(9, int(10 * busy[cpu] + 1e-9))) if cpu in busy else "-"
+        yield {"part": "core", "first": first, "busy": strip}
+
+
+class Process:
+    """A process of the job: what does not change, and its counters at the last look."""
+
+    def __init__(self, pid: int, step: str, stat: ProcessStat) -> None:
+        self.pid = pid
+        self.step = step
+        self.stat = stat
+        self.counted = time.monotonic()  # when the stat was read
+        self.cpu: Optional[float] = None  # percent of one core since the look before
+        self.io: Optional[Tuple[int, int, float]] = None  # read, written, when
+        self.facts: Sample = {}  # rank, local_rank, program
+        self.is_shown = True
+
+    def update(self, stat: ProcessStat) -> None:
+        """Take in a new reading."""
+        now = time.monotonic()
+        elapsed = now - self.counted
+        if elapsed > 0:
+            seconds = (stat.ticks - self.stat.ticks) / os.sysconf("SC_CLK_TCK")
+            self.cpu = 100.0 * seconds / elapsed
+        self.stat = stat
+        self.counted = now
+
+    def weight(self) -> float:
+        """Return what the busiest have most of, at the first look their time so far."""
+        return float(self.stat.ticks) if self.cpu is None else self.cpu
+
+
+def choose_processes(processes: List[Process]) -> List[Process]:
+    """Return the processes that are shown, MAX_RANKS at most.
+
+    Always the busiest, the largest and the ranks that do the least; then who comes first.
+    """
+    if len(processes) <= MAX_RANKS:
+        return processes
+    by_weight = sorted(processes, key=lambda process: process.weight(), reverse=True)
+    by_size = sorted(processes, key=lambda process: process.stat.pages, reverse=True)
+    ranks = [process for process in by_weight if "rank" in process.facts]
+    chosen = by_weight[:TOP_RANKS] + by_size[:TOP_RANKS] + ranks[-IDLE_RANKS:]
+    for rest in (ranks, by_weight):
+        for process in sorted(rest, key=by_rank):
+            if len(set(chosen)) < MAX_RANKS:
+                chosen.append(process)
+    return list(set(chosen))
+
+
+def by_rank(process: Process) -> Tuple[float, int]:
+    """A key to sort by: ranks in their order, then those without a number."""
+    return float(process.facts.get("rank", math.inf)), process.pid
+
+
+class Cores:
+    """How busy each CPU of the node is, and which of them are the job's."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+        self.probe = sampler.probe
+        self.counted: Dict[int, Tuple[int, int]] = {}
+        self.busy: Dict[int, float] = {}
+        self.read_at = -math.inf
+        self.allowed: Set[int] = set()  # CPUs on which the job's processes may run
+        self.cpus: Set[int] = set()
+        with contextlib.suppress(OSError, ValueError, LookupError):
+            text = self.probe.read("proc/self/status")
+            self.allowed = parse_cpu_list(str(parse_status(text)["cpus"]))
+        self.find_cpus()
+        if self.cpus:
+            self.refresh()
+
+    def find_cpus(self) -> None:
+        """Set the job's CPUs: its cpuset, else those on which its processes may run.
+
+        Where CPUs are not constrained the latter are more than the job has: then it is unknown.
+        """
+        self.cpus = set()
+        if "job" not in self.sampler.fixed:
+            return
+        job = self.sampler.job
+        for controller, name in (
+            ("", "cpuset.cpus.effective"),
+            ("cpuset", "cpuset.cpus"),
+        ):
+            with contextlib.suppress(OSError, ValueError):
+                if controller in job:
+                    text = self.probe.peek("%s/%s" % (job[controller], name))
+                    self.cpus = parse_cpu_list(text)
+            if self.cpus:
+                return
+        given = self.sampler.fixed.get("job_cpus")
+        if given is None or len(self.allowed) <= int(given):
+            self.cpus = set(self.allowed)
+
+    def refresh(self) -> None:
+        """Read /proc/stat, unless that was done a moment ago."""
+        now = time.monotonic()
+        if self.busy and now - self.read_at < 0.95 * PART_SECONDS:
+            return
+        lines = int(self.sampler.fixed.get("cpus", MAX_CORES)) + 1
+        counted = parse_cores(self.probe.read("proc/stat", STAT_LINE * lines))
+        self.busy = busy_cores(self.counted, counted) or self.busy
+        self.counted = counted
+        self.read_at = now
+
+    def strip(self) -> List[Sample]:
+        """Return the parts of all CPUs, none before they are known."""
+        count = max(self.counted, default=-1) + 1 if self.busy else 0
+        return list(core_parts(self.busy, min(count, MAX_CORES)))
+
+    def read_busy(self) -> Reading:
+        """Yield how many of the job's CPUs are more than half busy: a reader of the Sampler."""
+        if self.cpus:
+            self.refresh()
+            known = [self.busy[cpu] for cpu in self.cpus if cpu in self.busy]
+            if known:
+                yield "cores_busy", sum(busy > 0.5 for busy in known)
+
+
+class Parts:
+    """Looks at the job's processes, CPUs and GPUs, as long as somebody takes it."""
+
+    def __init__(self, sampler: Sampler, attached: bool = False) -> None:
+        self.sampler = sampler
+        self.probe = sampler.probe
+        self.attached = attached  # by a step of our own: all of that is ours
+        self.cores = Cores(sampler)
+        sampler.readers.append(self.cores.read_busy)
+        self.known: Dict[int, Process] = {}
+        self.looks = 0
+        self.due = -math.inf  # monotonic
+
+    def look(self) -> List[Sample]:
+        """Return the parts of one look, and set the time of the next."""
+        began = time.process_time()
+        self.looks += 1
+        processes = self.read_processes()
+        chosen = sorted(choose_processes(processes), key=by_rank)
+        ranks = [self.rank_part(process) for process in chosen]
+        ranks = [part for part in ranks if part]
+        self.cores.find_cpus()
+        with contextlib.suppress(OSError, ValueError, LookupError):
+            self.cores.refresh()
+        self.sampler.gpus.details = True
+        head: Sample = {"part": "look", "shown": len(ranks)}
+        if self.folder():
+            head["processes"] = len(processes)
+        cpus = format_cpu_list(self.cores.cpus)
+        if cpus and len(cpus) <= TEXT_BYTES:
+            head["cpus"] = cpus
+        cost = time.process_time() - began
+        head["interval"] = self.rest(cost)
+        parts = [head] + self.cores.strip() + ranks
+        parts += [dict(part) for part in self.sampler.gpus.look()]
+        for part in parts:
+            part["look"] = self.looks
+        return parts
+
+    def rest(self, cost: float) -> float:
+        """Return the seconds to the next look, and note when it is due: rarer if it is dear.
+
+        The second look comes soon: it is the first that knows how busy a process is.
+        """
+        pause = max(PART_SECONDS, round(cost / PART_SHARE, 1))
+        if self.looks == 1:
+            pause = min(pause, SECOND_LOOK_SECONDS)
+        self.due = (
+            time.monotonic() + pause - 0.1
+        )  # the beat before would come too early
+        return pause
+
+    # ---- who is in the job --------------------------------------------------------------
+
+    def folder(self) -> str:
+        """Return the directory of the job's cgroup, "" if this is no job's."""
+        job = self.sampler.job
+        for controller in PROCESS_CGROUPS + tuple(sorted(job)):
+            if controller in job:
+                return str(job[controller])
+        return ""
+
+    def pids(self) -> Dict[int, str]:
+        """Return {pid: step} of the job's processes, without the step of our own."""
+        pids: Dict[int, str] = {}
+        root = self.folder()
+        if not root:
+            return pids
+        own = ""
+        me = os.getpid()
+        for folder in self.probe.tree(root):
+            if folder.endswith("/slurm"):  # cgroup v2: where slurmstepd itself is
+                continue
+            step = re.search(r"/step_([^/]+)", folder[len(root) :])
+            name = step.group(1) if step else ""
+            with contextlib.suppress(OSError, ValueError):
+                for word in self.probe.peek(folder + "/cgroup.procs").split():
+                    pids[int(word)] = name
+                    if int(word) == me:
+                        own = name
+        for pid in [pid for pid, name in pids.items() if name == own]:
+            if self.attached or pid == me:
+                del pids[pid]
+        pids.pop(0, None)  # of another pid namespace
+        return pids
+
+    def read_processes(self) -> List[Process]:
+        """Return the job's processes that are the user's own work; refusals are silent."""
+        known: Dict[int, Process] = {}
+        for pid, step in self.pids().items():
+            try:
+                stat = parse_stat(self.probe.peek("proc/%d/stat" % pid))
+                if stat.state in "ZX":
+                    continue
+                process = self.known.get(pid)
+                if process and process.stat[::4] == stat[::4]:  # name and start
+                    process.update(stat)
+                else:
+                    process = Process(pid, step, stat)
+                    self.identify(process)
+                known[pid] = process
+            except (OSError, ValueError, LookupError):
+                continue
+        self.known = known
+        return [process for process in known.values() if process.is_shown]
+
+    def identify(self, process: Process) -> None:
+        """Read once who a process is; slurmstepd and agents of other masters are not shown."""
+        folder = "proc/%d/" % process.pid
+        name = process.stat.name
+        owner = parse_status(self.probe.peek(folder + "status"))["uid"]
+        if owner != os.getuid() or name.startswith("slurmstepd"):
+            process.is_shown = False
+            return
+        words: List[str] = []
+        with contextlib.suppress(OSError):
+            words = self.probe.peek(folder + "cmdline").split("\0")
+        if "--lifeline" in words and "--stdout" in words:
+            process.is_shown = False
+            return
+        program = os.path.basename(words[0].partition(" ")[0]) if words else ""
+        process.facts["program"] = clip(program or name)
+        with contextlib.suppress(OSError):
+            text = self.probe.peek(folder + "environ", ENVIRON_BYTES)
+            in_step = process.step not in ("batch", "extern", "interactive")
+            process.facts.update(parse_environ(text, in_step))
+
+    # ---- one process --------------------------------------------------------------------
+
+    def rank_part(self, process: Process) -> Sample:
+        """Return what is known of a process, nothing once it has gone."""
+        part: Sample = {"part": "rank", "pid": process.pid}
+        part.update(process.facts)
+        if process.step:
+            part["step"] = clip(process.step)
+        if process.cpu is not None:
+            part["cpu"] = round(process.cpu, 1)
+        part["mem"] = process.stat.pages * os.sysconf("SC_PAGE_SIZE")
+        part["threads"] = process.stat.threads
+        part["state"] = process.stat.state
+        gpus = self.sampler.gpus.owners.get(process.pid)
+        if gpus:
+            part["gpu"] = ",".join(str(index) for index in sorted(set(gpus)))
+        for reader in (
+            self.read_status,
+            self.read_threads,
+            self.read_wchan,
+            self.read_io,
+        ):
+            try:
+                part.update(reader(process))
+            except ProcessLookupError:
+                return {}
+            except (OSError, ValueError, LookupError):
+                continue
+        return part
+
+    def read_status(self, process: Process) -> Reading:
+        known = parse_status(self.probe.peek("proc/%d/status" % process.pid))
+        del known["uid"]
+        if "cpus" in known:
+            self.cores.allowed |= parse_cpu_list(str(known["cpus"]))
+        return known.items()
+
+    def read_threads(self, process: Process) -> Reading:
+        """Yield how many threads can run, and the CPUs that they last ran on."""
+        if process.stat.threads >= MAX_THREADS:
+            return
+        stats = [process.stat]
+        if process.stat.threads > 1:
+            stats = []
+            folder = "proc/%d/task" % process.pid
+            for name in self.probe.names(folder):
+                with contextlib.suppress(OSError):
+                    text = self.probe.peek("%s/%s/stat" % (folder, name))
+                    stats.append(parse_stat(text))
+        if stats:
+            yield "running", sum(stat.state == "R" for stat in stats)
+            on = format_cpu_list({stat.cpu for stat in stats})
+            if len(on) <= TEXT_BYTES:
+                yield "on", on
+
+    def read_wchan(self, process: Process) -> Reading:
+        wchan = parse_wchan(self.probe.peek("proc/%d/wchan" % process.pid))
+        if wchan:
+            yield "wchan", wchan
+
+    def read_io(self, process: Process) -> Reading:
+        """Yield the bytes that its calls read and wrote: of files, pipes and terminals alike."""
+        read, written = parse_io(self.probe.peek("proc/%d/io" % process.pid))
+        now = time.monotonic()
+        before = process.io
+        process.io = (read, written, now)
+        if before and now > before[2]:
+            yield "read", round((read - before[0]) / (now - before[2]), 1)
+            yield "write", round((written - before[1]) / (now - before[2]), 1)
+        yield "read_total", read
+        yield "write_total", written
 
 
 # ============================================================================
@@ -956,6 +1949,9 @@ class Link:
         self.patience = max(ANSWER_SECONDS, 3 * interval)
         self.sent = 0  # messages on this connection
         self.answered = False
+        self.takes_parts = False  # the master has said so on this connection
+        self.half_line = b""  # of an answer
+        self.unsent = b""  # of the last look
         self.ever_answered = False
         self.said: Set[str] = set()  # what is known since the last good link
 
@@ -990,7 +1986,7 @@ class Link:
             return
         try:
             self.hear(self.sock)
-            if message:
+            if self.flush(self.sock) and message:
                 self.send(self.sock, message)
         except (OSError, ValueError) as error:
             self.lose("lost", error)
@@ -1005,14 +2001,19 @@ class Link:
         except BlockingIOError:  # no answer yet
             answer = None
         if answer is not None:
-            if b"ok\n" in answer:
+            said = self.half_line + answer
+            self.half_line = said.rpartition(b"\n")[2][-ANSWER_BYTES:]
+            if re.search(rb"^ok( parts)?\n", said, re.M):
                 self.heard = time.monotonic()
                 self.answered = True
                 self.ever_answered = True
+            if re.search(rb"^ok parts\n", said, re.M):
+                self.takes_parts = True
             if not answer or b"error " in answer:
                 raise OSError(error_in(answer) or "it closed the connection")
         if time.monotonic() - self.heard > self.patience:
-            sock.send(pickle.dumps({"bye": "reconnecting"}, protocol=4))
+            if not self.unsent:
+                sock.send(pickle.dumps({"bye": "reconnecting"}, protocol=4))
             raise OSError("no answer for %.0f s" % self.patience)
 
     def send(self, sock: socket.socket, message: Sample) -> None:
@@ -1021,6 +2022,23 @@ class Link:
         if sock.send(packed) < len(packed):
             raise OSError("it takes no more")
         self.sent += 1
+
+    def send_look(self, parts: List[Sample]) -> None:
+        """Send the parts of one look behind the sample; what does not fit goes later."""
+        if self.sock is None or self.unsent:
+            return
+        self.unsent = b"".join(pickle.dumps(part, protocol=4) for part in parts)
+        try:
+            self.flush(self.sock)
+        except (OSError, ValueError) as error:
+            self.lose("lost", error)
+
+    def flush(self, sock: socket.socket) -> bool:
+        """Send on what is left of a look; whether all of it is gone, so that more may follow."""
+        with contextlib.suppress(BlockingIOError):
+            while self.unsent:
+                self.unsent = self.unsent[sock.send(self.unsent) :]
+        return not self.unsent
 
     def lose(self, event: str, error: Exception) -> None:
         """Hang up, say why, set the time of the next dial: spread, so that a crowd parts."""
@@ -1038,6 +2056,9 @@ class Link:
             self.patience = max(self.patience, longer)
         self.sent = 0
         self.answered = False
+        self.takes_parts = False
+        self.half_line = b""
+        self.unsent = b""
         spread = 1 - os.urandom(1)[0] / 512
         delay = self.backoff * spread / len(self.candidates)
         self.backoff = min(2 * self.backoff, MAX_BACKOFF_SECONDS)
@@ -1072,6 +2093,7 @@ class Outlet:
 
     sock = None
     answered = True
+    takes_parts = True
     sent = 1
     peer = "stdout"
     retry_at = math.inf
@@ -1084,9 +2106,15 @@ class Outlet:
 
     def exchange(self, message: Optional[Sample] = None) -> None:
         """Write a message; nothing more once nobody reads."""
-        if message and not self.closed:
+        if message:
+            self.send_look([message])
+
+    def send_look(self, parts: List[Sample]) -> None:
+        """Write dicts, a line each."""
+        data = b"".join(json.dumps(part).encode() + b"\n" for part in parts)
+        while data and not self.closed:
             try:
-                os.write(1, json.dumps(message).encode() + b"\n")
+                data = data[os.write(1, data) :]
             except OSError:
                 self.closed = True
 
@@ -1191,6 +2219,14 @@ def ending_of(code: int) -> str:
         return "signal %d" % -code
 
 
+def give_memory_back() -> None:
+    """Return to the system what compiling this file took: glibc keeps some MiB of it."""
+    with contextlib.suppress(ImportError, OSError, AttributeError):  # another libc
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class Agent:
     """Binds sampler, link and command to the clock and the signals."""
 
@@ -1200,6 +2236,7 @@ class Agent:
         self.args = args
         self.sampler = sampler
         self.link = link
+        self.parts = Parts(sampler, attached=bool(args.lifeline))
         self.report = Report()
         self.ending = ""  # why it ends, once it does
         self.signals: List[int] = []
@@ -1254,7 +2291,9 @@ class Agent:
 
     def watch(self) -> None:
         """Sample and send on the beat until the end."""
+        give_memory_back()
         threading.Thread(target=self.sampler.refresh_for_ever, daemon=True).start()
+        self.sampler.gpus.start()
         interval = self.args.interval
         beat = self.sampler.now + FIRST_SECONDS
         while not self.ending:
@@ -1268,8 +2307,18 @@ class Agent:
                 sample = self.take()
                 # without cpu or ram the master would refuse it
                 self.link.exchange(None if self.sampler.trouble else sample)
+                self.send_parts()
                 beat += interval * (1 + (now - beat) // interval)
             self.wait(min(beat, self.link.retry_at))
+
+    def send_parts(self) -> None:
+        """Send a look behind the sample, when it is time and somebody takes it."""
+        if self.link.takes_parts:
+            if time.monotonic() >= self.parts.due:
+                with contextlib.suppress(OSError, ValueError, LookupError):
+                    self.link.send_look(self.parts.look())
+        else:
+            self.sampler.gpus.details = False
 
     def wait(self, until: float) -> None:
         """Sleep until then, or until something happens, and act on what has happened."""
@@ -1534,6 +2583,17 @@ def parse_scontrol(text: str) -> Dict[str, str]:
     return known
 
 
+def parse_job_gpus(text: str) -> Dict[str, str]:
+    """Return {node: numbers of the job's GPUs there} from the same lines."""
+    gpus = {}
+    for nodes, ids in re.findall(
+        r"\bNodes=(\S+) .*\bgpu\b[^ ,]*\(IDX:([\d,-]+)\)", text
+    ):
+        for node in parse_hostlist(nodes):
+            gpus[node] = ",".join(expand_ranges(ids))
+    return gpus
+
+
 def parse_job_nodes(text: str) -> Dict[str, int]:
     """Return {node: CPUs of the job there} from the lines of `scontrol -d show job`."""
     cpus = {}
@@ -1636,6 +2696,7 @@ class Step:
         self.since = time.monotonic()
         self.lines = 0
         self.rest = b""
+        self.halves: Dict[bytes, bytes] = {}  # of lines, by task
         self.words = b""
         # srun takes options from SLURM_*: those of a job that we may run in are not meant
         environ = {
@@ -1669,9 +2730,22 @@ class Step:
         self.rest = lines.pop()[-FILE_BYTES:]
         for line in lines:
             task, colon, text = line.partition(b": ")  # srun --label
-            if colon and text.startswith(b"{"):
+            text = self.whole(task, text) if colon else b""
+            if text:
                 self.lines += 1
                 yield b"@ %s.%s %s" % (self.key.encode(), task.strip(), text)
+
+    def whole(self, task: bytes, text: bytes) -> bytes:
+        """Return a line of an agent: srun breaks what a task writes after each 1,024 bytes."""
+        if not text.startswith(b'{"'):
+            text = self.halves.get(task, b"") + text
+        self.halves.pop(task, None)
+        if not text.startswith(b"{"):
+            return b""  # no agent's
+        if not text.endswith(b"}") and len(text) < FILE_BYTES:
+            self.halves[task] = text
+            return b""
+        return text
 
     def release(self) -> None:
         """End srun's input: the agents see it, say goodbye and end."""
@@ -1901,6 +2975,7 @@ class Herd:
             "end": job.facts.get("end"),
             "limit": job.facts.get("limit"),
             "cpus": cpus,
+            "gpus": parse_job_gpus(question.text()),
         }
         job.tries += 1
         groups = [[node] for node in nodes] if job.rung == 1 else [nodes]
@@ -1945,8 +3020,9 @@ class Herd:
         for job in self.jobs.values():
             for step in list(job.steps):
                 step.feed()
-                for line in step.read():
-                    self.put(line)
+                lines = list(step.read())
+                if lines:
+                    self.put(b"\n".join(lines))
                 late = not step.lines and time.monotonic() - step.since > ATTACH_SECONDS
                 if step.process.poll() is not None or late:
                     for line in step.read():
@@ -2061,6 +3137,8 @@ class Line:
         self.port = port
         self.secret = secret
         self.sock: Optional[socket.socket] = None
+        self.takes_parts = False  # the master has said so on this connection
+        self.parts: List[Sample] = []  # that wait to be sent together
         self.retry_at = 0.0
         self.trouble = ""
 
@@ -2075,31 +3153,52 @@ class Line:
                 )
                 if self.secret:
                     prove(self.sock, self.secret)
+                if (
+                    "cpu" in message
+                ):  # the answer to the first sample says what it takes
+                    message = dict(message, ack=True)
             self.hear(self.sock)
             self.sock.settimeout(WAIT_SECONDS)
             self.sock.sendall(pickle.dumps(message, protocol=4))
         except OSError as error:
-            self.close()
-            self.trouble = str(getattr(error, "strerror", "") or error)
-            self.retry_at = time.monotonic() + BACKOFF_SECONDS
+            self.fail(error)
             return False
         return True
 
-    @staticmethod
-    def hear(sock: socket.socket) -> None:
-        """Raise OSError if the master has hung up: its words come first."""
+    def send_parts(self) -> None:
+        """Send the parts that have come, all at once, if the master takes them."""
+        packed = b"".join(pickle.dumps(part, protocol=4) for part in self.parts)
+        self.parts = []
+        if self.sock is not None and self.takes_parts:
+            try:
+                self.sock.settimeout(WAIT_SECONDS)
+                self.sock.sendall(packed)
+            except OSError as error:
+                self.fail(error)
+
+    def hear(self, sock: socket.socket) -> None:
+        """Take note of what the master takes; OSError if it has hung up: its words come first."""
         sock.settimeout(0)
         try:
             answer = sock.recv(ANSWER_BYTES)
         except BlockingIOError:
             return
-        words = answer.partition(b"error ")[2].decode("utf-8", "replace").strip()
-        raise OSError(words or "it closed the connection")
+        if b"ok parts\n" in answer:
+            self.takes_parts = True
+        if not answer or b"error " in answer:
+            raise OSError(error_in(answer) or "it closed the connection")
+
+    def fail(self, error: OSError) -> None:
+        """Hang up for a moment."""
+        self.close()
+        self.trouble = reason_of(error)
+        self.retry_at = time.monotonic() + BACKOFF_SECONDS
 
     def close(self) -> None:
         if self.sock is not None:
             self.sock.close()
             self.sock = None
+        self.takes_parts = False
 
 
 class Relay:
@@ -2138,11 +3237,16 @@ class Relay:
 
     def pass_sample(self, key: str, text: bytes) -> None:
         """Send an agent's line to the master on the connection of that agent."""
+        line = self.lines.get(key)
+        if text.startswith(b'{"part"') and not (line and line.takes_parts):
+            return
         try:
             sample = json.loads(text.decode())
         except ValueError:
             return
-        line = self.lines.get(key)
+        if line is not None and "part" in sample:
+            line.parts.append(sample)
+            return
         if line is None:
             line = self.lines[key] = self.dial()
         if line.send(sample):
@@ -2267,6 +3371,9 @@ class Relay:
         self.rest = lines.pop()
         for line in lines:
             self.take(line)
+        for connection in self.lines.values():
+            if connection.parts:
+                connection.send_parts()
         return True
 
     def end_herd(self, herd: Any) -> None:
@@ -2556,6 +3663,7 @@ def run_once(args: argparse.Namespace) -> int:
         print("error: %s" % error, file=sys.stderr)
         return 1
     sampler.fixed["ack"] = True
+    Parts(sampler)  # its readers are part of a sample
     print(json.dumps(get_system_stats(sampler)))
     return 0
 

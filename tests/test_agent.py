@@ -54,6 +54,12 @@ def sample_of(kind, **environ):
         return agent.Sampler(tree(kind)).sample()
 
 
+def gpus_of(sampler):
+    """What a sample tells of the GPUs after one round."""
+    sampler.gpus.refresh()
+    return dict(sampler.read_gpus())
+
+
 def copy_of(test, kind):
     """A tree that the test may change: (its Probe, a function that writes a file of it)."""
     folder = tempfile.mkdtemp()
@@ -110,26 +116,36 @@ class Parsers(unittest.TestCase):
                 parser(text)
 
     def test_nvidia_smi_is_read_with_and_without_what_it_knows(self):
+        one = "%d, GPU-%d, NVIDIA A100, %s, %s, %s\n"
         table = (
-            ("35, 1024, 40960\n", {"gpus": 1, "gpu": 35, "gpu_mem": 2.5}),
-            ("100, 40960, 40960\n0, 0, 40960\n", {"gpus": 2, "gpu": 50, "gpu_mem": 50}),
+            (one % (0, 0, 35, 1024, 40960), {"gpus": 1, "gpu": 35, "gpu_min": 35}, 2.5),
             (
-                "[N/A], 10240, 40960\n20, 0, 40960\n",
-                {"gpus": 2, "gpu": 20, "gpu_mem": 12.5},
+                one % (0, 0, 100, 40960, 40960) + one % (1, 1, 0, 0, 40960),
+                {"gpus": 2, "gpu": 50, "gpu_min": 0},
+                50,
             ),
-            ("[N/A], [N/A], [N/A]\n", {"gpus": 1}),
-            ("[Not Supported], [Not Supported], [Not Supported]\n", {"gpus": 1}),
-            ("0, 0, 40960", {"gpus": 1, "gpu": 0, "gpu_mem": 0}),
-            ("No devices were found\n", {}),
+            (
+                one % (0, 0, "[N/A]", 10240, 40960) + one % (1, 1, 20, 0, 40960),
+                {"gpus": 2, "gpu": 20, "gpu_min": 20},
+                12.5,
+            ),
+            (one % (0, 0, "[N/A]", "[N/A]", "[N/A]"), {"gpus": 1}, None),
+            (one % ((3, 3) + ("[Not Supported]",) * 3), {"gpus": 1}, None),
+            (one % (0, 0, 0, 0, 40960), {"gpus": 1, "gpu": 0, "gpu_min": 0}, 0),
+            ("No devices were found\n", {}, None),
             (
                 "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.",
                 {},
+                None,
             ),
-            ("", {}),
+            ("", {}, None),
         )
-        for text, expected in table:
+        for text, expected, memory in table:
+            if memory is not None:
+                expected = dict(expected, gpu_mem=memory)
             with self.subTest(text):
-                self.assertEqual(dict(agent.parse_gpus(text)), expected)
+                parts = [gpu.part() for gpu in agent.parse_nvidia_smi(text)]
+                self.assertEqual(dict(agent.summarise_gpus(parts)), expected)
 
     def test_time_left_is_read_in_every_form_that_squeue_has(self):
         for text, seconds in (
@@ -436,14 +452,14 @@ class Trees(unittest.TestCase):
 
     def test_amd_gpus_are_cards_that_tell_not_their_second_names(self):
         with mock.patch.dict(os.environ, {"PATH": "/nowhere"}):
-            sampler = agent.Sampler(tree("amd"))
             self.assertEqual(
-                dict(sampler.read_gpus()), {"gpus": 2, "gpu": 50.0, "gpu_mem": 12.5}
+                gpus_of(agent.Sampler(tree("amd"))),
+                {"gpus": 2, "gpu": 50.0, "gpu_min": 10.0, "gpu_mem": 12.5},
             )
 
     def test_a_node_without_a_gpu_has_no_gpu_keys(self):
         with mock.patch.dict(os.environ, {"PATH": "/nowhere"}):
-            self.assertEqual(dict(agent.Sampler(tree("debian")).read_gpus()), {})
+            self.assertEqual(gpus_of(agent.Sampler(tree("debian"))), {})
 
     def test_every_tree_says_where_it_came_from_and_gives_a_sample(self):
         for folder in sorted(os.listdir(TREES)):
@@ -594,16 +610,18 @@ class StandIns(unittest.TestCase):
 
     def test_nvidia_smi_is_asked_for_what_is_shown(self):
         self.play(
-            "nvidia-smi", 'echo "$@" >%s/asked; echo "35, 1024, 40960"' % self.folder
+            "nvidia-smi",
+            'echo "$@" >%s/asked; echo "0, GPU-1, NVIDIA A100, 35, 1024, 40960"'
+            % self.folder,
         )
         self.assertEqual(
-            dict(agent.Sampler(tree("debian")).read_gpus()),
-            {"gpus": 1, "gpu": 35.0, "gpu_mem": 2.5},
+            gpus_of(agent.Sampler(tree("debian"))),
+            {"gpus": 1, "gpu": 35.0, "gpu_min": 35.0, "gpu_mem": 2.5},
         )
         with open(self.folder + "/asked") as file:
             self.assertEqual(
                 file.read(),
-                "--query-gpu=utilization.gpu,memory.used,memory.total"
+                "--query-gpu=index,uuid,name,utilization.gpu,memory.used,memory.total"
                 " --format=csv,noheader,nounits\n",
             )
 
@@ -611,7 +629,7 @@ class StandIns(unittest.TestCase):
         self.play(
             "nvidia-smi", "echo NVIDIA-SMI has failed because it could not; exit 9"
         )
-        self.assertEqual(dict(agent.Sampler(tree("debian")).read_gpus()), {})
+        self.assertEqual(gpus_of(agent.Sampler(tree("debian"))), {})
 
     def test_nvidia_smi_that_hangs_is_ended_with_its_children_and_holds_nothing_up(
         self,
@@ -622,7 +640,7 @@ class StandIns(unittest.TestCase):
         )
         with mock.patch.object(agent, "WAIT_SECONDS", 1):
             began = time.monotonic()
-            self.assertEqual(dict(agent.Sampler(tree("debian")).read_gpus()), {})
+            self.assertEqual(gpus_of(agent.Sampler(tree("debian"))), {})
         self.assertLess(time.monotonic() - began, 8)
         with open(self.folder + "/pid") as file:
             pid = int(file.read())

@@ -1,0 +1,320 @@
+"""Parts of a real Slurm job of known truth, against taskset and /proc (lab.sh, lab.md).
+
+The job has five ranks: one pinned by taskset, one with a thread pinned by sched_setaffinity, one
+with 200 MB more, one that sleeps, one that writes 5 MB/s.  A second job of the same user runs on
+the node.  The witness, in the job itself, starts agent.py --stdout and looks at /proc and taskset
+whenever a look has come.  About a minute and a half.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import unittest
+
+import support
+import test_lab_job
+from support import eventually
+
+MIB = 2**20
+LONG = 3 * support.PATIENCE
+PORT = 13599  # of the stand-in for a master that takes parts
+
+RANK = r"""
+import os, sys, threading, time
+rank = int(os.environ["SLURM_PROCID"])
+end = time.monotonic() + 600
+def spin():
+    while time.monotonic() < end:
+        pass
+if rank == 0:
+    os.execvp("taskset", ["taskset", "-c", "0", sys.executable, "-c",
+              "import time\nend = time.monotonic() + 600\nwhile time.monotonic() < end: pass"])
+if rank == 1:
+    def pinned():
+        os.sched_setaffinity(threading.get_native_id(), {1})
+        spin()
+    threading.Thread(target=pinned, daemon=True).start()
+kept = b"x" * (200 << 20) if rank == 2 else b""
+if rank == 4:
+    begin, written, chunk = time.monotonic(), 0, b"x" * 102400
+    with open("/tmp/written.%d" % os.getpid(), "wb", buffering=0) as file:
+        os.unlink(file.name)
+        while time.monotonic() < end:
+            while written < 5e6 * (time.monotonic() - begin):
+                written += file.write(chunk)
+                if file.tell() > 64 << 20:
+                    file.seek(0)
+            time.sleep(0.02)
+time.sleep(600)
+"""
+# Prints each look of the agent beside what is true at that moment, a line of JSON each
+WITNESS = r"""
+import json, os, subprocess, time
+
+def read(pid, name):
+    with open("/proc/%d/%s" % (pid, name)) as file:
+        return file.read()
+
+def number(text, name):
+    return int(("\n" + text).partition("\n" + name)[2].split()[0])
+
+def truth(pid):
+    words = read(pid, "stat").rpartition(")")[2].split()
+    status, io = read(pid, "status"), read(pid, "io")
+    mask = subprocess.check_output(["taskset", "-p", str(pid)], universal_newlines=True)
+    return {
+        "ticks": int(words[11]) + int(words[12]), "time": time.monotonic(),
+        "mem": 1024 * number(status, "VmRSS:"), "peak": 1024 * number(status, "VmHWM:"),
+        "threads": number(status, "Threads:"), "mask": int(mask.split()[-1], 16),
+        "read": number(io, "rchar:"), "write": number(io, "wchar:"),
+        "state": words[0], "wchan": read(pid, "wchan"),
+        "on": [int(read(pid, "task/%s/stat" % task).rpartition(")")[2].split()[36])
+               for task in os.listdir("/proc/%d/task" % pid)],
+    }
+
+agent = subprocess.Popen(["python3", "agent.py", "--stdout"], stdout=subprocess.PIPE)
+look = []
+for line in agent.stdout:
+    part = json.loads(line.decode())
+    if "part" in part:
+        look.append(part)
+    elif look:
+        continue
+    if "cpu" in part and "ram" in part:
+        sample = part
+    if part.get("part") == "look":
+        wanted = part["shown"]
+        seen = {}
+    if part.get("part") == "rank":
+        try:
+            seen[part["pid"]] = truth(part["pid"])
+        except (OSError, subprocess.CalledProcessError):
+            pass
+        wanted -= 1
+        if not wanted:
+            print(json.dumps({"look": look, "truth": seen, "sample": sample}), flush=True)
+            look = []
+"""
+JOB = """#!/bin/bash
+srun --ntasks=5 --mem=0 python3 rank.py &
+sleep 2
+exec python3 witness.py >witness.json
+"""
+OTHER = """#!/bin/bash
+exec python3 -c 'import time; time.sleep(600)'
+"""
+# A master as far as it takes: says that it takes parts, keeps what comes
+TAKER = r"""
+import json, pickle, socket, sys, threading
+def serve(sock):
+    answer = b"ok parts\n"
+    with sock.makefile("rb") as stream:
+        while True:
+            try:
+                sent = pickle.load(stream)
+            except EOFError:
+                return
+            if sent.get("ack"):
+                sock.sendall(answer)
+                answer = b"ok\n"
+            with open("taken.json", "a") as file:
+                file.write(json.dumps(sent) + "\n")
+listener = socket.socket()
+listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+listener.bind(("127.0.0.1", int(sys.argv[1])))
+listener.listen(9)
+while True:
+    threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+"""
+LAB = None
+
+
+@support.slow("a Slurm cluster")
+@support.requires(*test_lab_job.NEEDS)
+class Truth(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        global LAB
+        namespaces = subprocess.run(
+            ["unshare", "-m", "-u", "-i", "-n", "-p", "-f", "true"]
+        )
+        if namespaces.returncode and os.environ.get("SENTINEL_TEST_ALL") != "1":
+            raise unittest.SkipTest("missing here: the right to make namespaces")
+        cls.tools = contextlib.ExitStack()
+        LAB = test_lab_job.Lab()
+        cls.tools.callback(LAB.down)
+        try:
+            LAB.up()
+            for name, text in (
+                ("rank.py", RANK),
+                ("witness.py", WITNESS),
+                ("job.sh", JOB),
+                ("other.sh", OTHER),
+                ("taker.py", TAKER),
+            ):
+                with open(LAB.path(name), "w") as file:
+                    file.write(text)
+            cls.other = LAB.sbatch("-w", "c1", "--mem=100", "other.sh")
+            cls.job = LAB.sbatch("-w", "c1", "--ntasks=6", "--mem=900", "job.sh")
+            cls.tools.callback(LAB.no_jobs)
+        except BaseException:
+            cls.tearDownClass()
+            raise
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.tools.close()
+
+    @staticmethod
+    def looks():
+        """What the witness has seen, [(parts, {pid: truth}, sample)], oldest first."""
+        text = LAB.text("witness.json")
+        whole = text[: text.rfind("\n") + 1]
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def wait_for(self, count):
+        return eventually(
+            lambda: len(self.looks()) >= count and self.looks(), LONG, "looks"
+        )
+
+    @staticmethod
+    def by_rank(look):
+        return {part["rank"]: part for part in look["look"] if "rank" in part}
+
+    def within_2_percent(self, value, truth, words):
+        self.assertLessEqual(
+            abs(value - truth), 0.02 * truth, "%s: %s, not %s" % (words, value, truth)
+        )
+
+    def other_pids(self):
+        """The pids of the second job, as its node numbers them."""
+        folder = "/sys/fs/cgroup/freezer/slurm_c1/uid_4242/job_" + self.other
+        script = "cat $(find %s -name cgroup.procs)" % folder
+        return set(LAB.run("c1", "sh", "-c", script, user="root").split())
+
+    def test_1_ranks_are_what_taskset_and_proc_say(self):
+        looks = self.wait_for(4)
+        before, after = looks[2], looks[3]
+        ranks = self.by_rank(after)
+        self.assertEqual(set(ranks), set(range(5)))
+        for rank, part in ranks.items():
+            pid = str(part["pid"])
+            true, earlier = after["truth"][pid], before["truth"][pid]
+            with self.subTest(rank=rank):
+                mask = sum(1 << cpu for cpu in numbers(part["cpus"]))
+                self.assertEqual(mask, true["mask"])
+                self.assertEqual(part["threads"], true["threads"])
+                self.assertEqual(part["step"], "0")
+                self.assertEqual(part["local_rank"], rank)
+                for key in ("mem", "peak"):
+                    self.within_2_percent(part[key], true[key], key)
+                seconds = true["time"] - earlier["time"]
+                cpu = 100 * (true["ticks"] - earlier["ticks"]) * 0.01 / seconds
+                self.assertAlmostEqual(part["cpu"], cpu, delta=max(1.0, 0.02 * cpu))
+                wrote = (true["write"] - earlier["write"]) / seconds
+                self.assertAlmostEqual(
+                    part["write"], wrote, delta=max(2000, 0.02 * wrote)
+                )
+                self.within_2_percent(part["read_total"], true["read"], "read_total")
+
+    def test_2_the_odd_ones_stand_out(self):
+        ranks = self.by_rank(self.wait_for(4)[3])
+        self.assertEqual((ranks[0]["cpus"], ranks[0]["on"]), ("0", "0"))
+        self.assertEqual(ranks[0]["state"], "R")
+        self.assertIn(1, numbers(ranks[1]["on"]))
+        self.assertEqual((ranks[1]["threads"], ranks[1]["running"]), (2, 1))
+        self.assertGreater(ranks[2]["mem"] - ranks[3]["mem"], 195 * MIB)
+        self.assertLess(ranks[2]["mem"] - ranks[3]["mem"], 220 * MIB)
+        self.assertEqual((ranks[3]["state"], ranks[3]["running"]), ("S", 0))
+        self.assertEqual(ranks[3]["cpu"], 0)
+        self.assertIn("nanosleep", ranks[3]["wchan"])
+        self.assertAlmostEqual(ranks[4]["write"], 5e6, delta=1e5)
+
+    def test_3_no_process_of_another_job_of_the_same_user_is_shown(self):
+        others = self.other_pids()
+        self.assertTrue(others)
+        for look in self.wait_for(4):
+            self.assertFalse(shown_in(look["look"]) & others)
+
+    def test_4_slurmstepd_and_the_agent_are_not_shown(self):
+        look = self.wait_for(4)[3]
+        programs = [part["program"] for part in look["look"] if part["part"] == "rank"]
+        # five ranks, the witness, and srun with its helper
+        self.assertEqual(sorted(programs), ["python3"] * 6 + ["srun"] * 2)
+        self.assertEqual(look["look"][0]["processes"], 8)
+
+    def test_5_the_strip_has_each_cpu_of_the_node(self):
+        look = self.wait_for(4)[3]
+        strips = [part["busy"] for part in look["look"] if part["part"] == "core"]
+        self.assertEqual(len("".join(strips)), os.cpu_count())
+        self.assertGreaterEqual(int(strips[0][0]), 9)  # where rank 0 is
+        self.assertGreaterEqual(look["sample"]["cores_busy"], 1)
+
+    def test_6_all_of_it_comes_through_srun_herd_and_relay(self):
+        taker = LAB.start("login", "python3", "taker.py", PORT)
+        self.addCleanup(taker.stop)
+        eventually(lambda: LAB.listens("login", PORT))
+        watcher = LAB.start(
+            "login", "python3", "agent.py", "--jobs", self.job, "--port", PORT
+        )
+        self.addCleanup(watcher.stop)
+
+        def taken():
+            lines = LAB.text("taken.json").splitlines()
+            return [json.loads(line) for line in lines]
+
+        def whole_look():
+            ranks = [part for part in taken() if part.get("part") == "rank"]
+            looks = sorted({part["look"] for part in ranks if "cpu" in part})
+            first = (
+                looks[0] if len(looks) > 1 else None
+            )  # whole once the next has begun
+            return {
+                part["rank"]: part
+                for part in ranks
+                if part["look"] == first and "rank" in part
+            }
+
+        ranks = eventually(whole_look, 2 * LONG)
+        self.assertEqual(set(ranks), set(range(5)))
+        self.assertGreater(ranks[2]["mem"] - ranks[3]["mem"], 195 * MIB)
+        self.assertFalse(shown_in(taken()) & self.other_pids())
+        words = LAB.run("c1", "pgrep", "-f", "--", "--lifeline", user="root").split()
+        self.assertTrue(words)
+        # the agent in the job does not take that step for one of the ranks either
+        count = len(self.looks())
+        late = self.wait_for(count + 2)[count + 1]
+        self.assertFalse(shown_in(late["look"]) & set(words))
+
+    def test_7_hidepid_hides_others_and_not_the_job(self):
+        LAB.run("c1", "mount", "-o", "remount,hidepid=2", "/proc", user="root")
+        self.addCleanup(
+            LAB.run, "c1", "mount", "-o", "remount,hidepid=0", "/proc", user="root"
+        )
+        hidden = LAB.run("c1", "sh", "-c", "test ! -e /proc/1/stat && echo hidden")
+        self.assertEqual(hidden, "hidden")
+        count = len(self.looks())
+        look = self.wait_for(count + 2)[count + 1]
+        ranks = self.by_rank(look)
+        self.assertEqual(set(ranks), set(range(5)))
+        self.assertEqual(ranks[0]["cpus"], "0")
+        self.assertIn("write_total", ranks[4])
+
+
+def shown_in(parts):
+    """The pids, as words, of the processes in parts."""
+    return {str(part["pid"]) for part in parts if part.get("part") == "rank"}
+
+
+def numbers(text):
+    """The numbers of 0-3,8."""
+    found = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+if __name__ == "__main__":
+    unittest.main()
