@@ -421,7 +421,115 @@ def foreign_reason(data: bytes) -> str:
         return "HTTP on the agents' port; browsers have a port of their own"
     if data[:2] == b"\x16\x03":
         return "TLS on the agents' port; agents speak without it"
-    return "bytes that are no pickle of protocol 2 to 5"
+    return "bytes that are no pickle of protocol 2 to 5, and no JSON object"
+
+
+# A sample may be a line of JSON as well (RFC 8259), for what cannot write pickles, such as a
+# shell:
+#
+#     {"cpu": 15.5, "ram": 40.25, "node": "c1"}\n
+#
+# No pickle begins with a brace: that is the opcode of nothing.  The keys, the limits and the
+# answers are those of pickles.  json.loads() would follow whatever nesting a peer sends, takes
+# NaN, and the last of two equal keys: so pairs are taken one by one here, by a pattern that has
+# no room for nesting, and json.loads() only ever sees one text or number.
+
+JSON_BLANKS = r"[ \t\r]*"
+JSON_TEXT = r'"[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*"'
+JSON_NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?"
+JSON_VALUE = "%s|%s|null|true|false" % (JSON_TEXT, JSON_NUMBER)
+JSON_PAIR = re.compile(  # a key, its value, and what is to follow: more, or the end
+    "{0}({1}){0}:{0}({2}){0}([,}}])".format(JSON_BLANKS, JSON_TEXT, JSON_VALUE)
+)
+JSON_EMPTY = re.compile(JSON_BLANKS + "}")
+JSON_END = re.compile(JSON_BLANKS)
+JSON_DIGITS = 20  # of a whole number of 64 bits, with its sign
+MAX_INT = 2**63 - 1
+
+
+def parse_message(data: bytes) -> Optional[Tuple[Message, int, Spots]]:
+    """Read the flat dict that data begins with, a pickle or a line of JSON: see parse_pickle."""
+    if data[:1] == b"{":
+        return parse_line(data)
+    return parse_pickle(data)
+
+
+def parse_line(data: bytes) -> Optional[Tuple[Message, int, Spots]]:
+    """Read the JSON object that fills the first line of data: (dict, size of the line, ()).
+
+    None while the line has no end; WireError when it is too long or no flat object.
+    """
+    size = data.find(b"\n", 0, MAX_SAMPLE) + 1
+    if not size:
+        if len(data) < MAX_SAMPLE:
+            return None
+        raise WireError("a sample of more than %d bytes" % MAX_SAMPLE)
+    try:
+        line = data[: size - 1].decode()
+    except UnicodeDecodeError:
+        raise WireError("text that is not UTF-8") from None
+    result: Message = {}
+    at = 1  # behind the brace
+    empty = JSON_EMPTY.match(line, at)
+    if empty:
+        at = empty.end()
+    while not empty:
+        pair = JSON_PAIR.match(line, at)
+        if not pair:
+            raise not_flat(at)
+        at = pair.end()
+        key, value, mark = pair.groups()
+        set_pair(result, read_json(key, at), read_json(value, at))
+        if mark == "}":
+            break
+    if not JSON_END.fullmatch(line, at):
+        raise not_flat(at)
+    return result, size, ()
+
+
+def not_flat(at: int) -> WireError:
+    """What to raise where a line is no flat object, behind so many characters."""
+    return WireError(
+        "JSON that is not one flat dict of null, true, false, numbers and text a line,"
+        " from character %d on" % (at + 1)
+    )
+
+
+def set_pair(result: Message, key: Any, value: Any) -> None:
+    """Put a key and its value into the dict; WireError when it has that key, or too many."""
+    if key in result:
+        raise WireError("the key %s twice" % ascii(key)[:40])
+    result[key] = value
+    if len(result) > MAX_KEYS:
+        raise WireError("more than %d keys" % MAX_KEYS)
+
+
+def read_json(token: str, at: int) -> Any:
+    """The value of one text, number or constant of JSON, which ends about there."""
+    is_whole = token.lstrip("-").isdigit()
+    if is_whole and len(token) > JSON_DIGITS:
+        raise WireError("a whole number of more than 64 bits")
+    try:
+        value = json.loads(token)
+    except ValueError:  # a backslash before what it cannot stand before
+        raise not_flat(at) from None
+    if is_whole and not -MAX_INT - 1 <= value <= MAX_INT:
+        raise WireError("a whole number of more than 64 bits")
+    if type(value) is float and not math.isfinite(value):
+        raise WireError("%s; only finite floats are allowed" % token[:40])
+    if type(value) is str:
+        check_text(value)
+    return value
+
+
+def check_text(text: str) -> None:
+    """WireError when a text of JSON is too long, or holds what UTF-8 cannot write."""
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:  # half of a pair of \\u escapes
+        raise WireError("text that is not UTF-8") from None
+    if size > MAX_TEXT:
+        raise WireError("a text of %d bytes; at most %d are allowed" % (size, MAX_TEXT))
 
 
 # The short way.  Two samples of an agent differ, most of the time, in the bytes of their floats
@@ -481,8 +589,10 @@ def make_shape(
     """The shape of a good sample: its bytes, its dict, its row and where its floats are.
 
     None when a float is not the value of its key, because that came twice: then the short way
-    would not know which one counts.
+    would not know which one counts.  None for a line of JSON, whose numbers have no fixed size.
     """
+    if data[:1] == b"{":
+        return None
     changing = {key for _, key in floats if type(message.get(key)) is float}
     if len(changing) < len(floats):
         return None
@@ -1664,7 +1774,7 @@ class Peer:
 
         None while it is incomplete; WireError.
         """
-        parsed = parse_pickle(data)
+        parsed = parse_message(data)
         if not parsed:
             return None, 0
         message, size, floats = parsed
