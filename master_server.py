@@ -24,6 +24,7 @@ Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP, 1 could not start, 2 bad usa
 #                  sheet, Script, Markup, Readings, Selection, Jobs, Columns, Pages
 #   For programs   a copy of the table -> JSON, CSV, text, Prometheus
 #   Dashboard      browsers' sockets -> request -> pages: a thread for each connection
+#   Terminal       --tui: the log goes through a pipe, and test_reader.py shows screens above it
 #   Supervisor     processes and signals: the only room that starts or ends a process of ours
 #   Command line   flags -> options, and the way from there to the supervisor
 
@@ -86,6 +87,7 @@ from typing import (
 
 try:
     import resource
+    import termios
 except ImportError:  # Windows: main() says what is needed
     resource = None  # type: ignore[assignment]
 try:
@@ -4179,6 +4181,72 @@ class Dashboard:
 
 
 # ============================================================================
+# Terminal: screens in place of the log, and a terminal that is sane behind them
+# ============================================================================
+#
+# With --tui the master's stderr, and that of all it starts, is a pipe.  test_reader.py, which has
+# the terminal, reads it: it shows the last lines below its screens, and copies them to the real
+# stderr as long as there are none, while ssh asks for a password say.
+#
+#     roles, agents, ssh --stderr--> pipe --> test_reader.py --> terminal
+#
+# Nothing waits for the one who reads: what there is no room for in the pipe is lost.  When the
+# user leaves the screens the master is told by SIGTERM, as by anybody else.
+
+
+class Terminal:
+    """The master's terminal and its stderr, as they were before the screens."""
+
+    def __init__(self) -> None:
+        self.modes: Any = None  # None: this is no terminal
+        with contextlib.suppress(termios.error, OSError):
+            self.modes = termios.tcgetattr(0)
+        self.stderr = os.dup(2)
+        self.log, log_end = os.pipe()
+        os.set_blocking(log_end, False)
+        os.dup2(log_end, 2)
+        os.close(log_end)
+
+    def close(self) -> None:
+        """Give stderr and the terminal back."""
+        os.dup2(self.stderr, 2)
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the terminal its modes again: screens that were killed did not."""
+        with contextlib.suppress(termios.error, OSError):
+            # in the background, setting them would stop us
+            if self.modes and os.tcgetpgrp(0) == os.getpgrp():
+                termios.tcsetattr(0, termios.TCSADRAIN, self.modes)
+
+
+class Screens(subprocess.Popen):  # type: ignore[type-arg]
+    """test_reader.py --tui as a child, under the names that a multiprocessing.Process has."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        terminal = options.terminal
+        terminal.restore()
+        command = [sys.executable, beside("test_reader.py"), "--tui"]
+        command += ["--shm-name", options.shm_name, "--log", str(terminal.log)]
+        if options.ssh:
+            command.append("--after-login")
+        end, held = os.pipe()
+        self.sentinel = os.fdopen(end, "rb", 0)  # it ends with the process
+        super().__init__(command, stderr=terminal.stderr, pass_fds=(terminal.log, held))
+        os.close(held)
+
+    @property
+    def exitcode(self) -> Optional[int]:
+        """The exit code, or minus the signal; None while it runs."""
+        return self.poll()
+
+    def join(self, timeout: Optional[float] = None) -> None:
+        """Wait for its end, so many seconds at most."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(timeout)
+
+
+# ============================================================================
 # Supervisor: processes and signals
 # ============================================================================
 
@@ -4315,6 +4383,8 @@ class Supervisor:
             self.names.append("agent")
         if watches_jobs(options):
             self.names.append("watcher")
+        if options.tui:
+            self.names.append("screens")
         self.watcher_began = False
         self.has_failed = False  # the watcher could not begin: the user is to mend that
         self.lock: Any = None
@@ -4410,6 +4480,8 @@ class Supervisor:
         """Start a role or the agent."""
         if name == "agent":
             return AgentProcess(self.options)
+        if name == "screens":
+            return Screens(self.options)
         if name == "watcher":
             again = self.watcher_began
             self.watcher_began = True
@@ -4657,6 +4729,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="watch my jobs on the cluster behind that login node, by one ssh",
     )
     add("--with-agent", action="store_true", help="watch this machine, too")
+    add(
+        "--tui",
+        action="store_true",
+        help="show screens on the terminal, jobs, their nodes, ranks and GPUs, above the log",
+    )
     add("--verbose", action="store_true", help="log every sample")
     return parser
 
@@ -4735,6 +4812,10 @@ def run_master(options: argparse.Namespace) -> int:
             raise StartError(
                 "%s needs agent.py beside master_server.py: copy it there" % flag
             )
+    if options.tui and not os.path.exists(beside("test_reader.py")):
+        raise StartError(
+            "--tui needs test_reader.py beside master_server.py: copy it there"
+        )
     options.secret = read_secret(options.secret_file) if options.secret_file else None
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(
@@ -4763,6 +4844,9 @@ def run_master(options: argparse.Namespace) -> int:
         options.shm_name = options.shm_name or "sentinel_%d" % options.port
         table = Table.create(options.shm_name, options.max_agents)
         stack.callback(table.unlink)
+        if options.tui:
+            options.terminal = Terminal()
+            stack.callback(options.terminal.close)
         # should this process be killed, the tracker may clean up behind it, but silently
         sys.warnoptions.append("ignore:resource_tracker")
         log.info("collector listening on %s", join_address(options.host, options.port))

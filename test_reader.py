@@ -319,7 +319,7 @@ def group_jobs(master_server: Any, snapshot: Any) -> List[Group]:
 
 def main_state(tasks: List[Message]) -> Optional[str]:
     """The state of an array: that of a task that runs, or waits, or the first one's."""
-    states = [task["state"] for task in tasks]
+    states: List[Optional[str]] = [task["state"] for task in tasks]
     for state in ("RUNNING", "PENDING"):
         if state in states:
             return state
@@ -665,7 +665,7 @@ class View:
         self.snapshot: Any = None
         self.groups: List[Group] = []
         self.trouble = ""  # why there is no newer snapshot
-        self.log: Optional[Sequence[str]] = None  # the master's, oldest first
+        self.log: Any = None  # the master's Log, if it runs on the same terminal
         self.path: List[str] = []  # the keys of what is open: a job's, a node's
         self.chosen = ["", "", ""]  # the key of the chosen row of each depth
         self.places = [0, 0, 0]  # where that row was when it was last there
@@ -921,7 +921,7 @@ class View:
     def note_lines(self, room: int) -> List[Line]:
         """The last lines of the log; without one, the last events."""
         if self.log is not None:
-            texts = list(self.log)[-room:]
+            texts = list(self.log.lines)[-room:]
         elif self.snapshot is None:
             texts = []
         else:
@@ -956,12 +956,19 @@ class View:
     def body(self, width: int, room: int) -> List[Line]:
         """The list or the node that is open, in so many lines at most."""
         if self.asked == "help":
-            return [[(line, PLAIN)] for line in HELP.split("\n")][:room]
+            return self.help_lines()[:room]
         if self.asked == "sort":
             return self.sort_lines(room)
         if self.depth == NODE:
             return self.node_lines(width, room)
         return self.list_lines(width, room)
+
+    def help_lines(self) -> List[Line]:
+        """What the keys and marks mean, and where the master's page is."""
+        texts = HELP.split("\n")
+        if self.log and self.log.page:
+            texts += ["", self.letters.clean(" The page: " + self.log.page)]
+        return [[(text, PLAIN)] for text in texts]
 
     def sort_lines(self, room: int) -> List[Line]:
         """The columns that can be sorted by, the chosen one marked."""
@@ -1230,6 +1237,7 @@ class Log:
         self.end = end
         self.lines: Deque[str] = collections.deque(maxlen=LOG_LINES)
         self.rest = b""
+        self.page = ""  # the address of the master's page, as the log has it
         self.has_ended = False
         os.set_blocking(end, False)
 
@@ -1242,7 +1250,11 @@ class Log:
         self.has_ended = not data
         lines = (self.rest + data).split(b"\n")
         self.rest = lines.pop()[-LOG_BYTES:]
-        self.lines.extend(line.decode("utf-8", "replace") for line in lines)
+        for line in lines:
+            text = line.decode("utf-8", "replace")
+            self.lines.append(text)
+            if "open http" in text:
+                self.page = text.partition("open ")[2]
         return data
 
     def copy(self) -> None:
@@ -1356,7 +1368,7 @@ class Front:
         self.signals = signals
         self.view = View(master_server, Letters(find_encoding()))
         if log:
-            self.view.log = log.lines
+            self.view.log = log
         self.reason = ""  # why it ended, if that was not by a key or a signal
 
     def run(self) -> None:
@@ -1371,7 +1383,7 @@ class Front:
                 width, height = screen.fit()
                 # the last column stays free: a terminal would scroll, or wrap
                 screen.show(render_screen(self.view, max(1, width - 1), height))
-                self.wait(max(0.0, due - time.monotonic()))
+                self.wait(screen, max(0.0, due - time.monotonic()))
                 key = screen.key()
                 while key:
                     if key == "redraw":
@@ -1392,7 +1404,7 @@ class Front:
         if not self.table.owner_lives():
             self.reason = "the master (pid %d) has ended" % self.table.pid
 
-    def wait(self, seconds: float) -> None:
+    def wait(self, screen: Screen, seconds: float) -> None:
         """Wait for a key, a signal or a line of the log, so long at most."""
         poll = select.poll()
         poll.register(sys.stdin.fileno(), select.POLLIN)
@@ -1404,8 +1416,9 @@ class Front:
             self.reason = "the terminal has gone"
         if self.signals.wakeup in ready:
             self.signals.drain()
-        if self.log and self.log.end in ready:
-            self.log.read()
+        said = self.log.read() if self.log and self.log.end in ready else b""
+        if b"CRITICAL WARNING" in said:
+            screen.curses.beep()
 
 
 def show_screens(master_server: Any, table: Any, options: argparse.Namespace) -> None:
