@@ -33,6 +33,7 @@ if __name__ == "__main__":
 import argparse
 import collections
 import contextlib
+import functools
 import importlib.util
 import locale
 import operator
@@ -179,19 +180,13 @@ def clock(seconds: Optional[float]) -> str:
 # ============================================================================
 
 OUTSIDE = "(no job)"  # what nodes outside of jobs are listed under
-NODE_COLUMN_KEYS = (
+# what lists have of a node: to decode all fields of a thousand nodes takes too long
+NODE_TEXTS = ("node", "job", "job_name", "user", "version", "address", "alerts")
+NODE_NUMBERS = (
     "slot",
-    "address",
     "cpu",
     "ram",
     "age",
-    "since",
-    "alerts",
-    "node",
-    "job",
-    "job_name",
-    "user",
-    "version",
     "job_cpu",
     "job_ram",
     "gpu",
@@ -205,6 +200,7 @@ NODE_COLUMN_KEYS = (
     "job_time_limit",
     "job_time_left",
 )
+TEXTS_KEPT = 16384  # that are decoded once: they are the same in the next snapshot
 MARKS = {"died": "X", "problem": "!", "advice": "*", "fine": " "}
 LOOKS = {"died": PROBLEM, "problem": PROBLEM, "advice": ADVICE, "fine": PLAIN}
 SEVERITIES = tuple(MARKS)  # the worst first
@@ -248,15 +244,28 @@ def verdicts_of(snapshot: Any, keys: Iterable[str]) -> List[Any]:
     return [verdict for verdict in found if verdict.severity != "fine"]
 
 
+@functools.lru_cache(maxsize=TEXTS_KEPT)
+def read_text(field: bytes) -> Optional[str]:
+    """A text of the table; None if there is none."""
+    return field.rstrip(b"\0").decode("utf-8", "ignore") or None
+
+
+def picker(master_server: Any, keys: Sequence[str]) -> Any:
+    """What takes the fields of these keys out of a row of a snapshot."""
+    places = [master_server.NODE_KEYS.index(key) for key in keys]
+    return operator.itemgetter(*places)
+
+
 def read_nodes(master_server: Any, snapshot: Any) -> List[Message]:
-    """The nodes with the columns that lists have: all fields of a thousand take too long."""
-    places = [master_server.NODE_KEYS.index(key) for key in NODE_COLUMN_KEYS]
-    pick = operator.itemgetter(*places)
-    from_field = master_server.from_field
+    """The nodes with what lists have of them."""
+    texts_in = picker(master_server, NODE_TEXTS)
+    numbers_in = picker(master_server, NODE_NUMBERS)
     nodes = []
     names: Set[Tuple[str, str]] = set()
     for row in snapshot.rows():
-        node: Message = dict(zip(NODE_COLUMN_KEYS, map(from_field, pick(row))))
+        node: Message = dict(zip(NODE_TEXTS, map(read_text, texts_in(row))))
+        known = [value if value == value else None for value in numbers_in(row)]
+        node.update(zip(NODE_NUMBERS, known))
         node["cpu"] = round(node["cpu"], 2)
         node["ram"] = round(node["ram"], 2)
         node["age"] = round(max(0.0, snapshot.copied - node["age"]), 2)
@@ -274,7 +283,7 @@ def lost_nodes(master_server: Any, snapshot: Any) -> List[Message]:
     """A row without readings for each node that was lost and is not back."""
     nodes = []
     for event in master_server.gone(snapshot, "lost"):
-        node: Message = dict.fromkeys(NODE_COLUMN_KEYS)
+        node: Message = dict.fromkeys(NODE_TEXTS + NODE_NUMBERS)
         for key in ("node", "job", "user", "address"):
             node[key] = event[key]
         at = master_server.render_value("time", event["time"])
@@ -1145,7 +1154,10 @@ def render_text(view: View, width: int) -> str:
 # The terminal: keys, colours, signals. Only here is curses known
 # ============================================================================
 
-REFRESH_SECONDS = 2.0  # from one snapshot to the next
+REFRESH_SECONDS = 2.0  # from one snapshot to the next, ...
+REFRESH_FACTOR = (
+    75  # ... or so many times the CPU time that one takes, if that is longer
+)
 ESCAPE_MILLISECONDS = "50"  # in which the rest of a key's sequence must follow an Esc
 LOG_LINES = 50  # of the master's log that are kept
 LAST_LINES = 5  # of them, that are printed when the screen is left
@@ -1376,13 +1388,16 @@ class Front:
         with Screen() as screen:
             due = 0.0
             while not self.has_ended():
-                now = time.monotonic()
-                if now >= due:
+                begun = time.process_time()
+                is_due = time.monotonic() >= due
+                if is_due:
                     self.look()
-                    due = now + REFRESH_SECONDS
                 width, height = screen.fit()
                 # the last column stays free: a terminal would scroll, or wrap
                 screen.show(render_screen(self.view, max(1, width - 1), height))
+                if is_due:
+                    took = time.process_time() - begun
+                    due = time.monotonic() + max(REFRESH_SECONDS, REFRESH_FACTOR * took)
                 self.wait(screen, max(0.0, due - time.monotonic()))
                 key = screen.key()
                 while key:
