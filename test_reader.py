@@ -489,7 +489,7 @@ JOB_COLUMNS = (
     Column("what", "What", 100, 2),
 )
 NODE_COLUMNS = (
-    Column("node", "Node", 30, 0),
+    Column("key", "Node", 30, 0),
     Column("bar", "", BAR_COLUMNS, 5),
     Column("cpu", "CPU", 7, 0, True),
     Column("ram", "RAM", 7, 1, True),
@@ -614,8 +614,6 @@ class Table:
     def reading(self, column: Column, row: Message) -> str:
         """A value for people; what a peer has sent in place of a number is a text."""
         value = row.get(column.key)
-        if column.key == "node":
-            return str(row["key"])
         if value is None:
             return "-" if column.is_number else ""
         if isinstance(value, str):
@@ -678,7 +676,7 @@ class View:
         self.path: List[str] = []  # the keys of what is open: a job's, a node's
         self.chosen = ["", "", ""]  # the key of the chosen row of each depth
         self.places = [0, 0, 0]  # where that row was when it was last there
-        self.sorts = ["", "node", ""]
+        self.sorts = ["", "key", ""]
         self.words = ["", "", ""]  # of the filter
         self.asked = ""  # "filter", "sort" or "help" while that is open
         self.choice = 0  # in the list of what can be sorted by
@@ -1183,11 +1181,11 @@ KEYS = {
     "KEY_END": "end",
     "KEY_ENTER": "enter",
     "KEY_BACKSPACE": "backspace",
-    "KEY_F1": "f1",
-    "KEY_F3": "f3",
-    "KEY_F4": "f4",
-    "KEY_F6": "f6",
-    "KEY_F10": "f10",
+    "KEY_F(1)": "f1",
+    "KEY_F(3)": "f3",
+    "KEY_F(4)": "f4",
+    "KEY_F(6)": "f6",
+    "KEY_F(10)": "f10",
 }
 
 
@@ -1269,12 +1267,17 @@ class Log:
                 self.page = text.partition("open ")[2]
         return data
 
-    def copy(self) -> None:
-        """Write to stderr what there is by now."""
-        data = self.read()
+    def read_behind_screens(self) -> bytes:
+        """What there is by now; it goes to stderr, too, if that is a file."""
+        return self.read() if os.isatty(2) else self.copy()
+
+    def copy(self) -> bytes:
+        """What there is by now, once it is written to stderr."""
+        read = data = self.read()
         with contextlib.suppress(OSError):
             while data:
                 data = data[os.write(2, data) :]
+        return read
 
 
 class Screen:
@@ -1428,12 +1431,13 @@ class Front:
             poll.register(self.log.end, select.POLLIN)
         ready = dict(poll.poll(seconds * 1000))
         if ready.get(sys.stdin.fileno(), 0) & (select.POLLHUP | select.POLLERR):
-            self.reason = "the terminal has gone"
+            self.view.has_ended = True  # the terminal has gone
         if self.signals.wakeup in ready:
             self.signals.drain()
-        said = self.log.read() if self.log and self.log.end in ready else b""
-        if b"CRITICAL WARNING" in said:
-            screen.curses.beep()
+        if self.log and self.log.end in ready:
+            said = self.log.read_behind_screens()
+            if b"CRITICAL WARNING" in said:
+                screen.curses.beep()
 
 
 def show_screens(master_server: Any, table: Any, options: argparse.Namespace) -> None:
@@ -1473,8 +1477,9 @@ def serve_master(
     elif await_login(table, log, signals, options.after_login):
         front = Front(master_server, table, log, signals)
         front.run()
-        for line in list(log.lines)[-LAST_LINES:]:
-            print(front.view.letters.clean(line), file=sys.stderr)
+        if os.isatty(2):
+            for line in list(log.lines)[-LAST_LINES:]:
+                print(front.view.letters.clean(line), file=sys.stderr)
         if table.owner_lives():
             os.kill(table.pid, signal.SIGTERM)
         signals.ended = [number for number in signals.ended if number == signal.SIGTERM]
