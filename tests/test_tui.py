@@ -21,6 +21,7 @@ from fcntl import ioctl
 
 import support
 from support import MasterTest, eventually, nodes, requires, start_master
+import test_herd
 from test_jobs import facts
 from test_pages import HOSTILE, event, job, node, view
 from test_terminal import open_terminal
@@ -665,8 +666,6 @@ class Terminal(Shown):
         """A folder in which _curses cannot be imported, as in a Python built without it."""
         folder = os.path.join(self.folder, "without")
         os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, "_curses.py"), "w") as file:
-            file.write("raise ImportError('No module named _curses')\n")
         with open(os.path.join(folder, "sitecustomize.py"), "w") as file:
             file.write("import sys\nsys.modules['_curses'] = None\n")
         return folder
@@ -768,6 +767,239 @@ class Tmux(Shown):
             with open(path + end) as file:
                 modes.append(file.read())
         self.assertEqual(modes, modes[:1] * 3)
+
+
+# ==========================================================================================
+# master_server.py --tui
+# ==========================================================================================
+
+
+SSH = """\
+#!/bin/sh
+# asks for a password as ssh does, and runs its last word
+printf 'password: ' >/dev/tty
+read answer </dev/tty
+[ "$answer" = "open sesame" ] || exit 255
+for word; do :; done
+exec sh -c "$word"
+"""
+
+
+class OfMaster(unittest.TestCase):
+    """The master's own screens: its log stands below, and all of it ends together."""
+
+    def setUp(self):
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder)
+
+    def start(self, *flags, wait="connected", **more):
+        path = os.path.join(support.ROOT, "master_server.py")
+        command = [support.PYTHON, path, "--port", "0", "--dashboard-port", "0"]
+        shown = Pty(self, command + ["--with-agent", "--tui", *flags], **more)
+        if wait:
+            shown.shows(wait)
+            self.family = [shown.tool.pid] + support.descendants(shown.tool.pid)
+            self.shared = support.shm_of(shown.tool.pid)
+            self.addCleanup(self.kill, self.family)
+        return shown
+
+    def kill(self, pids):
+        """End what still runs, when a test has failed."""
+        for pid in filter(support.alive, pids):
+            os.kill(pid, signal.SIGKILL)
+
+    def screens_of(self, shown):
+        """The pid of test_reader.py."""
+        found = []
+        for pid in support.descendants(shown.tool.pid):
+            with open("/proc/%d/cmdline" % pid, "rb") as file:
+                if b"test_reader.py" in file.read():
+                    found.append(pid)
+        (pid,) = found
+        return pid
+
+    def assertSane(self, shown):
+        """All has ended, and the terminal is as it was."""
+        eventually(lambda: not any(map(support.alive, self.family)), 10)
+        eventually(lambda: not self.shared & support.shm_names())
+        self.assertEqual(termios.tcgetattr(shown.theirs), shown.before)
+        self.assertNotIn(b"Traceback", shown.said)
+
+    def test_q_ctrl_c_and_sigterm_end_all_and_leave_the_last_lines(self):
+        for what, end in (
+            ("q", lambda shown: shown.press("q")),
+            ("Ctrl-C", lambda shown: shown.press("\x03")),
+            ("SIGTERM", lambda shown: shown.tool.send_signal(signal.SIGTERM)),
+        ):
+            with self.subTest(what):
+                shown = self.start()
+                self.assertNotEqual(termios.tcgetattr(shown.theirs), shown.before)
+                end(shown)
+                self.assertEqual(shown.end(), 0)
+                self.assertSane(shown)
+                left = shown.said.decode().rpartition("\x1b[?1049l")[2]
+                self.assertRegex(left, r"agent: connected to .*\r\n")
+                self.assertRegex(left, r"stopped\r\n\Z")
+
+    def test_a_closed_terminal_ends_all(self):
+        shown = self.start()
+        os.close(shown.ours)
+        eventually(lambda: shown.tool.code is not None)
+        self.assertEqual(shown.tool.code, 0)
+        eventually(lambda: not any(map(support.alive, self.family)), 10)
+        eventually(lambda: not self.shared & support.shm_names())
+
+    def test_killed_screens_come_again_and_the_terminal_is_sane_in_the_end(self):
+        shown = self.start()
+        pid = self.screens_of(shown)
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: (shown.read(), self.screens_of(shown) != pid)[1])
+        shown.shows("screens ended (signal 9); starting it again")
+        self.family.append(self.screens_of(shown))
+        shown.press("q")
+        self.assertEqual(shown.end(), 0)
+        self.assertSane(shown)
+
+    def test_a_killed_master_takes_its_screens_along(self):
+        shown = self.start()
+        shown.tool.send_signal(signal.SIGKILL)
+        eventually(lambda: (shown.read(), not any(map(support.alive, self.family)))[1])
+        self.assertEqual(termios.tcgetattr(shown.theirs), shown.before)
+        support.unlink_shm(self.shared)
+
+    def test_a_log_in_a_file_is_whole(self):
+        path = os.path.join(self.folder, "log")
+        with open(path, "w") as log:
+            shown = self.start(stderr=log)
+        shown.press("q")
+        self.assertEqual(shown.end(), 0)
+        self.assertSane(shown)
+        with open(path) as file:
+            text = file.read()
+        for line in ("collector listening", "goodbye: SIGTERM", "stopped"):
+            self.assertEqual(text.count(line), 1, text)
+
+    def test_where_there_can_be_no_screens_the_log_is_as_ever(self):
+        shown = self.start(env=environment(TERM="dumb"))
+        shown.shows("the log instead")
+        self.assertEqual(termios.tcgetattr(shown.theirs), shown.before)
+        shown.press("\x03")
+        self.assertEqual(shown.end(), 0)
+        self.assertSane(shown)
+        text = shown.said.decode()
+        self.assertIn("TERM='dumb' cannot move its cursor", text)
+        self.assertNotIn("\x1b[?1049h", text)
+        for line in ("collector listening", "agent: connected", "stopped"):
+            self.assertEqual(text.count(line), 1, text)
+        with start_master("--tui") as master_:
+            master_.logged("no screens, as this is no terminal: the log instead")
+            self.assertEqual(master_.stop(), 0)
+            self.assertIn("stopped", master_.log)
+
+    def test_the_other_script_must_be_beside_it(self):
+        for name in ("master_server.py", "agent.py"):
+            shutil.copy(os.path.join(support.ROOT, name), self.folder)
+        path = os.path.join(self.folder, "master_server.py")
+        done = support.run(path, "--tui", "--port", "0", "--dashboard-port", "0")
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(
+            done.stderr, r"\Aerror: --tui needs test_reader.py beside .*\n\Z"
+        )
+
+    def test_screens_wait_until_ssh_asks_for_nothing_any_more(self):
+        with start_master() as other:
+            read_end, write_end = os.pipe()
+            self.addCleanup(os.close, write_end)
+            command = reader_command(
+                other.port, "--log", str(read_end), "--after-login"
+            )
+            shown = Pty(self, command, pass_fds=[read_end])
+            os.close(read_end)
+            self.family, self.shared = [shown.tool.pid], set()
+            os.write(write_end, b"12:00:00 watcher started, pid 7\n")
+            shown.shows("watcher started")
+            support.stays(lambda: b"\x1b[?1049h" not in shown.read(), 1.5)
+            self.assertEqual(termios.tcgetattr(shown.theirs), shown.before)
+            os.write(write_end, b"12:00:09 agent: job 5: cannot attach\n")
+            shown.shows("\x1b[?1049h")
+            shown.shows("no jobs and no nodes yet")
+            shown.press("q")
+            other.wait()  # it is told to end
+            shown.tool.send_signal(signal.SIGTERM)
+            self.assertEqual(shown.end(), 0)
+            self.assertSane(shown)
+
+    def test_ssh_asks_on_the_terminal_and_then_the_screens_show_the_jobs(self):
+        slurm = test_herd.Slurm(self)
+        for name in ("master_server.py", "test_reader.py"):
+            shutil.copy(os.path.join(support.ROOT, name), slurm.folder)
+        os.chmod(slurm.write("ssh", SSH), 0o700)
+        slurm.write("queue", test_herd.row(nodes="c[1-2]"))
+        slurm.write("job.7", test_herd.details(nodes=["c1", "c2"]))
+        path = slurm.folder + os.pathsep + os.environ["PATH"]
+        command = [support.PYTHON, os.path.join(slurm.folder, "master_server.py")]
+        command += ["--port", "0", "--dashboard-port", "0", "--ssh", "login", "--tui"]
+        shown = Pty(self, command, env=environment(PATH=path))
+        shown.shows("password: ")
+        support.stays(lambda: b"\x1b[?1049h" not in shown.read(), 1.5)
+        self.family = [shown.tool.pid] + support.descendants(shown.tool.pid)
+        self.addCleanup(self.kill, self.family)
+        self.shared = support.shm_of(shown.tool.pid)
+        shown.press("open sesame\n")
+        shown.shows("\x1b[?1049h")
+        shown.shows("train|it")
+        shown.press("\r")
+        shown.shows("c2")
+        shown.press("q")
+        self.assertEqual(shown.end(), 0)
+        self.assertSane(shown)
+
+    def test_a_terminal_that_takes_nothing_any_more_stops_no_sample(self):
+        shown = self.start("--verbose", "--timeout", "60")
+        pid = self.screens_of(shown)
+        os.kill(pid, signal.SIGSTOP)
+        self.addCleanup(lambda: support.alive(pid) and os.kill(pid, signal.SIGCONT))
+        port = support._look(lambda: self.port_of(shown))[0]
+        with support.PlainAgent(port) as agent:
+            for number in range(900):  # their log is larger than a pipe
+                agent.send({"cpu": 1, "ram": 1, "node": "n" * 250, "ack": True})
+                self.assertEqual(agent.read_line(), "ok", number)
+        os.kill(pid, signal.SIGCONT)
+        shown.press("q")
+        self.assertEqual(shown.end(), 0)
+        self.assertSane(shown)
+
+    def port_of(self, shown):
+        """The port for agents of a master: that of its shared memory's name."""
+        (name,) = [name for name in self.shared if name.startswith("sentinel_")]
+        return int(name.rpartition("_")[2])
+
+
+@support.slow("a thousand agents")
+class Load(unittest.TestCase):
+    def test_a_thousand_nodes_take_two_hundredths_of_a_core_at_most(self):
+        with start_master() as big:
+            load = support.start("tests/load.py", big.port, 1000)
+            self.addCleanup(load.stop)
+            eventually(lambda: len(nodes(big.page)) == 1000, 60)
+            shown = Pty(self, reader_command(big.port))
+            shown.shows("1000 nodes")
+            for keys in ("", "\r"):
+                shown.press(keys)
+                time.sleep(3)
+                before = self.spent(shown.tool.pid)
+                time.sleep(15)
+                shown.read()
+                share = (self.spent(shown.tool.pid) - before) / 15
+                self.assertLess(share, 0.02)
+            shown.press("q")
+            self.assertEqual(shown.end(), 0)
+
+    def spent(self, pid):
+        """CPU seconds of a process (proc(5), stat fields 14 and 15)."""
+        with open("/proc/%d/stat" % pid) as file:
+            ticks = file.read().rpartition(")")[2].split()[11:13]
+        return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":
