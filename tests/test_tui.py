@@ -930,7 +930,7 @@ class OfMaster(unittest.TestCase):
             self.assertSane(shown)
 
     def test_ssh_asks_on_the_terminal_and_then_the_screens_show_the_jobs(self):
-        slurm = test_herd.Slurm(self)
+        slurm = test_herd.Slurm(self, ATTACH_SECONDS=30)  # on a busy machine
         for name in ("master_server.py", "test_reader.py"):
             shutil.copy(os.path.join(support.ROOT, name), slurm.folder)
         os.chmod(slurm.write("ssh", SSH), 0o700)
