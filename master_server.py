@@ -24,6 +24,7 @@ Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP, 1 could not start, 2 bad usa
 #                  sheet, Script, Markup, Readings, Selection, Jobs, Headline, Columns, Pages
 #   For programs   a copy of the table -> JSON, CSV, text, Prometheus
 #   Dashboard      browsers' sockets -> request -> pages: a thread for each connection
+#   Terminal       --tui: the log goes through a pipe, and test_reader.py shows screens above it
 #   Supervisor     processes and signals: the only room that starts or ends a process of ours
 #   Command line   flags -> options, and the way from there to the supervisor
 
@@ -87,6 +88,7 @@ from typing import (
 
 try:
     import resource
+    import termios
 except ImportError:  # Windows: main() says what is needed
     resource = None  # type: ignore[assignment]
 try:
@@ -506,7 +508,115 @@ def foreign_reason(data: bytes) -> str:
         return "HTTP on the agents' port; browsers have a port of their own"
     if data[:2] == b"\x16\x03":
         return "TLS on the agents' port; agents speak without it"
-    return "bytes that are no pickle of protocol 2 to 5"
+    return "bytes that are no pickle of protocol 2 to 5, and no JSON object"
+
+
+# A sample may be a line of JSON as well (RFC 8259), for what cannot write pickles, such as a
+# shell:
+#
+#     {"cpu": 15.5, "ram": 40.25, "node": "c1"}\n
+#
+# No pickle begins with a brace: that is the opcode of nothing.  The keys, the limits and the
+# answers are those of pickles.  json.loads() would follow whatever nesting a peer sends, takes
+# NaN, and the last of two equal keys: so pairs are taken one by one here, by a pattern that has
+# no room for nesting, and json.loads() only ever sees one text or number.
+
+JSON_BLANKS = r"[ \t\r]*"
+JSON_TEXT = r'"[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*"'
+JSON_NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?"
+JSON_VALUE = "%s|%s|null|true|false" % (JSON_TEXT, JSON_NUMBER)
+JSON_PAIR = re.compile(  # a key, its value, and what is to follow: more, or the end
+    "{0}({1}){0}:{0}({2}){0}([,}}])".format(JSON_BLANKS, JSON_TEXT, JSON_VALUE)
+)
+JSON_EMPTY = re.compile(JSON_BLANKS + "}")
+JSON_END = re.compile(JSON_BLANKS)
+JSON_DIGITS = 20  # of a whole number of 64 bits, with its sign
+MAX_INT = 2**63 - 1
+
+
+def parse_message(data: bytes) -> Optional[Tuple[Message, int, Spots]]:
+    """Read the flat dict that data begins with, a pickle or a line of JSON: see parse_pickle."""
+    if data[:1] == b"{":
+        return parse_line(data)
+    return parse_pickle(data)
+
+
+def parse_line(data: bytes) -> Optional[Tuple[Message, int, Spots]]:
+    """Read the JSON object that fills the first line of data: (dict, size of the line, ()).
+
+    None while the line has no end; WireError when it is too long or no flat object.
+    """
+    size = data.find(b"\n", 0, MAX_SAMPLE) + 1
+    if not size:
+        if len(data) < MAX_SAMPLE:
+            return None
+        raise WireError("a sample of more than %d bytes" % MAX_SAMPLE)
+    try:
+        line = data[: size - 1].decode()
+    except UnicodeDecodeError:
+        raise WireError("text that is not UTF-8") from None
+    result: Message = {}
+    at = 1  # behind the brace
+    empty = JSON_EMPTY.match(line, at)
+    if empty:
+        at = empty.end()
+    while not empty:
+        pair = JSON_PAIR.match(line, at)
+        if not pair:
+            raise not_flat(at)
+        at = pair.end()
+        key, value, mark = pair.groups()
+        set_pair(result, read_json(key, at), read_json(value, at))
+        if mark == "}":
+            break
+    if not JSON_END.fullmatch(line, at):
+        raise not_flat(at)
+    return result, size, ()
+
+
+def not_flat(at: int) -> WireError:
+    """What to raise where a line is no flat object, behind so many characters."""
+    return WireError(
+        "JSON that is not one flat dict of null, true, false, numbers and text a line,"
+        " from character %d on" % (at + 1)
+    )
+
+
+def set_pair(result: Message, key: Any, value: Any) -> None:
+    """Put a key and its value into the dict; WireError when it has that key, or too many."""
+    if key in result:
+        raise WireError("the key %s twice" % ascii(key)[:40])
+    result[key] = value
+    if len(result) > MAX_KEYS:
+        raise WireError("more than %d keys" % MAX_KEYS)
+
+
+def read_json(token: str, at: int) -> Any:
+    """The value of one text, number or constant of JSON, which ends about there."""
+    is_whole = token.lstrip("-").isdigit()
+    if is_whole and len(token) > JSON_DIGITS:
+        raise WireError("a whole number of more than 64 bits")
+    try:
+        value = json.loads(token)
+    except ValueError:  # a backslash before what it cannot stand before
+        raise not_flat(at) from None
+    if is_whole and not -MAX_INT - 1 <= value <= MAX_INT:
+        raise WireError("a whole number of more than 64 bits")
+    if type(value) is float and not math.isfinite(value):
+        raise WireError("%s; only finite floats are allowed" % token[:40])
+    if type(value) is str:
+        check_text(value)
+    return value
+
+
+def check_text(text: str) -> None:
+    """WireError when a text of JSON is too long, or holds what UTF-8 cannot write."""
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:  # half of a pair of \\u escapes
+        raise WireError("text that is not UTF-8") from None
+    if size > MAX_TEXT:
+        raise WireError("a text of %d bytes; at most %d are allowed" % (size, MAX_TEXT))
 
 
 # The short way.  Two samples of an agent differ, most of the time, in the bytes of their floats
@@ -566,8 +676,10 @@ def make_shape(
     """The shape of a good sample: its bytes, its dict, its row and where its floats are.
 
     None when a float is not the value of its key, because that came twice: then the short way
-    would not know which one counts.
+    would not know which one counts.  None for a line of JSON, whose numbers have no fixed size.
     """
+    if data[:1] == b"{":
+        return None
     changing = {key for _, key in floats if type(message.get(key)) is float}
     if len(changing) < len(floats):
         return None
@@ -1929,7 +2041,7 @@ class Peer:
 
         None while it is incomplete; WireError.
         """
-        parsed = parse_pickle(data)
+        parsed = parse_message(data)
         if not parsed:
             return None, 0
         message, size, floats = parsed
@@ -5050,6 +5162,72 @@ class Dashboard:
 
 
 # ============================================================================
+# Terminal: screens in place of the log, and a terminal that is sane behind them
+# ============================================================================
+#
+# With --tui the master's stderr, and that of all it starts, is a pipe.  test_reader.py, which has
+# the terminal, reads it: it shows the last lines below its screens, and copies them to the real
+# stderr as long as there are none, while ssh asks for a password say.
+#
+#     roles, agents, ssh --stderr--> pipe --> test_reader.py --> terminal
+#
+# Nothing waits for the one who reads: what there is no room for in the pipe is lost.  When the
+# user leaves the screens the master is told by SIGTERM, as by anybody else.
+
+
+class Terminal:
+    """The master's terminal and its stderr, as they were before the screens."""
+
+    def __init__(self) -> None:
+        self.modes: Any = None  # None: this is no terminal
+        with contextlib.suppress(termios.error, OSError):
+            self.modes = termios.tcgetattr(0)
+        self.stderr = os.dup(2)
+        self.log, log_end = os.pipe()
+        os.set_blocking(log_end, False)
+        os.dup2(log_end, 2)
+        os.close(log_end)
+
+    def close(self) -> None:
+        """Give stderr and the terminal back."""
+        os.dup2(self.stderr, 2)
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the terminal its modes again: screens that were killed did not."""
+        with contextlib.suppress(termios.error, OSError):
+            # in the background, setting them would stop us
+            if self.modes and os.tcgetpgrp(0) == os.getpgrp():
+                termios.tcsetattr(0, termios.TCSADRAIN, self.modes)
+
+
+class Screens(subprocess.Popen):  # type: ignore[type-arg]
+    """test_reader.py --tui as a child, under the names that a multiprocessing.Process has."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        terminal = options.terminal
+        terminal.restore()
+        command = [sys.executable, beside("test_reader.py"), "--tui"]
+        command += ["--shm-name", options.shm_name, "--log", str(terminal.log)]
+        if options.ssh:
+            command.append("--after-login")
+        end, held = os.pipe()
+        self.sentinel = os.fdopen(end, "rb", 0)  # it ends with the process
+        super().__init__(command, stderr=terminal.stderr, pass_fds=(terminal.log, held))
+        os.close(held)
+
+    @property
+    def exitcode(self) -> Optional[int]:
+        """The exit code, or minus the signal; None while it runs."""
+        return self.poll()
+
+    def join(self, timeout: Optional[float] = None) -> None:
+        """Wait for its end, so many seconds at most."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(timeout)
+
+
+# ============================================================================
 # Supervisor: processes and signals
 # ============================================================================
 
@@ -5186,6 +5364,8 @@ class Supervisor:
             self.names.append("agent")
         if watches_jobs(options):
             self.names.append("watcher")
+        if options.tui:
+            self.names.append("screens")
         self.watcher_began = False
         self.has_failed = False  # the watcher could not begin: the user is to mend that
         self.lock: Any = None
@@ -5281,6 +5461,8 @@ class Supervisor:
         """Start a role or the agent."""
         if name == "agent":
             return AgentProcess(self.options)
+        if name == "screens":
+            return Screens(self.options)
         if name == "watcher":
             again = self.watcher_began
             self.watcher_began = True
@@ -5528,6 +5710,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="watch my jobs on the cluster behind that login node, by one ssh",
     )
     add("--with-agent", action="store_true", help="watch this machine, too")
+    add(
+        "--tui",
+        action="store_true",
+        help="show screens on the terminal, jobs, their nodes, ranks and GPUs, above the log",
+    )
     add("--verbose", action="store_true", help="log every sample")
     return parser
 
@@ -5606,6 +5793,10 @@ def run_master(options: argparse.Namespace) -> int:
             raise StartError(
                 "%s needs agent.py beside master_server.py: copy it there" % flag
             )
+    if options.tui and not os.path.exists(beside("test_reader.py")):
+        raise StartError(
+            "--tui needs test_reader.py beside master_server.py: copy it there"
+        )
     options.secret = read_secret(options.secret_file) if options.secret_file else None
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(
@@ -5634,6 +5825,9 @@ def run_master(options: argparse.Namespace) -> int:
         options.shm_name = options.shm_name or "sentinel_%d" % options.port
         table = Table.create(options.shm_name, options.max_agents)
         stack.callback(table.unlink)
+        if options.tui:
+            options.terminal = Terminal()
+            stack.callback(options.terminal.close)
         # should this process be killed, the tracker may clean up behind it, but silently
         sys.warnoptions.append("ignore:resource_tracker")
         log.info("collector listening on %s", join_address(options.host, options.port))

@@ -1,13 +1,16 @@
 """A seeded mutation fuzzer for what reads a stranger's bytes: the decoder, and HTTP requests.
 
 Every pickle has one of three outcomes: a flat dict, None while it is incomplete, or WireError;
-and what holds for one holds for what it began with, what follows it, and parse_shape.  Every
+and what holds for one holds for what it began with, what follows it, and parse_shape.  So has
+every line of JSON, and a dict is what the standard library says of it, too.  Every
 request is one that can be answered, or HTTPError.
 
 SENTINEL_TEST_SEED    another seed (1)
 SENTINEL_FUZZ_INPUTS  how many inputs (200,000; 8,000 unless what takes long is asked for)
 """
 
+import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -24,12 +27,15 @@ from master_server import (
     HTTPError,
     WireError,
     check_sample,
+    parse_line,
     parse_pickle,
     parse_request,
 )
 from test_wire import (
     harmless,
+    harmless_lines,
     hostile,
+    line,
     real,
     same,
     shape_differs,
@@ -323,6 +329,124 @@ class Fuzz(unittest.TestCase):
             self.assertGreater(
                 total[outcome], INPUTS * share, "else it tries too little"
             )
+
+
+# ==========================================================================================
+# Lines of JSON
+# ==========================================================================================
+
+LIMITS = {"keys": 64, "text": 255, "int": 1 << 63}  # as test_wire.py has them
+
+
+class LineMutator(Mutator):
+    """As pickles: the same mutations, at the marks of a line."""
+
+    codes = [bytes([code]) for code in b'{}[]:,"\\ \t\r\n\0-+.eE0159tfnuNI\x7f\x80\xff']
+    edges = [
+        b"9223372036854775807",
+        b"-9223372036854775808",
+        b"9223372036854775808",
+        b"1e308",
+        b"1e309",
+        b"-0",
+        b"-0.0",
+        b"5e-324",
+        b"NaN",
+        b"Infinity",
+        b"null",
+        b"true",
+        b'"' + b"x" * 255 + b'"',
+        b'"' + b"x" * 256 + b'"',
+        rb'"\ud83d\ude00"',
+        rb'"\ud83d"',
+        rb'"\u00"',
+        b"[[]]",
+        b'{"a": 1}',
+        b'"cpu": 5, ',
+        b"\xc3\xbc",
+    ]
+
+    @staticmethod
+    def places(data):
+        return [at for at, code in enumerate(data) if code in b'{}:," \\'] or [0]
+
+
+def flat_json(data):
+    """What the standard library says of a line, if that is within the limits; else None."""
+
+    def refuse(word):
+        raise ValueError(word)
+
+    try:
+        text = data.decode()
+        pairs = json.loads(
+            text, object_pairs_hook=lambda found: found, parse_constant=refuse
+        )
+        if not text.startswith("{") or len(dict(pairs)) != len(pairs):
+            return None
+        for scalar in (scalar for pair in pairs for scalar in pair):
+            if type(scalar) is list or type(scalar) is float and math.isinf(scalar):
+                return None
+            if type(scalar) is str and len(scalar.encode()) > LIMITS["text"]:
+                return None
+            if type(scalar) is int and not -LIMITS["int"] <= scalar < LIMITS["int"]:
+                return None
+    except (ValueError, RecursionError):
+        return None
+    return dict(pairs) if len(pairs) <= LIMITS["keys"] else None
+
+
+class Lines(unittest.TestCase):
+    def outcome(self, data):
+        """How a line is decoded; fails when that is not as it must be."""
+        begin, newline, rest = data.partition(b"\n")
+        expected = flat_json(begin) if newline and len(begin) < 16384 else None
+        try:
+            found = parse_line(data)
+        except WireError as error:
+            self.assertTrue(str(error).isprintable() and len(str(error)) < 200, data)
+            self.assertIsNone(expected, "refused: %s %r" % (error, data))
+            with self.assertRaises(WireError, msg=data):
+                parse_line(data + b'}\n{"cpu": 1}\n')
+            return "refused"
+        if found is None:
+            self.assertTrue(not newline and len(data) < 16384, data)
+            return "incomplete"
+        result, size, floats = found
+        self.assertEqual((size, floats), (len(begin) + 1, ()), data)
+        self.assertEqual(repr(result), repr(expected), data)
+        self.assertEqual(repr(parse_line(data[:size] + rest[::-1])[0]), repr(result))
+        self.assertIsNone(parse_line(data[: size - 1]), data)
+        try:
+            check_sample(result)
+        except WireError:
+            return "dict"
+        return "sample"
+
+    def test_fifty_thousand_mutated_lines_are_what_json_says_or_refused(self):
+        rng, outcomes = random.Random(SEED), {}
+        good = [data for _, data in harmless_lines() if len(data) < 2000]
+        good += [
+            line('"node": "c1"', '"job": "4711"', '"ack": true', '"cpus": 64'),
+            b'{"auth": "%s"}\n' % (b"ab" * 32),
+            b'{"bye": "finished"}\n',
+            b'{"part": "rank", "look": 7, "pid": 4411, "cpu": 99.5}\n' * 2,
+        ]
+        bad = [data for _, data, _ in hostile() if data[:1] == b"{"]
+        bad = [data for data in bad if len(data) < 2000]
+        mutator = LineMutator(good * 8 + bad, rng)
+        for _ in range(INPUTS // 4):
+            outcome = self.outcome(b"{" + mutator.make()[1:])
+            outcomes[outcome] = outcomes.get(outcome, 0) + 1
+        sys.stderr.write("%d lines: %s " % (INPUTS // 4, outcomes))
+        for outcome, share in (
+            ("refused", 0.2),
+            ("sample", 0.03),
+            ("incomplete", 0.02),
+            ("dict", 0.03),
+        ):
+            least = INPUTS / 4 * share
+            self.assertGreater(outcomes.get(outcome, 0), least, outcomes)
 
 
 # ==========================================================================================

@@ -157,7 +157,7 @@ class HostileBytes(MasterTest):
                 self.assertNotIn("1.5 s", said, "at once, not at the deadline")
 
     def test_the_harmless_ones_are_taken_at_each_limit(self):
-        for what, data in test_wire.harmless():
+        for what, data in test_wire.harmless() + test_wire.harmless_lines():
             with self.subTest(what), PlainAgent(self.master.port) as agent:
                 agent.send_bytes(data)
                 agent.send(dict(GOOD, ack=True))
@@ -165,8 +165,11 @@ class HostileBytes(MasterTest):
         eventually(lambda: len(nodes(self.master.page)) == 1)
 
     def test_a_hostile_sample_behind_good_ones_ends_that_agent_alone(self):
+        brief = ("127.0.0.7", 0)  # so many brief visits of one source are told no more
         for what, data, reason in test_wire.hostile()[::7]:
-            with self.subTest(what), PlainAgent(self.master.port) as agent:
+            with self.subTest(what), PlainAgent(
+                self.master.port, source=brief
+            ) as agent:
                 agent.send(dict(GOOD, ack=True))
                 self.assertEqual(agent.read_line(), "ok")
                 self.send(agent, data, None)

@@ -18,6 +18,7 @@ import ssl
 import struct
 import sys
 import tempfile
+import time
 import unittest
 from unittest import mock
 
@@ -25,7 +26,15 @@ import support
 from support import requires
 
 import master_server
-from master_server import WireError, check_sample, make_shape, parse_pickle, parse_shape
+from master_server import (
+    WireError,
+    check_sample,
+    make_shape,
+    parse_line,
+    parse_message,
+    parse_pickle,
+    parse_shape,
+)
 
 MAX_SAMPLE, MAX_KEYS, MAX_TEXT = 16384, 64, 255  # as design.md has them
 ROOM = 16 << 20  # bytes of address space that a decode may take beyond what is there
@@ -371,10 +380,142 @@ def other_protocols():
     yield "half a TLS hello", client_hello()[:20], "TLS"
     yield "SSH", b"SSH-2.0-OpenSSH_9.2\r\n", "no pickle"
     yield "Redis", b"*1\r\n$4\r\nPING\r\n", "no pickle"
-    yield "JSON", b'{"cpu": 15.5, "ram": 40.2}', "no pickle"
+    yield (
+        "a list of JSON",
+        b'[{"cpu": 15.5, "ram": 40.2}]\n',
+        "no pickle.*no JSON object",
+    )
+    yield "a text of JSON", b'"cpu"\n', "no pickle.*no JSON object"
+    yield "JSON behind a blank", b' {"cpu": 15.5, "ram": 40.2}\n', "no JSON object"
+    yield "JSON behind a mark", b'\xef\xbb\xbf{"cpu": 1, "ram": 1}\n', "no JSON object"
     yield "a lot of zeros", bytes(20000), "no pickle"
     rng = random.Random(7)
     yield "noise", b"\x13" + bytes(rng.randrange(256) for _ in range(5000)), "no pickle"
+
+
+# ---- lines of JSON
+
+
+def line(*pairs):
+    """A line of JSON with cpu, ram and these pairs, each as it is written."""
+    good = ('"cpu": 15.5', '"ram": 40.25')
+    return ("{%s}\n" % ", ".join(good + pairs)).encode("utf-8", "surrogatepass")
+
+
+def line_of_size(size):
+    """A valid line of that many bytes exactly, with its newline."""
+    return line()[:-2] + b" " * (size - len(line())) + b"}\n"
+
+
+def lines_past_limits():
+    """(what, line, reason) of lines one past each limit, or with what a pickle cannot say."""
+    yield "a line of 16,385 bytes", line_of_size(MAX_SAMPLE + 1), "16384"
+    yield "a line without an end", line()[:-1] + b" " * MAX_SAMPLE, "16384"
+    yield "a text without an end", b'{"cpu": "' + b"x" * MAX_SAMPLE, "16384"
+    many = ['"k%d": 1' % number for number in range(MAX_KEYS - 1)]
+    yield "a line of 65 keys", line(*many), "64 keys"
+    yield "a line of 3,000 keys", line(*['"%d":1' % n for n in range(1500)]), "64 keys"
+    long = '"%s"' % ("x" * (MAX_TEXT + 1))
+    yield "a line with 256 bytes of text", line('"node": ' + long), "255"
+    yield "a line with a key of 256 bytes", line(long + ": 1"), "255"
+    yield "256 bytes in escapes", line('"node": "%s"' % (r"\u00e9" * 128)), "255"
+    yield "256 bytes in pairs", line('"node": "%s"' % (r"\ud83d\ude00" * 64)), "255"
+    yield "7,500 escapes", line('"node": "%s"' % (r"\n" * 7500)), "255"
+    for number in ("%d" % 2**63, "%d" % (-(2**63) - 1), "9" * 40, "-" + "9" * 9000):
+        yield "%.30s... in a line" % number, line('"x": ' + number), "64 bits"
+    for number in ("1e999", "-1e999", "1" * 400 + ".5"):
+        yield "%.9s... in a line" % number, line('"x": ' + number), "finite"
+    for word in ("NaN", "Infinity", "-Infinity", "nan", "True", "None", "undefined"):
+        yield "the word " + word, line('"x": ' + word), NOT_FLAT
+    for key in ("cpu", "node", r"\u0063pu"):
+        pair = '"%s": 1' % key
+        yield "the key %s twice" % key, line(pair, pair), "twice"
+    for key, value in (
+        ("cpu", "true"),
+        ("ram", "101"),
+        ("cpu", '"5"'),
+        ("ram", "null"),
+    ):
+        other = {"cpu": "ram", "ram": "cpu"}[key]
+        yield (
+            "a line whose %s is %s" % (key, value),
+            ('{"%s": %s, "%s": 1}\n' % (key, value, other)).encode(),
+            "%s must be a number from 0 to 100" % key,
+        )
+    yield "an empty object", b"{}\n", "cpu.*missing"
+    yield "an object of blanks", b"{ \t }\n", "cpu.*missing"
+    yield "a line without ram", b'{"cpu": 1}\n', "ram.*missing"
+    for what, pair in (
+        ("half a pair of escapes", r'"node": "\ud83d"'),
+        ("a low half alone", r'"node": "a\ude00b"'),
+        ("half a pair as key", r'"\ud83d": 1'),
+        ("a surrogate as bytes", '"node": "\ud800"'),
+    ):
+        yield what + " in a line", line(pair), "UTF-8"
+    for raw in (b"\xff", b"\xc0\x80", b"\xe2\x82", b"ok\x80"):
+        yield "a line with %r" % raw, line('"node": "%"').replace(b"%", raw), "UTF-8"
+
+
+def other_lines():
+    """(what, line, reason) of lines of something else than a flat object, and broken ones."""
+    for depth in (1, 50, 900, 8000):
+        lists = "[" * depth + "]" * depth
+        dicts = '{"a":' * (depth // 3) + "{}" + "}" * (depth // 3)
+        yield "lists nested %d deep" % depth, line('"a": ' + lists), NOT_FLAT
+        yield "objects nested %d deep" % depth, line('"a": ' + dicts), NOT_FLAT
+    yield "only braces", b"{" * 8000 + b"\n", NOT_FLAT
+    yield "lists without an end", line('"a": ' + "[" * 8000), NOT_FLAT
+    for what, text_ in (
+        ("a comma at the end", '{"cpu": 1, "ram": 1,}'),
+        ("a comma at the start", '{, "cpu": 1, "ram": 1}'),
+        ("two commas", '{"cpu": 1,, "ram": 1}'),
+        ("no comma", '{"cpu": 1 "ram": 1}'),
+        ("no colon", '{"cpu" 1, "ram": 1}'),
+        ("no value", '{"cpu": , "ram": 1}'),
+        ("no end", '{"cpu": 1, "ram": 1'),
+        ("two objects in a line", '{"cpu": 1, "ram": 1} {"cpu": 1, "ram": 1}'),
+        ("something behind it", '{"cpu": 1, "ram": 1};'),
+        ("single quotes", "{'cpu': 1, 'ram': 1}"),
+        ("a bare key", "{cpu: 1, ram: 1}"),
+        ("a number as key", '{1: 1, "cpu": 1, "ram": 1}'),
+        ("a zero in front", '{"cpu": 01, "ram": 1}'),
+        ("a plus", '{"cpu": +1, "ram": 1}'),
+        ("a point without digits", '{"cpu": 1., "ram": 1}'),
+        ("no digit before the point", '{"cpu": .5, "ram": 1}'),
+        ("a hexadecimal number", '{"cpu": 0x1, "ram": 1}'),
+        ("an Arabic digit", '{"cpu": \u0661, "ram": 1}'),
+        ("a comment", '{"cpu": 1, /* all */ "ram": 1}'),
+        ("an escape that there is not", r'{"cpu": 1, "ram": 1, "node": "\x41"}'),
+        ("half an escape", r'{"cpu": 1, "ram": 1, "node": "\u00"}'),
+        ("a backslash at the end", '{"cpu": 1, "ram": 1, "node": "\\"}'),
+        ("a control character", '{"cpu": 1, "ram": 1, "node": "\x1b[2J"}'),
+        ("a NUL", '{"cpu": 1, "ram": 1, "node": "\0"}'),
+        ("a tab in a text", '{"cpu": 1, "ram": 1, "node": "\t"}'),
+        ("a foreign blank", '{\u00a0"cpu": 1, "ram": 1}'),
+        ("a form feed", '{"cpu": 1,\f"ram": 1}'),
+    ):
+        yield what + " in a line", text_.encode() + b"\n", NOT_FLAT
+    yield "a pickle in braces", b"{" + sample() + b"\n", "UTF-8|" + NOT_FLAT
+
+
+def harmless_lines():
+    """[(what, line)] at each limit exactly, or odd: each is a sample."""
+    many = ['"k%d": 1' % number for number in range(MAX_KEYS - 2)]
+    return [
+        ("a line of 16,384 bytes", line_of_size(MAX_SAMPLE)),
+        ("a line of 64 keys", line(*many)),
+        ("a line with 255 bytes", line('"node": "%s"' % ("\u20ac" * 85))),
+        ("255 bytes in escapes", line('"node": "%s"' % (r"\u20ac" * 85))),
+        ("a line with a key of 255 bytes", line('"%s": null' % ("k" * MAX_TEXT))),
+        ("2**63 - 1 in a line", line('"x": %d' % (2**63 - 1), '"y": %d' % -(2**63))),
+        ("floats in a line", line('"x": 1.7976931348623157e308', '"y": -5E-324')),
+        ("a float of 9,000 digits", line('"x": 0.%s1' % ("0" * 9000))),
+        ("constants", line('"a": null', '"ack": false', '"b": true')),
+        ("escapes", line(r'"node": "\"\\\/\b\f\n\r\t\u0000\u00e9\ud83d\ude00{}[],:"')),
+        ("a text of digits", line('"job": "%s"' % ("9" * 40))),
+        ("no blanks", b'{"cpu":0,"ram":100,"node":"c1"}\n'),
+        ("many blanks", b'{\t"cpu" :\r1 , "ram"\t: 1 } \r\n'),
+    ]
 
 
 def hostile(path="/nonexistent/sentinel"):
@@ -392,6 +533,8 @@ def hostile(path="/nonexistent/sentinel"):
         from_the_memo,
         other_shapes,
         other_protocols,
+        lines_past_limits,
+        other_lines,
     ):
         table += part()
     names = [what for what, _, _ in table]
@@ -478,7 +621,7 @@ def harmless():
 def outcome(data):
     """What the collector makes of bytes: "sample", "incomplete" or the reason; nothing else."""
     try:
-        parsed = parse_pickle(data)
+        parsed = parse_message(data)
         if parsed is None:
             return "incomplete"
         check_sample(parsed[0])
@@ -509,12 +652,48 @@ class Decoder(unittest.TestCase):
                 )
                 self.assertEqual(outcome(data), "sample")
 
+    def test_a_line_says_what_json_says_of_it(self):
+        for what, data in harmless_lines():
+            with self.subTest(what):
+                result, size, floats = parse_message(data)
+                expected = json.loads(data.decode())
+                self.assertEqual(repr(result), repr(expected))
+                self.assertEqual((size, floats), (len(data), ()))
+                self.assertEqual(outcome(data), "sample")
+
+    def test_no_pickle_begins_as_a_line_does(self):
+        for opcode in pickletools.opcodes:
+            self.assertNotEqual(opcode.code, "{", opcode.name)
+
+    def test_what_follows_a_line_is_left_for_the_next_one(self):
+        for rest in (line(), b"{", b"\n", sample(), b"\xff" * 20000):
+            result, size, _ = parse_message(line('"node": "c1"') + rest)
+            self.assertEqual(result, {"cpu": 15.5, "ram": 40.25, "node": "c1"})
+            self.assertEqual(size, len(line('"node": "c1"')))
+
+    def test_a_line_takes_no_time_whatever_is_in_it(self):
+        long = b"x" * 16000
+        for what, data in (
+            ("escapes", b'{"' + rb"\"" * 8000 + b"\n"),
+            ("blanks", b'{"cpu"' + b" " * 16000 + b"\n"),
+            ("blanks without a text", b"{" + b" \t" * 8000 + b"\n"),
+            ("digits", b'{"cpu":' + b"1" * 16000 + b"x\n"),
+            ("a fraction", b'{"cpu":0.' + b"1" * 16000 + b"x\n"),
+            ("an exponent", b'{"cpu":1e' + b"1" * 16000 + b"\n"),
+            ("two texts", b'{"' + long[:8000] + b'":"' + long[:8000] + b'"x\n'),
+            ("quotes", b'{"' + b'"' * 16000 + b"\n"),
+        ):
+            with self.subTest(what):
+                start = time.process_time()
+                self.assertRegex(outcome(data), NOT_FLAT + "|finite|64 bits|255")
+                self.assertLess(time.process_time() - start, 0.1)
+
     def test_every_beginning_of_a_sample_is_incomplete(self):
-        for what, data in harmless():
+        for what, data in harmless() + harmless_lines():
             with self.subTest(what):
                 step = 1 if len(data) < 1000 else 41
                 for end in range(1, len(data), step):
-                    self.assertIsNone(parse_pickle(data[:end]), end)
+                    self.assertIsNone(parse_message(data[:end]), end)
 
     def test_what_follows_a_sample_is_left_for_the_next_one(self):
         first, second = sample(), pickle.dumps({"cpu": 1, "ram": 2}, 2)
@@ -730,6 +909,11 @@ class Shapes(unittest.TestCase):
                 for _ in range(200):
                     self.assertEqual(shape_differs(data, rng), "")
 
+    def test_a_line_has_no_shape(self):
+        message, size, floats = parse_line(line())
+        row = check_sample(message)
+        self.assertIsNone(make_shape(line()[:size], message, row, floats))
+
     def test_an_agents_samples_do_go_the_short_way(self):
         for protocol in (2, 4):
             data = pickle.dumps(
@@ -765,11 +949,16 @@ def measure_one(decode, data):
     return said, peak() - before
 
 
+def everything():
+    """Both tables: what is refused, and what is taken."""
+    return hostile() + harmless() + harmless_lines()
+
+
 def measure(decode=outcome, table=None):
     """[(what, outcome, KiB)] of a table, each input in a child of its own."""
     found = []
     decode(sample())  # what Python loads for the first one
-    for what, data, *_ in table or hostile() + harmless():
+    for what, data, *_ in table or everything():
         read_end, write_end = os.pipe()
         child = os.fork()
         if not child:
@@ -809,8 +998,8 @@ class Memory(unittest.TestCase):
     @support.slow("a process for each input")
     def test_each_hostile_input_is_refused_within_a_mebibyte(self):
         found = self.measured("measure")
-        self.assertEqual(len(found), len(hostile()) + len(harmless()))
-        for (what, said, rise), (_, _, *reason) in zip(found, hostile() + harmless()):
+        self.assertEqual(len(found), len(everything()))
+        for (what, said, rise), (_, _, *reason) in zip(found, everything()):
             with self.subTest(what):
                 self.assertRegex(said, reason[0] if reason else "^sample$")
                 self.assertLess(rise, PEAK)
