@@ -41,6 +41,7 @@ import base64
 import collections
 import contextlib
 import csv
+import errno
 import functools
 import gzip
 import hashlib
@@ -1239,14 +1240,14 @@ GATHER_SECONDS = 1.0  # quiet time that ends an alert storm
 STORM_SECONDS = 5.0  # the longest that an alert waits for others of its kind
 STORM_SIZE = 4  # more alerts of a kind are told by one command
 MAX_ALERTS = 20000  # alerts waiting for the command
-FLAP_SECONDS = 600.0  # within which ...
+FLAP_SECONDS = 600.0  # for which changes and brief visits are counted
 FLAP_CHANGES = (
-    8  # ... a rule may fire and be resolved on a node, and a node come and go
+    8  # of a rule on a node, or of a node that comes and goes: told one by one
 )
-BRIEF_SECONDS = 2.0  # a visit that is shorter, of which ...
-FLAP_VISITS = 40  # ... one source may make so many, by whatever names
-CROWD = 8  # ... if no more of its agents are here
-MAX_FLAPPING = 8192  # of what is counted so
+FLAP_VISITS = 20  # brief visits of one address: told one by one, 4 events each at most
+BRIEF_SECONDS = 2.0  # a visit that is no longer is a brief one
+SETTLE_SECONDS = 60.0  # without a change: what was withheld last is told
+MAX_FLAPPING = 8192  # things that are counted so
 RULE = re.compile(
     r"\s*(\w+)\s*([<>])\s*(\d+(?:\.\d+)?)(?:\s+for\s+(\d+(?:\.\d+)?)\s*s?)?\s*"
 )
@@ -1345,51 +1346,157 @@ def judge(
     return changes
 
 
-class Flapping:
-    """Bounds what one thing that comes and goes can tell: a rule on a node, a node, a source.
+class Event(NamedTuple):
+    """What there is to tell of a node: in the ring and the log, by a command."""
 
-    More than CHANGES of it within SECONDS is flapping. That is told once, with the count, and
-    again after as long; the changes themselves are told no more until it is quiet again.
+    kind: str  # connected, finished, lost, alert, resolved or flapping
+    node: str
+    row: Row  # the node's last sample, KEPT of it at least
+    address: str
+    text: str
+    rule: Optional[Rule] = None
+    value: Union[float, str] = ""
+
+    def job(self) -> str:
+        """The job's id, or ""."""
+        return str(self.row[INDEX["job"]], "utf-8")
+
+    def subject(self) -> str:
+        """The node, and its job if it has one."""
+        job = self.job()
+        return "%s (job %s)" % (self.node, job) if job else self.node
+
+
+class Flap:
+    """What is counted of one thing that comes and goes."""
+
+    __slots__ = ("since", "changes", "was_told", "last", "withheld")
+
+    def __init__(self, now: float, changes: int) -> None:
+        self.since = now  # time.monotonic() from which on changes are counted
+        self.changes = changes
+        self.was_told = False  # that it is flapping
+        self.last = now  # time.monotonic() of the last change
+        self.withheld: Sequence[Event] = ()  # what the last change would have told
+
+
+class Flapping:
+    """Bounds what one thing that comes and goes can tell: a rule on a node, a node, an address.
+
+    More than so many changes of it within so many seconds is flapping.  That is told once, with
+    the count, and again after as long.  The changes are withheld until it is quiet again; then
+    the last of them is told, since it is how things are.
     """
 
     def __init__(self, changes: int, seconds: float) -> None:
         self.changes = changes
         self.seconds = seconds
         self.lock = threading.Lock()
-        # key -> [since, changes since then, whether flapping was told, the last change]
-        self.known: Dict[Any, List[Any]] = collections.OrderedDict()
+        self.known: Dict[Any, Flap] = collections.OrderedDict()
+        self.dropped: List[Event] = []  # withheld of what is counted no more
 
     def count(self, key: Any) -> int:
         """Count a change: 0 if it is to be told, else how many there were; -1 if that was told."""
         now = time.monotonic()
         with self.lock:
-            entry = self.known.get(key)
-            if entry is None or now - entry[0] > self.seconds:
-                was_flapping = (
-                    entry is not None and entry[2] and now - entry[3] <= self.seconds
-                )
-                self.known.pop(key, None)
-                if len(self.known) >= MAX_FLAPPING:
-                    del self.known[next(iter(self.known))]
-                # one that goes on like this is told again, not first believed for a while
-                begun = self.changes if was_flapping else 0
-                entry = self.known[key] = [now, begun, False, now]
-            entry[1] += 1
-            entry[3] = now
-            if entry[1] <= self.changes:
+            flap = self.known.get(key)
+            if flap is None or now - flap.since > self.seconds:
+                flap = self.begin(key, flap, now)
+            flap.changes += 1
+            flap.last = now
+            if flap.changes <= self.changes:
                 return 0
-            if entry[2]:
+            if flap.was_told:
                 return -1
-            entry[2] = True
-            return int(entry[1])
+            flap.was_told = True
+            return flap.changes
+
+    def begin(self, key: Any, before: Optional[Flap], now: float) -> Flap:
+        """Count from now on.  Lock must be held by the caller.
+
+        One that goes on as before is told again at once, not first believed for a while.
+        """
+        goes_on = before is not None and before.was_told
+        if before is not None:
+            goes_on = goes_on and now - before.last <= self.seconds
+            del self.known[key]
+        if len(self.known) >= MAX_FLAPPING:
+            oldest = next(iter(self.known))
+            self.dropped += self.known.pop(oldest).withheld
+        flap = Flap(now, self.changes if goes_on else 0)
+        self.known[key] = flap
+        return flap
 
     def is_flapping(self, key: Any) -> bool:
         """Whether it was flapping lately, without counting a change."""
+        now = time.monotonic()
         with self.lock:
-            entry = self.known.get(key)
-            return bool(
-                entry and entry[2] and time.monotonic() - entry[0] <= self.seconds
-            )
+            flap = self.known.get(key)
+            if flap is None:
+                return False
+            return flap.was_told and now - flap.since <= self.seconds
+
+    def withhold(self, key: Any, events: Sequence[Event]) -> None:
+        """Keep what the last change would have told, in place of what was kept before."""
+        with self.lock:
+            flap = self.known.get(key)
+            if flap is None:
+                self.dropped += events
+                return
+            flap.withheld = events
+            flap.last = time.monotonic()
+
+    def settled(self) -> List[Event]:
+        """What was withheld of that which has been quiet for long enough to be told."""
+        now = time.monotonic()
+        with self.lock:
+            events = self.dropped
+            self.dropped = []
+            for flap in self.known.values():
+                if flap.withheld and now - flap.last > SETTLE_SECONDS:
+                    quiet = "quiet now, after %d changes" % flap.changes
+                    for event in flap.withheld:
+                        text = "%s; %s" % (event.text, quiet)
+                        events.append(event._replace(text=text))
+                    flap.withheld = ()
+        return events
+
+
+class Visits(Flapping):
+    """Bounds what an address can tell by brief visits, under whatever names.
+
+    Many that come and go at once are a crowd, no loop: a visit counts only when an earlier brief
+    one had ended before, and each that has ended makes one other count.
+    """
+
+    def __init__(self, changes: int, seconds: float) -> None:
+        super().__init__(changes, seconds)
+        # address -> (brief visits that ended, time.monotonic() of the last one's end)
+        self.ended: Dict[str, Tuple[int, float]] = collections.OrderedDict()
+
+    def end_brief(self, source: str) -> None:
+        """Note that a brief visit has ended."""
+        with self.lock:
+            count, _ = self.ended.pop(source, (0, 0.0))
+            if len(self.ended) >= MAX_FLAPPING:
+                del self.ended[next(iter(self.ended))]
+            self.ended[source] = (count + 1, time.monotonic())
+
+    def begin_visit(self, source: str) -> int:
+        """0 if the visit is to be told, else as count() has it."""
+        if self.is_return(source):
+            return self.count(source)
+        return -1 if self.is_flapping(source) else 0
+
+    def is_return(self, source: str) -> bool:
+        """Whether one who comes may be one who was here before, briefly."""
+        with self.lock:
+            count, when = self.ended.pop(source, (0, 0.0))
+            if not count or time.monotonic() - when > self.seconds:
+                return False
+            if count > 1:
+                self.ended[source] = (count - 1, when)
+            return True
 
 
 class CommandRunner:
@@ -1494,6 +1601,7 @@ BEAT_SECONDS = 0.5  # between two heartbeats of the collector
 PIN_CPU = 0.1  # of a core, from which on a collector is a busy one
 PIN_SECONDS = 5.0  # between two looks at where its threads are to run
 LINGER_SECONDS = 0.5  # for a peer to read why it is sent away
+THE_NODE = "the node"  # what comes and goes when it is no rule
 
 
 def split_address(address: Address) -> Tuple[str, str]:
@@ -1576,6 +1684,45 @@ class Refusals:
                 self.tell(source, "%s (and %d more in %g s)" % (reason, count, seconds))
 
 
+class Shortage(NamedTuple):
+    """Why a connection cannot be served, and what to do about it."""
+
+    reason: str
+    cure: str
+
+
+def descriptor_shortage(error: OSError) -> Shortage:
+    """What accept(2) lacks."""
+    reason = str(error.strerror)
+    if error.errno == errno.EMFILE:
+        return Shortage(reason, "raise ulimit -n")
+    if error.errno == errno.ENFILE:
+        return Shortage(reason, "raise fs.file-max, or run the master elsewhere")
+    return Shortage(reason, "free some memory, or run the master elsewhere")
+
+
+class Spare:
+    """A descriptor in reserve: without it nobody could be told that there are no more."""
+
+    def __init__(self) -> None:
+        self.fd: Optional[int] = None
+        self.keep()
+
+    def keep(self) -> None:
+        """Have one again, if there is one to be had."""
+        if self.fd is None:
+            with contextlib.suppress(OSError):
+                self.fd = os.open(os.devnull, os.O_RDONLY)
+
+    def give(self) -> bool:
+        """Give it away for a connection; False when there is none."""
+        if self.fd is None:
+            return False
+        os.close(self.fd)
+        self.fd = None
+        return True
+
+
 class TurnedAway:
     """Counts the agents that there were no threads or descriptors for."""
 
@@ -1601,6 +1748,52 @@ class TurnedAway:
         return sum(count for _, count in self.seconds)
 
 
+class Kept:
+    """What a peer on probation has told, by what it is about."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds  # for which the peer has to stay
+        self.events: Dict[str, Sequence[Event]] = {}
+
+
+class Probation:
+    """Peers that may be gone again in a moment: what they tell waits until they have stayed."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.kept: Dict["Peer", Kept] = {}
+
+    def begin(self, peer: "Peer", seconds: float) -> None:
+        """Let what the peer tells wait until it has been here for so long."""
+        with self.lock:
+            self.kept.setdefault(peer, Kept(seconds))
+
+    def keep(self, peer: "Peer", what: str, events: Sequence[Event]) -> bool:
+        """Keep events of a peer that is on probation; else False, and they are to be told."""
+        with self.lock:
+            kept = self.kept.get(peer)
+            if kept is None:
+                return False
+            if events[0].kind == "resolved" and what in kept.events:
+                del kept.events[what]  # nobody was told that it fired
+            else:
+                kept.events[what] = events
+            return True
+
+    def end(self, peer: "Peer") -> Dict[str, Sequence[Event]]:
+        """Let go of a peer: what was kept of it."""
+        with self.lock:
+            kept = self.kept.pop(peer, None)
+            return kept.events if kept else {}
+
+    def passed(self) -> List["Peer"]:
+        """Those who have stayed for long enough."""
+        with self.lock:
+            return [
+                peer for peer, kept in self.kept.items() if peer.stay() > kept.seconds
+            ]
+
+
 class Silence(Exception):
     """No whole sample came in time."""
 
@@ -1612,6 +1805,7 @@ class Peer:
         "sock",
         "source",
         "address",
+        "came",
         "timeout",
         "receive_timeout",
         "buffer",
@@ -1634,6 +1828,15 @@ class Peer:
         self.shape: Optional[Shape] = None
         self.row, self.ack = UNKNOWN, False
         self.state: Dict[Rule, Optional[float]] = {}
+        self.came = time.monotonic()
+
+    def stay(self) -> float:
+        """For how many seconds it has been here."""
+        return time.monotonic() - self.came
+
+    def node_key(self) -> Tuple[str, ...]:
+        """What comes and goes with it: an address's node, since anybody may give any name."""
+        return (self.source, self.known_as, self.text("job"))
 
     def text(self, key: str) -> str:
         """A text of the last sample."""
@@ -1643,6 +1846,16 @@ class Peer:
         return self.known_as + (
             " (job %s)" % self.text("job") if self.text("job") else ""
         )
+
+    def event(
+        self,
+        kind: str,
+        text: str,
+        rule: Optional[Rule] = None,
+        value: Union[float, str] = "",
+    ) -> Event:
+        """Something to tell of this peer."""
+        return Event(kind, self.known_as, self.row, self.address, text, rule, value)
 
     def say(self, line: bytes) -> None:
         """Write if there is room for it: a peer that never reads is served all the same."""
@@ -1723,7 +1936,9 @@ class Collector:
         self.waiting = Waiting(MAX_WAITING)
         self.refusals = Refusals(self.tell_refusal)
         self.flapping = Flapping(FLAP_CHANGES, FLAP_SECONDS)
-        self.visits = Flapping(FLAP_VISITS, FLAP_SECONDS)
+        self.visits = Visits(FLAP_VISITS, FLAP_SECONDS)
+        self.early = Flapping(FLAP_VISITS, FLAP_SECONDS)  # alerts in brief visits
+        self.probation = Probation()
         self.turned_away = TurnedAway()
         self.runner = (
             CommandRunner(options.alert_command) if options.alert_command else None
@@ -1747,6 +1962,10 @@ class Collector:
         """Say that this role is well, and do what is due now and then."""
         self.beat_table()
         self.refusals.flush()
+        for peer in self.probation.passed():
+            self.end_probation(peer)
+        self.announce(*self.visits.settled())
+        self.announce(*self.flapping.settled())
         now, spent = time.monotonic(), time.process_time()
         with self.lock:
             self.lost = {
@@ -1760,11 +1979,11 @@ class Collector:
             self.looked, self.spent = now, spent
             pin_threads(self.pinned)
 
-    def turn_away(self, sock: socket.socket, address: Address, error: str) -> None:
+    def turn_away(
+        self, sock: socket.socket, address: Address, shortage: Shortage
+    ) -> None:
         """Tell an agent that there is no room for it, and why."""
-        why = (
-            "no room for more agents here (%s): raise TasksMax or ulimit -u -n" % error
-        )
+        why = "no room for more agents here (%s): %s" % shortage
         with self.lock:
             self.turned_away.add(why)
             count = self.turned_away.lately()
@@ -1772,6 +1991,8 @@ class Collector:
         with contextlib.suppress(OSError):
             sock.send(b"error %s\n" % text.encode(), socket.MSG_DONTWAIT)
             sock.shutdown(socket.SHUT_WR)
+            # unread input would turn the close into a reset, which overtakes the line
+            sock.recv(MAX_SAMPLE, socket.MSG_DONTWAIT)
         sock.close()
         self.refusals.add(split_address(address)[0], why)
 
@@ -1854,13 +2075,10 @@ class Collector:
         if new:
             self.welcome(peer)
         for kind, rule, value in changes:
-            self.tell(
-                kind,
-                peer,
-                "%s is %g (%s)" % (rule.metric, value, str(rule)),
-                rule,
-                value,
-            )
+            words = "%s is %g (%s)" % (rule.metric, value, str(rule))
+            if peer.stay() <= BRIEF_SECONDS and self.early.count(peer.source):
+                self.probation.begin(peer, BRIEF_SECONDS)
+            self.tell_rule(peer, peer.event(kind, words, rule, value))
         if peer.ack:
             peer.say(b"ok\n")
         if self.options.verbose:
@@ -1900,12 +2118,17 @@ class Collector:
         self.beat_table()
         with self.lock:
             since = self.lost.pop((peer.known_as, peer.text("job")), None)
-        if self.visits.is_flapping(peer.source):
-            return
-        told = self.tell("connected", peer, "from %s" % peer.address)
-        if told and since is not None:
+        events = [peer.event("connected", "from %s" % peer.address)]
+        if since is not None:
             away = time.monotonic() - since
-            self.tell("resolved", peer, "lost: back after %.0f s" % away)
+            events.append(peer.event("resolved", "lost: back after %.0f s" % away))
+        if self.count_move(peer):
+            self.flapping.withhold(peer.node_key(), ())  # that it had left, say
+            self.probation.begin(peer, SETTLE_SECONDS)
+        if self.count_visit(peer):
+            self.probation.begin(peer, BRIEF_SECONDS)
+        if not self.probation.keep(peer, THE_NODE, events):
+            self.announce(*events)
 
     def leave(self, peer: Peer, kind: str, text: str) -> None:
         """Free the peer's slot and tell how it ended."""
@@ -1917,92 +2140,99 @@ class Collector:
                 del self.slots[peer.source]
             if kind == "lost":
                 self.lost[peer.known_as, peer.text("job")] = time.monotonic()
-        if self.is_restless(peer):
-            return
+        if peer.stay() <= BRIEF_SECONDS:
+            self.visits.end_brief(peer.source)
+        # one that was here for long is no part of what comes and goes under its name
+        flaps = peer.stay() <= SETTLE_SECONDS and self.count_move(peer)
+        kept = self.probation.end(peer)
         for rule in [rule for rule, since in peer.state.items() if since is None]:
-            self.tell("resolved", peer, "%s: the node is gone" % str(rule), rule)
-        if kind != "refused":
-            self.tell(kind, peer, text)
+            if str(rule) not in kept:
+                words = "%s: the node is gone" % str(rule)
+                self.tell_rule(peer, peer.event("resolved", words, rule))
+        last = [peer.event(kind, text)]
+        if kind == "refused":
+            return
+        if flaps:
+            self.flapping.withhold(peer.node_key(), last)
+        elif THE_NODE in kept:  # nobody knows that it was here
+            self.visits.withhold(peer.source, last)
+        else:
+            self.announce(*last)
 
-    def is_restless(self, peer: Peer) -> bool:
-        """Whether the peer's source comes and goes so often that this visit is not told."""
-        with self.lock:
-            others = self.slots.get(peer.source, 0)
-        if time.time() - peer.since > BRIEF_SECONDS or others > CROWD:
-            return False  # a crowd that is lost at once is no loop
-        visits = self.visits.count(peer.source)
+    def count_visit(self, peer: Peer) -> bool:
+        """Whether the peer's address comes and goes too often for this visit to be told yet."""
+        visits = self.visits.begin_visit(peer.source)
         if visits > 0:
-            self.announce(
-                "flapping",
-                peer,
-                "%d brief visits from %s within %.0f min: no more is told of them for as long"
-                % (visits, peer.source, FLAP_SECONDS / 60),
+            words = (
+                "%d brief visits from %s within %.0f min: no more is told of such for as long"
+                % (visits, peer.source, FLAP_SECONDS / 60)
             )
+            self.announce(peer.event("flapping", words))
         return visits != 0
 
-    def is_flapping(self, kind: str, peer: Peer, rule: Optional[Rule]) -> bool:
-        """Whether this comes and goes so often that it is not told; that is told once."""
-        if rule:
-            what = str(rule)
-        elif kind in ("connected", "finished", "lost"):
-            what = "the node"
+    def count_move(self, peer: Peer) -> bool:
+        """Whether the peer's node comes and goes too often for this time to be told yet."""
+        moves = self.flapping.count(peer.node_key())
+        self.tell_flapping(peer, THE_NODE, moves)
+        return moves != 0
+
+    def tell_rule(self, peer: Peer, event: Event) -> None:
+        """Announce that a rule fires or is resolved, unless it does so too often."""
+        what = str(event.rule)
+        if self.probation.keep(peer, what, [event]):
+            return
+        key = (peer.address, what)
+        changes = self.flapping.count(key)
+        self.tell_flapping(peer, what, changes)
+        if changes:
+            self.flapping.withhold(key, [event])
         else:
-            return False
-        changes = self.flapping.count((peer.known_as, peer.text("job"), what))
+            self.announce(event)
+
+    def tell_flapping(self, peer: Peer, what: str, changes: int) -> None:
+        """Announce that something is flapping, if a count of its changes says so."""
         if changes > 0:
-            self.announce(
-                "flapping",
-                peer,
-                "%s came and went %d times within %.0f min: no more is told of it for as long"
-                % (what, changes, FLAP_SECONDS / 60),
+            words = (
+                "%s came and went %d times within %.0f min: no more is told of it until it"
+                " is quiet" % (what, changes, FLAP_SECONDS / 60)
             )
-        return changes != 0
+            self.announce(peer.event("flapping", words))
 
-    def tell(
-        self,
-        kind: str,
-        peer: Peer,
-        text: str,
-        rule: Optional[Rule] = None,
-        value: Union[float, str] = "",
-    ) -> bool:
-        """Announce an event, unless its kind is flapping; whether it was."""
-        if self.is_flapping(kind, peer, rule):
-            return False
-        self.announce(kind, peer, text, rule, value)
-        return True
+    def end_probation(self, peer: Peer) -> None:
+        """Tell what was kept of a peer that has stayed."""
+        for what, events in self.probation.end(peer).items():
+            if what == THE_NODE:
+                self.announce(*events)
+            else:
+                self.tell_rule(peer, events[0])
 
-    def announce(
-        self,
-        kind: str,
-        peer: Peer,
-        text: str,
-        rule: Optional[Rule] = None,
-        value: Union[float, str] = "",
-    ) -> None:
+    def announce(self, *events: Event) -> None:
+        """Tell events: to the ring, the log and, when they are alerts, the command."""
+        for event in events:
+            self.announce_one(event)
+
+    def announce_one(self, event: Event) -> None:
         """One event: to the ring, the log and, when it is an alert, the command."""
-        self.table.add_event(kind, text, peer.known_as, peer.row, peer.address)
-        if kind == "alert" or kind == "lost" and self.options.lost:
-            log.critical(
-                "CRITICAL WARNING: %s%s: %s%s",
-                peer,
-                " lost" if kind == "lost" else "",
-                text,
-                "\a" if sys.stderr.isatty() else "",
-            )
-            if self.runner:
-                self.runner.post(
-                    Alert(
-                        kind,
-                        peer.known_as,
-                        peer.text("job"),
-                        rule.metric if rule else "lost",
-                        value,
-                        rule.threshold if rule else "",
-                    )
-                )
-        else:
-            log.info("%s %s: %s", kind, peer, text)
+        self.table.add_event(
+            event.kind, event.text, event.node, event.row, event.address
+        )
+        is_lost = event.kind == "lost" and self.options.lost
+        if event.kind != "alert" and not is_lost:
+            log.info("%s %s: %s", event.kind, event.subject(), event.text)
+            return
+        log.critical(
+            "CRITICAL WARNING: %s%s: %s%s",
+            event.subject(),
+            " lost" if is_lost else "",
+            event.text,
+            "\a" if sys.stderr.isatty() else "",
+        )
+        if self.runner:
+            rule = event.rule
+            metric = rule.metric if rule else "lost"
+            threshold: Union[float, str] = rule.threshold if rule else ""
+            facts = (event.kind, event.node, event.job(), metric)
+            self.runner.post(Alert(*facts, event.value, threshold))
 
     def tell_refusal(self, source: str, reason: str) -> None:
         """One event for one or many refusals of a source."""
@@ -2056,7 +2286,7 @@ class ServeThread(threading.Thread):
         self.serve(self.sock, self.address)
 
 
-def hang_up(sock: socket.socket, address: Address, error: str) -> None:
+def hang_up(sock: socket.socket, address: Address, shortage: Shortage) -> None:
     """Close a connection that cannot be served."""
     sock.close()
 
@@ -2067,40 +2297,70 @@ def accept_loop(
     serve: Serve,
     timeout: float,
     beat: Callable[[], None] = lambda: None,
-    turn_away: Callable[[socket.socket, Address, str], None] = hang_up,
+    turn_away: Callable[[socket.socket, Address, Shortage], None] = hang_up,
 ) -> None:
     """Run serve(socket, address) on a thread for each connection, until the supervisor is gone.
 
-    One that there is no thread or descriptor for goes to turn_away(socket, address, reason).
+    One that there is no thread or descriptor for goes to turn_away(socket, address, shortage).
     """
+
+    def greet(sock: socket.socket, address: Address) -> Optional[Shortage]:
+        shortage = start_serving(sock, address, waiting, serve, timeout)
+        if shortage:
+            turn_away(sock, address, shortage)
+        return shortage
+
     listener.setblocking(False)
     parent = multiprocessing.parent_process()
+    spare = Spare()
     told = -math.inf
-    spare = os.open(os.devnull, os.O_RDONLY)
     while parent and parent.is_alive():
         beat()
+        spare.keep()
         multiprocessing.connection.wait([listener, parent.sentinel], BEAT_SECONDS)
-        error = ""
+        shortage, is_stuck = accept_waiting(listener, spare, greet, turn_away)
+        if shortage and time.monotonic() - told > REFUSAL_SECONDS:
+            log.error("cannot take new connections for now: %s", shortage.reason)
+            told = time.monotonic()
+        if is_stuck:
+            time.sleep(BEAT_SECONDS)  # they go on waiting: to look at once is no use
+
+
+def accept_waiting(
+    listener: socket.socket,
+    spare: Spare,
+    greet: Callable[[socket.socket, Address], Optional[Shortage]],
+    turn_away: Callable[[socket.socket, Address, Shortage], None],
+) -> Tuple[Optional[Shortage], bool]:
+    """Greet all who wait, or as many as may come between two heartbeats.
+
+    The shortage that somebody was turned away for, if any; and whether others cannot even be
+    turned away.
+    """
+    shortage = None
+    for _ in range(MAX_ACCEPTS):
         try:
-            for _ in range(MAX_ACCEPTS):
+            sock, address = listener.accept()
+        except BlockingIOError:
+            break
+        except ConnectionError:
+            continue  # it has gone meanwhile
+        except OSError as error:
+            shortage = descriptor_shortage(error)
+            if not spare.give():
+                return shortage, True
+            try:
                 sock, address = listener.accept()
-                failure = start_serving(sock, address, waiting, serve, timeout)
-                if failure:
-                    turn_away(sock, address, failure)
-                    error = failure
-        except (BlockingIOError, ConnectionError):
-            pass
-        except OSError as full:  # no descriptors or memory: it passes
-            error = str(full.strerror)
-            os.close(spare)  # makes room for one, to tell it so
-            with contextlib.suppress(OSError):
-                turn_away(*listener.accept(), error)
-            spare = os.open(os.devnull, os.O_RDONLY)
-        if error:
-            if time.monotonic() - told > REFUSAL_SECONDS:
-                log.error("cannot take new connections for now: %s", error)
-                told = time.monotonic()
-            time.sleep(BEAT_SECONDS)
+            except (
+                OSError
+            ) as again:  # somebody else has taken the spare one, or it has gone
+                spare.keep()
+                return shortage, not isinstance(again, BlockingIOError)
+            turn_away(sock, address, shortage)
+            spare.keep()
+        else:
+            shortage = greet(sock, address) or shortage
+    return shortage, False
 
 
 def start_serving(
@@ -2109,8 +2369,8 @@ def start_serving(
     waiting: Waiting,
     serve: Serve,
     timeout: float,
-) -> str:
-    """Start a thread for a connection; why there is none, or "".
+) -> Optional[Shortage]:
+    """Start a thread for a connection; what is short if there can be none.
 
     The timeout is set here: a thread that calls setsockopt() needs 4 KiB more of its stack.
     """
@@ -2122,8 +2382,8 @@ def start_serving(
         ServeThread(serve, sock, address).start()
     except RuntimeError as error:
         waiting.remove(sock)
-        return str(error)
-    return ""
+        return Shortage(str(error), "raise TasksMax or ulimit -u")
+    return None
 
 
 # ============================================================================
