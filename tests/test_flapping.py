@@ -96,6 +96,8 @@ class Counted(unittest.TestCase):
         again = [visits.begin_visit("here") for _ in range(5)]
         self.assertEqual((set(crowd), again), ({0}, [0, 0, 0, 4, -1]))
         self.assertEqual(visits.begin_visit("there"), 0)
+        more = [visits.begin_visit("here") for _ in range(50)]
+        self.assertEqual(more, [-1] * 45 + [0] * 5, "as many as may have come back")
 
     def test_a_loop_is_one_whoever_else_is_there(self):
         visits = master_server.Visits(3, 600.0)
