@@ -3569,6 +3569,31 @@ section {
 #jobs {
   margin-top: 1rem;
 }
+#jobs .w {
+  width: 34%;
+}
+@media (max-width: 700px) {
+  /* a job is a card: what is said of it matters most, and must not be outside of the screen */
+  #jobs thead {
+    display: none;
+  }
+  #jobs tr {
+    display: flex;
+    flex-wrap: wrap;
+    padding: 0.3rem 0;
+    border-bottom: 1px solid var(--line);
+  }
+  #jobs td {
+    border: 0;
+    min-width: 0;
+  }
+  #jobs .w {
+    width: 100%;
+  }
+  #jobs .u {
+    display: none;
+  }
+}
 table {
   border-collapse: collapse;
   width: 100%;
@@ -3645,18 +3670,38 @@ path.ram {
   grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr));
   margin: 0 0 1rem;
 }
+.plot {
+  display: grid;
+  grid-template-columns: auto 1fr;
+  gap: 0 0.5rem;
+}
 figure .line {
-  display: block;
   width: 100%;
   height: 6rem;
+}
+figure .line:hover {
+  cursor: crosshair;
+}
+figcaption output {
+  float: right;
 }
 .axis {
   display: flex;
   justify-content: space-between;
 }
+.axis.y {
+  flex-direction: column;
+  text-align: right;
+}
+.axis.x {
+  grid-column: 2;
+}
 @media (min-width: 700px) {
-  figure:nth-child(-n+2) {
+  figure.large {
     grid-column: span 2;
+  }
+  figure.large .line {
+    height: 9rem;
   }
 }
 
@@ -3794,6 +3839,7 @@ function show(page) {
     const ends = [anchorNode, anchorOffset, focusNode, focusOffset];
     if (!isCollapsed) selection.setBaseAndExtent(...ends);
   } catch (error) { /* that text is gone */ }
+  tell();
   document.title = page.title;
   answered = new Date();
   notice.hidden = true;
@@ -3825,6 +3871,41 @@ function go(how, url) {
 }
 addEventListener("popstate", update);
 document.addEventListener("visibilitychange", () => document.hidden || update());
+// A value of a graph: under the pointer, or where the arrow keys have moved to.
+let pointed = null;
+
+function tell() {
+  const figure = pointed && document.getElementById(pointed.id);
+  if (!figure) return;
+  const values = figure.dataset.values.split(" ");
+  const last = values.length - 1;
+  const at = pointed.at = Math.max(0, Math.min(last, pointed.at));
+  const value = values[at];
+  const time = new Date(1000 * (figure.dataset.end - (last - at) * figure.dataset.step));
+  const unit = figure.dataset.unit;
+  const words = value === "" ? "unknown" : (value / figure.dataset.size).toFixed(1) + unit;
+  figure.querySelector("output").textContent = time.toTimeString().slice(0, 8) + " " + words;
+}
+document.addEventListener("pointermove", event => {
+  const figure = event.target.closest("figure");
+  const line = figure && figure.querySelector(".line");
+  if (!line) return;
+  const box = line.getBoundingClientRect();
+  const share = (event.clientX - box.left) / box.width;
+  const last = figure.dataset.values.split(" ").length - 1;
+  pointed = {id: figure.id, at: Math.round(share * last)};
+  tell();
+});
+document.addEventListener("keydown", event => {
+  const step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+  const figure = event.target.closest("figure");
+  if (!step || !figure) return;
+  const last = figure.dataset.values.split(" ").length;
+  if (!pointed || pointed.id !== figure.id) pointed = {id: figure.id, at: last};
+  pointed.at += step;
+  tell();
+  event.preventDefault();
+});
 document.addEventListener("input", event => {
   const fields = [...new FormData(event.target.form)];
   const filled = fields.filter(([key, value]) => value);
@@ -3973,12 +4054,13 @@ GRAPHS_HTML = """
     <div class="graphs">{graphs}
     </div>"""
 GRAPH_HTML = """
-      <figure>
-        <figcaption>{label} <b>{now}</b></figcaption>
-        {curve}
-        <div class="axis">
-          <span>10 min ago</span>
-          <span>{least} to {most}</span>
+      <figure id="{id}" class="{kind}" tabindex="0" aria-label="{label}" data-values="{values}"
+       data-end="{end}" data-step="{step}" data-size="{size}" data-unit="{unit}">
+        <figcaption>{label} <b>{now}</b> <output></output></figcaption>
+        <div class="plot">
+          <div class="axis y"><span>{top}</span><span>0</span></div>
+          {curve}
+          <div class="axis x"><span>{from_time}</span><span>{to_time}</span></div>
         </div>
       </figure>"""
 ASIDE_HTML = """
@@ -4038,17 +4120,23 @@ def render_value(key: str, value: Any) -> str:
         return value
     if key == "time":
         return time.strftime("%T", time.localtime(value))
+    size, unit = scale_of(key, value)
+    digits = 1 if unit or key in FRACTIONS else 0
+    number = "%.*f" % (digits, value / size)
+    if len(number) > MAX_DIGITS:
+        number = "%.0e" % value
+    return ("%s %s" % (number, unit)).rstrip()
+
+
+def scale_of(key: str, value: float) -> Tuple[int, str]:
+    """The unit that suits a reading, and how many of the reading's own units it is."""
     unit, slash, per = UNITS.get(key, "").partition("/")
     size = 1
     for larger_unit, larger_size in SCALES.get(unit, ()):
         if abs(value) >= larger_size:
             size = larger_size
             unit = larger_unit
-    digits = 1 if unit or key in FRACTIONS else 0
-    number = "%.*f" % (digits, value / size)
-    if len(number) > MAX_DIGITS:
-        number = "%.0e" % value
-    return ("%s %s%s%s" % (number, unit, slash, per)).rstrip()
+    return size, unit + slash + per
 
 
 def name_of(row: Message) -> str:
@@ -4393,7 +4481,9 @@ def remarks(job: Message) -> List[str]:
     if job["exit"] not in (None, "0:0"):
         words.append("exit code " + job["exit"])
     if job["state"] == "PENDING" and job["start"]:
-        start = time.strftime("%F %R", time.localtime(job["start"]))
+        is_soon = job["start"] - time.time() < 12 * 3600
+        form = "%R" if is_soon else "%F %R"
+        start = time.strftime(form, time.localtime(job["start"]))
         words.append("expected " + start)
     return words
 
@@ -4576,6 +4666,7 @@ def figures(view: Snapshot, rows: List[Message]) -> Tuple[str, List[Card]]:
 LEFT = ""  # classes of the style sheet
 RIGHT = "n"
 WRAPPED = "w"
+UNKNOWN_CELL = "n u"
 RECENT_POINTS = 30  # of a curve in a table
 RECENT_STEP = 5  # every fifth tick: the last five minutes
 MOVE = "M%d %dh0"  # a path begins anew with a dot, should no line follow
@@ -4597,7 +4688,8 @@ def link(query: Query, **state: object) -> str:
 def draw_text(column: "Column", row: Message, site: Site) -> Html:
     """The reading and nothing more."""
     text = render_value(column.key, row.get(column.key))
-    return fill(CELL_HTML, kind=column.align, content=text)
+    kind = UNKNOWN_CELL if text == "-" else column.align
+    return fill(CELL_HTML, kind=kind, content=text)
 
 
 def draw_percent(column: "Column", row: Message, site: Site) -> Html:
@@ -4640,7 +4732,7 @@ def draw_severity(column: "Column", row: Message, site: Site) -> Html:
     severity = row.get("severity") or ""
     if severity in ("died", "problem"):
         return fill(BAD_CELL_HTML, severity=severity)
-    return fill(CELL_HTML, kind=severity, content=severity or "-")
+    return fill(CELL_HTML, kind=severity or UNKNOWN_CELL, content=severity or "-")
 
 
 def draw_share(column: "Column", row: Message, site: Site) -> Html:
@@ -4685,10 +4777,26 @@ def draw_kind(column: "Column", row: Message, site: Site) -> Html:
 
 def draw_recent(column: "Column", row: Message, site: Site) -> Html:
     """The last five minutes of CPU and RAM."""
-    series = {
-        key: site.series(row, key, RECENT_POINTS, RECENT_STEP) for key in ("cpu", "ram")
-    }
-    return fill(CURVES_CELL_HTML, curves=draw_curves(series, RECENT_POINTS, 100))
+    series = {}
+    for key in ("cpu", "ram"):
+        values = from_first_known(site.series(row, key, RECENT_POINTS, RECENT_STEP))
+        if len(values) < 3:  # a young node: every reading of it
+            values = from_first_known(site.series(row, key, RECENT_POINTS, 1))
+        series[key] = values
+    points = max(2, *map(len, series.values()))
+    return fill(CURVES_CELL_HTML, curves=draw_curves(series, points, 100))
+
+
+def from_first_known(values: List[float]) -> List[float]:
+    """The readings from the first that is known on: a curve begins at its left.
+
+    One beyond a float is unknown, too: NaN.
+    """
+    finite = [value if math.isfinite(value) else math.nan for value in values]
+    for index, value in enumerate(finite):
+        if value == value:
+            return finite[index:]
+    return []
 
 
 def draw_curves(series: Dict[str, List[float]], points: int, top: float) -> Html:
@@ -4853,6 +4961,16 @@ NO_GRAPHS = (  # numbers that hardly ever change, or that another graph shows
 )
 GRAPHS = tuple(key for key in NUMBERS if key not in NO_GRAPHS)
 FINE_GRAPHS = GRAPHS[:2]  # CPU and RAM
+LARGE_GRAPHS = (
+    "job_cpu",
+    "cpu",
+    "job_ram",
+    "ram",
+    "gpu",
+)  # what matters most, in this order
+LAST_GRAPHS = ("agent_cpu", "agent_rss")
+TICK_SECONDS = 2.0  # between two looks at the table, for the graphs
+SCALED_NODES = 64  # of a job: more of them do not share a scale
 
 # rows of a table, under a heading of their own or none
 Body = NamedTuple("Body", [("heading", Optional[Html]), ("rows", List[Message])])
@@ -5171,26 +5289,53 @@ class Page:
         return self.table("nodes", "Last known", columns, [Body(None, rows)])
 
     def graphs(self, row: Message) -> Html:
-        """A graph for each metric of which the last ten minutes are known."""
-        graphs = [self.graph(row, NUMBERS[key]) for key in GRAPHS]
+        """A graph for each metric of which some reading of the last ten minutes is known."""
+        small = [key for key in GRAPHS if key not in LARGE_GRAPHS + LAST_GRAPHS]
+        order = [*LARGE_GRAPHS, *small, *LAST_GRAPHS]
+        graphs = [self.graph(row, NUMBERS[key]) for key in order if key in GRAPHS]
         return fill(GRAPHS_HTML, graphs=graphs)
 
     def graph(self, row: Message, metric: Metric) -> Optional[Html]:
-        """The last ten minutes of a metric; None if they are unknown."""
-        points = FINE if metric.key in FINE_GRAPHS else COARSE
-        values = self.site.series(row, metric.key, points, 1)
-        known = [value for value in values if math.isfinite(value)]
-        if not known:
+        """What is known of a metric's last ten minutes; None if nothing is."""
+        key = metric.key
+        is_fine = key in FINE_GRAPHS
+        points = FINE if is_fine else COARSE
+        step = TICK_SECONDS if is_fine else FIFTH * TICK_SECONDS
+        values = from_first_known(self.site.series(row, key, points, 1))
+        if not values:
             return None
-        top = 100 if metric.unit == "%" else max(known + [1])
+        top = 100.0 if metric.unit == "%" else self.top_of(row, key, points)
+        size, unit = scale_of(key, top)
+        end = row.get("time") or self.view.time
+        span = step * (len(values) - 1)
         return fill(
             GRAPH_HTML,
+            id="graph-%s-%s" % (key, row.get("slot", 0)),
+            kind="large" if key in LARGE_GRAPHS else "",
             label=metric.label,
-            now=render_value(metric.key, row.get(metric.key)),
-            curve=draw_curves({metric.key: values}, points, top),
-            least=render_value(metric.key, min(known)),
-            most=render_value(metric.key, max(known)),
+            now=render_value(key, row.get(key)),
+            curve=draw_curves({key: values}, max(2, len(values)), top),
+            values=" ".join(
+                "" if value != value else "%.4g" % value for value in values
+            ),
+            end=int(end),
+            step="%g" % step,
+            size=size,
+            unit=" " + unit if unit else "",
+            top=render_value(key, top),
+            from_time=render_value("time", end - span),
+            to_time=render_value("time", end),
         )
+
+    def top_of(self, row: Message, key: str, points: int) -> float:
+        """The upper end of a graph: the same for all nodes of a job, unless they are many."""
+        rows = [other for other in self.view.nodes if other["job"] == row["job"]]
+        if not row["job"] or len(rows) > SCALED_NODES:
+            rows = [row]
+        known = [1.0]
+        for other in rows:
+            known += self.site.series(other, key, points, 1)
+        return max(value for value in known if value == value)
 
     def readings(self, number: int, row: Message) -> Html:
         """Every reading that a row has, and what it means."""
@@ -5556,7 +5701,6 @@ PICK_GRAPHS = operator.itemgetter(*map(NODE_KEYS.index, GRAPHS))
 GAP = (math.nan,) * len(GRAPHS)
 BLANK = array.array("f", GAP[:2] * FINE + GAP[2:] * COARSE)
 MAX_LEFT = 1024  # who left, to be remembered
-TICK_SECONDS = 2.0  # between two looks at the table, for the graphs
 WATCHED_SECONDS = 60.0  # without a request: only every fifth tick has a look
 HEADERS = {
     "Content-Type": TEXT,
