@@ -62,6 +62,7 @@ import operator
 import queue
 import re
 import secrets
+import shutil
 import signal
 import socket
 import statistics
@@ -1617,14 +1618,13 @@ class Event(NamedTuple):
 class Flap:
     """What is counted of one thing that comes and goes."""
 
-    __slots__ = ("since", "changes", "was_told", "last", "withheld")
+    __slots__ = ("since", "changes", "was_told", "last")
 
     def __init__(self, now: float, changes: int) -> None:
         self.since = now  # time.monotonic() from which on changes are counted
         self.changes = changes
         self.was_told = False  # that it is flapping
         self.last = now  # time.monotonic() of the last change
-        self.withheld: Sequence[Event] = ()  # what the last change would have told
 
 
 class Flapping:
@@ -1640,6 +1640,8 @@ class Flapping:
         self.seconds = seconds
         self.lock = threading.Lock()
         self.known: Dict[Any, Flap] = collections.OrderedDict()
+        # what the last change of each would have told
+        self.withheld: Dict[Any, Sequence[Event]] = {}
         self.dropped: List[Event] = []  # withheld of what is counted no more
 
     def count(self, key: Any) -> int:
@@ -1667,9 +1669,11 @@ class Flapping:
         if before is not None:
             goes_on = goes_on and now - before.last <= self.seconds
             del self.known[key]
+            self.withheld.pop(key, None)  # it is not how things are any more
         if len(self.known) >= MAX_FLAPPING:
             oldest = next(iter(self.known))
-            self.dropped += self.known.pop(oldest).withheld
+            del self.known[oldest]
+            self.dropped += self.withheld.pop(oldest, ())
         flap = Flap(now, self.changes if goes_on else 0)
         self.known[key] = flap
         return flap
@@ -1680,9 +1684,9 @@ class Flapping:
             flap = self.known.get(key)
             if flap is None:
                 self.dropped += events
-                return
-            flap.withheld = events
-            flap.last = time.monotonic()
+            else:
+                flap.last = time.monotonic()
+                self.withheld[key] = events
 
     def settled(self) -> List[Event]:
         """What was withheld of that which has been quiet for long enough to be told."""
@@ -1690,13 +1694,14 @@ class Flapping:
         with self.lock:
             events = self.dropped
             self.dropped = []
-            for flap in self.known.values():
-                if flap.withheld and now - flap.last > SETTLE_SECONDS:
-                    quiet = "quiet now, after %d changes" % flap.changes
-                    for event in flap.withheld:
-                        text = "%s; %s" % (event.text, quiet)
-                        events.append(event._replace(text=text))
-                    flap.withheld = ()
+            for key in list(self.withheld):
+                flap = self.known[key]
+                if now - flap.last <= SETTLE_SECONDS:
+                    continue
+                quiet = "quiet now, after %d changes" % flap.changes
+                for event in self.withheld.pop(key):
+                    text = "%s; %s" % (event.text, quiet)
+                    events.append(event._replace(text=text))
         return events
 
 
@@ -2190,7 +2195,7 @@ def notify_argument(text: str) -> str:
         if text.startswith("@"):
             with open(text[1:], encoding="ascii") as file:
                 text = file.read(MAX_URL_FILE).strip()
-        parse_target(text)
+        target = parse_target(text)
     except OSError as error:
         raise argparse.ArgumentTypeError(
             "cannot read the file with the URL: %s" % error.strerror
@@ -2199,6 +2204,8 @@ def notify_argument(text: str) -> str:
         raise argparse.ArgumentTypeError("the file holds no URL") from None
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    if target.service.name == "mail" and not shutil.which("mail"):
+        raise argparse.ArgumentTypeError("there is no mail command here")
     return text
 
 
@@ -2456,7 +2463,7 @@ class News:
         for raw, (since, node, words) in ending:
             verdicts = self.verdicts.get(raw, [])
             worst = verdicts[0] if verdicts else None
-            is_judged = worst is not None and worst["severity"] == "died"
+            is_judged = worst is not None and worst.get("severity") == "died"
             has_waited = not changes or now - since > END_SECONDS
             if is_judged or has_waited:
                 self.tell_end(raw, node, words, worst)
@@ -2467,7 +2474,7 @@ class News:
         """Tell that a job has ended, with its worst verdict."""
         with self.lock:
             self.ending.pop(raw, None)
-        if worst is not None and worst["severity"] != "fine":
+        if worst is not None and worst.get("severity") != "fine":
             words = "%s; %s" % (words, words_of_verdict(worst))
         self.notifier.put("ended", node, self.name_of(raw), words)
 
@@ -2475,8 +2482,8 @@ class News:
         """Tell the problems of running jobs that are new."""
         for raw, verdicts in self.verdicts.items():
             for verdict in verdicts:
-                key = (raw, str(verdict["rule"]))
-                if verdict["severity"] == "problem" and key not in self.told:
+                key = (raw, str(verdict.get("rule")))
+                if verdict.get("severity") == "problem" and key not in self.told:
                     self.told.add(key)
                     words = words_of_verdict(verdict)
                     self.notifier.put("problem", "", self.name_of(raw), words)
@@ -2850,12 +2857,14 @@ class Peer:
         due = counted_from + self.timeout
         while True:
             seconds = due - time.monotonic() if data else self.timeout
-            received = self.receive(seconds)
-            if not received:
+            before = len(data)
+            data += self.receive(
+                seconds
+            )  # without a name: it would be kept while we wait
+            if len(data) == before:
                 if data:
                     raise ConnectionError("closed in the middle of a sample")
                 return
-            data += received
             now = time.monotonic()
             while data:
                 # most are a sample of the shape that the one before had, and of its size
