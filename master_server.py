@@ -2,7 +2,7 @@
 """master_server.py - see every node of your Slurm jobs live, with an account and nothing else.
 
     agents --TCP--> collector --> shared-memory table --> dashboard --HTTP--> browser, curl
-                        `-> alerts: log, --alert-command
+                        `-> alerts: log, --alert-command, --notify
 
 Run it on the login node or on your laptop, start agent.py where there is work, and open the
 address that it prints.  It needs Python 3.8 or newer, and writes no file but a secret that you
@@ -19,6 +19,7 @@ Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP, 1 could not start, 2 bad usa
 #   Wire           bytes of a peer -> a sample: bounded, and nothing here unpickles
 #   Table          shared memory: the only room that knows offsets, lock and sequence number
 #   Alerts         rules -> what fires and what is resolved; the runner of --alert-command
+#   Notify         events and verdicts -> messages to chats, phones and mail: --notify
 #   Collector      agents' sockets -> wire -> table and alerts: a thread for each agent
 #   The page       a copy of the table -> HTML, and nobody else knows HTML.  Nine rooms: Style
 #                  sheet, Script, Markup, Readings, Selection, Jobs, Headline, Columns, Pages
@@ -42,7 +43,9 @@ import base64
 import collections
 import contextlib
 import csv
+import errno
 import functools
+import getpass
 import gzip
 import hashlib
 import heapq
@@ -60,6 +63,7 @@ import operator
 import queue
 import re
 import secrets
+import shutil
 import signal
 import socket
 import statistics
@@ -1608,34 +1612,37 @@ class Table:
 # ============================================================================
 
 COMMAND_SECONDS = 30.0  # for one run of --alert-command
-GATHER_SECONDS = 1.0  # quiet time that ends an alert storm
-STORM_SECONDS = 5.0  # the longest that an alert waits for others of its kind
+QUIET_SECONDS = 0.25  # without another alert: those that came are told
+GATHER_SECONDS = 1.0  # the same in an alert storm
+STORM_SECONDS = 5.0  # the longest that an alert waits for others
 STORM_SIZE = 4  # more alerts of a kind are told by one command
+STORM_NAMES = 20  # of the nodes and jobs of a storm, so many are named
 MAX_ALERTS = 20000  # alerts waiting for the command
-FLAP_SECONDS = 600.0  # within which ...
+FLAP_SECONDS = 600.0  # for which changes and brief visits are counted
 FLAP_CHANGES = (
-    8  # ... a rule may fire and be resolved on a node, and a node come and go
+    8  # of a rule on a node, or of a node that comes and goes: told one by one
 )
-BRIEF_SECONDS = 2.0  # a visit that is shorter, of which ...
-FLAP_VISITS = 40  # ... one source may make so many, by whatever names
-CROWD = 8  # ... if no more of its agents are here
-MAX_FLAPPING = 8192  # of what is counted so
-RULE = re.compile(
-    r"\s*(\w+)\s*([<>])\s*(\d+(?:\.\d+)?)(?:\s+for\s+(\d+(?:\.\d+)?)\s*s?)?\s*"
-)
+FLAP_VISITS = 20  # brief visits of one address: told one by one, 4 events each at most
+BRIEF_SECONDS = 2.0  # a visit that is no longer is a brief one
+SETTLE_SECONDS = 60.0  # without a change: what was withheld last is told
+MAX_FLAPPING = 8192  # things that are counted so
 LAST_PART = 0.1  # of a job's time limit
 DEFAULT_RULES = ("cpu>90", "job_ram>90", "job_time_left<600")
-Alert = NamedTuple(
-    "Alert",
-    [
-        ("event", str),
-        ("node", str),
-        ("job", str),
-        ("metric", str),
-        ("value", Union[float, str]),
-        ("threshold", Union[float, str]),
-    ],
+RULE = re.compile(
+    r"\s*(\w+)\s*([<>])\s*(\d+(?:\.\d+)?)"  # METRIC>NUMBER
+    r"(?:\s+for\s+(\d+(?:\.\d+)?)\s*s?)?\s*"  # for SECONDS
 )
+
+
+class Alert(NamedTuple):
+    """What --alert-command is told, as SENTINEL_EVENT and so on."""
+
+    event: str  # alert or lost
+    node: str
+    job: str
+    metric: str
+    value: Union[float, str]
+    threshold: Union[float, str]
 
 
 class Rule(NamedTuple):
@@ -1668,10 +1675,17 @@ class Rule(NamedTuple):
             return value > max(0.0, self.threshold - margin)
         return value < self.threshold + margin
 
+    def margin(self) -> float:
+        """How far behind the threshold a value has to be for the alert to be resolved."""
+        if NUMBERS[self.metric].unit == "%":
+            return 5.0
+        return self.threshold * 0.05
+
     def __str__(self) -> str:
-        return "%s%s%g%s" % (
-            self[:3] + (" for %g" % self.seconds if self.seconds else "",)
-        )
+        text = "%s%s%g" % (self.metric, self.op, self.threshold)
+        if self.seconds:
+            text += " for %g" % self.seconds
+        return text
 
 
 def parse_rule(text: str) -> Union[Rule, str]:
@@ -1708,61 +1722,184 @@ def judge(
             if since is not None and now - since >= rule.seconds:
                 state[rule] = None
                 changes.append(("alert", rule, value))
-        elif state and rule in state and value == value:
-            margin = 5.0 if NUMBERS[rule.metric].unit == "%" else rule.threshold * 0.05
-            if state[rule] is not None:
+        elif state and rule in state and value == value:  # what is unknown is not equal
+            fires = state[rule] is None
+            if not fires:
                 del state[rule]
-            elif not rule.crossed(value, margin):
+            elif not rule.crossed(value, rule.margin()):
                 del state[rule]
                 changes.append(("resolved", rule, value))
     return changes
 
 
-class Flapping:
-    """Bounds what one thing that comes and goes can tell: a rule on a node, a node, a source.
+class Event(NamedTuple):
+    """What there is to tell of a node: in the ring and the log, by a command."""
 
-    More than CHANGES of it within SECONDS is flapping. That is told once, with the count, and
-    again after as long; the changes themselves are told no more until it is quiet again.
+    kind: str  # connected, finished, lost, alert, resolved or flapping
+    node: str
+    row: Row  # the node's last sample, KEPT of it at least
+    address: str
+    text: str
+    rule: Optional[Rule] = None
+    value: Union[float, str] = ""
+
+    def job(self) -> str:
+        """The job's id, or ""."""
+        return str(self.row[INDEX["job"]], "utf-8")
+
+    def subject(self) -> str:
+        """The node, and its job if it has one."""
+        job = self.job()
+        return "%s (job %s)" % (self.node, job) if job else self.node
+
+
+class Flap:
+    """What is counted of one thing that comes and goes."""
+
+    __slots__ = ("since", "changes", "was_told", "last")
+
+    def __init__(self, now: float, changes: int) -> None:
+        self.since = now  # time.monotonic() from which on changes are counted
+        self.changes = changes
+        self.was_told = False  # that it is flapping
+        self.last = now  # time.monotonic() of the last change
+
+
+class Flapping:
+    """Bounds what one thing that comes and goes can tell: a rule on a node, a node, an address.
+
+    More than so many changes of it within so many seconds is flapping.  That is told once, with
+    the count, and again after as long.  The changes are withheld until it is quiet again; then
+    the last of them is told, since it is how things are.
     """
 
     def __init__(self, changes: int, seconds: float) -> None:
         self.changes = changes
         self.seconds = seconds
         self.lock = threading.Lock()
-        # key -> [since, changes since then, whether flapping was told, the last change]
-        self.known: Dict[Any, List[Any]] = collections.OrderedDict()
+        self.known: Dict[Any, Flap] = collections.OrderedDict()
+        # what the last change of each would have told
+        self.withheld: Dict[Any, Sequence[Event]] = {}
+        self.dropped: List[Event] = []  # withheld of what is counted no more
 
     def count(self, key: Any) -> int:
         """Count a change: 0 if it is to be told, else how many there were; -1 if that was told."""
         now = time.monotonic()
         with self.lock:
-            entry = self.known.get(key)
-            if entry is None or now - entry[0] > self.seconds:
-                was_flapping = (
-                    entry is not None and entry[2] and now - entry[3] <= self.seconds
-                )
-                self.known.pop(key, None)
-                if len(self.known) >= MAX_FLAPPING:
-                    del self.known[next(iter(self.known))]
-                # one that goes on like this is told again, not first believed for a while
-                begun = self.changes if was_flapping else 0
-                entry = self.known[key] = [now, begun, False, now]
-            entry[1] += 1
-            entry[3] = now
-            if entry[1] <= self.changes:
+            flap = self.known.get(key)
+            if flap is None or now - flap.since > self.seconds:
+                flap = self.begin(key, flap, now)
+            flap.changes += 1
+            flap.last = now
+            if flap.changes <= self.changes:
                 return 0
-            if entry[2]:
+            if flap.was_told:
                 return -1
-            entry[2] = True
-            return int(entry[1])
+            flap.was_told = True
+            return flap.changes
 
-    def is_flapping(self, key: Any) -> bool:
-        """Whether it was flapping lately, without counting a change."""
+    def begin(self, key: Any, before: Optional[Flap], now: float) -> Flap:
+        """Count from now on.  Lock must be held by the caller.
+
+        One that goes on as before is told again at once, not first believed for a while.
+        """
+        goes_on = before is not None and before.was_told
+        if before is not None:
+            goes_on = goes_on and now - before.last <= self.seconds
+            del self.known[key]
+            self.withheld.pop(key, None)  # it is not how things are any more
+        if len(self.known) >= MAX_FLAPPING:
+            oldest = next(iter(self.known))
+            del self.known[oldest]
+            self.dropped += self.withheld.pop(oldest, ())
+        flap = Flap(now, self.changes if goes_on else 0)
+        self.known[key] = flap
+        return flap
+
+    def withhold(self, key: Any, events: Sequence[Event]) -> None:
+        """Keep what the last change would have told, in place of what was kept before."""
         with self.lock:
-            entry = self.known.get(key)
-            return bool(
-                entry and entry[2] and time.monotonic() - entry[0] <= self.seconds
-            )
+            flap = self.known.get(key)
+            if flap is None:
+                self.dropped += events
+            else:
+                flap.last = time.monotonic()
+                self.withheld[key] = events
+
+    def settled(self) -> List[Event]:
+        """What was withheld of that which has been quiet for long enough to be told."""
+        now = time.monotonic()
+        with self.lock:
+            events = self.dropped
+            self.dropped = []
+            for key in list(self.withheld):
+                flap = self.known[key]
+                if now - flap.last <= SETTLE_SECONDS:
+                    continue
+                quiet = "quiet now, after %d changes" % flap.changes
+                for event in self.withheld.pop(key):
+                    text = "%s; %s" % (event.text, quiet)
+                    events.append(event._replace(text=text))
+        return events
+
+
+class Visits(Flapping):
+    """Bounds what an address can tell by brief visits, under whatever names.
+
+    Many that come and go at once are a crowd, no loop: a visit counts only when an earlier brief
+    one had ended before, and each that has ended makes one other count.
+    """
+
+    def __init__(self, changes: int, seconds: float) -> None:
+        super().__init__(changes, seconds)
+        # address -> (brief visits that ended, time.monotonic() of the last one's end)
+        self.ended: Dict[str, Tuple[int, float]] = collections.OrderedDict()
+
+    def end_brief(self, source: str) -> None:
+        """Note that a brief visit has ended."""
+        with self.lock:
+            count, _ = self.ended.pop(source, (0, 0.0))
+            if len(self.ended) >= MAX_FLAPPING:
+                del self.ended[next(iter(self.ended))]
+            self.ended[source] = (count + 1, time.monotonic())
+
+    def begin_visit(self, source: str) -> int:
+        """0 if the visit is to be told, else as count() has it."""
+        return self.count(source) if self.is_return(source) else 0
+
+    def is_return(self, source: str) -> bool:
+        """Whether one who comes may be one who was here before, briefly."""
+        with self.lock:
+            count, when = self.ended.pop(source, (0, 0.0))
+            if not count or time.monotonic() - when > self.seconds:
+                return False
+            if count > 1:
+                self.ended[source] = (count - 1, when)
+            return True
+
+
+def gather(waiting: "queue.Queue[Any]", quiet: float) -> List[Any]:
+    """Wait for something, then for what comes along with it: until it is quiet for so long.
+
+    In a storm the quiet has to be longer; but nothing waits for more than STORM_SECONDS.
+    """
+    batch = [waiting.get()]
+    deadline = time.monotonic() + STORM_SECONDS
+    while time.monotonic() < deadline:
+        is_storm = len(batch) > STORM_SIZE
+        try:
+            batch.append(waiting.get(timeout=GATHER_SECONDS if is_storm else quiet))
+        except queue.Empty:
+            break
+    return batch
+
+
+def name_some(names: Iterable[str]) -> str:
+    """Names with blanks between, each once, and dots instead of those that are too many."""
+    different = list(dict.fromkeys(names))
+    if len(different) > STORM_NAMES:
+        different[STORM_NAMES:] = ["..."]
+    return " ".join(different)
 
 
 class CommandRunner:
@@ -1781,73 +1918,738 @@ class CommandRunner:
     def run(self) -> None:
         """Tell what is posted, for ever."""
         while True:
-            for group in self.gather():
+            for group in self.groups(gather(self.alerts, QUIET_SECONDS)):
                 try:
                     self.call(group)
                 except Exception as error:  # this thread has to go on, whatever it was
                     log.error("alert command failed: %s", error)
 
-    def gather(self) -> List[List[Alert]]:
-        """Wait for alerts, and for the end of a storm: lists that one run each should tell."""
-        batch, deadline, quiet = (
-            [self.alerts.get()],
-            time.monotonic() + STORM_SECONDS,
-            0.25,
-        )
-        with contextlib.suppress(queue.Empty):
-            while time.monotonic() < deadline:
-                batch.append(self.alerts.get(timeout=quiet))
-                quiet = GATHER_SECONDS if len(batch) > STORM_SIZE else quiet
-        groups: Dict[Tuple[Any, ...], List[Alert]] = {}
-        for alert in batch:
-            groups.setdefault((alert.event, alert.metric, alert.threshold), []).append(
-                alert
-            )
-        return [
-            part
-            for group in groups.values()
-            for part in (
-                [group] if len(group) > STORM_SIZE else [[alert] for alert in group]
-            )
-        ]
+    def groups(self, alerts: Iterable[Alert]) -> List[List[Alert]]:
+        """Lists of alerts that one run each should tell: many of a kind together."""
+        kinds: Dict[Tuple[Any, ...], List[Alert]] = {}
+        for alert in alerts:
+            kind = (alert.event, alert.metric, alert.threshold)
+            kinds.setdefault(kind, []).append(alert)
+        groups = []
+        for group in kinds.values():
+            if len(group) > STORM_SIZE:
+                groups.append(group)
+            else:
+                groups.extend([alert] for alert in group)
+        return groups
 
     def call(self, group: List[Alert]) -> None:
-        """Run the command for alerts of one kind; at its limit, kill it and all it started.
-
-        The facts are in the environment, never in the command's text.  The shell that kills it
-        is in its own process group, so that the limit outlives a collector that dies meanwhile.
-        """
-        facts: Dict[str, Any] = dict(group[0]._asdict(), count=len(group))
-        for key in ("node", "job"):
-            names = list(dict.fromkeys(getattr(alert, key) for alert in group))
-            facts[key] = " ".join(names[:20] + ["..."] * (len(names) > 20))
-        env = dict(os.environb)  # bytes: no locale can object to a name
-        env.update(
-            (b"SENTINEL_" + key.upper().encode(), str(value).encode())
-            for key, value in facts.items()
-        )
-        watched = (
-            '(sleep %g; kill -9 -$$) >/dev/null 2>&1 & eval "$0"' % COMMAND_SECONDS
-        )
-        process = subprocess.Popen(
-            ["/bin/sh", "-c", watched, self.command],
-            stdout=2,
-            stdin=subprocess.DEVNULL,
-            env=env,
-            start_new_session=True,
-        )
-        begin, code = time.monotonic(), process.wait()
-        with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)
-        if code < 0 and time.monotonic() - begin >= COMMAND_SECONDS:
+        """Run the command for alerts of one kind; at its limit, kill it and all it started."""
+        begun = time.monotonic()
+        code = self.run_command(self.environment(group))
+        if code < 0 and time.monotonic() - begun >= COMMAND_SECONDS:
             log.error("alert command failed: killed after %g s", COMMAND_SECONDS)
         elif code:
             log.error("alert command failed: %s", describe_exit(code))
+
+    def environment(self, group: List[Alert]) -> Dict[bytes, bytes]:
+        """The environment of a run: the facts are in it, never in the command's text."""
+        facts: Dict[str, Any] = group[0]._asdict()
+        facts["node"] = name_some(alert.node for alert in group)
+        facts["job"] = name_some(alert.job for alert in group)
+        facts["count"] = len(group)
+        env = dict(os.environb)  # bytes: no locale can object to a name
+        for key, value in facts.items():
+            env[b"SENTINEL_" + key.upper().encode()] = str(value).encode()
+        return env
+
+    def run_command(self, env: Dict[bytes, bytes]) -> int:
+        """Run the command: its exit code, or minus the signal that ended it.
+
+        The shell that kills it is in the command's own process group, so that the limit outlives
+        a collector that dies meanwhile.
+        """
+        killer = "(sleep %g; kill -9 -$$) >/dev/null 2>&1 &" % COMMAND_SECONDS
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", killer + ' eval "$0"', self.command],
+            stdin=subprocess.DEVNULL,
+            stdout=2,
+            env=env,
+            start_new_session=True,
+        )
+        code = process.wait()
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+        return code
 
 
 def describe_exit(code: int) -> str:
     """How a process ended, by its exit code or minus its signal."""
     return "signal %d" % -code if code < 0 else "exit code %d" % code
+
+
+# ============================================================================
+# Notify: what people are told where they are: in a chat, on the phone, by mail
+# ============================================================================
+
+NOTIFY_SECONDS = 10.0  # for one try
+NOTIFY_WAITS = (2.0, 10.0, 30.0)  # seconds before the second try, the third, the last
+MAX_RETRY_AFTER = 60.0  # seconds that a service may ask for before the next try
+NOTIFY_PAUSE = 10.0  # between two messages: what happens meanwhile is told by one
+NOTIFY_LINES = 20  # of a message
+MAX_NOTICES = 5000  # waiting for one place
+NOTIFY_AGENT = "cluster-sentinel"  # Discord refuses the name that urllib gives itself
+MAX_URL_FILE = 4096  # bytes that are read of @FILE
+TRY_AGAIN = (408, 425, 429)  # and from 500 on: HTTP codes of what may pass
+YOUNG_SECONDS = 120.0  # a job that began earlier had begun before it was watched
+SETTLED_SECONDS = 60.0  # until agents that were here before have come back
+END_SECONDS = 30.0  # that the end of a job waits for its verdict
+VERDICTS_SECONDS = 5.0  # between two looks at the verdicts
+MAX_NEWS_JOBS = 4096  # jobs that are remembered
+
+
+class Notice(NamedTuple):
+    """One thing that people are told."""
+
+    kind: str  # started, ended, problem or lost
+    node: str
+    job: str
+    words: str
+
+    def subject(self) -> str:
+        """The node, its job, or both."""
+        job = "job %s" % self.job if self.job else ""
+        if self.node and job:
+            return "%s (%s)" % (self.node, job)
+        return self.node or job
+
+    def line(self) -> str:
+        """The whole of it: our own word comes first, whatever a peer's are."""
+        return "%s: %s: %s" % (self.kind, self.subject(), self.words)
+
+
+class Notification(NamedTuple):
+    """A message about one or many notices."""
+
+    title: str
+    lines: List[str]
+    notices: List[Notice]
+
+    def text(self) -> str:
+        """For where there is no title beside the text."""
+        if len(self.notices) == 1:
+            return self.lines[0]
+        return "\n".join([self.title] + self.lines)
+
+    def is_urgent(self) -> bool:
+        """Whether somebody should look now."""
+        return any(notice.kind in ("problem", "lost") for notice in self.notices)
+
+
+def compose(notices: List[Notice], left_out: int = 0) -> Notification:
+    """One message for notices that came together; many of a kind and a job are one line."""
+    groups: Dict[Tuple[str, str], List[Notice]] = {}
+    for notice in notices:
+        groups.setdefault((notice.kind, notice.job), []).append(notice)
+    lines = []
+    for group in groups.values():
+        if len(group) > STORM_SIZE:
+            lines.append(storm_line(group))
+        else:
+            lines.extend(notice.line() for notice in group)
+    if len(lines) > NOTIFY_LINES:
+        more = len(lines) - NOTIFY_LINES
+        lines[NOTIFY_LINES:] = ["and %d more lines like these" % more]
+    if left_out:
+        lines.append("and %d more that there was no room for" % left_out)
+    return Notification(title_of(notices), lines, notices)
+
+
+def storm_line(group: List[Notice]) -> str:
+    """One line for many notices of a kind and a job."""
+    first = group[0]
+    where = " of job %s" % first.job if first.job else ""
+    names = name_some(notice.node for notice in group)
+    return "%s: %d times%s: %s: %s ..." % (
+        first.kind,
+        len(group),
+        where,
+        names,
+        first.words,
+    )
+
+
+def title_of(notices: List[Notice]) -> str:
+    """What a message is about, in a few words."""
+    if len(notices) == 1:
+        return "Cluster Sentinel: %s: %s" % (notices[0].kind, notices[0].subject())
+    counts = collections.Counter(notice.kind for notice in notices)
+    words = ["%s: %d" % pair for pair in counts.items()]
+    return "Cluster Sentinel: " + ", ".join(words)
+
+
+def shorten(text: str, size: int) -> str:
+    """The text, cut so that its UTF-8 has no more than so many bytes."""
+    encoded = text.encode()
+    if len(encoded) <= size:
+        return text
+    return encoded[: size - 3].decode("utf-8", "ignore") + "..."
+
+
+# ---- where it is sent to
+
+
+class NotifyError(Exception):
+    """A message was not taken; the text says why, and holds no address.
+
+    may_pass: whether to try again, after ``wait`` seconds at least.
+    """
+
+    def __init__(self, text: str, may_pass: bool = True, wait: float = 0.0) -> None:
+        super().__init__(text)
+        self.may_pass = may_pass
+        self.wait = wait
+
+
+class Target(NamedTuple):
+    """Where messages go: --notify, taken apart.  Path and query of a URL are as good as a password.
+
+    It is shown as its service and host alone.
+    """
+
+    service: "Service"
+    url: str  # without user and password; "" for mail
+    host: str
+    authorization: str  # a header's value, or ""
+    address: str  # for mail
+
+    def __str__(self) -> str:
+        if self.address:
+            return "%s to %s" % (self.service.name, self.address)
+        return "%s at %s" % (self.service.name, self.host)
+
+    def hide(self, text: str) -> str:
+        """The text without what nobody else may know."""
+        parts = urllib.parse.urlsplit(self.url)
+        for secret in (self.authorization, parts.query, parts.path.strip("/")):
+            if secret:
+                text = text.replace(secret, "...")
+        return text
+
+
+class Service(NamedTuple):
+    """A way to tell people; a new one is one line in SERVICES."""
+
+    name: str  # as in NAME+https://...
+    hosts: Tuple[str, ...]  # URLs of these, and of hosts below them, are its own
+    size: int  # bytes of text that it takes
+    send: Callable[[Target, Notification, int], None]  # NotifyError
+
+
+def send_ntfy(target: Target, what: Notification, size: int) -> None:
+    """docs.ntfy.sh/publish, "Publish as JSON": to the root, with the topic inside."""
+    parts = urllib.parse.urlsplit(target.url)
+    folder, _, topic = parts.path.rpartition("/")
+    root = urllib.parse.urlunsplit((parts.scheme, parts.netloc, folder + "/", "", ""))
+    message = {
+        "topic": urllib.parse.unquote(topic),
+        "title": what.title,
+        "message": shorten("\n".join(what.lines), size),
+        "priority": 4 if what.is_urgent() else 3,
+        "tags": ["warning"] if what.is_urgent() else [],
+    }
+    post_json(target, root, message)
+
+
+def send_slack(target: Target, what: Notification, size: int) -> None:
+    """Slack's incoming webhooks (and Mattermost's): &, < and > are escaped, or they would call."""
+    text = html.escape(shorten(what.text(), size), quote=False)
+    post_json(target, target.url, {"text": text})
+
+
+def send_teams(target: Target, what: Notification, size: int) -> None:
+    """Teams, "When a webhook request is received": an Adaptive Card of texts without Markdown."""
+    blocks = []
+    for line in shorten(what.text(), size).split("\n"):
+        run = {"type": "TextRun", "text": line}
+        blocks.append({"type": "RichTextBlock", "inlines": [run]})
+    card = {
+        "$schema": "http://adaptivecards.io/schemas/adaptive-card.json",
+        "type": "AdaptiveCard",
+        "version": "1.2",
+        "body": blocks,
+    }
+    attachment = {
+        "contentType": "application/vnd.microsoft.card.adaptive",
+        "contentUrl": None,
+        "content": card,
+    }
+    message = {"type": "message", "attachments": [attachment]}
+    post_json(target, target.url, message)
+
+
+def send_discord(target: Target, what: Notification, size: int) -> None:
+    """Discord's Execute Webhook; no name of a node calls anybody."""
+    message = {
+        "content": shorten(what.text(), size),
+        "allowed_mentions": {"parse": []},
+    }
+    post_json(target, target.url, message)
+
+
+def send_telegram(target: Target, what: Notification, size: int) -> None:
+    """Telegram's sendMessage, with the chat_id of the URL."""
+    parts = urllib.parse.urlsplit(target.url)
+    message: Dict[str, Any] = dict(urllib.parse.parse_qsl(parts.query))
+    message["text"] = shorten(what.text(), size)
+    message["link_preview_options"] = {"is_disabled": True}
+    bare = urllib.parse.urlunsplit(parts._replace(query=""))
+    post_json(target, bare, message)
+
+
+def send_webhook(target: Target, what: Notification, size: int) -> None:
+    """Any program's own: the words, and what they were made of."""
+    events = []
+    for kind, node, job, words in what.notices[:NOTIFY_LINES]:
+        events.append({"event": kind, "node": node, "job": job, "text": words})
+    message = {
+        "title": what.title,
+        "text": shorten(what.text(), size),
+        "count": len(what.notices),
+        "events": events,
+    }
+    post_json(target, target.url, message)
+
+
+def send_mail(target: Target, what: Notification, size: int) -> None:
+    """mail(1).  It would take a line that begins with ~ for a command: ours begin with a word."""
+    body = shorten("\n".join(what.lines), size) + "\n"
+    try:
+        code = subprocess.run(
+            ["mail", "-s", what.title, target.address],
+            input=body.encode(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=NOTIFY_SECONDS,
+        ).returncode
+    except FileNotFoundError:
+        raise NotifyError("there is no mail command here", may_pass=False) from None
+    except subprocess.TimeoutExpired:
+        raise NotifyError("mail did not end within %g s" % NOTIFY_SECONDS) from None
+    if code:
+        raise NotifyError("mail ended with %s" % describe_exit(code))
+
+
+SERVICES = (
+    Service("ntfy", ("ntfy.sh",), 3500, send_ntfy),
+    Service("slack", ("hooks.slack.com",), 3500, send_slack),
+    Service(
+        "teams",
+        ("webhook.office.com", "logic.azure.com", "api.powerplatform.com"),
+        8000,
+        send_teams,
+    ),
+    Service("discord", ("discord.com", "discordapp.com"), 1900, send_discord),
+    Service("telegram", ("api.telegram.org",), 3500, send_telegram),
+    Service("webhook", (), 8000, send_webhook),
+    Service("mail", (), 8000, send_mail),
+)
+BY_NAME = {service.name: service for service in SERVICES}
+
+
+def parse_target(text: str) -> Target:
+    """--notify, taken apart; ValueError with words that do not hold the text."""
+    name, _, address = text.partition(":")
+    if name == "mail":
+        address = address or user_name()
+        if not re.fullmatch(r"[^\s-]\S*", address) or not address.isprintable():
+            raise ValueError("mail:ADDRESS needs an address, and mail alone a user")
+        return Target(BY_NAME["mail"], "", "", "", address)
+    return parse_url(text)
+
+
+def parse_url(text: str) -> Target:
+    """[NAME+]http[s]://[USER:PASSWORD@]HOST... as a Target; ValueError as parse_target."""
+    name, plus, rest = text.partition("+")
+    if not plus or name not in BY_NAME:
+        name, rest = "", text
+    try:
+        parts = urllib.parse.urlsplit(rest)
+        host = parts.hostname or ""
+        port = parts.port
+    except ValueError:
+        raise ValueError("that is no URL: its host or port is wrong") from None
+    is_clean = rest.isascii() and rest.isprintable() and " " not in rest
+    if parts.scheme not in ("http", "https") or not host or not is_clean:
+        raise ValueError(
+            "that is no URL to notify; https://... is, or NAME+https://... with one of %s,"
+            " or mail" % ", ".join(BY_NAME)
+        )
+    service = BY_NAME[name] if name else service_of(host)
+    if service.name == "mail":
+        raise ValueError("mail takes no URL; mail and mail:ADDRESS are right")
+    if service.name == "ntfy" and not parts.path.strip("/"):
+        raise ValueError("an ntfy URL ends with its topic: https://ntfy.sh/TOPIC")
+    if service.name == "telegram" and "chat_id" not in dict(
+        urllib.parse.parse_qsl(parts.query)
+    ):
+        raise ValueError(
+            "a telegram URL is https://api.telegram.org/botTOKEN/sendMessage?chat_id=ID"
+        )
+    place = join_host(host, port)
+    url = urllib.parse.urlunsplit(parts._replace(netloc=place, fragment=""))
+    return Target(service, url, host, basic_authorization(parts), "")
+
+
+def service_of(host: str) -> Service:
+    """Whose URLs these are; a plain webhook if nobody's."""
+    for service in SERVICES:
+        for known in service.hosts:
+            if host == known or host.endswith("." + known):
+                return service
+    return BY_NAME["webhook"]
+
+
+def join_host(host: str, port: Optional[int]) -> str:
+    """The host and port of a URL (RFC 3986)."""
+    bracketed = "[%s]" % host if ":" in host else host
+    return bracketed if port is None else "%s:%d" % (bracketed, port)
+
+
+def basic_authorization(parts: urllib.parse.SplitResult) -> str:
+    """The header for a URL's user and password (RFC 7617), or ""."""
+    if parts.username is None:
+        return ""
+    pair = "%s:%s" % (parts.username, parts.password or "")
+    return "Basic " + base64.b64encode(urllib.parse.unquote(pair).encode()).decode()
+
+
+def user_name() -> str:
+    """Who runs the master; "" when that cannot be found out."""
+    try:
+        return getpass.getuser()
+    except (ImportError, KeyError, OSError):
+        return ""
+
+
+def notify_argument(text: str) -> str:
+    """An argparse type: what parse_target takes, or @FILE with it; errors do not repeat it."""
+    try:
+        if text.startswith("@"):
+            with open(text[1:], encoding="ascii") as file:
+                text = file.read(MAX_URL_FILE).strip()
+        target = parse_target(text)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            "cannot read the file with the URL: %s" % error.strerror
+        ) from None
+    except UnicodeError:
+        raise argparse.ArgumentTypeError("the file holds no URL") from None
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if target.service.name == "mail" and not shutil.which("mail"):
+        raise argparse.ArgumentTypeError("there is no mail command here")
+    return text
+
+
+def post_json(target: Target, url: str, message: Dict[str, Any]) -> None:
+    """POST a message; NotifyError unless it is taken.  Nobody sends it on elsewhere."""
+    # here, as they take 6 MiB with ssl, and most masters notify nobody
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    headers = {
+        "Content-Type": "application/json",
+        "User-Agent": NOTIFY_AGENT,
+    }
+    if target.authorization:
+        headers["Authorization"] = target.authorization
+    opener = urllib.request.OpenerDirector()  # without the handler of redirects
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPErrorProcessor,
+    ):
+        opener.add_handler(handler())
+    request = urllib.request.Request(url, json.dumps(message).encode(), headers)
+    try:
+        opener.open(request, timeout=NOTIFY_SECONDS).close()
+    except urllib.error.HTTPError as error:
+        with error:
+            raise NotifyError(
+                "HTTP %d %s" % (error.code, error.reason),
+                error.code in TRY_AGAIN or error.code >= 500,
+                retry_after(error.headers.get("Retry-After")),
+            ) from None
+    except urllib.error.URLError as error:
+        raise NotifyError(str(error.reason)) from None
+    except OSError as error:
+        raise NotifyError(str(error.strerror or error)) from None
+    except http.client.HTTPException as error:
+        raise NotifyError("no HTTP answer (%s)" % type(error).__name__) from None
+
+
+def retry_after(text: Optional[str]) -> float:
+    """The seconds of the header, RFC 9110, as far as we wait; 0 if it is no number."""
+    try:
+        seconds = float(text or 0)
+    except ValueError:
+        return 0.0
+    return min(seconds, MAX_RETRY_AFTER) if seconds > 0 else 0.0
+
+
+# ---- who sends it
+
+
+class Try(threading.Thread):
+    """One try, on a thread of its own: a name server or an answer that drips holds up nobody."""
+
+    def __init__(self, target: Target, what: Notification) -> None:
+        super().__init__(name="try", daemon=True)
+        self.target = target
+        self.what = what
+        self.error: Optional[NotifyError] = None
+
+    def run(self) -> None:
+        service = self.target.service
+        try:
+            service.send(self.target, self.what, service.size)
+        except NotifyError as error:
+            self.error = error
+        except Exception as error:  # whatever it is, its text may hold the address
+            self.error = NotifyError("a defect: %s" % type(error).__name__)
+
+
+class Courier:
+    """Brings messages to one place, on a thread of its own."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.waiting: queue.Queue[Notice] = queue.Queue(MAX_NOTICES)
+        self.left_out = 0  # notices that there was no room for
+        self.last_try: Optional[Try] = None
+        threading.Thread(target=self.run, name="courier", daemon=True).start()
+
+    def put(self, notice: Notice) -> None:
+        """Have a notice told; never blocks."""
+        try:
+            self.waiting.put_nowait(notice)
+        except queue.Full:
+            self.left_out += 1
+
+    def run(self) -> None:
+        """Tell what is put, for ever: one message for what comes together."""
+        while True:
+            notices = gather(self.waiting, GATHER_SECONDS)
+            left_out = self.left_out
+            self.left_out = 0
+            try:
+                self.deliver(compose(notices, left_out))
+            except Exception as error:  # this thread has to go on, whatever it was
+                log.error("cannot notify %s: %s", self.target, type(error).__name__)
+            time.sleep(NOTIFY_PAUSE)
+
+    def deliver(self, what: Notification) -> None:
+        """Try until the message is taken, as often as is sensible."""
+        for wait in NOTIFY_WAITS + (math.inf,):
+            error = self.try_once(what)
+            if error is None:
+                return
+            words = self.target.hide(str(error))
+            if wait == math.inf or not error.may_pass:
+                log.error("cannot notify %s: %s", self.target, words)
+                return
+            if wait == NOTIFY_WAITS[0]:
+                log.warning("cannot notify %s yet: %s", self.target, words)
+            time.sleep(max(wait, error.wait))
+
+    def try_once(self, what: Notification) -> Optional[NotifyError]:
+        """Send it; what went wrong, if anything."""
+        if self.last_try and self.last_try.is_alive():
+            return NotifyError("the try before still hangs")
+        self.last_try = Try(self.target, what)
+        self.last_try.start()
+        self.last_try.join(NOTIFY_SECONDS)
+        if self.last_try.is_alive():
+            return NotifyError("no answer within %g s" % NOTIFY_SECONDS)
+        return self.last_try.error
+
+
+class Notifier:
+    """Tells people what happens, in all the places that --notify names."""
+
+    def __init__(self, targets: Sequence[str]) -> None:
+        self.couriers = [Courier(parse_target(text)) for text in targets]
+
+    def put(self, event_kind: str, node: str, job: str, words: str) -> None:
+        """Have something told; never blocks.  Kinds are started, ended, problem and lost."""
+        texts = [clean_text(" ".join(text.split())) for text in (node, job, words)]
+        notice = Notice(event_kind, *texts)
+        for courier in self.couriers:
+            courier.put(notice)
+
+
+# ---- what is worth a message
+
+
+class News:
+    """Picks from all that happens what people are told: each thing once, and jobs as a whole.
+
+    A job begins and ends as Slurm says, where it is asked; else with its first and last node.
+    """
+
+    def __init__(self, notifier: Notifier) -> None:
+        self.notifier = notifier
+        self.began = time.monotonic()
+        self.lock = threading.Lock()  # of what follows
+        self.states: Dict[str, str] = collections.OrderedDict()  # by raw id, of Slurm
+        self.names: Dict[str, str] = {}  # of a job, by its raw id
+        self.nodes: Dict[str, int] = collections.Counter()  # of a job, that are here
+        self.begun: Set[str] = set()  # jobs of nodes that are here
+        # raw id -> (time.monotonic(), node, words) of a job whose end is to be told
+        self.ending: Dict[str, Tuple[float, str, str]] = {}
+        self.told: Set[Tuple[str, str]] = set()  # raw id, rule: problems of a job
+        self.verdicts: Dict[str, List[Message]] = {}  # by raw id
+        self.changes = 0  # of the verdicts, when they were last looked at
+        self.looked = -math.inf
+
+    def know(self, rows: Iterable[Row]) -> None:
+        """Take note of jobs that were known before: rows of the table."""
+        for row in rows:
+            raw = from_field(row[JOB_RAW])
+            if raw:
+                self.states[str(raw)] = str(from_field(row[JOB_STATE]))
+
+    def enter(self, job: str) -> None:
+        """A node of the job is here."""
+        with self.lock:
+            self.nodes[job] += 1
+
+    def leave(self, job: str) -> None:
+        """A node of the job has left."""
+        with self.lock:
+            self.nodes[job] -= 1
+            if not self.nodes[job]:
+                del self.nodes[job]
+                self.begun.discard(job)
+
+    def tell_event(self, event: Event) -> None:
+        """Tell what an event means, if it is worth a message."""
+        job = event.job()
+        if event.kind in ("alert", "flapping"):
+            self.notifier.put("problem", event.node, job, event.text)
+        elif event.kind == "lost":
+            self.notifier.put("lost", event.node, job, event.text)
+        elif event.kind == "connected" and self.is_begin(job):
+            self.notifier.put("started", event.node, job, "its first node is here")
+        elif event.kind == "finished" and self.is_end(job):
+            self.end_job(job, event.node, event.text)
+
+    def is_begin(self, job: str) -> bool:
+        """Whether a node that comes is the first of its job, and nobody else tells that."""
+        with self.lock:
+            if not job or job in self.states or job in self.begun:
+                return False
+            self.begun.add(job)
+        return time.monotonic() - self.began > SETTLED_SECONDS
+
+    def is_end(self, job: str) -> bool:
+        """Whether a node that left was the last of its job, and nobody else tells that."""
+        with self.lock:
+            return bool(job) and job not in self.states and job not in self.nodes
+
+    def tell_job(self, row: Row) -> None:
+        """Tell what Slurm says of a job, if that is new."""
+        facts = dict(zip(JOB_KEYS, map(from_field, row)))
+        raw = str(facts["raw"])
+        state = str(facts["state"])
+        with self.lock:
+            before = self.states.pop(raw, None)
+            self.states[raw] = state
+            self.names[raw] = str(facts["job"])
+            if len(self.states) > MAX_NEWS_JOBS:
+                oldest = next(iter(self.states))
+                del self.states[oldest]
+                self.names.pop(oldest, None)
+        if state == before:
+            return
+        if state == "RUNNING" and (before or is_fresh(facts["start"])):
+            words = "on %s" % (facts["nodelist"] or "its nodes")
+            self.notifier.put("started", "", self.name_of(raw), words)
+        elif state in ENDED_STATES and before and before not in ENDED_STATES:
+            self.end_job(raw, "", words_of_end(facts))
+
+    def name_of(self, raw: str) -> str:
+        """A job's id as people know it."""
+        with self.lock:
+            return self.names.get(raw, raw)
+
+    def end_job(self, raw: str, node: str, words: str) -> None:
+        """Have the end of a job told, as soon as its verdict is there."""
+        with self.lock:
+            self.ending[raw] = (time.monotonic(), node, words)
+
+    def look(self, table: Table) -> None:
+        """Tell what is due: the problems of jobs, and ends with their verdicts."""
+        now = time.monotonic()
+        changes = table.verdict_changes()
+        if changes != self.changes and now - self.looked > VERDICTS_SECONDS:
+            self.looked = now
+            self.changes = changes
+            self.verdicts = table.snapshot().verdicts
+            self.tell_problems()
+        with self.lock:
+            ending = list(self.ending.items())
+        for raw, (since, node, words) in ending:
+            verdicts = self.verdicts.get(raw, [])
+            worst = verdicts[0] if verdicts else None
+            is_judged = worst is not None and worst.get("severity") == "died"
+            has_waited = not changes or now - since > END_SECONDS
+            if is_judged or has_waited:
+                self.tell_end(raw, node, words, worst)
+
+    def tell_end(
+        self, raw: str, node: str, words: str, worst: Optional[Message]
+    ) -> None:
+        """Tell that a job has ended, with its worst verdict."""
+        with self.lock:
+            self.ending.pop(raw, None)
+        if worst is not None and worst.get("severity") != "fine":
+            words = "%s; %s" % (words, words_of_verdict(worst))
+        self.notifier.put("ended", node, self.name_of(raw), words)
+
+    def tell_problems(self) -> None:
+        """Tell the problems of running jobs that are new."""
+        for raw, verdicts in self.verdicts.items():
+            for verdict in verdicts:
+                key = (raw, str(verdict.get("rule")))
+                if verdict.get("severity") == "problem" and key not in self.told:
+                    self.told.add(key)
+                    words = words_of_verdict(verdict)
+                    self.notifier.put("problem", "", self.name_of(raw), words)
+        self.told = {key for key in self.told if key[0] in self.verdicts}
+
+
+def is_fresh(start: Union[str, float, None]) -> bool:
+    """Whether a job that began then (time.time()) has just begun."""
+    if not isinstance(start, float):
+        return False
+    return abs(time.time() - start) < YOUNG_SECONDS
+
+
+def words_of_end(facts: Message) -> str:
+    """How Slurm says that a job ended."""
+    words = [str(facts["state"])]
+    if facts["exit"] not in (None, "0:0"):
+        words.append("exit code %s" % facts["exit"])
+    if facts["start"] and facts["end"]:
+        minutes, seconds = divmod(max(0, int(facts["end"] - facts["start"])), 60)
+        words.append("after %d:%02d:%02d" % (divmod(minutes, 60) + (seconds,)))
+    return ", ".join(words)
+
+
+def words_of_verdict(verdict: Message) -> str:
+    """A verdict in one line: what, the proof, the cure."""
+    parts = [verdict.get(key) for key in ("what", "proof", "cure")]
+    return "; ".join(str(part) for part in parts if part)
 
 
 # ============================================================================
@@ -1867,12 +2669,15 @@ BEAT_SECONDS = 0.5  # between two heartbeats of the collector
 PIN_CPU = 0.1  # of a core, from which on a collector is a busy one
 PIN_SECONDS = 5.0  # between two looks at where its threads are to run
 LINGER_SECONDS = 0.5  # for a peer to read why it is sent away
+THE_NODE = "the node"  # what comes and goes when it is no rule
 
 
 def split_address(address: Address) -> Tuple[str, str]:
     """A peer's (host, port, ...) -> (host, the address tuple that slots hold, as text)."""
     host = address[0].partition("%")[0]
-    host = host[7:] if host.startswith("::ffff:") and "." in host else host
+    is_mapped = host.startswith("::ffff:") and "." in host  # IPv4 on an IPv6 socket
+    if is_mapped:
+        host = host[len("::ffff:") :]
     return host, "('%s', %d)" % (host, address[1])
 
 
@@ -1883,7 +2688,8 @@ class Waiting:
     """
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.lock = limit, threading.Lock()
+        self.limit = limit
+        self.lock = threading.Lock()
         self.socks: Dict[socket.socket, str] = {}  # to their sources, oldest first
 
     def add(self, sock: socket.socket, source: str) -> None:
@@ -1892,13 +2698,16 @@ class Waiting:
             self.socks[sock] = source
             if len(self.socks) <= self.limit:
                 return
-            busiest = collections.Counter(self.socks.values()).most_common(1)[0][0]
-            oldest = next(
-                sock for sock, source in self.socks.items() if source == busiest
-            )
+            oldest = self.oldest_of_busiest()
             del self.socks[oldest]
         with contextlib.suppress(OSError):
             oldest.shutdown(socket.SHUT_RDWR)
+
+    def oldest_of_busiest(self) -> socket.socket:
+        """The socket that has to make room.  Lock must be held by the caller."""
+        counts = collections.Counter(self.socks.values())
+        busiest = counts.most_common(1)[0][0]
+        return next(sock for sock, source in self.socks.items() if source == busiest)
 
     def remove(self, sock: socket.socket) -> None:
         """Let go of a socket, if it is here."""
@@ -1906,47 +2715,96 @@ class Waiting:
             self.socks.pop(sock, None)
 
 
+class RefusalCount:
+    """What is counted of the refusals of one source."""
+
+    def __init__(self, since: float, seconds: float) -> None:
+        self.since = since  # time.monotonic()
+        self.seconds = seconds  # for which they are counted
+        self.count = 0  # of those that were not told
+        self.reason = ""  # of the last one
+
+
 class Refusals:
     """Tells refusals so that a flood pushes nothing useful out: one a source and 10 s, or more."""
 
     def __init__(self, tell: Callable[[str, str], None]) -> None:
-        self.tell, self.lock = tell, threading.Lock()
-        self.sources: Dict[str, List[Any]] = {}  # [since, seconds, count, reason]
+        self.tell = tell
+        self.lock = threading.Lock()
+        self.sources: Dict[str, RefusalCount] = {}
 
     def add(self, source: str, reason: str) -> None:
         """Count a refusal; the first of a source is told at once."""
         with self.lock:
             if len(self.sources) >= MAX_SOURCES and source not in self.sources:
                 source = "other addresses"
-            first = source not in self.sources
-            entry = self.sources.setdefault(
-                source, [time.monotonic(), REFUSAL_SECONDS, -1, ""]
-            )
-            entry[2:] = entry[2] + 1, reason
-        if first:
+            counted = self.sources.get(source)
+            if counted is None:
+                counted = RefusalCount(time.monotonic(), REFUSAL_SECONDS)
+                self.sources[source] = counted
+                is_first = True
+            else:
+                counted.count += 1
+                is_first = False
+            counted.reason = reason
+        if is_first:
             self.tell(source, reason)
 
     def flush(self) -> None:
         """Tell what was counted, for each source whose time is over."""
         now = time.monotonic()
+        told = []
         with self.lock:
-            over = [
-                (source, list(entry))
-                for source, entry in self.sources.items()
-                if now - entry[0] >= entry[1]
-            ]
-            for source, (_, seconds, count, reason) in over:
+            for source, counted in list(self.sources.items()):
+                if now - counted.since < counted.seconds:
+                    continue
                 del self.sources[source]
-                if count:
-                    self.sources[source] = [
-                        now,
-                        min(2 * seconds, MAX_REFUSAL_SECONDS),
-                        0,
-                        reason,
-                    ]
-        for source, (_, seconds, count, reason) in over:
-            if count:
-                self.tell(source, "%s (and %d more in %g s)" % (reason, count, seconds))
+                if counted.count:  # it goes on: from now on it is told less often
+                    told.append((source, counted))
+                    longer = min(2 * counted.seconds, MAX_REFUSAL_SECONDS)
+                    self.sources[source] = RefusalCount(now, longer)
+        for source, counted in told:
+            more = "and %d more in %g s" % (counted.count, counted.seconds)
+            self.tell(source, "%s (%s)" % (counted.reason, more))
+
+
+class Shortage(NamedTuple):
+    """Why a connection cannot be served, and what to do about it."""
+
+    reason: str
+    cure: str
+
+
+def descriptor_shortage(error: OSError) -> Shortage:
+    """What accept(2) lacks."""
+    reason = str(error.strerror)
+    if error.errno == errno.EMFILE:
+        return Shortage(reason, "raise ulimit -n")
+    if error.errno == errno.ENFILE:
+        return Shortage(reason, "raise fs.file-max, or run the master elsewhere")
+    return Shortage(reason, "free some memory, or run the master elsewhere")
+
+
+class Spare:
+    """A descriptor in reserve: without it nobody could be told that there are no more."""
+
+    def __init__(self) -> None:
+        self.fd: Optional[int] = None
+        self.keep()
+
+    def keep(self) -> None:
+        """Have one again, if there is one to be had."""
+        if self.fd is None:
+            with contextlib.suppress(OSError):
+                self.fd = os.open(os.devnull, os.O_RDONLY)
+
+    def give(self) -> bool:
+        """Give it away for a connection; False when there is none."""
+        if self.fd is None:
+            return False
+        os.close(self.fd)
+        self.fd = None
+        return True
 
 
 class TurnedAway:
@@ -1974,6 +2832,52 @@ class TurnedAway:
         return sum(count for _, count in self.seconds)
 
 
+class Kept:
+    """What a peer on probation has told, by what it is about."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds  # for which the peer has to stay
+        self.events: Dict[str, Sequence[Event]] = {}
+
+
+class Probation:
+    """Peers that may be gone again in a moment: what they tell waits until they have stayed."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.kept: Dict["Peer", Kept] = {}
+
+    def begin(self, peer: "Peer", seconds: float) -> None:
+        """Let what the peer tells wait until it has been here for so long."""
+        with self.lock:
+            self.kept.setdefault(peer, Kept(seconds))
+
+    def keep(self, peer: "Peer", what: str, events: Sequence[Event]) -> bool:
+        """Keep events of a peer that is on probation; else False, and they are to be told."""
+        with self.lock:
+            kept = self.kept.get(peer)
+            if kept is None:
+                return False
+            if events[0].kind == "resolved" and what in kept.events:
+                del kept.events[what]  # nobody was told that it fired
+            else:
+                kept.events[what] = events
+            return True
+
+    def end(self, peer: "Peer") -> Dict[str, Sequence[Event]]:
+        """Let go of a peer: what was kept of it."""
+        with self.lock:
+            kept = self.kept.pop(peer, None)
+            return kept.events if kept else {}
+
+    def passed(self) -> List["Peer"]:
+        """Those who have stayed for long enough."""
+        with self.lock:
+            return [
+                peer for peer, kept in self.kept.items() if peer.stay() > kept.seconds
+            ]
+
+
 class Silence(Exception):
     """No whole sample came in time."""
 
@@ -1985,12 +2889,14 @@ class Peer:
         "sock",
         "source",
         "address",
+        "came",
         "timeout",
         "receive_timeout",
         "buffer",
         "slot",
         "since",
         "known_as",
+        "job",
         "shape",
         "ack",
         "row",
@@ -2001,25 +2907,49 @@ class Peer:
     )
 
     def __init__(self, sock: socket.socket, address: Address, timeout: float) -> None:
-        self.sock, self.timeout, self.receive_timeout = sock, timeout, timeout
+        self.sock = sock
         self.source, self.address = split_address(address)
+        self.came = time.monotonic()
+        self.timeout = timeout  # seconds without a sample, after which it is lost
+        self.receive_timeout = timeout  # what the socket has
         self.buffer = memoryview(bytearray(RECEIVE_SIZE))
-        self.slot, self.since, self.alerts = -1, time.time(), ""  # -1: no slot yet
+        self.slot = -1  # -1: none yet
+        self.since = time.time()
         self.known_as = self.address  # or the node's name: that of its first sample
-        self.shape: Optional[Shape] = None
-        self.row, self.ack = UNKNOWN, False
-        self.state: Dict[Rule, Optional[float]] = {}
+        self.job = ""  # that of its first sample
+        self.shape: Optional[Shape] = None  # of its samples
+        self.ack = False
+        self.row = UNKNOWN  # the last sample, KEPT of it
+        self.state: Dict[Rule, Optional[float]] = {}  # as judge() has it
+        self.alerts = ""  # the rules that fire
         self.look: List[PartRow] = []  # parts that came since the last sample
         self.places: List[int] = []  # of its last look in the table
+
+    def stay(self) -> float:
+        """For how many seconds it has been here."""
+        return time.monotonic() - self.came
+
+    def node_key(self) -> Tuple[str, ...]:
+        """What comes and goes with it: an address's node, since anybody may give any name."""
+        return (self.source, self.known_as, self.job)
 
     def text(self, key: str) -> str:
         """A text of the last sample."""
         return str(self.row[INDEX[key]], "utf-8")
 
-    def __str__(self) -> str:
-        return self.known_as + (
-            " (job %s)" % self.text("job") if self.text("job") else ""
-        )
+    def firing(self) -> List[Rule]:
+        """The rules that fire."""
+        return [rule for rule, since in self.state.items() if since is None]
+
+    def event(
+        self,
+        kind: str,
+        text: str,
+        rule: Optional[Rule] = None,
+        value: Union[float, str] = "",
+    ) -> Event:
+        """Something to tell of this peer."""
+        return Event(kind, self.known_as, self.row, self.address, text, rule, value)
 
     def say(self, line: bytes) -> None:
         """Write if there is room for it: a peer that never reads is served all the same."""
@@ -2037,7 +2967,7 @@ class Peer:
             raise Silence from None
 
     def parse(self, data: bytes, auth: bool) -> Tuple[Union[Row, Message, None], int]:
-        """What data begins with and its size: a sample's row, or an auth or goodbye as it came.
+        """What data begins with and its size: a sample's row, or any other message as it came.
 
         None while it is incomplete; WireError.
         """
@@ -2045,8 +2975,9 @@ class Peer:
         if not parsed:
             return None, 0
         message, size, floats = parsed
-        is_other = type(message.get("bye")) is str or type(message.get("part")) is str
-        if auth or is_other:
+        is_goodbye = type(message.get("bye")) is str
+        is_part = type(message.get("part")) is str
+        if auth or is_goodbye or is_part:
             return message, size
         row = check_sample(message)
         self.shape = make_shape(data[:size], message, row, floats)
@@ -2054,18 +2985,27 @@ class Peer:
         return row, size
 
     def messages(self, auth: bool) -> Iterator[Any]:
-        """What comes, as parse has it, each whole within the deadline after the one before."""
-        data, since, count = b"", time.monotonic(), 0
-        due = since + self.timeout
+        """What comes, as parse has it, each whole within the deadline after the one before.
+
+        auth: the first one is the answer to a challenge.
+        """
+        data = b""
+        count = 0  # of messages since counted_from
+        counted_from = time.monotonic()
+        due = counted_from + self.timeout
         while True:
-            size = len(data)
-            data += self.receive(self.timeout if not data else due - time.monotonic())
-            if len(data) == size:
+            seconds = due - time.monotonic() if data else self.timeout
+            before = len(data)
+            data += self.receive(
+                seconds
+            )  # without a name: it would be kept while we wait
+            if len(data) == before:
                 if data:
                     raise ConnectionError("closed in the middle of a sample")
                 return
             now = time.monotonic()
             while data:
+                # most are a sample of the shape that the one before had, and of its size
                 message: Any = parse_shape(data, self.shape) if self.shape else None
                 size = len(data)
                 if message is None:
@@ -2077,11 +3017,14 @@ class Peer:
                     auth = False
                 data = data[size:]
                 yield message
-                message, count, due = None, count + 1, now + self.timeout
-            if now - since > RATE_SECONDS:
-                if count > MAX_RATE * (now - since):
+                message = None  # freed before the thread waits again
+                count += 1
+                due = now + self.timeout
+            if now - counted_from > RATE_SECONDS:
+                if count > MAX_RATE * (now - counted_from):
                     raise WireError("more than %d samples a second" % MAX_RATE)
-                since, count = now, 0
+                counted_from = now
+                count = 0
 
 
 class Collector:
@@ -2090,27 +3033,39 @@ class Collector:
     def __init__(
         self, listener: socket.socket, table: Table, options: argparse.Namespace
     ) -> None:
-        self.listener, self.table, self.options = listener, table, options
-        self.lock = threading.Lock()  # of what follows
-        self.free = list(range(table.capacity))
-        self.slots: Dict[str, int] = collections.Counter()  # slots in use by source
-        self.lost: Dict[Tuple[str, str], float] = {}  # (node, job) -> time.monotonic()
-        self.samples, self.used = 0, 0  # of slots: how many have ever been in use
-        self.looked, self.spent, self.pinned = time.monotonic(), 0.0, False
+        self.listener = listener
+        self.table = table
+        self.options = options
         self.waiting = Waiting(MAX_WAITING)
         self.refusals = Refusals(self.tell_refusal)
         self.flapping = Flapping(FLAP_CHANGES, FLAP_SECONDS)
-        self.visits = Flapping(FLAP_VISITS, FLAP_SECONDS)
+        self.visits = Visits(FLAP_VISITS, FLAP_SECONDS)
+        self.early = Flapping(FLAP_VISITS, FLAP_SECONDS)  # alerts in brief visits
+        self.probation = Probation()
+        self.pinning = Pinning()
+        self.runner: Optional[CommandRunner] = None
+        if options.alert_command:
+            self.runner = CommandRunner(options.alert_command)
+        self.news: Optional[News] = None
+        if options.notify:
+            self.news = News(Notifier(options.notify))
+        self.lock = threading.Lock()  # of what follows
+        self.free = list(range(table.capacity))  # slots, a heap
+        self.used = 0  # slots from this index on have never been in use
+        self.slots: Dict[str, int] = collections.Counter()  # slots in use by source
+        self.samples = 0
+        self.lost: Dict[Tuple[str, str], float] = {}  # (node, job) -> time.monotonic()
         self.turned_away = TurnedAway()
-        self.runner = (
-            CommandRunner(options.alert_command) if options.alert_command else None
-        )
+
+    # ---- the role
 
     def run(self) -> None:
         """Accept agents until the supervisor is gone."""
         self.table.acquire()
         self.table.reset()
         self.table.lock.release()
+        if self.news:
+            self.news.know(JOB.iter_unpack(self.table.snapshot().job_rows))
         accept_loop(
             self.listener,
             self.waiting,
@@ -2124,24 +3079,26 @@ class Collector:
         """Say that this role is well, and do what is due now and then."""
         self.beat_table()
         self.refusals.flush()
-        now, spent = time.monotonic(), time.process_time()
-        with self.lock:
-            self.lost = {
-                key: when
-                for key, when in self.lost.items()
-                if when > now - GONE_SECONDS
-            }
-        if now > self.looked + PIN_SECONDS and hasattr(os, "sched_setaffinity"):
-            least = PIN_CPU / 2 if self.pinned else PIN_CPU  # pinned ones take less
-            self.pinned = spent - self.spent > least * (now - self.looked)
-            self.looked, self.spent = now, spent
-            pin_threads(self.pinned)
+        for peer in self.probation.passed():
+            self.end_probation(peer)
+        self.announce(*self.visits.settled())
+        self.announce(*self.flapping.settled())
+        self.forget_lost()
+        self.pinning.look()
+        if self.news:
+            self.news.look(self.table)
 
-    def turn_away(self, sock: socket.socket, address: Address, error: str) -> None:
+    def forget_lost(self) -> None:
+        """Forget those who have been lost for so long that they are no more shown."""
+        oldest = time.monotonic() - GONE_SECONDS
+        with self.lock:
+            self.lost = {key: when for key, when in self.lost.items() if when > oldest}
+
+    def turn_away(
+        self, sock: socket.socket, address: Address, shortage: Shortage
+    ) -> None:
         """Tell an agent that there is no room for it, and why."""
-        why = (
-            "no room for more agents here (%s): raise TasksMax or ulimit -u -n" % error
-        )
+        why = "no room for more agents here (%s): %s" % shortage
         with self.lock:
             self.turned_away.add(why)
             count = self.turned_away.lately()
@@ -2149,6 +3106,8 @@ class Collector:
         with contextlib.suppress(OSError):
             sock.send(b"error %s\n" % text.encode(), socket.MSG_DONTWAIT)
             sock.shutdown(socket.SHUT_WR)
+            # unread input would turn the close into a reset, which overtakes the line
+            sock.recv(MAX_SAMPLE, socket.MSG_DONTWAIT)
         sock.close()
         self.refusals.add(split_address(address)[0], why)
 
@@ -2163,18 +3122,23 @@ class Collector:
                 self.turned_away.why,
             )
 
+    # ---- one connection
+
     def serve(self, sock: socket.socket, address: Address) -> None:
         """Everything between a connection's begin and its end."""
         peer = Peer(sock, address, self.options.timeout)
-        kind, text = "refused", "a defect of the master"
+        kind = "refused"
+        text = "a defect of the master"
         try:
             kind, text = self.converse(peer)
         except Silence:
-            kind, text = "lost", "no sample for %g s" % peer.timeout
+            kind = "lost"
+            text = "no sample for %g s" % peer.timeout
         except WireError as error:
             text = str(error)
         except OSError as error:
-            kind, text = "lost", "the connection broke (%s)" % (error.strerror or error)
+            kind = "lost"
+            text = "the connection broke (%s)" % (error.strerror or error)
         except Exception:
             log.exception("a defect, met while serving %s", peer.address)
         finally:
@@ -2202,14 +3166,14 @@ class Collector:
                 row = check_job(message)
                 with self.lock:
                     self.table.write_job(row)
+                if self.news:
+                    self.news.tell_job(row)
             elif "part" in message:
                 add_part(peer, message)
             elif "bye" in message:
-                return "finished", "; ".join(
-                    clean_text(message[key])
-                    for key in ("bye", "report")
-                    if type(message.get(key)) is str
-                )
+                said = [message["bye"], message.get("report")]
+                words = [clean_text(text) for text in said if type(text) is str]
+                return "finished", "; ".join(words)
             message = None  # freed before the thread waits again: what is kept is cold
         if peer.text("version"):
             return "lost", "closed without a goodbye"
@@ -2218,77 +3182,75 @@ class Collector:
     def take(self, peer: Peer, row: Row) -> None:
         """Put a sample into the table, tell what it means, answer it."""
         peer.row = row[:KEPT]
-        new = peer.slot < 0
-        if new:
+        is_new = peer.slot < 0
+        if is_new:
             self.enter(peer)
         self.samples += 1
         changes = judge(self.options.rules, peer.state, row, time.monotonic())
         if changes:
-            peer.alerts = " ".join(
-                str(rule).replace(" ", "_")
-                for rule, since in peer.state.items()
-                if since is None
-            )
+            names = [str(rule).replace(" ", "_") for rule in peer.firing()]
+            peer.alerts = " ".join(names)
         self.table.write(peer.slot, peer.address, row, peer.since, peer.alerts)
         if peer.look:
             self.write_look(peer, peer.look)
             peer.look = []
-        if new:
+        if is_new:
             self.welcome(peer)
         for kind, rule, value in changes:
-            self.tell(
-                kind,
-                peer,
-                "%s is %g (%s)" % (rule.metric, value, str(rule)),
-                rule,
-                value,
-            )
+            self.tell_change(peer, kind, rule, value)
         if peer.ack:
-            takes_parts = new and peer.text("version")
+            takes_parts = is_new and peer.text("version")
             peer.say(b"ok parts\nok\n" if takes_parts else b"ok\n")
         if self.options.verbose:
-            log.debug(
-                "%s sent %s",
-                peer,
-                {
-                    key: from_field(value)
-                    for key, value in zip(INDEX, row)
-                    if from_field(value) is not None
-                },
-            )
+            values = zip(INDEX, map(from_field, row))
+            known = {key: value for key, value in values if value is not None}
+            log.debug("%s sent %s", peer.event("", "").subject(), known)
 
     def enter(self, peer: Peer) -> None:
         """Give the peer a slot; WireError when there is none for it."""
-        interval = min(
-            peer.row[INDEX["interval"]], MAX_INTERVAL
-        )  # or NaN, which is no larger
-        peer.timeout = max(peer.timeout, 2.5 * interval)
+        interval = peer.row[INDEX["interval"]]
+        interval = min(interval, MAX_INTERVAL)  # unknown is NaN, and stays it here
+        peer.timeout = max(peer.timeout, 2.5 * interval)  # which is no larger
+        share = max(1, self.table.capacity * SOURCE_SHARE)
         with self.lock:
             if not self.free:
                 raise WireError("master is full (%d agents)" % self.table.capacity)
-            if peer.source not in LOOPBACK and (
-                self.slots[peer.source] >= max(1, self.table.capacity * SOURCE_SHARE)
-            ):
+            if peer.source not in LOOPBACK and self.slots[peer.source] >= share:
                 raise WireError(
                     "too many agents of %s; the rest is for others" % peer.source
                 )
             peer.slot = heapq.heappop(self.free)
             self.slots[peer.source] += 1
             peer.known_as = peer.text("node") or peer.address
+            peer.job = peer.text("job")
             self.used = max(self.used, peer.slot + 1)
         self.waiting.remove(peer.sock)
+        if self.news:
+            self.news.enter(peer.job)
 
     def welcome(self, peer: Peer) -> None:
         """Tell that a node is there, and whether it was lost before."""
         self.beat_table()
         with self.lock:
-            since = self.lost.pop((peer.known_as, peer.text("job")), None)
-        if self.visits.is_flapping(peer.source):
-            return
-        told = self.tell("connected", peer, "from %s" % peer.address)
-        if told and since is not None:
+            since = self.lost.pop((peer.known_as, peer.job), None)
+        events = [peer.event("connected", "from %s" % peer.address)]
+        if since is not None:
             away = time.monotonic() - since
-            self.tell("resolved", peer, "lost: back after %.0f s" % away)
+            events.append(peer.event("resolved", "lost: back after %.0f s" % away))
+        if self.count_move(peer):
+            self.flapping.withhold(peer.node_key(), ())  # that it had left, say
+            self.probation.begin(peer, SETTLE_SECONDS)
+        if self.count_visit(peer):
+            self.probation.begin(peer, BRIEF_SECONDS)
+        if not self.probation.keep(peer, THE_NODE, events):
+            self.announce(*events)
+
+    def tell_change(self, peer: Peer, kind: str, rule: Rule, value: float) -> None:
+        """Tell that a sample made a rule fire, or was the end of it."""
+        words = "%s is %g (%s)" % (rule.metric, value, str(rule))
+        if peer.stay() <= BRIEF_SECONDS and self.early.count(peer.source):
+            self.probation.begin(peer, BRIEF_SECONDS)
+        self.tell_rule(peer, peer.event(kind, words, rule, value))
 
     def write_look(self, peer: Peer, look: List[PartRow]) -> None:
         """Show a look of a node: it is whole when the next sample comes."""
@@ -2306,93 +3268,106 @@ class Collector:
             if not self.slots[peer.source]:
                 del self.slots[peer.source]
             if kind == "lost":
-                self.lost[peer.known_as, peer.text("job")] = time.monotonic()
-        if self.is_restless(peer):
+                self.lost[peer.known_as, peer.job] = time.monotonic()
+        if self.news:
+            self.news.leave(peer.job)
+        if peer.stay() <= BRIEF_SECONDS:
+            self.visits.end_brief(peer.source)
+        # one that was here for long is no part of what comes and goes under its name
+        flaps = peer.stay() <= SETTLE_SECONDS and self.count_move(peer)
+        kept = self.probation.end(peer)
+        for rule in peer.firing():
+            if str(rule) not in kept:
+                words = "%s: the node is gone" % str(rule)
+                self.tell_rule(peer, peer.event("resolved", words, rule))
+        last = [peer.event(kind, text)]
+        if kind == "refused":
             return
-        for rule in [rule for rule, since in peer.state.items() if since is None]:
-            self.tell("resolved", peer, "%s: the node is gone" % str(rule), rule)
-        if kind != "refused":
-            self.tell(kind, peer, text)
+        if flaps:
+            self.flapping.withhold(peer.node_key(), last)
+        elif THE_NODE in kept:  # nobody knows that it was here
+            self.visits.withhold(peer.source, last)
+        else:
+            self.announce(*last)
 
-    def is_restless(self, peer: Peer) -> bool:
-        """Whether the peer's source comes and goes so often that this visit is not told."""
-        with self.lock:
-            others = self.slots.get(peer.source, 0)
-        if time.time() - peer.since > BRIEF_SECONDS or others > CROWD:
-            return False  # a crowd that is lost at once is no loop
-        visits = self.visits.count(peer.source)
+    # ---- what is told, and what is not
+
+    def count_visit(self, peer: Peer) -> bool:
+        """Whether the peer's address comes and goes too often for this visit to be told yet."""
+        visits = self.visits.begin_visit(peer.source)
         if visits > 0:
-            self.announce(
-                "flapping",
-                peer,
-                "%d brief visits from %s within %.0f min: no more is told of them for as long"
-                % (visits, peer.source, FLAP_SECONDS / 60),
+            words = (
+                "%d brief visits from %s within %.0f min: no more is told of such for as long"
+                % (visits, peer.source, FLAP_SECONDS / 60)
             )
+            self.announce(peer.event("flapping", words))
         return visits != 0
 
-    def is_flapping(self, kind: str, peer: Peer, rule: Optional[Rule]) -> bool:
-        """Whether this comes and goes so often that it is not told; that is told once."""
-        if rule:
-            what = str(rule)
-        elif kind in ("connected", "finished", "lost"):
-            what = "the node"
+    def count_move(self, peer: Peer) -> bool:
+        """Whether the peer's node comes and goes too often for this time to be told yet."""
+        moves = self.flapping.count(peer.node_key())
+        self.tell_flapping(peer, THE_NODE, moves)
+        return moves != 0
+
+    def tell_rule(self, peer: Peer, event: Event) -> None:
+        """Announce that a rule fires or is resolved, unless it does so too often."""
+        what = str(event.rule)
+        if self.probation.keep(peer, what, [event]):
+            return
+        key = (peer.address, what)
+        changes = self.flapping.count(key)
+        self.tell_flapping(peer, what, changes)
+        if changes:
+            self.flapping.withhold(key, [event])
         else:
-            return False
-        changes = self.flapping.count((peer.known_as, peer.text("job"), what))
+            self.announce(event)
+
+    def tell_flapping(self, peer: Peer, what: str, changes: int) -> None:
+        """Announce that something is flapping, if a count of its changes says so."""
         if changes > 0:
-            self.announce(
-                "flapping",
-                peer,
-                "%s came and went %d times within %.0f min: no more is told of it for as long"
-                % (what, changes, FLAP_SECONDS / 60),
+            words = (
+                "%s came and went %d times within %.0f min: no more is told of it until it"
+                " is quiet" % (what, changes, FLAP_SECONDS / 60)
             )
-        return changes != 0
+            self.announce(peer.event("flapping", words))
 
-    def tell(
-        self,
-        kind: str,
-        peer: Peer,
-        text: str,
-        rule: Optional[Rule] = None,
-        value: Union[float, str] = "",
-    ) -> bool:
-        """Announce an event, unless its kind is flapping; whether it was."""
-        if self.is_flapping(kind, peer, rule):
-            return False
-        self.announce(kind, peer, text, rule, value)
-        return True
+    def end_probation(self, peer: Peer) -> None:
+        """Tell what was kept of a peer that has stayed."""
+        for what, events in self.probation.end(peer).items():
+            if what == THE_NODE:
+                self.announce(*events)
+            else:
+                self.tell_rule(peer, events[0])
 
-    def announce(
-        self,
-        kind: str,
-        peer: Peer,
-        text: str,
-        rule: Optional[Rule] = None,
-        value: Union[float, str] = "",
-    ) -> None:
+    def announce(self, *events: Event) -> None:
+        """Tell events: to the ring, the log and, when they are alerts, the command."""
+        for event in events:
+            self.announce_one(event)
+
+    def announce_one(self, event: Event) -> None:
         """One event: to the ring, the log and, when it is an alert, the command."""
-        self.table.add_event(kind, text, peer.known_as, peer.row, peer.address)
-        if kind == "alert" or kind == "lost" and self.options.lost:
-            log.critical(
-                "CRITICAL WARNING: %s%s: %s%s",
-                peer,
-                " lost" if kind == "lost" else "",
-                text,
-                "\a" if sys.stderr.isatty() else "",
-            )
-            if self.runner:
-                self.runner.post(
-                    Alert(
-                        kind,
-                        peer.known_as,
-                        peer.text("job"),
-                        rule.metric if rule else "lost",
-                        value,
-                        rule.threshold if rule else "",
-                    )
-                )
-        else:
-            log.info("%s %s: %s", kind, peer, text)
+        self.table.add_event(
+            event.kind, event.text, event.node, event.row, event.address
+        )
+        if self.news and (event.kind != "lost" or self.options.lost):
+            self.news.tell_event(event)
+        is_lost = event.kind == "lost" and self.options.lost
+        if event.kind != "alert" and not is_lost:
+            log.info("%s %s: %s", event.kind, event.subject(), event.text)
+            return
+        log.critical(
+            "CRITICAL WARNING: %s%s: %s%s",
+            event.subject(),
+            " lost" if is_lost else "",
+            event.text,
+            "\a" if sys.stderr.isatty() else "",
+        )
+        if self.runner:
+            rule = event.rule
+            metric = rule.metric if rule else "lost"
+            threshold: Union[float, str] = rule.threshold if rule else ""
+            facts = (event.kind, event.node, event.job(), metric)
+            self.runner.post(Alert(*facts, event.value, threshold))
 
     def tell_refusal(self, source: str, reason: str) -> None:
         """One event for one or many refusals of a source."""
@@ -2414,28 +3389,50 @@ def add_part(peer: Peer, message: Message) -> None:
     peer.look.append(part)
 
 
-def pin_threads(busy: bool) -> None:
-    """Have the peers' threads run on the main thread's CPU when busy; it goes where there is room.
+class Pinning:
+    """Where the peers' threads may run: on the main thread's CPU while the role is busy.
 
     One at a time has the interpreter: passing it from CPU to CPU takes as long as their work.
     """
-    with contextlib.suppress(OSError), open("/proc/self/stat") as file:
-        cpu = int(file.read().rpartition(")")[2].split()[36])  # proc(5), field 39
-        cpus = {cpu} if busy else os.sched_getaffinity(0)
+
+    def __init__(self) -> None:
+        self.looked = time.monotonic()
+        self.spent = 0.0  # seconds of CPU, when it was last looked
+        self.is_busy = False
+
+    def look(self) -> None:
+        """Look now and then whether the role is busy."""
+        now = time.monotonic()
+        if now <= self.looked + PIN_SECONDS or not hasattr(os, "sched_setaffinity"):
+            return
+        spent = time.process_time()
+        least = PIN_CPU / 2 if self.is_busy else PIN_CPU  # pinned ones take less
+        self.is_busy = spent - self.spent > least * (now - self.looked)
+        self.looked = now
+        self.spent = spent
+        with contextlib.suppress(OSError):
+            self.pin()
+
+    def pin(self) -> None:
+        """Have the threads of peers run where they should; the main one runs anywhere."""
+        cpus = {self.own_cpu()} if self.is_busy else os.sched_getaffinity(0)
         for thread in threading.enumerate():
             if isinstance(thread, ServeThread):  # alert commands are to run anywhere
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # it has ended
                     os.sched_setaffinity(thread.native_id or -1, cpus)
+
+    def own_cpu(self) -> int:
+        """The CPU that the main thread ran on last: proc(5), /proc/PID/stat, field 39."""
+        with open("/proc/self/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return int(fields[39 - 3])  # the first behind the name is field 3
 
 
 def set_timeout(sock: socket.socket, seconds: float) -> None:
     """Have the kernel end a read in time, socket(7): Python's way would add a poll to each."""
     micros = max(1000, int(seconds * 1e6))
-    sock.setsockopt(
-        socket.SOL_SOCKET,
-        socket.SO_RCVTIMEO,
-        struct.pack("ll", micros // 1000000, micros % 1000000),
-    )
+    timeval = struct.pack("ll", *divmod(micros, 1000000))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
 
 
 def close_gently(sock: socket.socket) -> None:
@@ -2454,13 +3451,15 @@ class ServeThread(threading.Thread):
 
     def __init__(self, serve: Serve, sock: socket.socket, address: Address) -> None:
         super().__init__(daemon=True)
-        self.serve, self.sock, self.address = serve, sock, address
+        self.serve = serve
+        self.sock = sock
+        self.address = address
 
     def run(self) -> None:
         self.serve(self.sock, self.address)
 
 
-def hang_up(sock: socket.socket, address: Address, error: str) -> None:
+def hang_up(sock: socket.socket, address: Address, shortage: Shortage) -> None:
     """Close a connection that cannot be served."""
     sock.close()
 
@@ -2471,40 +3470,70 @@ def accept_loop(
     serve: Serve,
     timeout: float,
     beat: Callable[[], None] = lambda: None,
-    turn_away: Callable[[socket.socket, Address, str], None] = hang_up,
+    turn_away: Callable[[socket.socket, Address, Shortage], None] = hang_up,
 ) -> None:
     """Run serve(socket, address) on a thread for each connection, until the supervisor is gone.
 
-    One that there is no thread or descriptor for goes to turn_away(socket, address, reason).
+    One that there is no thread or descriptor for goes to turn_away(socket, address, shortage).
     """
+
+    def greet(sock: socket.socket, address: Address) -> Optional[Shortage]:
+        shortage = start_serving(sock, address, waiting, serve, timeout)
+        if shortage:
+            turn_away(sock, address, shortage)
+        return shortage
+
     listener.setblocking(False)
     parent = multiprocessing.parent_process()
+    spare = Spare()
     told = -math.inf
-    spare = os.open(os.devnull, os.O_RDONLY)
     while parent and parent.is_alive():
         beat()
+        spare.keep()
         multiprocessing.connection.wait([listener, parent.sentinel], BEAT_SECONDS)
-        error = ""
+        shortage, is_stuck = accept_waiting(listener, spare, greet, turn_away)
+        if shortage and time.monotonic() - told > REFUSAL_SECONDS:
+            log.error("cannot take new connections for now: %s", shortage.reason)
+            told = time.monotonic()
+        if is_stuck:
+            time.sleep(BEAT_SECONDS)  # they go on waiting: to look at once is no use
+
+
+def accept_waiting(
+    listener: socket.socket,
+    spare: Spare,
+    greet: Callable[[socket.socket, Address], Optional[Shortage]],
+    turn_away: Callable[[socket.socket, Address, Shortage], None],
+) -> Tuple[Optional[Shortage], bool]:
+    """Greet all who wait, or as many as may come between two heartbeats.
+
+    The shortage that somebody was turned away for, if any; and whether others cannot even be
+    turned away.
+    """
+    shortage = None
+    for _ in range(MAX_ACCEPTS):
         try:
-            for _ in range(MAX_ACCEPTS):
+            sock, address = listener.accept()
+        except BlockingIOError:
+            break
+        except ConnectionError:
+            continue  # it has gone meanwhile
+        except OSError as error:
+            shortage = descriptor_shortage(error)
+            if not spare.give():
+                return shortage, True
+            try:
                 sock, address = listener.accept()
-                failure = start_serving(sock, address, waiting, serve, timeout)
-                if failure:
-                    turn_away(sock, address, failure)
-                    error = failure
-        except (BlockingIOError, ConnectionError):
-            pass
-        except OSError as full:  # no descriptors or memory: it passes
-            error = str(full.strerror)
-            os.close(spare)  # makes room for one, to tell it so
-            with contextlib.suppress(OSError):
-                turn_away(*listener.accept(), error)
-            spare = os.open(os.devnull, os.O_RDONLY)
-        if error:
-            if time.monotonic() - told > REFUSAL_SECONDS:
-                log.error("cannot take new connections for now: %s", error)
-                told = time.monotonic()
-            time.sleep(BEAT_SECONDS)
+            except (
+                OSError
+            ) as again:  # somebody else has taken the spare one, or it has gone
+                spare.keep()
+                return shortage, not isinstance(again, BlockingIOError)
+            turn_away(sock, address, shortage)
+            spare.keep()
+        else:
+            shortage = greet(sock, address) or shortage
+    return shortage, False
 
 
 def start_serving(
@@ -2513,8 +3542,8 @@ def start_serving(
     waiting: Waiting,
     serve: Serve,
     timeout: float,
-) -> str:
-    """Start a thread for a connection; why there is none, or "".
+) -> Optional[Shortage]:
+    """Start a thread for a connection; what is short if there can be none.
 
     The timeout is set here: a thread that calls setsockopt() needs 4 KiB more of its stack.
     """
@@ -2526,8 +3555,8 @@ def start_serving(
         ServeThread(serve, sock, address).start()
     except RuntimeError as error:
         waiting.remove(sock)
-        return str(error)
-    return ""
+        return Shortage(str(error), "raise TasksMax or ulimit -u")
+    return None
 
 
 # ============================================================================
@@ -5676,6 +6705,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="shell command for each alert; the facts are in SENTINEL_EVENT, SENTINEL_NODE,"
         " SENTINEL_JOB, SENTINEL_METRIC, SENTINEL_VALUE, SENTINEL_THRESHOLD, SENTINEL_COUNT;"
         " what it starts ends with it",
+    )
+    add(
+        "--notify",
+        type=notify_argument,
+        action="append",
+        metavar="URL|@FILE|mail",
+        help="tell there when a job starts, ends or has a problem, and when a node is lost: a URL"
+        " of %s, or any other that takes JSON; a file with it, as others can see your command"
+        " line; mail[:ADDRESS]; may be repeated"
+        % ", ".join(service.name for service in SERVICES if service.hosts),
     )
     add(
         "--secret-file",

@@ -940,6 +940,80 @@ class NoRoom(unittest.TestCase):
             eventually(gets_in)
 
 
+# While the file $NO_SPARE is there, /dev/null cannot be opened for want of descriptors.
+NO_SPARE = """
+import errno, os
+real_open = os.open
+
+def open_unless(path, *more):
+    if path == os.devnull and os.path.exists(os.environ["NO_SPARE"]):
+        raise OSError(errno.EMFILE, "Too many open files")
+    return real_open(path, *more)
+
+os.open = open_unless
+"""
+
+
+class NoDescriptors(unittest.TestCase):
+    """Agents that are turned away for want of descriptors are all told, and the role lives on."""
+
+    def start(self, **more):
+        return support.start_master(
+            "--timeout",
+            "60",
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48)),
+            **more,
+        )
+
+    def fill(self, stack, master):
+        """Connect until one is turned away: those who are in stay."""
+        for _ in range(60):
+            agent = stack.enter_context(PlainAgent(master.port))
+            agent.send({"cpu": 1.0, "ram": 1.0, "interval": 60.0, "ack": True})
+            line = agent.read_line()
+            if line != "ok":
+                return line
+        raise AssertionError("nobody was turned away")
+
+    def test_each_is_told_at_once_with_the_cure(self):
+        with self.start() as master, contextlib.ExitStack() as stack:
+            self.fill(stack, master)
+            start = time.monotonic()
+            crowd = [stack.enter_context(PlainAgent(master.port)) for _ in range(40)]
+            for agent in crowd:
+                self.assertRegex(
+                    agent.read_line(),
+                    r"^error no room .*\(Too many open files\): raise ulimit -n; turned away",
+                )
+            seconds = time.monotonic() - start
+            self.assertLess(seconds, 10, "one each half second would take 20 s")
+            words = "41 agents turned away in the last minute: no room"
+            eventually(lambda: words in get(master.page, "/nodes.txt").text)
+
+    def test_a_spare_descriptor_that_is_not_to_be_had_ends_nothing(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        flag = os.path.join(folder, "none")
+        env = {"NO_SPARE": flag}
+        with self.start(patch=NO_SPARE, env=env) as master:
+            with contextlib.ExitStack() as stack:
+                self.fill(stack, master)
+                with open(flag, "w"):
+                    pass
+                crowd = [stack.enter_context(PlainAgent(master.port)) for _ in range(3)]
+                self.assertRegex(crowd[0].read_line(), "Too many open files")
+                stays(lambda: get(master.page, "/healthz").status == 200, 1.5)
+                os.unlink(flag)
+            with PlainAgent(master.port) as agent:
+                agent.send({"cpu": 1.0, "ram": 1.0, "ack": True})
+                self.assertEqual(agent.read_line(), "ok", "recovered")
+            with contextlib.ExitStack() as stack:
+                self.assertRegex(self.fill(stack, master), "Too many open files")
+            self.assertEqual(master.stop(), 0)
+            self.assertEqual(master.log.count("collector started"), 1)
+            self.assertNotRegex(master.log, NOISE)
+
+
 # The wall clock of a whole program is the real one plus the number in the file $SHIFT.
 SHIFTED = """
 import os, time

@@ -126,6 +126,7 @@ class HostileBytes(MasterTest):
     """Each hostile input gets its reason, in any segments, while another agent goes on."""
 
     flags = ("--timeout", "1.5", "--max-agents", "8")
+    patch = "master_server.FLAP_VISITS = 1000"  # each of its inputs is a brief visit
 
     def setUp(self):
         witness = Witness(self.master.port)
