@@ -30,6 +30,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unittest
@@ -158,17 +159,47 @@ if __name__ == "__main__":
 """
 
 
-def start_master(*flags, patch="", method="", **more):
+@functools.lru_cache()
+def copy_folder():
+    """A folder for copies of the tools; it is removed at the end."""
+    folder = tempfile.mkdtemp(prefix="sentinel-copies-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def with_constants(tool, **constants):
+    """The path of a copy of a tool that waits less: with_constants("agent.py", WAIT_SECONDS=1)."""
+    with open(os.path.join(ROOT, tool), encoding="utf-8") as file:
+        text = file.read()
+    for name, value in constants.items():
+        line = r"(?m)^%s = [\d.]+" % name
+        text, count = re.subn(line, "%s = %s" % (name, value), text)
+        assert count == 1, "%s has no constant %s" % (tool, name)
+    changes = ["%s-%s" % change for change in sorted(constants.items())]
+    folder = os.path.join(copy_folder(), "_".join(changes))
+    path = os.path.join(folder, tool)
+    if not os.path.exists(path):
+        os.makedirs(folder, exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    return path
+
+
+def start_master(*flags, patch="", method="", constants=None, **more):
     """Start a master on free ports and wait for them: .port for agents, .page for browsers.
 
     patch: statements that change the module (a limit, say) before it runs, by fork.
     method: multiprocessing's start method, set before the file runs as the main program.
+    constants: those of a copy that runs instead, see with_constants.
     """
-    argv = ["master_server.py"]
+    path = os.path.join(ROOT, "master_server.py")
+    if constants:
+        path = with_constants("master_server.py", **constants)
+    argv = [path]
     if patch:
         argv = ["-c", PATCHED % (ROOT, patch)]
     elif method:
-        argv = ["-c", _BY_METHOD % os.path.join(ROOT, "master_server.py"), method]
+        argv = ["-c", _BY_METHOD % path, method]
     for flag in ("--port", "--dashboard-port"):
         argv += [] if flag in flags else [flag, "0"]
     master = start(*(argv + list(flags)), **more)

@@ -14,12 +14,15 @@ import threading
 import time
 import unittest
 
+import beside
 import support
 from support import eventually
 from test_agent_link import DummyServer, start_agent
 
 sys.path.insert(0, support.ROOT)
 import agent
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 JOB = {
     "SLURM_JOB_ID": "42",

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import unittest
 
+import beside
 import support
 from support import (
     HOST,
@@ -27,6 +28,8 @@ from support import (
     row_of,
     stays,
 )
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 BACK = 5  # seconds until a killed role answers again on the same port
 SHOWN = 10  # seconds until the agents are shown again
