@@ -316,8 +316,12 @@ class Tool:
         self.stop()
 
 
-# a terminated test run unwinds as an interrupted one does, and so ends what it started
+# A terminated test run unwinds as an interrupted one does, and so ends what it started. Who starts
+# it in the background of a script has SIGINT ignored: the tools must not inherit that.
 signal.signal(signal.SIGTERM, signal.default_int_handler)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+# Nor must they inherit what few users have: it hides what becomes of lines that nobody takes.
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 
 @atexit.register
