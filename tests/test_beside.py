@@ -75,6 +75,19 @@ class Process(unittest.TestCase):
             file.write("%%d\\n" %% os.getpid())
 """
 
+ENDLESS = """
+import os, time, unittest
+import support
+from beside import load_tests
+
+class Endless(unittest.TestCase):
+    def test_until_it_is_interrupted(self):
+        with support.start("-c", "import time; time.sleep(60)") as tool:
+            with open(%r, "a") as file:
+                file.write("%%d\\n%%d\\n" %% (os.getpid(), tool.pid))
+            time.sleep(60)
+"""
+
 
 class Told(unittest.TestCase):
     def setUp(self):
@@ -87,16 +100,19 @@ class Told(unittest.TestCase):
             with open(os.path.join(self.folder, name + ".py"), "w") as file:
                 file.write(text)
 
-    def discover(self, *flags, in_turn=False):
-        """What `python3 -m unittest discover` says, without what differs in each run."""
+    def environment(self, in_turn=False):
         env = dict(os.environ, PYTHONPATH=os.path.join(support.ROOT, "tests"))
         for name in ("SENTINEL_TEST_ALL", "SENTINEL_TEST_SLOW"):
             env.pop(name, None)
         env["SENTINEL_TEST_IN_TURN"] = "1" if in_turn else ""
+        return env
+
+    def discover(self, *flags, in_turn=False):
+        """What `python3 -m unittest discover` says, without what differs in each run."""
         done = support.subprocess.run(
             [sys.executable, "-m", "unittest", "discover", "-v", *flags],
             cwd=self.folder,
-            env=env,
+            env=self.environment(in_turn),
             stdout=support.subprocess.PIPE,
             stderr=support.subprocess.STDOUT,
             universal_newlines=True,
@@ -150,6 +166,28 @@ class Told(unittest.TestCase):
                 self.assertEqual(self.discover(*flags, in_turn=in_turn)[0], 0)
                 with open(pids) as file:
                     self.assertEqual(len(set(file)), processes)
+
+    @unittest.skipIf((os.cpu_count() or 1) < 2, "one CPU: nothing runs beside")
+    def test_an_interrupted_run_leaves_no_process(self):
+        pids = os.path.join(self.folder, "pids")
+        self.write(test_a=ENDLESS % pids, test_b=ENDLESS % pids)
+        run = support.Tool(
+            [sys.executable, "-m", "unittest", "discover"],
+            self.environment(),
+            cwd=self.folder,
+        )
+        self.addCleanup(run.stop)
+
+        def started():
+            with open(pids) as file:
+                found = [int(line) for line in file]
+            return found if len(found) == 4 else None
+
+        family = support.eventually(started)
+        self.assertTrue(all(map(support.alive, family)))
+        run.send_signal(support.signal.SIGTERM)
+        support.eventually(lambda: not any(map(support.alive, family)))
+        self.assertNotEqual(run.wait(), 0)
 
 
 if __name__ == "__main__":
