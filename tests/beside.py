@@ -14,14 +14,24 @@ everything when long tests were asked for, on a machine with one CPU, and with
 SENTINEL_TEST_IN_TURN=1.
 """
 
+# The rooms, from the top.
+#
+#   suites   what unittest calls in the process that was started
+#   results  what is told to unittest's result
+#   steward  a process that starts the others, AT_ONCE of them at a time
+#   module   a process that runs the tests of a module
+#
+# They share a folder: N.json has the tests of the Nth module, N.told a line of JSON for each call
+# of unittest. There are no threads: tests fork this process.
+
 import atexit
 import contextlib
 import json
 import os
-import queue
+import shutil
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 import unittest
 
@@ -37,60 +47,8 @@ IN_TURN = (
 
 
 # ==========================================================================================
-# In the process that was started: Beside, load_tests
+# Suites: what unittest calls in the process that was started
 # ==========================================================================================
-
-
-class Beside(unittest.TestSuite):
-    """The tests of one module. The first one to be run starts all, the last one tells of all."""
-
-    every = []  # of this run, in unittest's order
-
-    def __init__(self, tests):
-        super().__init__(tests)
-        self.told = queue.Queue()  # lines of the process, then None
-        self.process = None
-        Beside.every.append(self)
-
-    def run(self, result, debug=False):
-        if debug or len(Beside.every) == 1:
-            return super().run(result, debug)
-        if self is Beside.every[0]:
-            start_processes(list(Beside.every))
-        if self is Beside.every[-1]:
-            for suite in Beside.every:
-                suite.tell(result)
-        return result
-
-    def run_process(self):
-        """Run the module's tests in a process and keep what it tells."""
-        task = {"path": sys.path, "names": [test.id() for test in flat(self)]}
-        reading, writing = os.pipe()
-        command = [sys.executable, os.path.abspath(__file__), str(writing)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, pass_fds=[writing]
-        )
-        os.close(writing)
-        with self.process.stdin as pipe:
-            pipe.write(json.dumps(task).encode())
-        with open(reading, encoding="utf-8") as lines:
-            for line in lines:
-                self.told.put(json.loads(line))
-        self.process.wait()
-
-    def tell(self, result):
-        """Tell the result what became of each test; of one that is not told, that it failed."""
-        tests = {test.id(): test for test in flat(self)}
-        for told in iter(self.told.get, None):
-            if result.shouldStop or told["what"] == "ended":
-                return
-            pass_on(result, tests, told)
-            if told["what"] == "stopTest":
-                tests.pop(told["test"], None)
-        for test in tests.values():
-            result.startTest(test)
-            result.addError(test, error_of("its process ended before it had run"))
-            result.stopTest(test)
 
 
 def load_tests(loader, tests, pattern):
@@ -110,41 +68,104 @@ def flat(suite):
             yield each
 
 
-def start_processes(suites):
-    """Have AT_ONCE threads run the suites, each the next one that nobody has begun."""
-    due = queue.Queue()
-    for suite in suites:
-        due.put(suite)
+class Beside(unittest.TestSuite):
+    """The tests of one module. The first one to be run starts all, the last one tells of all."""
 
-    def work():
-        while True:
-            try:
-                suite = due.get_nowait()
-            except queue.Empty:
+    every = []  # of this run, in unittest's order
+    folder = ""  # that is shared with the processes
+    steward = None
+
+    def __init__(self, tests):
+        super().__init__(tests)
+        Beside.every.append(self)
+
+    def run(self, result, debug=False):
+        if debug or len(Beside.every) == 1:
+            return super().run(result, debug)
+        if self is Beside.every[0]:
+            self.start_all()
+        if self is Beside.every[-1]:
+            for number, suite in enumerate(Beside.every):
+                suite.tell(result, number)
+        return result
+
+    @staticmethod
+    def start_all():
+        Beside.folder = tempfile.mkdtemp(prefix="sentinel-beside-")
+        atexit.register(shutil.rmtree, Beside.folder, ignore_errors=True)
+        for number, suite in enumerate(Beside.every):
+            names = [test.id() for test in flat(suite)]
+            task = {"path": sys.path, "names": names}
+            with open(path_of(Beside.folder, number, "json"), "w") as file:
+                json.dump(task, file)
+        Beside.steward = start_process(Beside.folder, len(Beside.every))
+        atexit.register(end_process, Beside.steward)
+
+    def tell(self, result, number):
+        """Tell the result what became of each test; of one that is not told, that it failed."""
+        tests = {test.id(): test for test in flat(self)}
+        for told in follow(path_of(Beside.folder, number, "told"), Beside.steward):
+            if result.shouldStop or told["what"] == "ended":
                 return
-            try:
-                suite.run_process()
-            finally:
-                suite.told.put(None)
+            pass_on(result, tests, told)
+            if told["what"] == "stopTest":
+                tests.pop(told["test"], None)
+        for test in tests.values():
+            result.startTest(test)
+            result.addError(test, error_of("its process ended before it had run"))
+            result.stopTest(test)
 
-    for _ in range(AT_ONCE):
-        threading.Thread(target=work, daemon=True).start()
-    atexit.register(end_processes, due, suites)
+
+def path_of(folder, number, kind):
+    return os.path.join(folder, "%d.%s" % (number, kind))
 
 
-def end_processes(due, suites):
-    """When the run is interrupted: start no more, and have each end what it started."""
-    while not due.empty():
-        due.get()
-    running = [each.process for each in suites if each.process]
-    for process in running:
-        if process.poll() is None:
-            process.terminate()
-    for process in running:
+def start_process(*words):
+    """Start this file."""
+    command = [sys.executable, os.path.abspath(__file__)]
+    return subprocess.Popen(command + [str(word) for word in words])
+
+
+def end_process(process):
+    """Have a process end what it has started, and itself."""
+    if process.poll() is None:
+        process.terminate()
         try:
             process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
+
+
+def follow(path, writer):
+    """Yield what is in a file of JSON lines and what is still to come, until "over"."""
+    while not os.path.exists(path) and writer.poll() is None:
+        time.sleep(support.POLL)
+    if not os.path.exists(path):
+        return
+    rest = ""
+    with open(path, encoding="utf-8") as file:
+        while True:
+            over = writer.poll() is not None
+            rest += file.read()
+            *lines, rest = rest.split("\n")
+            for line in lines:
+                try:
+                    told = json.loads(line)
+                except ValueError:  # its process ended in the midst of it
+                    continue
+                if told["what"] == "over":
+                    return
+                yield told
+            if over:
+                return
+            if not lines:
+                time.sleep(support.POLL)
+
+
+# ==========================================================================================
+# Results: what is told to unittest's result
+# ==========================================================================================
 
 
 class Elsewhere(Exception):
@@ -198,7 +219,33 @@ def pass_on(result, tests, told):
 
 
 # ==========================================================================================
-# In a process of its own: Teller, main
+# Steward: a process that starts the others
+# ==========================================================================================
+
+
+def run_all(folder, count):
+    """Run so many modules, AT_ONCE at a time; end them when nobody waits for them any more."""
+    parent = os.getppid()
+    due = list(range(count))
+    running = {}
+    try:
+        while (due or running) and os.getppid() == parent:
+            while due and len(running) < AT_ONCE:
+                number = due.pop(0)
+                running[number] = start_process(folder, number, "module")
+            for number, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[number]
+                    with open(path_of(folder, number, "told"), "a") as file:
+                        file.write('\n{"what": "over"}\n')
+            time.sleep(support.POLL)
+    finally:
+        for process in running.values():
+            end_process(process)
+
+
+# ==========================================================================================
+# Module: a process that runs the tests of a module
 # ==========================================================================================
 
 
@@ -255,16 +302,25 @@ class Teller(unittest.TestResult):
             )
 
 
-def main():
-    """Run the tests named on stdin and write what becomes of them to a descriptor."""
-    task = json.load(sys.stdin)
+def run_module(folder, number):
+    """Run the tests of a module and write what becomes of them."""
+    with open(path_of(folder, number, "json")) as file:
+        task = json.load(file)
     sys.path[:] = task["path"]
-    with open(int(sys.argv[1]), "w", encoding="utf-8") as stream:
+    with open(path_of(folder, number, "told"), "a", encoding="utf-8") as stream:
         suite = unittest.defaultTestLoader.loadTestsFromNames(task["names"])
-        with contextlib.suppress(KeyboardInterrupt):  # what it started ends at its exit
-            teller = Teller(stream)
-            suite.run(teller)
-            teller.write("ended")
+        teller = Teller(stream)
+        suite.run(teller)
+        teller.write("ended")
+
+
+def main():
+    folder, number = sys.argv[1], int(sys.argv[2])
+    with contextlib.suppress(KeyboardInterrupt):  # what it started ends at its exit
+        if sys.argv[3:] == ["module"]:
+            run_module(folder, number)
+        else:
+            run_all(folder, number)
 
 
 if __name__ == "__main__":
