@@ -113,15 +113,14 @@ COMMANDS = {
     "srun": SRUN,
     "tasks": TASKS,
 }
+# What a busy machine must not run into is as long as in real life: ATTACH_SECONDS, DEAF_SECONDS.
 HASTE = {
     "LOOK_SECONDS": 0.3,
     "LOOK_FACTOR": 0.5,
     "QUESTION_SECONDS": 1.0,
     "BACKOFF_SECONDS": 0.3,
-    "ATTACH_SECONDS": 1.5,
     "GATHER_SECONDS": 0.1,
     "PING_SECONDS": 0.5,
-    "DEAF_SECONDS": 3.0,
 }
 
 
@@ -372,7 +371,7 @@ class Herding(unittest.TestCase):
         with contextlib.ExitStack() as stack:  # both at once: they wait
             watchers = []
             for mode, reason in (("never", "denied"), ("hang", "no answer in")):
-                slurm = Slurm(self)
+                slurm = Slurm(self, ATTACH_SECONDS=1.5)
                 slurm.write("srun.mode", mode)
                 slurm.write("queue", row(nodes="c[1-2]"))
                 slurm.write("job.7", details(nodes=["c1", "c2"]))
@@ -422,6 +421,7 @@ class Herding(unittest.TestCase):
 
     def test_a_relay_that_falls_silent_leaves_no_step_and_is_back_when_it_wakes(self):
         """As a laptop that was cut off, or sleeps: its ssh stays open on the other side."""
+        self.slurm = Slurm(self, DEAF_SECONDS=3.0)
         self.slurm.write("queue", row())
         self.slurm.write("job.7", details())
         watcher = self.watch()
