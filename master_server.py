@@ -6281,7 +6281,16 @@ class StartError(Exception):
 
 
 def setup_log(verbose: bool) -> None:
-    """Log to stderr, one line a message."""
+    """Log to stderr, one line a message, without a buffer.
+
+    What a closed terminal or pipe has not taken would else be flushed again before a role is
+    started, which would then fail, and at the end, which would then be exit code 120.
+    """
+    raw = getattr(getattr(sys.stderr, "buffer", None), "raw", None)
+    if raw is not None:
+        sys.stderr = io.TextIOWrapper(
+            raw, sys.stderr.encoding, sys.stderr.errors, write_through=True
+        )
     logging.basicConfig(
         format="%(asctime)s %(message)s",
         datefmt="%H:%M:%S",

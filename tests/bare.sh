@@ -6,7 +6,7 @@
 #     bare.sh bookworm nodejs  one of them, with a node and npm that are not Debian's
 #
 # A debootstrap in a scratch folder, a clone of this repository in it, and there, one after the other,
-# `bash .ci/run install` and the README's test command. It takes a quarter of an hour for each and
+# `bash .ci/run install` and the README's test command. It takes up to ten minutes for each and
 # needs a Debian mirror (that of the apt sources), so .ci/run does not do it. As root, on Debian, with
 # debootstrap. Exit codes: 0 all passed, 1 one of them did not, 2 bad usage.
 #

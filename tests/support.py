@@ -5,7 +5,7 @@
             agent.send({"cpu": 15.5, "ram": 40.2})
             row = eventually(lambda: nodes(master.page)[0])
 
-Nothing here sleeps to wait: `eventually` polls, `stays` watches.  Whatever was started ends,
+Nothing here sleeps to wait: `eventually` polls, `stays` watches. Whatever was started ends,
 also when a test fails or is interrupted, and is found by its pid, never by its name.
 
 SENTINEL_TEST_PYTHON  the interpreter that runs the tools (this one by default)
@@ -13,6 +13,17 @@ SENTINEL_TEST_ALL=1   all of it: what takes long runs, and what cannot be tested
                       something fails; else both are skipped, by name
 SENTINEL_TEST_SLOW=1  what takes long runs
 """
+# The rooms, from the top; a room uses only rooms above it.
+#
+#   patience       wait for what is to come, watch what is to stay
+#   proc           which processes there are, and who started whom
+#   tools          run a tool to its end, or start one and close it
+#   masters        a master on free ports, with limits of the test's own
+#   shared memory  what lies in /dev/shm
+#   agents         the plan's five-line agent, which may send anything; a port without a master
+#   requests       what the master's page, API and events say
+#   test case      tests that share one master
+#   needs          what a test cannot do without, and what takes long
 
 import atexit
 import collections
@@ -30,6 +41,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unittest
@@ -49,12 +61,12 @@ if ROOT not in sys.path:
 
 
 # ==========================================================================================
-# Patience: eventually, stays
+# Patience: wait for what is to come, watch what is to stay
 # ==========================================================================================
 
 
 def _look(check):
-    """(value, text): a check that raises is one that does not hold yet."""
+    """Return (value, text) of a check; one that raises does not hold yet: its value is None."""
     try:
         value = check()
         return value, repr(value)
@@ -99,7 +111,43 @@ def stays(check, seconds, what=""):
 
 
 # ==========================================================================================
-# Processes: start, start_master, run, Tool, alive, descendants
+# Proc: which processes there are, and who started whom
+# ==========================================================================================
+
+
+def _stat(pid):
+    """(state, parent's pid) of /proc/PID/stat; the name in front may hold blanks and ")"."""
+    with open("/proc/%d/stat" % pid) as file:
+        fields = file.read().rpartition(")")[2].split()
+    return fields[0], int(fields[1])
+
+
+def alive(pid):
+    """Does it run (or is it stopped)?  One that only waits to be reaped does not."""
+    try:
+        return _stat(pid)[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def descendants(pid):
+    """The pids of its children, their children and so on that are alive."""
+    children = collections.defaultdict(list)
+    for name in os.listdir("/proc"):
+        try:
+            state, parent = _stat(int(name))
+        except (OSError, ValueError):
+            continue
+        if state not in "ZX":
+            children[parent].append(int(name))
+    found = list(children[pid])
+    for child in found:
+        found += children[child]
+    return found
+
+
+# ==========================================================================================
+# Tools: run one to its end, or start one and close it
 # ==========================================================================================
 
 
@@ -112,7 +160,7 @@ def _command(argv, python):
 
 
 def _environment(changes):
-    """This one without what would change a tool's defaults; a None in `changes` removes a name."""
+    """Return this environment without what changes a tool's defaults; None removes a name."""
     env = {
         name: value
         for name, value in os.environ.items()
@@ -141,48 +189,6 @@ def start(*argv, python=None, env=None, **more):
     return Tool(_command(argv, python), _environment(env), **more)
 
 
-PATCHED = """\
-import multiprocessing, sys
-sys.path.insert(0, %r)
-import master_server
-multiprocessing.set_start_method("fork")
-%s
-sys.exit(master_server.main(sys.argv[1:]))
-"""
-_BY_METHOD = """\
-import multiprocessing, runpy, sys
-if __name__ == "__main__":
-    multiprocessing.set_start_method(sys.argv.pop(1))
-    sys.argv[0] = %r
-    runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def start_master(*flags, patch="", method="", **more):
-    """Start a master on free ports and wait for them: .port for agents, .page for browsers.
-
-    patch: statements that change the module (a limit, say) before it runs, by fork.
-    method: multiprocessing's start method, set before the file runs as the main program.
-    """
-    argv = ["master_server.py"]
-    if patch:
-        argv = ["-c", PATCHED % (ROOT, patch)]
-    elif method:
-        argv = ["-c", _BY_METHOD % os.path.join(ROOT, "master_server.py"), method]
-    for flag in ("--port", "--dashboard-port"):
-        argv += [] if flag in flags else [flag, "0"]
-    master = start(*(argv + list(flags)), **more)
-    try:
-        master.port, master.page = (
-            master.listening("collector"),
-            master.listening("dashboard"),
-        )
-    except BaseException:
-        master.stop()
-        raise
-    return master
-
-
 class Tool:
     """A running tool, the leader of a process group of its own.
 
@@ -192,12 +198,9 @@ class Tool:
     _running = set()
 
     def __init__(self, command, env, **more):
-        for stream, default in (
-            ("stdin", subprocess.DEVNULL),
-            ("stdout", subprocess.PIPE),
-            ("stderr", subprocess.PIPE),
-        ):
-            more.setdefault(stream, default)
+        more.setdefault("stdin", subprocess.DEVNULL)
+        more.setdefault("stdout", subprocess.PIPE)
+        more.setdefault("stderr", subprocess.PIPE)
         self.command = command
         self.process = subprocess.Popen(
             command, env=env, start_new_session=True, **more
@@ -205,16 +208,15 @@ class Tool:
         Tool._running.add(self)
         self.pid = self.process.pid
         self._chunks = {"out": [], "log": []}
-        self._readers = [
-            threading.Thread(target=self._read, args=(pipe, name), daemon=True)
-            for pipe, name in (
-                (self.process.stdout, "out"),
-                (self.process.stderr, "log"),
-            )
-            if pipe
-        ]
-        for reader in self._readers:
+        self._readers = []
+        self._start_reader(self.process.stdout, "out")
+        self._start_reader(self.process.stderr, "log")
+
+    def _start_reader(self, pipe, name):
+        if pipe:
+            reader = threading.Thread(target=self._read, args=(pipe, name), daemon=True)
             reader.start()
+            self._readers.append(reader)
 
     def _read(self, pipe, name):
         with pipe:
@@ -244,7 +246,7 @@ class Tool:
         return int(self.logged(line, seconds).group(1))
 
     def logged(self, pattern, seconds=PATIENCE):
-        """Wait until the log holds the pattern; returns the match."""
+        """Wait until the log holds the pattern and return the match."""
 
         def look():
             if self.code is None:
@@ -282,7 +284,7 @@ class Tool:
         return self.process.returncode
 
     def stop(self, number=signal.SIGTERM, seconds=STOP_LIMIT):
-        """Ask it to end, see to it that its whole group has; returns the exit code."""
+        """Ask it to end, see to it that its whole group has, and return the exit code."""
         if self.code is None:
             self.process.send_signal(number)
             try:
@@ -314,8 +316,12 @@ class Tool:
         self.stop()
 
 
-# a terminated test run unwinds as an interrupted one does, and so ends what it started
+# A terminated test run unwinds as an interrupted one does, and so ends what it started. Who starts
+# it in the background of a script has SIGINT ignored: the tools must not inherit that.
 signal.signal(signal.SIGTERM, signal.default_int_handler)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+# Nor must they inherit what few users have: it hides what becomes of lines that nobody takes.
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 
 @atexit.register
@@ -324,39 +330,83 @@ def _kill_all():
         tool.kill()
 
 
-def _stat(pid):
-    """(state, parent's pid) of /proc/PID/stat; the name in front may hold blanks and ")"."""
-    with open("/proc/%d/stat" % pid) as file:
-        fields = file.read().rpartition(")")[2].split()
-    return fields[0], int(fields[1])
+# ==========================================================================================
+# Masters: on free ports, with limits of the test's own
+# ==========================================================================================
 
 
-def alive(pid):
-    """Does it run (or is it stopped)?  One that only waits to be reaped does not."""
+PATCHED = """\
+import multiprocessing, sys
+sys.path.insert(0, %r)
+import master_server
+multiprocessing.set_start_method("fork")
+%s
+sys.exit(master_server.main(sys.argv[1:]))
+"""
+_BY_METHOD = """\
+import multiprocessing, runpy, sys
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv.pop(1))
+    sys.argv[0] = %r
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@functools.lru_cache()
+def _copy_folder():
+    """A folder for copies of the tools; it is removed at the end."""
+    folder = tempfile.mkdtemp(prefix="sentinel-copies-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def with_constants(tool, **constants):
+    """The path of a copy of a tool that waits less: with_constants("agent.py", WAIT_SECONDS=1)."""
+    with open(os.path.join(ROOT, tool), encoding="utf-8") as file:
+        text = file.read()
+    for name, value in constants.items():
+        line = r"(?m)^%s = [\d.]+" % name
+        text, count = re.subn(line, "%s = %s" % (name, value), text)
+        assert count == 1, "%s has no constant %s" % (tool, name)
+    changes = ["%s-%s" % change for change in sorted(constants.items())]
+    folder = os.path.join(_copy_folder(), "_".join(changes))
+    path = os.path.join(folder, tool)
+    if not os.path.exists(path):
+        os.makedirs(folder, exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    return path
+
+
+def start_master(*flags, patch="", method="", constants=None, **more):
+    """Start a master on free ports and wait for them: .port for agents, .page for browsers.
+
+    patch: statements that change the module (a limit, say) before it runs, by fork.
+    method: multiprocessing's start method, set before the file runs as the main program.
+    constants: those of a copy that runs instead, see with_constants.
+    """
+    path = os.path.join(ROOT, "master_server.py")
+    if constants:
+        path = with_constants("master_server.py", **constants)
+    argv = [path]
+    if patch:
+        argv = ["-c", PATCHED % (ROOT, patch)]
+    elif method:
+        argv = ["-c", _BY_METHOD % path, method]
+    for flag in ("--port", "--dashboard-port"):
+        argv += [] if flag in flags else [flag, "0"]
+    master = start(*(argv + list(flags)), **more)
     try:
-        return _stat(pid)[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def descendants(pid):
-    """The pids of its children, their children and so on that are alive."""
-    children = collections.defaultdict(list)
-    for name in os.listdir("/proc"):
-        try:
-            state, parent = _stat(int(name))
-        except (OSError, ValueError):
-            continue
-        if state not in "ZX":
-            children[parent].append(int(name))
-    found = list(children[pid])
-    for child in found:
-        found += children[child]
-    return found
+        master.port = master.listening("collector")
+        master.page = master.listening("dashboard")
+    except BaseException:
+        master.stop()
+        raise
+    return master
 
 
 # ==========================================================================================
-# Shared memory: shm_names, shm_of, unlink_shm, slots
+# Shared memory: what lies in /dev/shm
 # ==========================================================================================
 
 
@@ -396,7 +446,7 @@ def slots(name):
 
 
 # ==========================================================================================
-# Clients: PlainAgent, get, nodes, row_of, events, page_text, closed_port
+# Agents: the plan's five lines, which may send anything
 # ==========================================================================================
 
 
@@ -463,6 +513,18 @@ class PlainAgent:
         self.close()
 
 
+def closed_port(host=HOST):
+    """A port on which nothing listens (a moment ago it was free)."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+# ==========================================================================================
+# Requests: what the master's page, API and events say
+# ==========================================================================================
+
+
 Answer = collections.namedtuple("Answer", "status headers text")
 
 
@@ -517,15 +579,8 @@ def page_text(port, path="/"):
     return re.sub(r"\s+", " ", html.unescape(page))
 
 
-def closed_port(host=HOST):
-    """A port on which nothing listens (a moment ago it was free)."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
-
-
 # ==========================================================================================
-# MasterTest
+# Test case: tests that share one master
 # ==========================================================================================
 
 
@@ -582,7 +637,7 @@ class MasterTest(unittest.TestCase):
 
 
 # ==========================================================================================
-# Needs: requires, slow, pythons
+# Needs: what a test cannot do without, and what takes long
 # ==========================================================================================
 
 
@@ -591,11 +646,10 @@ def pythons(first=(3, 6), last=(3, 13)):
     """{(3, 6): path, ...} of the interpreters under ~/.pyenv and on PATH that really start."""
     found = {sys.version_info[:2]: sys.executable}
     pyenv = os.path.expanduser("~/.pyenv/versions")
-    for name in sorted(os.listdir(pyenv)) if os.path.isdir(pyenv) else ():
-        found.setdefault(
-            _version(os.path.join(pyenv, name, "bin", "python")),
-            os.path.join(pyenv, name, "bin", "python"),
-        )
+    names = sorted(os.listdir(pyenv)) if os.path.isdir(pyenv) else []
+    for name in names:
+        path = os.path.join(pyenv, name, "bin", "python")
+        found.setdefault(_version(path), path)
     for minor in range(first[1], last[1] + 1):
         path = shutil.which("python3.%d" % minor)
         if path and (3, minor) not in found and _version(path):

@@ -16,12 +16,15 @@ import time
 import unittest
 from functools import partial
 
+import beside
 import support
 from support import eventually
 from test_agent_link import DummyServer, start_agent
 
 sys.path.insert(0, support.ROOT)
 import agent
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 JOB = {
     "SLURM_JOB_ID": "42",

@@ -17,11 +17,14 @@ import time
 import unittest
 from unittest import mock
 
+import beside
 import support
 from support import eventually
 
 sys.path.insert(0, support.ROOT)
 import agent
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 PATCHED = "import sys\nsys.path.insert(0, %r)\nimport agent\n%s\nsys.exit(agent.main(sys.argv[1:]))"
 PATIENT = "agent.ANSWER_SECONDS = 0.6; agent.MAX_ANSWER_SECONDS = 2.4"

@@ -9,6 +9,7 @@ import socket
 import time
 import unittest
 
+import beside
 import support
 from support import (
     HOST,
@@ -21,6 +22,8 @@ from support import (
     row_of,
     stays,
 )
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 
 class BadSamples(MasterTest):

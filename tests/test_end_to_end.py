@@ -18,6 +18,7 @@ import threading
 import time
 import unittest
 
+import beside
 import support
 from support import (
     HOST,
@@ -31,6 +32,8 @@ from support import (
     requires,
     row_of,
 )
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 FIVE_LINES = """\
 import pickle, socket, time

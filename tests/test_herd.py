@@ -4,6 +4,7 @@ The stand-ins can do what a real Slurm does only on bad days: hang, refuse, fail
 second node.  test_lab_jobs.py has the same way with a real one.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -15,59 +16,75 @@ import textwrap
 import time
 import unittest
 
+import beside
 import support  # before the tools: it knows where they are
 import agent
 from support import eventually, nodes, start, start_master
 
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
+
+# They are shell scripts where they can be: thirty of them start at once.
 SQUEUE = """\
-#!{python}
-import os, sys, time
-folder = {folder!r}
-with open(os.path.join(folder, "squeue.calls"), "a") as calls:
-    calls.write(" ".join(sys.argv[1:]) + "\\n")
-mode = open(os.path.join(folder, "squeue.mode")).read()
-if mode == "hang":
-    time.sleep(60)
-if mode == "fail":
-    sys.exit("slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
-sys.stdout.write(open(os.path.join(folder, "queue")).read())
+#!/bin/sh
+cd {folder}
+echo "$@" >>squeue.calls
+case $(cat squeue.mode) in
+hang) exec sleep 60 ;;
+fail)
+    echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2
+    exit 1
+    ;;
+esac
+cat queue
 """
 SCONTROL = """\
-#!{python}
-import os, sys
-folder, raw = {folder!r}, sys.argv[-1]
-path = os.path.join(folder, "job." + raw)
-if not os.path.exists(path):
-    sys.exit("slurm_load_jobs error: Invalid job id specified")
-sys.stdout.write(open(path).read())
+#!/bin/sh
+for raw; do :; done
+cat {folder}/job.$raw 2>/dev/null && exit
+echo "slurm_load_jobs error: Invalid job id specified" >&2
+exit 1
 """
 SACCT = """\
-#!{python}
-import os, sys
-sys.stdout.write(open(os.path.join({folder!r}, "sacct")).read())
+#!/bin/sh
+exec cat {folder}/sacct
 """
-# srun: an agent on each node named, its stdin for all, its stdout with the task in front
 SRUN = """\
-#!{python}
+#!/bin/sh
+words=
+for word; do
+    [ "$word" = sh ] && break
+    words="$words$word "
+done
+echo "$words"$(env | sed -n "s/^\\(SLURM[A-Z_]*\\)=.*/\\1/p" | sort) >>{folder}/srun.calls
+mode=$(cat {folder}/srun.mode)
+case "$mode $words" in
+hang*)
+    cat >/dev/null
+    exit 1
+    ;;
+gres*--gres=none*) ;;
+gres*)
+    echo "srun: error: Unable to create step: Invalid generic resource (gres) specification" >&2
+    exit 1
+    ;;
+interconnect*--nodelist=*,*)
+    echo "srun: error: Task launch failed: error configuring interconnect" >&2
+    exit 1
+    ;;
+never*)
+    echo "srun: error: Unable to confirm allocation for job 7: Access/permission denied" >&2
+    exit 1
+    ;;
+esac
+exec {python} {folder}/tasks "$@"
+"""
+# the tasks of srun: an agent on each node, its stdin for all, its stdout with the task in front
+TASKS = """\
 import os, subprocess, sys, threading
-folder = {folder!r}
 options = [word for word in sys.argv[1:] if word.startswith("--")]
 command = sys.argv[sys.argv.index("sh"):]
 given = dict(word[2:].partition("=")[::2] for word in options[:options.index("--wait=0") + 1])
-slurm = sorted(name for name in os.environ if name.startswith("SLURM"))
-with open(os.path.join(folder, "srun.calls"), "a") as calls:
-    calls.write(" ".join(sys.argv[1:sys.argv.index("sh")] + slurm) + "\\n")
-mode = open(os.path.join(folder, "srun.mode")).read()
 names = given["nodelist"].split(",")
-if mode == "hang":
-    sys.stdin.read()
-    sys.exit(1)
-if mode == "gres" and "--gres=none" not in sys.argv:
-    sys.exit("srun: error: Unable to create step: Invalid generic resource (gres) specification")
-if mode == "interconnect" and len(names) > 1:
-    sys.exit("srun: error: Task launch failed: error configuring interconnect")
-if mode == "never":
-    sys.exit("srun: error: Unable to confirm allocation for job 7: Access/permission denied")
 tasks = []
 def label(number, task):
     for line in task.stdout:
@@ -89,15 +106,21 @@ while True:
         break
 sys.exit(max(task.wait() for task in tasks))
 """
-COMMANDS = {"squeue": SQUEUE, "scontrol": SCONTROL, "sacct": SACCT, "srun": SRUN}
+COMMANDS = {
+    "squeue": SQUEUE,
+    "scontrol": SCONTROL,
+    "sacct": SACCT,
+    "srun": SRUN,
+    "tasks": TASKS,
+}
+# What a busy machine must not run into is as long as in real life: ATTACH_SECONDS, DEAF_SECONDS.
 HASTE = {
-    "LOOK_SECONDS": 1.0,
-    "LOOK_FACTOR": 2.0,
+    "LOOK_SECONDS": 0.3,
+    "LOOK_FACTOR": 0.5,
     "QUESTION_SECONDS": 1.0,
-    "ATTACH_SECONDS": 1.5,
+    "BACKOFF_SECONDS": 0.3,
     "GATHER_SECONDS": 0.1,
     "PING_SECONDS": 0.5,
-    "DEAF_SECONDS": 3.0,
 }
 
 
@@ -345,28 +368,36 @@ class Herding(unittest.TestCase):
         self.assertEqual(len(self.slurm.calls("srun")), 2)
 
     def test_after_the_last_rung_nothing_is_tried_for_five_minutes(self):
-        for mode, reason in (("never", "denied"), ("hang", "no answer in")):
-            with self.subTest(mode):
-                slurm = Slurm(self)
-                calls = slurm.calls
+        with contextlib.ExitStack() as stack:  # both at once: they wait
+            watchers = []
+            for mode, reason in (("never", "denied"), ("hang", "no answer in")):
+                slurm = Slurm(self, ATTACH_SECONDS=1.5)
                 slurm.write("srun.mode", mode)
                 slurm.write("queue", row(nodes="c[1-2]"))
                 slurm.write("job.7", details(nodes=["c1", "c2"]))
-                with slurm.watch(self.master) as watcher:
-                    watcher.logged(
-                        r"cannot attach \(.*%s.*\): one step a node" % reason
-                    )
-                    watcher.logged(r"cannot attach \(.*%s.*\): without GPUs" % reason)
-                    watcher.logged(r"cannot attach .*: the next try is in 300 s")
-                    seen = len(calls("squeue"))
-                    eventually(lambda: len(calls("squeue")) > seen + 2)  # noqa: B023
-                    self.assertEqual(len(slurm.calls("srun")), 4)
-                    self.assertEqual(watcher.log.count("cannot attach"), 3)
+                watcher = stack.enter_context(slurm.watch(self.master))
+                watchers.append((slurm, watcher, reason))
+            for slurm, watcher, reason in watchers:
+                with self.subTest(reason):
+                    self.assert_three_rungs(slurm, watcher, reason)
+
+    def assert_three_rungs(self, slurm, watcher, reason):
+        refused = r"cannot attach \(.*%s.*\): " % reason
+        watcher.logged(refused + "one step a node")
+        watcher.logged(refused + "without GPUs")
+        watcher.logged(r"cannot attach .*: the next try is in 300 s")
+        seen = len(slurm.calls("squeue"))
+        eventually(lambda: len(slurm.calls("squeue")) > seen + 2)
+        self.assertEqual(len(slurm.calls("srun")), 4)
+        self.assertEqual(watcher.log.count("cannot attach"), 3)
 
     def test_nothing_is_left_whichever_half_is_killed(self):
         self.slurm.write("queue", row(nodes="c[1-2]"))
         self.slurm.write("job.7", details(nodes=["c1", "c2"]))
-        for victim in ("relay", "herd", "SIGTERM", "SIGINT", "SIGHUP"):
+        victims = ["relay", "herd", "SIGTERM"]
+        if support.LONG:
+            victims += ["SIGINT", "SIGHUP"]
+        for victim in victims:
             with self.subTest(victim):
                 watcher = self.slurm.watch(self.master)
                 self.addCleanup(watcher.kill)
@@ -390,6 +421,7 @@ class Herding(unittest.TestCase):
 
     def test_a_relay_that_falls_silent_leaves_no_step_and_is_back_when_it_wakes(self):
         """As a laptop that was cut off, or sleeps: its ssh stays open on the other side."""
+        self.slurm = Slurm(self, DEAF_SECONDS=3.0)
         self.slurm.write("queue", row())
         self.slurm.write("job.7", details())
         watcher = self.watch()

@@ -15,10 +15,13 @@ import threading
 import time
 import unittest
 
+import beside
 import support
 from support import HOST, PATIENCE, eventually
 
 import port_forward  # found by way of support
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 MIB = 1 << 20
 FALSE_MODULES = (  # a user's files could have these names

@@ -6,9 +6,12 @@ import re
 import signal
 import unittest
 
+import beside
 import support
 from test_port_forward import folder_of_false_modules
 from support import MasterTest, eventually, get, nodes, row_of, stays
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 
 class Reader(MasterTest):

@@ -10,8 +10,11 @@ import tempfile
 import termios
 import unittest
 
+import beside
 import support
 from support import PlainAgent, eventually, nodes, start_master
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 
 def open_terminal():
