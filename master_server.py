@@ -3723,45 +3723,109 @@ ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
 # ============================================================================
 
 HTTP_SECONDS = 5.0  # for a whole request, and for its whole answer
+LINGER_READ = 1.0  # seconds without input, after an answer, until its socket is closed
 MAX_CLIENTS = 128  # HTTP connections at once
 MAX_REQUEST_LINE = 4096  # bytes
 MAX_REQUEST = 16384  # bytes of request line and headers
-FRESH_SECONDS = 0.25  # for which a copy of the table serves every request
+MAX_FIELDS = 16  # of a query
+END_OF_HEAD = b"\r\n\r\n"
 REQUEST = re.compile(
     rb"([A-Za-z]+) ([!-~]+) HTTP/1\.\d\r\n"
     rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n]*\r\n)*)\r\n"
 )
-COST = "This master takes %.1f %% of a core and %s of resident memory for %.1f samples a second"
-ACCOUNTS = 7  # of what the master took, 10 s apart: a minute's mean
-PICK_NAME = operator.itemgetter(*map(NODE_KEYS.index, ("node", "address", "job")))
-PICK_GRAPHS = operator.itemgetter(*map(NODE_KEYS.index, GRAPHS))
-GAP = (math.nan,) * len(GRAPHS)
-BLANK = array.array("f", GAP[:2] * FINE + GAP[2:] * COARSE)
-MAX_LEFT = 1024  # who left, to be remembered
-TICK_SECONDS = 2.0  # between two looks at the table, for the graphs
-WATCHED_SECONDS = 60.0  # without a request: only every fifth tick has a look
-HEADERS = {
+NUMERIC_HOST = re.compile(r"[\d.]+|\[[\da-f:.]+\]")  # 127.0.0.1, [::1]
+
+
+def policy_hash(text: str) -> str:
+    """How a Content-Security-Policy names the one style sheet or script that may be used."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return "'sha256-%s'" % base64.b64encode(digest).decode()
+
+
+CONTENT_SECURITY_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "img-src data:",
+        "connect-src 'self'",
+        "form-action 'self'",
+        "base-uri 'none'",
+        "frame-ancestors 'none'",
+        "style-src " + policy_hash(STYLE),
+        "script-src " + policy_hash(SCRIPT),
+    )
+)
+HEADERS = {  # of every answer
     "Content-Type": TEXT,
     "Connection": "close",
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Content-Security-Policy": "default-src 'none'; img-src data:; connect-src 'self'; form-action"
-    " 'self'; base-uri 'none'; frame-ancestors 'none'; style-src '%s'; script-src '%s'"
-    % tuple(
-        "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        for text in (STYLE, SCRIPT)
-    ),
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
 }
+
+# -- requests ------------------------------------------------------------------
+
+Fields = Dict[str, str]  # headers: of a request by their names in lower case
 
 
 class HTTPError(Exception):
-    """(status, text, headers): a request that gets another answer than a page."""
+    """A request that gets another answer than a page: status, text, more headers."""
+
+    def __init__(
+        self, status: int, text: str, headers: Optional[Fields] = None
+    ) -> None:
+        super().__init__(status, text)
+        self.status = status
+        self.text = text
+        self.headers = headers or {}
 
 
-def parse_request(head: bytes) -> Tuple[str, str, Query, Dict[str, str]]:
-    """The bytes of a request -> method, path, query, headers; HTTPError (RFC 9112)."""
+class Request(NamedTuple):
+    """What a browser asks for; path and query are decoded."""
+
+    method: str
+    path: str
+    query: Query
+    fields: Fields
+
+
+def read_request(sock: socket.socket) -> bytes:
+    """The bytes of request line and headers, bounded in size and time; HTTPError."""
+    deadline = time.monotonic() + HTTP_SECONDS
+    data = b""
+    while END_OF_HEAD not in data:
+        chunk = receive_before(sock, deadline)
+        if not chunk:
+            break
+        data += chunk
+        check_limits(data)
+    head, end, _ = data.partition(END_OF_HEAD)
+    return head + end
+
+
+def receive_before(sock: socket.socket, deadline: float) -> bytes:
+    """Some bytes of a request, b"" at the end; HTTPError when none come in time."""
+    try:
+        sock.settimeout(max(0.001, deadline - time.monotonic()))
+        return sock.recv(RECEIVE_SIZE)
+    except socket.timeout:
+        raise HTTPError(408, "no whole request in %g s" % HTTP_SECONDS) from None
+
+
+def check_limits(data: bytes) -> None:
+    """HTTPError as soon as the bytes cannot become a request, or one of a decent size."""
+    if not data[:1].isalpha():
+        raise HTTPError(400, "this is no HTTP request; if it was https://, try http://")
+    line, _, _ = data.partition(b"\r\n")
+    if len(line) > MAX_REQUEST_LINE:
+        raise HTTPError(414, "a request line of more than %d bytes" % MAX_REQUEST_LINE)
+    if len(data) > MAX_REQUEST:
+        raise HTTPError(431, "headers of more than %d bytes" % MAX_REQUEST)
+
+
+def parse_request(head: bytes) -> Request:
+    """The bytes of a request, taken apart; HTTPError (RFC 9112)."""
     match = REQUEST.fullmatch(head)
     if match and match.group(1) not in (b"GET", b"HEAD"):
         raise HTTPError(
@@ -3772,120 +3836,180 @@ def parse_request(head: bytes) -> Tuple[str, str, Query, Dict[str, str]]:
             400, "a request must be: GET /path HTTP/1.1, and a header: Name: value"
         )
     method, target, lines = (part.decode("latin-1") for part in match.groups())
-    headers = [line.partition(":") for line in lines.split("\r\n")[:-1]]
     path, _, query = target.partition("?")
-    try:
-        fields = dict(
-            urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=16)
-        )
-    except ValueError:
-        raise HTTPError(400, "more than 16 fields in the query") from None
-    return (
-        method,
-        urllib.parse.unquote(path),
-        fields,
-        {name.lower(): value.strip() for name, _, value in headers},
+    return Request(
+        method, urllib.parse.unquote(path), parse_query(query), parse_fields(lines)
     )
 
 
-def read_request(sock: socket.socket) -> bytes:
-    """The bytes of request line and headers, bounded in size and time; HTTPError."""
-    deadline, data, chunk = time.monotonic() + HTTP_SECONDS, b"", b"-"
-    while chunk and b"\r\n\r\n" not in data:
-        try:
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
-            chunk = sock.recv(RECEIVE_SIZE)
-        except socket.timeout:
-            raise HTTPError(408, "no whole request in %g s" % HTTP_SECONDS) from None
-        data += chunk
-        if chunk and not data[:1].isalpha():
-            raise HTTPError(
-                400, "this is no HTTP request; if it was https://, try http://"
-            )
-        if len(data.partition(b"\r\n")[0]) > MAX_REQUEST_LINE:
-            raise HTTPError(
-                414, "a request line of more than %d bytes" % MAX_REQUEST_LINE
-            )
-        if len(data) > MAX_REQUEST:
-            raise HTTPError(431, "headers of more than %d bytes" % MAX_REQUEST)
-    return data[: data.find(b"\r\n\r\n") + 4]
+def parse_query(text: str) -> Query:
+    """The fields behind the ? of an address; of two with one name, the last."""
+    try:
+        pairs = urllib.parse.parse_qsl(
+            text, keep_blank_values=True, max_num_fields=MAX_FIELDS
+        )
+    except ValueError:
+        raise HTTPError(400, "more than %d fields in the query" % MAX_FIELDS) from None
+    return dict(pairs)
+
+
+def parse_fields(lines: str) -> Fields:
+    """The headers of a request, each line of which has a colon."""
+    fields = {}
+    for line in lines.split("\r\n")[:-1]:
+        name, _, value = line.partition(":")
+        fields[name.lower()] = value.strip()
+    return fields
+
+
+def render_head(status: int, headers: Fields, size: int) -> bytes:
+    """The bytes before a body of that size."""
+    lines = ["HTTP/1.1 %d %s" % (status, HTTPStatus(status).phrase)]
+    lines += ["%s: %s" % field for field in headers.items()]
+    lines.append("Content-Length: %d" % size)
+    return "\r\n".join(lines).encode("latin-1") + END_OF_HEAD
+
+
+# -- history -------------------------------------------------------------------
+
+PICK_NAME = operator.itemgetter(*map(NODE_KEYS.index, ("node", "address", "job")))
+PICK_GRAPHS = operator.itemgetter(*map(NODE_KEYS.index, GRAPHS))
+FINE_COUNT = len(FINE_GRAPHS)
+GAP = (math.nan,) * len(GRAPHS)
+BLANK = array.array("f", GAP[:FINE_COUNT] * FINE + GAP[FINE_COUNT:] * COARSE)
+
+
+class Curve(NamedTuple):
+    """Where a ring of History holds a metric: readings from first on, one in so many ticks."""
+
+    first: int
+    size: int
+    ticks: int
+
+
+def curve_of(metric: str) -> Curve:
+    """Where the readings of one of GRAPHS are."""
+    number = GRAPHS.index(metric)
+    if number < FINE_COUNT:
+        return Curve(number * FINE, FINE, 1)
+    first = FINE_COUNT * FINE + (number - FINE_COUNT) * COARSE
+    return Curve(first, COARSE, FIFTH)
+
+
+def put_readings(ring: Any, tick: int, values: Sequence[float]) -> None:
+    """Write what GRAPHS were at a tick, over what they were a whole ring ago."""
+    for number in range(FINE_COUNT):
+        ring[number * FINE + tick % FINE] = values[number]
+    if tick % FIFTH == 0:
+        first = FINE_COUNT * FINE + tick // FIFTH % COARSE
+        ring[first::COARSE] = array.array("f", values[FINE_COUNT:])
 
 
 class History:
-    """The last ten minutes of every node, in one array of floats each; unknown is NaN.
+    """The last ten minutes of every node, in a ring of floats for each; unknown is NaN.
 
-    cpu x FINE, ram x FINE: one a tick; each of the other GRAPHS x COARSE: one in FIFTH ticks
+    A ring has FINE readings of CPU, FINE of RAM, and COARSE of each other metric of GRAPHS:
+
+        cpu, one a tick | ram, one a tick | load1, one in FIFTH ticks | swap, ... | ...
+
+    The reading of a tick is at the tick modulo the size: it replaces that of ten minutes ago.
     """
 
     def __init__(self) -> None:
-        self.tick = 0
-        self.rings: Dict[Any, Tuple[int, Any]] = {}  # (name, job) -> last tick, array
+        self.tick = 0  # the newest
+        # (name or address, job) -> the tick of its newest readings, its ring
+        self.rings: Dict[Any, Tuple[int, Any]] = {}
 
     def add(self, view: Snapshot, tick: int) -> None:
         """Note the readings of a tick; forget nodes that have been away for longer than a ring."""
-        for row in view.rows() if view.beat < STALE_SECONDS else ():
-            node, address, job = map(from_field, PICK_NAME(row))
-            key, values = (node or address, job), PICK_GRAPHS(row)
-            last, ring = self.rings.get(key) or (tick - 1, BLANK[:])
-            for at in range(max(last + 1, tick - FINE + 1), tick + 1):
-                known = (
-                    tick - last <= FIFTH or at == tick
-                )  # a longer gap is one in the graph, too
-                ring[at % FINE], ring[FINE + at % FINE], *rest = (
-                    values if known else GAP
-                )
-                if at % FIFTH == 0:
-                    ring[2 * FINE + at // FIFTH % COARSE :: COARSE] = array.array(
-                        "f", rest
-                    )
-            self.rings[key] = tick, ring
-        kept = FINE if len(self.rings) <= 2 * view.capacity else 1
+        if view.beat < STALE_SECONDS:
+            for row in view.rows():
+                node, address, job = map(from_field, PICK_NAME(row))
+                self.note((node or address, job), PICK_GRAPHS(row), tick)
+        self.forget(tick, 2 * view.capacity)
+        self.tick = tick
+
+    def note(self, key: Any, values: Sequence[float], tick: int) -> None:
+        """Write a node's readings; they stand for the ticks that were left out before, if few."""
+        last, ring = self.rings.get(key) or (tick - 1, BLANK[:])
+        is_bridged = tick - last <= FIFTH  # a longer gap is one in the graph, too
+        for at in range(max(last + 1, tick - FINE + 1), tick):
+            put_readings(ring, at, values if is_bridged else GAP)
+        if last < tick:
+            put_readings(ring, tick, values)
+        self.rings[key] = tick, ring
+
+    def forget(self, tick: int, limit: int) -> None:
+        """Drop the rings with nothing left in them; all that are not in use when too many are."""
+        kept = FINE if len(self.rings) <= limit else 1
         self.rings = {
             key: (last, ring)
             for key, (last, ring) in self.rings.items()
             if tick - last < kept
         }
-        self.tick = tick
 
     def series(self, row: Message, metric: str, points: int, step: int) -> List[float]:
         """A metric's last readings, every step-th of them, oldest first."""
         if metric not in GRAPHS:
             return []
-        index, (last, ring) = (
-            GRAPHS.index(metric),
-            self.rings.get((name_of(row), row["job"]), (-FINE, ())),
-        )
-        start, size, unit = (
-            (index * FINE, FINE, 1)
-            if index < 2
-            else (2 * FINE + (index - 2) * COARSE, COARSE, FIFTH)
-        )
-        step *= unit
-        end = self.tick - self.tick % step
-        return [
-            ring[start + tick // unit % size]
-            if last - FINE < tick <= last
-            else math.nan
-            for tick in range(end - (points - 1) * step, end + 1, step)
-        ]
+        curve = curve_of(metric)
+        key = (name_of(row), row["job"])
+        last, ring = self.rings.get(key) or (-FINE, BLANK)
+        stride = step * curve.ticks
+        newest = self.tick - self.tick % stride
+        oldest = newest - (points - 1) * stride
+        readings = []
+        for tick in range(oldest, newest + 1, stride):
+            if last - FINE < tick <= last:
+                at = tick // curve.ticks % curve.size
+                readings.append(ring[curve.first + at])
+            else:
+                readings.append(math.nan)
+        return readings
+
+
+# -- what the master takes -----------------------------------------------------
+
+COST = "This master takes %.1f %% of a core and %s of resident memory for %.1f samples a second"
+ACCOUNTS = 7  # of what the master took, 10 s apart: a minute's mean
+
+
+class Account(NamedTuple):
+    """What the master has taken and done up to a moment."""
+
+    time: float  # time.monotonic()
+    seconds: float  # of CPU
+    samples: int
 
 
 def measure(pid: int) -> Optional[Tuple[float, int]]:
     """(CPU seconds, resident bytes) of a process and its descendants, by proc(5); or None."""
-    pids, ticks, pages = [pid], 0, 0
-    for pid in pids:
-        with contextlib.suppress(OSError), open("/proc/%d/stat" % pid) as stat, open(
-            "/proc/%d/task/%d/children" % (pid, pid)
-        ) as children:
-            fields = stat.read().rpartition(")")[2].split()
-            pids.extend(map(int, children.read().split()))
-            ticks += sum(map(int, fields[11:15]))  # and of those that it has waited for
-            pages += int(fields[21])
-    return (
-        (ticks / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE"))
-        if pages
-        else None
-    )
+    pids = [pid]
+    ticks = 0
+    pages = 0
+    for each in pids:  # which grows meanwhile
+        try:
+            with open("/proc/%d/stat" % each) as file:
+                fields = file.read().rpartition(")")[2].split()
+            with open("/proc/%d/task/%d/children" % (each, each)) as file:
+                children = file.read().split()
+        except OSError:
+            continue  # it has ended
+        pids.extend(map(int, children))
+        ticks += sum(map(int, fields[11:15]))  # and of those that it has waited for
+        pages += int(fields[21])
+    if not pages:
+        return None
+    seconds = ticks / os.sysconf("SC_CLK_TCK")
+    return seconds, pages * os.sysconf("SC_PAGE_SIZE")
+
+
+# -- the role ------------------------------------------------------------------
+
+FRESH_SECONDS = 0.25  # for which a copy of the table serves every request
+MAX_LEFT = 1024  # who left, to be remembered
+TICK_SECONDS = 2.0  # between two looks at the table, for the graphs
+WATCHED_SECONDS = 60.0  # without a request: only every fifth tick has a look
 
 
 class Dashboard:
@@ -3894,18 +4018,20 @@ class Dashboard:
     def __init__(
         self, listener: socket.socket, table: Table, options: argparse.Namespace
     ) -> None:
-        self.listener, self.table, self.options = listener, table, options
-        self.lock, self.waiting = threading.Lock(), Waiting(MAX_CLIENTS)
-        self.view, self.viewed = table.snapshot(), time.monotonic()
+        self.listener = listener
+        self.table = table
+        self.options = options
+        self.waiting = Waiting(MAX_CLIENTS)
         self.asked = -math.inf  # time.monotonic() of the last request
-        self.bodies: Dict[Any, bytes] = {}  # of this view
+        self.lock = threading.Lock()  # of the next three
+        self.view = table.snapshot()
+        self.viewed = time.monotonic()
+        self.bodies: Dict[Any, bytes] = {}  # of this view, by what was asked for
         self.cost: Message = {"text": "What this master takes is not known"}
-        self.accounts: Deque[Tuple[float, float, int]] = collections.deque(
-            maxlen=ACCOUNTS
-        )
+        self.accounts: Deque[Account] = collections.deque(maxlen=ACCOUNTS)
         self.history = History()
         self.series = self.history.series
-        self.names = {
+        self.hosts = {
             socket.gethostname().lower(),
             options.dashboard_host.lower(),
             "localhost",
@@ -3916,67 +4042,78 @@ class Dashboard:
         threading.Thread(target=self.watch, daemon=True).start()
         accept_loop(self.listener, self.waiting, self.serve, HTTP_SECONDS)
 
+    # -- beside the requests -----------------------------------------------
+
     def watch(self) -> None:
         """Every TICK_SECONDS: add to the history, and see what the master itself takes."""
-        self.names.add(socket.getfqdn().lower())  # which may take its time
+        self.hosts.add(socket.getfqdn().lower())  # which may take its time
         start = time.monotonic()
         while True:
+            tick = int((time.monotonic() - start) / TICK_SECONDS)
             try:
-                tick = int((time.monotonic() - start) / TICK_SECONDS)
-                due = (
-                    tick % FIFTH == 0 or tick == 1
-                )  # the first figures need not be waited for
-                if due or time.monotonic() - self.asked < WATCHED_SECONDS:
-                    self.history.add(self.fresh(), tick)
-                taken = measure(self.table.pid) if due else None
-                if taken:
-                    self.account(*taken)
+                self.look(tick)
             except Exception:
                 log.exception("a defect, met while keeping the history")
             time.sleep(TICK_SECONDS - (time.monotonic() - start) % TICK_SECONDS)
 
+    def look(self, tick: int) -> None:
+        """What is due at a tick; the first figures need not be waited for."""
+        is_due = tick % FIFTH == 0 or tick == 1
+        if is_due or time.monotonic() - self.asked < WATCHED_SECONDS:
+            self.history.add(self.fresh(), tick)
+        taken = measure(self.table.pid) if is_due else None
+        if taken:
+            self.account(*taken)
+
     def account(self, seconds: float, memory: int) -> None:
         """Note what the master has taken; it tells what it takes, a mean over the accounts."""
-        self.accounts.append((time.monotonic(), seconds, self.view.samples))
+        now = Account(time.monotonic(), seconds, self.view.samples)
+        self.accounts.append(now)
         self.cost.update(seconds=seconds, memory=memory)
-        if len(self.accounts) > 1:
-            first, last = self.accounts[0], self.accounts[-1]
-            cpu, rate = (
-                max(0.0, last[i] - first[i]) / (last[0] - first[0]) for i in (1, 2)
-            )  # fewer samples: the collector started again
-            self.cost["text"] = COST % (
-                100 * cpu,
-                render_value("agent_rss", memory),
-                rate,
-            )
+        first = self.accounts[0]
+        if first is now:
+            return
+        passed = now.time - first.time
+        cpu = max(0.0, now.seconds - first.seconds) / passed
+        # fewer samples than before: the collector started again
+        rate = max(0.0, now.samples - first.samples) / passed
+        resident = render_value("agent_rss", memory)
+        self.cost["text"] = COST % (100 * cpu, resident, rate)
+
+    def fresh(self) -> Snapshot:
+        """A snapshot, taken at most once in FRESH_SECONDS, whoever asks."""
+        with self.lock:
+            if time.monotonic() - self.viewed > FRESH_SECONDS:
+                view = self.table.snapshot()
+                view.left = self.who_left(view)
+                self.view = view
+                self.viewed = time.monotonic()
+                self.bodies = {}
+            return self.view
+
+    def who_left(self, view: Snapshot) -> List[Message]:
+        """Who left lately, the newest last, also those whose event the ring has lost since."""
+        known = {}
+        for event in self.view.left + view.events:
+            is_recent = event["time"] > view.time - GONE_SECONDS
+            if is_recent and event["kind"] in ("finished", "lost"):
+                known[event["time"], name_of(event)] = event
+        events = sorted(known.values(), key=lambda event: event["time"])
+        return events[-MAX_LEFT:]
+
+    # -- one request -------------------------------------------------------
 
     def serve(self, sock: socket.socket, address: Address) -> None:
         """Read one request, answer it, close."""
-        method, status, headers = "GET", 200, dict(HEADERS)
         deadline = time.monotonic() + 2 * HTTP_SECONDS
         try:
-            try:
-                method, path, query, fields = parse_request(read_request(sock))
-                body = self.answer(path, query, fields, headers)
-            except HTTPError as error:
-                status, text, *more = error.args
-                body = text.encode() + b"\n"
-                headers.update(*more)
+            answer = self.respond(sock)
             sock.settimeout(HTTP_SECONDS)
-            sock.sendall(
-                (
-                    "HTTP/1.1 %d %s\r\n%sContent-Length: %d\r\n\r\n"
-                    % (
-                        status,
-                        HTTPStatus(status).phrase,
-                        "".join("%s: %s\r\n" % field for field in headers.items()),
-                        len(body),
-                    )
-                ).encode("latin-1")
-                + (b"" if method == "HEAD" else body)
-            )
+            sock.sendall(answer)
             sock.shutdown(socket.SHUT_WR)
-            sock.settimeout(1.0)  # unread input would turn the close into a reset
+            sock.settimeout(
+                LINGER_READ
+            )  # unread input would turn the close into a reset
             while sock.recv(MAX_REQUEST) and time.monotonic() < deadline:
                 pass
         except OSError:
@@ -3987,52 +4124,67 @@ class Dashboard:
             self.waiting.remove(sock)
             sock.close()
 
-    def fresh(self) -> Snapshot:
-        """A snapshot, taken at most once in FRESH_SECONDS, whoever asks.
+    def respond(self, sock: socket.socket) -> bytes:
+        """Read a request: the bytes of its answer."""
+        headers = dict(HEADERS)
+        method = "GET"
+        status = 200
+        try:
+            request = parse_request(read_request(sock))
+            method = request.method
+            body = self.answer(request, headers)
+        except HTTPError as error:
+            status = error.status
+            body = error.text.encode() + b"\n"
+            headers.update(error.headers)
+        head = render_head(status, headers, len(body))
+        return head if method == "HEAD" else head + body
 
-        Who left, once seen, is remembered, even when other events push that out of the ring.
-        """
-        with self.lock:
-            if time.monotonic() - self.viewed > FRESH_SECONDS:
-                view, self.viewed, self.bodies = (
-                    self.table.snapshot(),
-                    time.monotonic(),
-                    {},
-                )
-                known = {
-                    (event["time"], name_of(event)): event
-                    for event in self.view.left + view.events
-                    if event["kind"] in ("finished", "lost")
-                    and event["time"] > view.time - GONE_SECONDS
-                }
-                view.left = sorted(known.values(), key=lambda event: event["time"])[
-                    -MAX_LEFT:
-                ]
-                self.view = view
-            return self.view
+    def answer(self, request: Request, headers: Fields) -> bytes:
+        """The body of an answer; what is to be said of it goes to headers; HTTPError."""
+        self.check_host(request)
+        self.check_token(request, headers)
+        path = request.path
+        query = request.query
+        if path == "/" and "text/html" not in request.fields.get("accept", "text/html"):
+            path = "/nodes.txt"  # curl
+        if path.startswith("/node/"):
+            query["node"] = path[len("/node/") :]
+            path = "/node/"
+        if path not in ROUTES:
+            raise HTTPError(404, "no such page; there are " + " ".join(ROUTES))
+        kind, _ = ROUTES[path]
+        is_zipped = "gzip" in request.fields.get("accept-encoding", "")
+        body = self.body(path, query, is_zipped)
+        headers["Content-Type"] = kind
+        headers["Vary"] = "Accept, Accept-Encoding"
+        if is_zipped:
+            headers["Content-Encoding"] = "gzip"
+        return body
 
-    def admit(
-        self, query: Query, fields: Dict[str, str], headers: Dict[str, str]
-    ) -> None:
-        """HTTPError for a Host that is not ours (DNS rebinding) or no token (Jupyter's way)."""
-        host = re.sub(r":\d*$", "", fields.get("host", "localhost")).lower()
-        if host not in self.names and not re.fullmatch(r"[\d.]+|\[[\da-f:.]+\]", host):
+    def check_host(self, request: Request) -> None:
+        """HTTPError for a Host that is not ours: a page elsewhere whose name leads here."""
+        host = request.fields.get("host", "localhost")
+        host = re.sub(r":\d*$", "", host).lower()
+        if host not in self.hosts and not NUMERIC_HOST.fullmatch(host):
             raise HTTPError(
                 421,
                 "this master does not know itself by that name: use its address,"
                 " or start it with --dashboard-host NAME",
             )
-        if self.options.dashboard_token is None:
+
+    def check_token(self, request: Request, headers: Fields) -> None:
+        """HTTPError without the token; who has it in the query gets a cookie, as Jupyter does."""
+        token = self.options.dashboard_token
+        if token is None:
             return
-        key = hashlib.sha256(self.options.dashboard_token.encode()).hexdigest()
+        key = hashlib.sha256(token.encode()).hexdigest()
         cookie = "sentinel_%d=%s" % (self.options.dashboard_port, key)
-        offer = query.pop("token", fields.get("authorization", "")[len("Bearer ") :])
+        bearer = request.fields.get("authorization", "")[len("Bearer ") :]
+        offer = request.query.pop("token", bearer)
         if hmac.compare_digest(hashlib.sha256(offer.encode()).hexdigest(), key):
             headers["Set-Cookie"] = cookie + "; Path=/; HttpOnly; SameSite=Strict"
-        elif not any(
-            hmac.compare_digest(part.strip().encode(), cookie.encode())
-            for part in fields.get("cookie", "").split(";")
-        ):
+        elif not has_cookie(request, cookie):
             raise HTTPError(
                 401,
                 "a token is needed: open the address with ?token= that the master"
@@ -4040,32 +4192,34 @@ class Dashboard:
                 {"WWW-Authenticate": "Bearer"},
             )
 
-    def answer(
-        self, path: str, query: Query, fields: Dict[str, str], headers: Dict[str, str]
-    ) -> bytes:
-        """The body of an answer; what is to be said of it goes to headers; HTTPError."""
-        self.admit(query, fields, headers)
-        if path == "/" and "text/html" not in fields.get("accept", "text/html"):
-            path = "/nodes.txt"  # curl
-        if path.startswith("/node/"):
-            path, query["node"] = "/node/", path[len("/node/") :]
-        if path not in ROUTES:
-            raise HTTPError(404, "no such page; there are " + " ".join(ROUTES))
-        self.asked, view, (kind, render) = time.monotonic(), self.fresh(), ROUTES[path]
+    def body(self, path: str, query: Query, is_zipped: bool) -> bytes:
+        """What one of ROUTES gives for a query, made once for a view, whoever asks; HTTPError."""
+        self.asked = time.monotonic()
+        view = self.fresh()
         if path == "/healthz" and view.beat > STALE_SECONDS:
             raise HTTPError(503, "the collector has been silent for %.0f s" % view.beat)
-        zipped = "gzip" in fields.get("accept-encoding", "")
-        key = path, zipped, tuple(sorted(query.items()))
+        key = (path, is_zipped, tuple(sorted(query.items())))
         with self.lock:
-            body = self.bodies.get(key)
-            if body is None:
-                body = render(view, query, self).encode("utf-8", "replace")
-                if not body:
-                    raise HTTPError(404, "no such node; it may have left long ago")
-                body = self.bodies[key] = gzip.compress(body, 1) if zipped else body
-        headers.update({"Content-Type": kind, "Vary": "Accept, Accept-Encoding"})
-        headers.update({"Content-Encoding": "gzip"} if zipped else {})
-        return body
+            if key not in self.bodies:
+                self.bodies[key] = self.render(view, path, query, is_zipped)
+            return self.bodies[key]
+
+    def render(self, view: Snapshot, path: str, query: Query, is_zipped: bool) -> bytes:
+        """Make the body of one of ROUTES; HTTPError when the query's node is not known."""
+        _, render = ROUTES[path]
+        text = render(view, query, self)
+        if not text:
+            raise HTTPError(404, "no such node; it may have left long ago")
+        body = text.encode("utf-8", "replace")
+        return gzip.compress(body, 1) if is_zipped else body
+
+
+def has_cookie(request: Request, cookie: str) -> bool:
+    """Whether the request brings this NAME=VALUE, compared in a time that tells nothing."""
+    offers = request.fields.get("cookie", "").split(";")
+    return any(
+        hmac.compare_digest(offer.strip().encode(), cookie.encode()) for offer in offers
+    )
 
 
 # ============================================================================

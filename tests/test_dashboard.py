@@ -156,7 +156,9 @@ class Rendered(unittest.TestCase):
         threads = [
             threading.Thread(
                 target=lambda: bodies.add(
-                    self.dashboard.answer("/", {"q": query}, {}, {})
+                    self.dashboard.answer(
+                        master.Request("GET", "/", {"q": query}, {}), {}
+                    )
                 )
             )
             for _ in range(count)
