@@ -3953,7 +3953,7 @@ class History:
         if metric not in GRAPHS:
             return []
         curve = curve_of(metric)
-        key = (name_of(row), row["job"])
+        key = (row["node"] or row["address"], row["job"])
         last, ring = self.rings.get(key) or (-FINE, BLANK)
         stride = step * curve.ticks
         newest = self.tick - self.tick % stride
@@ -4229,61 +4229,52 @@ def has_cookie(request: Request, cookie: str) -> bool:
 BACKLOG = 4096  # connections that may wait for accept()
 STACK_SIZE = 128 * 1024  # bytes of stack for each thread
 STOP_SECONDS = 3.0  # from SIGTERM to SIGKILL of a role
-MAX_BACKOFF = 2.0  # seconds before a role is started again
+MIN_BACKOFF = 0.1  # seconds before a role is started again ...
+MAX_BACKOFF = 2.0  # ... which double up to this as long as it keeps ending
+STEADY_SECONDS = 20.0  # a role that ran for so long begins with MIN_BACKOFF again
+NAME_SECONDS = 5.0  # between two looks whether the segment still has its name
 # SIGHUP: the terminal has gone, with the ssh or the window that it was in
 ENDING_SIGNALS = [
     getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGHUP")
     if hasattr(signal, name)
 ]
-AGENT_PORT = 13579
-PAGE_PORT = 8080
-NEXT_PORTS = 20  # that are tried when a usual one is taken and jobs are watched
-NAME_SECONDS = 5.0  # between two looks whether the segment still has its name
+
+Wanted = Callable[[argparse.Namespace], bool]
 
 
 class StartError(Exception):
     """The master cannot start; the text says why and what to do."""
 
 
-def setup_log(verbose: bool) -> None:
-    """Log to stderr, one line a message."""
-    logging.basicConfig(
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-        level=logging.DEBUG if verbose else logging.INFO,
-    )
+# -- roles: what runs in a process of its own ----------------------------------
 
 
-def open_listener(flag: str, host: str, port: int) -> socket.socket:
-    """A listening socket; ValueError (a bad host) or StartError when it cannot be had."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except (OSError, UnicodeError):
-        raise ValueError(
-            "argument %shost: %r is no address of this machine; 127.0.0.1 (for"
-            " itself) and 0.0.0.0 (from everywhere) are" % (flag, host)
-        ) from None
-    listener = socket.socket(family, kind, proto)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-        return listener
-    except OSError as error:
-        listener.close()
-        raise StartError(
-            "cannot listen on %s: %s; give another %sport or %shost"
-            % (join_address(host, port), error.strerror, flag, flag)
-        ) from None
+class Role(NamedTuple):
+    """What one process of the master does: begin(listener, table, options).run(), for ever.
+
+    The listener is the one of this name, None for a role that nobody connects to.
+    """
+
+    name: str
+    begin: Callable[..., Any]
+    is_wanted: Wanted
+
+
+def always(options: argparse.Namespace) -> bool:
+    """Of a role that every master has."""
+    return True
+
+
+ROLES = (
+    Role("collector", Collector, always),
+    Role("dashboard", Dashboard, always),
+)
 
 
 def run_role(
     name: str,
-    listener: socket.socket,
+    listener: Optional[socket.socket],
     segment: Segment,
     lock: Any,
     options: argparse.Namespace,
@@ -4296,10 +4287,25 @@ def run_role(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is lost with a role
     setup_log(options.verbose)
     threading.stack_size(STACK_SIZE)
-    if name == "collector":  # its threads are never busy for long; being asked for the
-        sys.setswitchinterval(1.0)  # interpreter by thousands that wait costs it a core
-    role: Any = {"collector": Collector, "dashboard": Dashboard}[name]
-    role(listener, Table.inherit(segment, lock), options).run()
+    if name == "collector":
+        # Its threads are never busy for long.  Being asked for the interpreter by
+        # thousands that wait would cost it a core.
+        sys.setswitchinterval(1.0)
+    begin = {role.name: role.begin for role in ROLES}[name]
+    begin(listener, Table.inherit(segment, lock), options).run()
+
+
+def setup_log(verbose: bool) -> None:
+    """Log to stderr, one line a message."""
+    logging.basicConfig(
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+        level=logging.DEBUG if verbose else logging.INFO,
+    )
+
+
+# -- agents: agent.py as a child -----------------------------------------------
 
 
 class AgentProcess(subprocess.Popen):  # type: ignore[type-arg]
@@ -4309,14 +4315,8 @@ class AgentProcess(subprocess.Popen):  # type: ignore[type-arg]
     """
 
     def __init__(self, options: argparse.Namespace, more: Sequence[str] = ()) -> None:
-        command = [
-            sys.executable,
-            beside("agent.py"),
-            "--host",
-            reachable(options.host),
-            "--port",
-            str(options.port),
-        ]
+        command = [sys.executable, beside("agent.py")]
+        command += ["--host", reachable(options.host), "--port", str(options.port)]
         if options.secret_file:
             command += ["--secret-file", options.secret_file]
         command += more
@@ -4334,6 +4334,11 @@ class AgentProcess(subprocess.Popen):  # type: ignore[type-arg]
             self.wait(timeout)
 
 
+def watches_jobs(options: argparse.Namespace) -> bool:
+    """Whether the master is to watch the user's jobs by itself."""
+    return options.my_jobs is not None or bool(options.ssh)
+
+
 def watcher_flags(options: argparse.Namespace, again: bool) -> List[str]:
     """The flags of the agent.py that watches jobs; again: it must not ask for a password."""
     flags = ["--jobs"]
@@ -4346,61 +4351,119 @@ def watcher_flags(options: argparse.Namespace, again: bool) -> List[str]:
     return flags
 
 
+# -- the supervisor ------------------------------------------------------------
+
+
 class Supervisor:
-    """Starts the roles (and the agent), starts again what ends, stops all on a signal.
+    """Starts the roles and the agents, starts again what ends, stops all on a signal.
 
     A new one takes the signals over, so that whatever is made next is also removed again.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.names = ["collector", "dashboard"]
+        self.roles = [role.name for role in ROLES if role.is_wanted(options)]
+        self.agents: List[str] = []  # of agent.py
         if options.with_agent:
-            self.names.append("agent")
+            self.agents.append("agent")
         if watches_jobs(options):
-            self.names.append("watcher")
+            self.agents.append("watcher")
+        self.names = self.roles + self.agents
         self.watcher_began = False
         self.has_failed = False  # the watcher could not begin: the user is to mend that
+        self.listeners: Dict[str, socket.socket] = {}  # by the roles' names
+        self.table: Any = None
         self.lock: Any = None
         self.running: Dict[str, Any] = {}  # name -> process
-        self.signals: List[int] = []
         self.started = dict.fromkeys(self.names, -math.inf)  # time.monotonic()
         self.delay = dict.fromkeys(self.names, 0.0)  # seconds from then to the next
         self.trouble: Dict[str, str] = {}  # name -> why it cannot start
         self.looked = time.monotonic()  # at the segment's name
-        self.wakeup, wakeup_end = os.pipe()
-        os.set_blocking(wakeup_end, False)
-        signal.set_wakeup_fd(wakeup_end)
+        self.signals: List[int] = []
+        self.wakeup = self.take_signals()
+
+    def take_signals(self) -> int:
+        """Note the signals that end us; the descriptor that can be read when one came."""
+        wakeup, end = os.pipe()
+        os.set_blocking(end, False)
+        signal.set_wakeup_fd(end)
         for number in ENDING_SIGNALS:
-            # nohup has SIGHUP ignored: then the end of the terminal is none of ours
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, lambda number, _: self.signals.append(number))
+            is_ignored = signal.getsignal(number) == signal.SIG_IGN
+            if number == signal.SIGHUP and is_ignored:
+                continue  # under nohup: the end of the terminal is none of ours
+            signal.signal(number, self.note_signal)
+        return wakeup
+
+    def note_signal(self, number: int, frame: Any) -> None:
+        """A signal's handler."""
+        self.signals.append(number)
 
     def run(self, listeners: Dict[str, socket.socket], table: Table) -> None:
         """Supervise until a signal comes."""
-        self.listeners, self.table = listeners, table
+        self.listeners = listeners
+        self.table = table
         self.new_lock()
         try:
             while not self.signals and not self.has_failed:
                 self.start_missing()
-                waits = [
-                    self.delay[name] for name in self.names if name not in self.running
-                ]
-                waits.append(NAME_SECONDS)
-                multiprocessing.connection.wait(
-                    [self.wakeup]
-                    + [process.sentinel for process in self.running.values()],
-                    min(waits),
-                )
+                self.wait()
                 self.reap()
                 self.look_after_name()
         finally:
             for number in ENDING_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
-            self.stop(
-                ["agent", "watcher"]
-            )  # first: while there is somebody to say goodbye to
-            self.stop(self.names)
+            self.stop(self.agents)  # while there is somebody to say goodbye to
+            self.stop(self.roles)
+
+    def wait(self) -> None:
+        """Until a signal comes, a process ends, one is to be started, or a look is due."""
+        ends = [process.sentinel for process in self.running.values()]
+        missing = [self.delay[name] for name in self.names if name not in self.running]
+        seconds = min([NAME_SECONDS] + missing)
+        multiprocessing.connection.wait([self.wakeup] + ends, seconds)
+
+    # -- starting ----------------------------------------------------------
+
+    def start_missing(self) -> None:
+        """Start what does not run and has waited for its turn."""
+        now = time.monotonic()
+        for name in self.names:
+            passed = now - self.started[name]
+            if name in self.running or passed < self.delay[name]:
+                continue
+            if passed > STEADY_SECONDS:
+                self.delay[name] = MIN_BACKOFF
+            else:
+                self.delay[name] = min(MAX_BACKOFF, 2 * self.delay[name])
+            self.started[name] = now
+            try:
+                self.running[name] = self.start(name)
+            except (OSError, StartError) as error:
+                self.tell(name, "cannot start the %s for now: %s" % (name, error))
+            else:
+                self.trouble.pop(name, None)
+                log.info("%s started, pid %d", name, self.running[name].pid)
+
+    def start(self, name: str) -> Any:
+        """Start a role or an agent."""
+        if name == "agent":
+            return AgentProcess(self.options)
+        if name == "watcher":
+            flags = watcher_flags(self.options, self.watcher_began)
+            self.watcher_began = True
+            return AgentProcess(self.options, flags)
+        return self.start_role(name)
+
+    def start_role(self, name: str) -> Any:
+        """Start a role, with its listener, the table and the lock."""
+        if not self.lock:
+            self.new_lock()
+        listener = self.listeners.get(name)
+        segment = self.table.segment()
+        arguments = (name, listener, segment, self.lock, self.options)
+        role = multiprocessing.Process(target=run_role, name=name, args=arguments)
+        role.start()
+        return role
 
     def new_lock(self) -> None:
         """A fresh lock and clean slots, for when no role runs; StartError."""
@@ -4413,74 +4476,11 @@ class Supervisor:
         self.table.load()
         self.table.reset()
 
-    def look_after_name(self) -> None:
-        """Make the segment's name again when it is gone, by RemoveIPC=yes of logind.conf(5) say."""
-        now = time.monotonic()
-        if now - self.looked < NAME_SECONDS or self.signals:
-            return
-        self.looked = now
-        if self.table.has_name() or not self.lock:
-            return
-        name = self.table.shm.name
-        try:
-            if self.table.renew(self.lock):
-                log.warning("shared memory %s was gone: made again", name)
-                self.trouble.pop("table", None)
-        except TableError as error:
-            if self.trouble.get("table") != str(error):
-                log.error("%s", error)
-            self.trouble["table"] = str(error)
-
-    def start_missing(self) -> None:
-        """Start what does not run and has waited for its turn."""
-        now = time.monotonic()
-        for name in self.names:
-            if name in self.running or now < self.started[name] + self.delay[name]:
-                continue
-            fresh = now - self.started[name] > 10 * MAX_BACKOFF
-            self.delay[name] = 0.1 if fresh else min(MAX_BACKOFF, 2 * self.delay[name])
-            self.started[name] = now
-            try:
-                self.running[name] = self.start(name)
-            except (OSError, StartError) as error:
-                if self.trouble.get(name) != str(error):
-                    log.error("cannot start the %s for now: %s", name, error)
-                self.trouble[name] = str(error)
-            else:
-                self.trouble.pop(name, None)
-                log.info("%s started, pid %d", name, self.running[name].pid)
-
-    def start(self, name: str) -> Any:
-        """Start a role or the agent."""
-        if name == "agent":
-            return AgentProcess(self.options)
-        if name == "watcher":
-            again = self.watcher_began
-            self.watcher_began = True
-            return AgentProcess(self.options, watcher_flags(self.options, again))
-        if not self.lock:
-            self.new_lock()
-        role = multiprocessing.Process(
-            target=run_role,
-            name=name,
-            args=(
-                name,
-                self.listeners[name],
-                self.table.segment(),
-                self.lock,
-                self.options,
-            ),
-        )
-        role.start()
-        return role
+    # -- ending ------------------------------------------------------------
 
     def reap(self) -> None:
         """Take note of what has ended; one that could not get the lock takes all roles along."""
-        ended = [
-            name
-            for name, process in self.running.items()
-            if multiprocessing.connection.wait([process.sentinel], 0)
-        ]
+        ended = [name for name, each in self.running.items() if is_over(each)]
         if self.signals or not ended:
             return
         codes = self.stop(ended)
@@ -4490,7 +4490,7 @@ class Supervisor:
                 return
             log.error("%s ended (%s); starting it again", name, describe_exit(code))
         if EXIT_LOCK in codes:
-            self.stop(self.listeners)
+            self.stop(self.roles)
             self.lock = None
 
     def stop(self, names: Iterable[str]) -> List[int]:
@@ -4505,15 +4505,68 @@ class Supervisor:
             process.join()
         return [process.exitcode for process in processes]
 
+    # -- the segment's name ------------------------------------------------
+
+    def look_after_name(self) -> None:
+        """Make the segment's name again when it is gone, by RemoveIPC=yes of logind.conf(5) say."""
+        now = time.monotonic()
+        if now - self.looked < NAME_SECONDS or self.signals:
+            return
+        self.looked = now
+        if self.table.has_name() or not self.lock:
+            return
+        try:
+            if self.table.renew(self.lock):
+                name = self.table.shm.name
+                log.warning("shared memory %s was gone: made again", name)
+                self.trouble.pop("table", None)
+        except TableError as error:
+            self.tell("table", str(error))
+
+    def tell(self, name: str, trouble: str) -> None:
+        """Log what is wrong with something, once until it changes."""
+        if self.trouble.get(name) != trouble:
+            log.error("%s", trouble)
+        self.trouble[name] = trouble
+
+
+def is_over(process: Any) -> bool:
+    """Whether a process has ended, by its sentinel."""
+    return bool(multiprocessing.connection.wait([process.sentinel], 0))
+
+
+# -- names and addresses -------------------------------------------------------
+
+
+def open_listener(flag: str, host: str, port: int) -> socket.socket:
+    """A listening socket; ValueError (a bad host) or StartError when it cannot be had."""
+    try:
+        found = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (OSError, UnicodeError):
+        raise ValueError(
+            "argument %shost: %r is no address of this machine; 127.0.0.1 (for"
+            " itself) and 0.0.0.0 (from everywhere) are" % (flag, host)
+        ) from None
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+        return listener
+    except OSError as error:
+        listener.close()
+        raise StartError(
+            "cannot listen on %s: %s; give another %sport or %shost"
+            % (join_address(host, port), error.strerror, flag, flag)
+        ) from None
+
 
 def join_address(host: str, port: int) -> str:
     """host:port, or [host]:port for IPv6 (RFC 3986)."""
     return "%s:%d" % ("[%s]" % host if ":" in host else host, port)
-
-
-def beside(name: str) -> str:
-    """The path of a file in this one's folder."""
-    return os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
 
 
 def reachable(host: str) -> str:
@@ -4521,9 +4574,22 @@ def reachable(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
+def beside(name: str) -> str:
+    """The path of a file in this one's folder."""
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
+
+
 # ============================================================================
 # Command line
 # ============================================================================
+
+AGENT_PORT = 13579
+PAGE_PORT = 8080
+NEXT_PORTS = 20  # that are tried when a usual one is taken and jobs are watched
+TOKEN_BYTES = 24  # of a token that is made here
+SECRET_BYTES = 32  # of a secret that is made here
+
+# -- types of flags: a text -> what it means, or ArgumentTypeError --------------
 
 
 def number(kind: Any, low: float, high: float, what: str) -> Callable[[str], Any]:
@@ -4541,6 +4607,9 @@ def number(kind: Any, low: float, high: float, what: str) -> Callable[[str], Any
         )
 
     return parse
+
+
+port_argument = number(int, 0, 65535, "port")
 
 
 def shm_argument(text: str) -> str:
@@ -4575,46 +4644,27 @@ def token_argument(text: str) -> str:
     """An argparse type: a token for the dashboard; auto makes one."""
     if not text:
         raise argparse.ArgumentTypeError("'' is no token; auto makes a good one")
-    return secrets.token_urlsafe(24) if text == "auto" else text
+    return secrets.token_urlsafe(TOKEN_BYTES) if text == "auto" else text
 
 
-def read_secret(path: str) -> bytes:
-    """The secret in a file that nobody else may read; one is made there if there is no file."""
-    try:
-        with contextlib.suppress(FileExistsError):
-            with os.fdopen(
-                os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w"
-            ) as file:
-                file.write(secrets.token_hex(32) + "\n")
-            log.info(
-                "made a secret in %s: give it to the agents by --secret-file", path
-            )
-        with open(path, "rb") as file:
-            mode, secret = (
-                os.fstat(file.fileno()).st_mode,
-                file.read(MAX_SAMPLE).strip(),
-            )
-    except OSError as error:
-        raise StartError("no secret in %s: %s" % (path, error.strerror)) from None
-    if mode & 0o077:
-        raise StartError(
-            "others can read the secret in %s; run: chmod 600 %s" % (path, path)
-        )
-    if not secret:
-        raise StartError("no secret in %s; remove the file and it is made anew" % path)
-    return secret
+# -- flags, a function for each group of them -----------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    port = number(int, 0, 65535, "port")
     about, _, end = __doc__.partition("\n\nExit codes")
     parser = argparse.ArgumentParser(
         description=about,
         epilog="Exit codes" + end,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    for add_group in FLAG_GROUPS:
+        add_group(parser.add_argument)
+    return parser
+
+
+def add_listening(add: Callable[..., Any]) -> None:
+    """Where agents and browsers are listened to."""
     add(
         "--host",
         default="127.0.0.1",
@@ -4622,7 +4672,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--port",
-        type=port,
+        type=port_argument,
         help="port for agents (13579); 0 picks a free one",
     )
     add(
@@ -4634,9 +4684,13 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--dashboard-port",
         metavar="PORT",
-        type=port,
+        type=port_argument,
         help="port for browsers (8080); 0 picks a free one",
     )
+
+
+def add_limits(add: Callable[..., Any]) -> None:
+    """How many agents there may be, and when one is lost."""
     add(
         "--max-agents",
         type=number(int, 1, 65536, "number"),
@@ -4651,6 +4705,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="silence after which an agent is lost (5)",
     )
+
+
+def add_alerts(add: Callable[..., Any]) -> None:
+    """What is an alert, and what is done about it."""
     add(
         "--alert",
         type=parse_rule,
@@ -4668,6 +4726,10 @@ def build_parser() -> argparse.ArgumentParser:
         " SENTINEL_JOB, SENTINEL_METRIC, SENTINEL_VALUE, SENTINEL_THRESHOLD, SENTINEL_COUNT;"
         " what it starts ends with it",
     )
+
+
+def add_trust(add: Callable[..., Any]) -> None:
+    """Who may send, and who may look."""
     add(
         "--secret-file",
         metavar="FILE",
@@ -4680,12 +4742,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="answer only who knows it; auto makes one, which others cannot see in the list of"
         " processes, and prints the whole address",
     )
+
+
+def add_table(add: Callable[..., Any]) -> None:
+    """Where the live table is."""
     add(
         "--shm-name",
         type=shm_argument,
         metavar="NAME",
         help="name of the shared memory (sentinel_PORT)",
     )
+
+
+def add_sources(add: Callable[..., Any]) -> None:
+    """What the master watches by itself."""
     add(
         "--my-jobs",
         type=jobs_argument,
@@ -4701,8 +4771,42 @@ def build_parser() -> argparse.ArgumentParser:
         help="watch my jobs on the cluster behind that login node, by one ssh",
     )
     add("--with-agent", action="store_true", help="watch this machine, too")
+
+
+def add_talk(add: Callable[..., Any]) -> None:
+    """How much the log tells."""
     add("--verbose", action="store_true", help="log every sample")
-    return parser
+
+
+FLAG_GROUPS = (
+    add_listening,
+    add_limits,
+    add_alerts,
+    add_trust,
+    add_table,
+    add_sources,
+    add_talk,
+)
+
+# -- from flags to a running master ---------------------------------------------
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run the master: its exit code."""
+    if cannot_run():
+        return 1
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    options.lost = "no-lost" not in options.alert
+    options.rules = rules_of(options)
+    setup_log(options.verbose)
+    try:
+        return run_master(options)
+    except ValueError as error:
+        parser.error(str(error))
+    except (StartError, TableError) as error:
+        print("error: %s" % error, file=sys.stderr)
+        return 1
 
 
 def cannot_run() -> bool:
@@ -4725,30 +4829,107 @@ def cannot_run() -> bool:
     return False
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    """Run the master: its exit code."""
-    if cannot_run():
-        return 1
-    parser = build_parser()
-    options = parser.parse_args(argv)
-    options.lost = "no-lost" not in options.alert
-    options.rules = [rule for rule in options.alert if isinstance(rule, Rule)] or [
+def rules_of(options: argparse.Namespace) -> List[Rule]:
+    """The rules that were given, or the default ones."""
+    given = [rule for rule in options.alert if isinstance(rule, Rule)]
+    if given:
+        return given
+    return [
         parse_rule(text)._replace(is_default=True)  # type: ignore[union-attr]
         for text in DEFAULT_RULES
     ]
-    setup_log(options.verbose)
+
+
+def run_master(options: argparse.Namespace) -> int:
+    """Bind, make the table, supervise: 0 when a signal ended it."""
+    need_agent(options)
+    options.secret = read_secret(options.secret_file) if options.secret_file else None
+    raise_limits()
+    supervisor = Supervisor(options)
+    with contextlib.ExitStack() as stack:
+        listeners = open_listeners(options, stack)
+        options.port = port_of(listeners["collector"])
+        options.dashboard_port = port_of(listeners["dashboard"])
+        options.shm_name = options.shm_name or "sentinel_%d" % options.port
+        table = Table.create(options.shm_name, options.max_agents)
+        stack.callback(table.unlink)
+        # should this process be killed, the tracker may clean up behind it, but silently
+        sys.warnoptions.append("ignore:resource_tracker")
+        tell_addresses(options)
+        supervisor.run(listeners, table)
+    log.info("stopped")
+    return int(supervisor.has_failed)
+
+
+def need_agent(options: argparse.Namespace) -> None:
+    """StartError when a flag needs agent.py and it is not there."""
+    for flag, is_given in (
+        ("--with-agent", options.with_agent),
+        ("--my-jobs", options.my_jobs is not None),
+        ("--ssh", options.ssh),
+    ):
+        if is_given and not os.path.exists(beside("agent.py")):
+            raise StartError(
+                "%s needs agent.py beside master_server.py: copy it there" % flag
+            )
+
+
+def read_secret(path: str) -> bytes:
+    """The secret in a file that nobody else may read; one is made there if there is no file."""
     try:
-        return run_master(options)
-    except ValueError as error:
-        parser.error(str(error))
-    except (StartError, TableError) as error:
-        print("error: %s" % error, file=sys.stderr)
-        return 1
+        make_secret(path)
+        with open(path, "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            secret = file.read(MAX_SAMPLE).strip()
+    except OSError as error:
+        raise StartError("no secret in %s: %s" % (path, error.strerror)) from None
+    if mode & 0o077:
+        raise StartError(
+            "others can read the secret in %s; run: chmod 600 %s" % (path, path)
+        )
+    if not secret:
+        raise StartError("no secret in %s; remove the file and it is made anew" % path)
+    return secret
 
 
-def watches_jobs(options: argparse.Namespace) -> bool:
-    """Whether the master is to watch the user's jobs by itself."""
-    return options.my_jobs is not None or bool(options.ssh)
+def make_secret(path: str) -> None:
+    """Write a new secret to a file, unless there is one."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(SECRET_BYTES) + "\n")
+    log.info("made a secret in %s: give it to the agents by --secret-file", path)
+
+
+def raise_limits() -> None:
+    """Allow as many descriptors as the system lets us: one for each agent."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # macOS says unlimited, and means less
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def open_listeners(
+    options: argparse.Namespace, stack: contextlib.ExitStack
+) -> Dict[str, socket.socket]:
+    """The listeners by the names of their roles; the stack closes them."""
+    may_move = watches_jobs(options)
+    listeners = {}
+    for role, flag, host, given, usual in (
+        ("collector", "--", options.host, options.port, AGENT_PORT),
+        (
+            "dashboard",
+            "--dashboard-",
+            options.dashboard_host,
+            options.dashboard_port,
+            PAGE_PORT,
+        ),
+    ):
+        listener = open_port(flag, host, given, usual, may_move)
+        listeners[role] = stack.enter_context(listener)
+    return listeners
 
 
 def open_port(
@@ -4767,71 +4948,37 @@ def open_port(
     return open_listener(flag, host, last)
 
 
-def run_master(options: argparse.Namespace) -> int:
-    """Bind, make the table, supervise: 0 when a signal ended it."""
-    moves = watches_jobs(options)
-    for flag, given in (
-        ("--with-agent", options.with_agent),
-        ("--my-jobs", options.my_jobs is not None),
-        ("--ssh", options.ssh),
-    ):
-        if given and not os.path.exists(beside("agent.py")):
-            raise StartError(
-                "%s needs agent.py beside master_server.py: copy it there" % flag
-            )
-    options.secret = read_secret(options.secret_file) if options.secret_file else None
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(
-        ValueError, OSError
-    ):  # macOS says unlimited, and means less
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    supervisor = Supervisor(options)
-    with contextlib.ExitStack() as stack:
-        listeners = {
-            "collector": stack.enter_context(
-                open_port("--", options.host, options.port, AGENT_PORT, moves)
-            ),
-            "dashboard": stack.enter_context(
-                open_port(
-                    "--dashboard-",
-                    options.dashboard_host,
-                    options.dashboard_port,
-                    PAGE_PORT,
-                    moves,
-                )
-            ),
-        }
-        options.port, options.dashboard_port = (
-            listener.getsockname()[1] for listener in listeners.values()
+def port_of(listener: socket.socket) -> int:
+    """The port that a listener has."""
+    port: int = listener.getsockname()[1]
+    return port
+
+
+def tell_addresses(options: argparse.Namespace) -> None:
+    """Log where it listens, where to look, and who could send."""
+    log.info("collector listening on %s", join_address(options.host, options.port))
+    log.info(
+        "dashboard listening on %s: open %s - Ctrl-C stops",
+        join_address(options.dashboard_host, options.dashboard_port),
+        page_address(options),
+    )
+    if options.host not in LOOPBACK and not options.secret:
+        log.warning(
+            "anybody who reaches port %d can send samples: --secret-file keeps"
+            " strangers out",
+            options.port,
         )
-        options.shm_name = options.shm_name or "sentinel_%d" % options.port
-        table = Table.create(options.shm_name, options.max_agents)
-        stack.callback(table.unlink)
-        # should this process be killed, the tracker may clean up behind it, but silently
-        sys.warnoptions.append("ignore:resource_tracker")
-        log.info("collector listening on %s", join_address(options.host, options.port))
-        log.info(
-            "dashboard listening on %s: open http://%s/%s - Ctrl-C stops",
-            join_address(options.dashboard_host, options.dashboard_port),
-            join_address(
-                "localhost"
-                if reachable(options.dashboard_host) in LOOPBACK
-                else options.dashboard_host,
-                options.dashboard_port,
-            ),
-            options.dashboard_token
-            and "?" + urllib.parse.urlencode({"token": options.dashboard_token})
-            or "",
-        )
-        if options.host not in LOOPBACK and not options.secret:
-            log.warning(
-                "anybody who reaches port %d can send samples: --secret-file keeps"
-                " strangers out",
-                options.port,
-            )
-        supervisor.run(listeners, table)
-    log.info("stopped")
-    return int(supervisor.has_failed)
+
+
+def page_address(options: argparse.Namespace) -> str:
+    """The address to open in a browser on this machine."""
+    host = options.dashboard_host
+    if reachable(host) in LOOPBACK:
+        host = "localhost"
+    address = "http://%s/" % join_address(host, options.dashboard_port)
+    if options.dashboard_token:
+        address += "?" + urllib.parse.urlencode({"token": options.dashboard_token})
+    return address
 
 
 if __name__ == "__main__":

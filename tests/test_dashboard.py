@@ -147,6 +147,19 @@ class Cost(unittest.TestCase):
         self.assertIn("for 0.5 samples a second", board.cost["text"])
 
 
+class Nameless(support.MasterTest):
+    patch = "master_server.TICK_SECONDS = 0.2"
+
+    def test_a_node_without_a_name_has_curves_as_well(self):
+        agent = self.agent()
+
+        def has_curve():
+            agent.send({"cpu": 50.0, "ram": 40.0, "interval": 60})
+            return '<path class="cpu" d="M' in get(self.master.page).text
+
+        eventually(has_curve)
+
+
 class Rendered(unittest.TestCase):
     """How often work is done, by a dashboard whose table and page count who asks for them."""
 
