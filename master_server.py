@@ -2523,10 +2523,10 @@ document.addEventListener("visibilitychange", () => document.hidden || update())
 document.addEventListener("input", event => {
   const fields = [...new FormData(event.target.form)];
   const filled = fields.filter(([key, value]) => value);
-  go("replaceState", "/?" + new URLSearchParams(filled));
+  go("replaceState", "./?" + new URLSearchParams(filled));
 });
 document.addEventListener("click", event => {
-  const link = event.target.closest("a[href^='/?']");
+  const link = event.target.closest("a[href^='./?']");
   const isAside = event.ctrlKey || event.metaKey || event.shiftKey;
   if (!link || isAside) return;
   go("pushState", link.href);
@@ -2539,6 +2539,9 @@ setInterval(() => document.hidden || open || update(), 2000);
 # ============================================================================
 # Markup of the page: every template, and the one way to put values into them
 # ============================================================================
+#
+# Every address in it is relative to the overview, by the base of PAGE_HTML, and none begins
+# with a slash: so the page works under whatever prefix a proxy shows it.
 
 PAGE_HTML = """\
 <!DOCTYPE html>
@@ -2546,6 +2549,7 @@ PAGE_HTML = """\
 <head>
   <meta charset="utf-8">
   <title>{title} - Cluster Sentinel</title>
+  <base href="{root}">
   <meta name="viewport" content="width=device-width, initial-scale=1">
   <link rel="icon" href="data:,">
   <style>{style}</style>
@@ -2557,10 +2561,10 @@ PAGE_HTML = """\
     <h1>{title}</h1>
     {parts}
     <footer>
-      <a href="/nodes.txt">Text</a>
-      <a href="/nodes.csv">CSV</a>
-      <a href="/api/nodes">JSON</a>
-      <a href="/metrics">Prometheus</a>
+      <a href="./nodes.txt">Text</a>
+      <a href="./nodes.csv">CSV</a>
+      <a href="./api/nodes">JSON</a>
+      <a href="./metrics">Prometheus</a>
       \u00b7 {cost}
     </footer>
   </main>
@@ -2569,7 +2573,7 @@ PAGE_HTML = """\
 </html>
 """
 ALL_NODES_LINK_HTML = """
-    <p><a href="/">All nodes</a></p>"""
+    <p><a href="./">All nodes</a></p>"""
 EMPTY_HTML = """
     <section>
       <p>No agents yet: run on the node that you want to see</p>
@@ -2588,7 +2592,7 @@ CARD_HTML = """
       </div>"""
 
 FORM_HTML = """
-    <form role="search">
+    <form action="./" role="search">
       <label>Filter <input type="search" name="q" value="{words}"></label>{selects}
       <input type="hidden" name="sort" value="{sort}">
       <noscript><button type="submit">Show</button></noscript>
@@ -2746,8 +2750,15 @@ def name_of(row: Message) -> str:
 
 
 def path_of(row: Message) -> str:
-    """Where the page of the row's node is."""
-    return "/node/" + urllib.parse.quote(name_of(row), "")
+    """Where the page of the row's node is, seen from the overview.
+
+    Browsers take . and .. for folders, also when they are escaped, and many a proxy undoes
+    the escape of a slash: such a name is not in the path but in the query.
+    """
+    name = name_of(row)
+    if name in (".", "..") or "/" in name:
+        return "./node/?name=" + urllib.parse.quote(name, "")
+    return "./node/" + urllib.parse.quote(name, "")
 
 
 def natural(value: Any) -> Any:
@@ -2984,7 +2995,7 @@ def link(query: Query, **state: object) -> str:
     state = dict(query, **state)
     keys = ("q", "job", "user", "group", "map", "sort", "page")
     fields = [(key, state[key]) for key in keys if state.get(key)]
-    return "/?" + urllib.parse.urlencode(fields)
+    return "./?" + urllib.parse.urlencode(fields)
 
 
 def draw_text(column: "Column", row: Message, site: Site) -> Html:
@@ -3189,13 +3200,14 @@ class Page:
         parts.append(
             self.table("events", "Events", NODE_EVENT_COLUMNS, [Body(None, events)])
         )
-        return self.whole(name, *parts)
+        return self.whole(name, *parts, root="../")
 
-    def whole(self, title: str, *parts: Optional[Html]) -> str:
-        """A page around its parts."""
+    def whole(self, title: str, *parts: Optional[Html], root: str = "./") -> str:
+        """A page around its parts; root: where the overview is, seen from this page."""
         return fill(
             PAGE_HTML,
             title=title,
+            root=root,
             style=Html(STYLE),
             parts=list(parts),
             cost=self.site.cost.get("text"),
@@ -3748,7 +3760,7 @@ CONTENT_SECURITY_POLICY = "; ".join(
         "img-src data:",
         "connect-src 'self'",
         "form-action 'self'",
-        "base-uri 'none'",
+        "base-uri 'self'",
         "frame-ancestors 'none'",
         "style-src " + policy_hash(STYLE),
         "script-src " + policy_hash(SCRIPT),
@@ -3782,7 +3794,7 @@ class HTTPError(Exception):
 
 
 class Request(NamedTuple):
-    """What a browser asks for; path and query are decoded."""
+    """What a browser asks for; the query is decoded, the path is as it came."""
 
     method: str
     path: str
@@ -3837,9 +3849,7 @@ def parse_request(head: bytes) -> Request:
         )
     method, target, lines = (part.decode("latin-1") for part in match.groups())
     path, _, query = target.partition("?")
-    return Request(
-        method, urllib.parse.unquote(path), parse_query(query), parse_fields(lines)
-    )
+    return Request(method, path, parse_query(query), parse_fields(lines))
 
 
 def parse_query(text: str) -> Query:
@@ -3860,6 +3870,36 @@ def parse_fields(lines: str) -> Fields:
         name, _, value = line.partition(":")
         fields[name.lower()] = value.strip()
     return fields
+
+
+# What stands behind such a path, or in ?name=, is the value of that field of the query.
+NAMED_ROUTES = {"/node/": "node"}
+
+
+class Route(NamedTuple):
+    """The entry of ROUTES that a path leads to, and the name behind it."""
+
+    path: str
+    name: str
+
+
+def find_route(path: str) -> Route:
+    """Where a path leads by its end; HTTPError when it leads nowhere.
+
+    What it begins with is the prefix of a proxy that passes it on, and any folder but that of
+    a name is the overview: /node/c1 and /a/prefix/node/c1 are the same, / and /a/prefix/, too.
+    """
+    folder, _, last = path.rpartition("/")
+    for route in NAMED_ROUTES:
+        if (folder + "/").endswith(route):
+            return Route(route, urllib.parse.unquote(last))
+    if not last:
+        return Route("/", "")
+    decoded = urllib.parse.unquote(path)
+    for route in ROUTES:
+        if route != "/" and decoded.endswith(route):
+            return Route(route, "")
+    raise HTTPError(404, "no such page; there are " + " ".join(ROUTES))
 
 
 def render_head(status: int, headers: Fields, size: int) -> bytes:
@@ -4035,6 +4075,7 @@ class Dashboard:
             socket.gethostname().lower(),
             options.dashboard_host.lower(),
             "localhost",
+            *options.allow_host,
         }
 
     def run(self) -> None:
@@ -4143,16 +4184,17 @@ class Dashboard:
     def answer(self, request: Request, headers: Fields) -> bytes:
         """The body of an answer; what is to be said of it goes to headers; HTTPError."""
         self.check_host(request)
+        token = request.query.get("token", "")
         self.check_token(request, headers)
-        path = request.path
+        path, name = find_route(request.path)
         query = request.query
-        if path == "/" and "text/html" not in request.fields.get("accept", "text/html"):
+        accept = request.fields.get("accept")
+        if path == "/" and accept is not None and "text/html" not in accept:
             path = "/nodes.txt"  # curl
-        if path.startswith("/node/"):
-            query["node"] = path[len("/node/") :]
-            path = "/node/"
-        if path not in ROUTES:
-            raise HTTPError(404, "no such page; there are " + " ".join(ROUTES))
+        if path in NAMED_ROUTES:
+            if token and "text/html" in (accept or ""):
+                raise to_overview(path, token)
+            query[NAMED_ROUTES[path]] = name or query.get("name", "")
         kind, _ = ROUTES[path]
         is_zipped = "gzip" in request.fields.get("accept-encoding", "")
         body = self.body(path, query, is_zipped)
@@ -4170,7 +4212,7 @@ class Dashboard:
             raise HTTPError(
                 421,
                 "this master does not know itself by that name: use its address,"
-                " or start it with --dashboard-host NAME",
+                " or start it with --allow-host NAME",
             )
 
     def check_token(self, request: Request, headers: Fields) -> None:
@@ -4183,7 +4225,9 @@ class Dashboard:
         bearer = request.fields.get("authorization", "")[len("Bearer ") :]
         offer = request.query.pop("token", bearer)
         if hmac.compare_digest(hashlib.sha256(offer.encode()).hexdigest(), key):
-            headers["Set-Cookie"] = cookie + "; Path=/; HttpOnly; SameSite=Strict"
+            # Without a Path it is for the folder that the browser asked for (RFC 6265,
+            # 5.1.4): ours, and not the other tools of the proxy that it goes through.
+            headers["Set-Cookie"] = cookie + "; HttpOnly; SameSite=Strict"
         elif not has_cookie(request, cookie):
             raise HTTPError(
                 401,
@@ -4212,6 +4256,13 @@ class Dashboard:
             raise HTTPError(404, "no such node; it may have left long ago")
         body = text.encode("utf-8", "replace")
         return gzip.compress(body, 1) if is_zipped else body
+
+
+def to_overview(path: str, token: str) -> HTTPError:
+    """The way from a page in a folder to the overview, whose cookie is for all pages."""
+    root = "../" * (path.count("/") - 1)
+    location = root + "?" + urllib.parse.urlencode({"token": token})
+    return HTTPError(303, "open the overview first", {"Location": location})
 
 
 def has_cookie(request: Request, cookie: str) -> bool:
@@ -4640,6 +4691,17 @@ def login_argument(text: str) -> str:
     )
 
 
+def host_argument(text: str) -> List[str]:
+    """An argparse type: names under which browsers may ask, with commas between."""
+    hosts = [host.lower() for host in text.split(",") if host]
+    if hosts and all(re.fullmatch(r"[a-z0-9._-]+", host) for host in hosts):
+        return hosts
+    raise argparse.ArgumentTypeError(
+        "%r is no list of host names; names without a port are: ood.example.org,localhost"
+        % text
+    )
+
+
 def token_argument(text: str) -> str:
     """An argparse type: a token for the dashboard; auto makes one."""
     if not text:
@@ -4741,6 +4803,13 @@ def add_trust(add: Callable[..., Any]) -> None:
         metavar="TOKEN|auto",
         help="answer only who knows it; auto makes one, which others cannot see in the list of"
         " processes, and prints the whole address",
+    )
+    add(
+        "--allow-host",
+        type=host_argument,
+        default=[],
+        metavar="NAME[,NAME]",
+        help="answer browsers that know the page by such a name, too: that of a proxy",
     )
 
 

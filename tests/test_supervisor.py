@@ -271,7 +271,7 @@ class End(unittest.TestCase):
                 agent.send({"cpu": 1, "ram": 1})
                 eventually(lambda m=master: nodes(m.page))
                 for role in master_server.ROLES:
-                    if role.name in master.log:
+                    if role.name + " started" in master.log:
                         for number in (signal.SIGINT, signal.SIGHUP):
                             os.kill(role_pid(master, role.name), number)
                 agent.send({"cpu": 2, "ram": 1})
