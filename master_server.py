@@ -1491,6 +1491,7 @@ REFUSAL_SECONDS = 10.0  # seconds for which refusals of one source are counted
 MAX_REFUSAL_SECONDS = 3600.0  # that long when it does not end: it doubles
 MAX_SOURCES = 8  # sources whose refusals are counted apart
 BEAT_SECONDS = 0.5  # between two heartbeats of the collector
+IDLE_SECONDS = 1.0  # between two of them without an agent
 PIN_CPU = 0.1  # of a core, from which on a collector is a busy one
 PIN_SECONDS = 5.0  # between two looks at where its threads are to run
 LINGER_SECONDS = 0.5  # for a peer to read why it is sent away
@@ -1743,8 +1744,8 @@ class Collector:
             self.turn_away,
         )
 
-    def beat(self) -> None:
-        """Say that this role is well, and do what is due now and then."""
+    def beat(self) -> float:
+        """Say that this role is well, and do what is due now and then; seconds to the next."""
         self.beat_table()
         self.refusals.flush()
         now, spent = time.monotonic(), time.process_time()
@@ -1759,6 +1760,7 @@ class Collector:
             self.pinned = spent - self.spent > least * (now - self.looked)
             self.looked, self.spent = now, spent
             pin_threads(self.pinned)
+        return BEAT_SECONDS if self.slots else IDLE_SECONDS
 
     def turn_away(self, sock: socket.socket, address: Address, error: str) -> None:
         """Tell an agent that there is no room for it, and why."""
@@ -2066,20 +2068,21 @@ def accept_loop(
     waiting: Waiting,
     serve: Serve,
     timeout: float,
-    beat: Callable[[], None] = lambda: None,
+    beat: Callable[[], Optional[float]] = lambda: None,
     turn_away: Callable[[socket.socket, Address, str], None] = hang_up,
 ) -> None:
     """Run serve(socket, address) on a thread for each connection, until the supervisor is gone.
 
     One that there is no thread or descriptor for goes to turn_away(socket, address, reason).
+    beat() is called between connections, and after as many seconds as it returns, if any.
     """
     listener.setblocking(False)
     parent = multiprocessing.parent_process()
     told = -math.inf
     spare = os.open(os.devnull, os.O_RDONLY)
     while parent and parent.is_alive():
-        beat()
-        multiprocessing.connection.wait([listener, parent.sentinel], BEAT_SECONDS)
+        seconds = beat()
+        multiprocessing.connection.wait([listener, parent.sentinel], seconds)
         error = ""
         try:
             for _ in range(MAX_ACCEPTS):
@@ -4063,6 +4066,7 @@ class Dashboard:
         self.options = options
         self.waiting = Waiting(MAX_CLIENTS)
         self.asked = -math.inf  # time.monotonic() of the last request
+        self.woken = threading.Event()  # by a request
         self.lock = threading.Lock()  # of the next three
         self.view = table.snapshot()
         self.viewed = time.monotonic()
@@ -4086,21 +4090,42 @@ class Dashboard:
     # -- beside the requests -----------------------------------------------
 
     def watch(self) -> None:
-        """Every TICK_SECONDS: add to the history, and see what the master itself takes."""
+        """Every TICK_SECONDS: add to the history, and see what the master itself takes.
+
+        As long as nobody asks for a page, it sleeps from one tick that is due to the next.
+        """
         self.hosts.add(socket.getfqdn().lower())  # which may take its time
         start = time.monotonic()
+        looked = -1
         while True:
             tick = int((time.monotonic() - start) / TICK_SECONDS)
-            try:
-                self.look(tick)
-            except Exception:
-                log.exception("a defect, met while keeping the history")
-            time.sleep(TICK_SECONDS - (time.monotonic() - start) % TICK_SECONDS)
+            if tick > looked:
+                self.try_to_look(tick)
+                looked = tick
+            self.woken.clear()
+            is_busy = self.is_watched() or tick == 0
+            period = TICK_SECONDS if is_busy else FIFTH * TICK_SECONDS
+            seconds = period - (time.monotonic() - start) % period
+            if is_busy:
+                time.sleep(seconds)
+            else:
+                self.woken.wait(seconds)
+
+    def is_watched(self) -> bool:
+        """Whether somebody has asked for something lately."""
+        return time.monotonic() - self.asked < WATCHED_SECONDS
+
+    def try_to_look(self, tick: int) -> None:
+        """Do what is due at a tick; a defect in it ends nothing."""
+        try:
+            self.look(tick)
+        except Exception:
+            log.exception("a defect, met while keeping the history")
 
     def look(self, tick: int) -> None:
         """What is due at a tick; the first figures need not be waited for."""
         is_due = tick % FIFTH == 0 or tick == 1
-        if is_due or time.monotonic() - self.asked < WATCHED_SECONDS:
+        if is_due or self.is_watched():
             self.history.add(self.fresh(), tick)
         taken = measure(self.table.pid) if is_due else None
         if taken:
@@ -4239,6 +4264,7 @@ class Dashboard:
     def body(self, path: str, query: Query, is_zipped: bool) -> bytes:
         """What one of ROUTES gives for a query, made once for a view, whoever asks; HTTPError."""
         self.asked = time.monotonic()
+        self.woken.set()
         view = self.fresh()
         if path == "/healthz" and view.beat > STALE_SECONDS:
             raise HTTPError(503, "the collector has been silent for %.0f s" % view.beat)

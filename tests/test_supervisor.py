@@ -227,6 +227,29 @@ class Start(unittest.TestCase):
             self.assertEqual(row["address"], "('::1', %d)" % agent.address[1])
 
 
+class Idle(unittest.TestCase):
+    """With nobody sending and nobody watching it hardly ever wakes up, and is there at once."""
+
+    def test_it_wakes_up_at_most_twice_a_second_in_all_of_its_processes(self):
+        def rate():
+            before = support.wakeups(master.pid)
+            start = time.monotonic()
+            stays(lambda: True, 5)
+            passed = time.monotonic() - start
+            return (support.wakeups(master.pid) - before) / passed
+
+        with support.start_master() as master:
+            for role in ("collector", "dashboard"):
+                master.logged(role + " started")
+            # the first seconds are those of the start
+            eventually(lambda: rate() <= 2, what="2 wake-ups a second")
+            self.assertEqual(get(master.page, "/healthz").status, 200)
+            with PlainAgent(master.port) as agent:
+                agent.send({"cpu": 1, "ram": 1, "ack": True})
+                self.assertRegex(agent.read_line(1), "^ok")
+            self.assertEqual(master.stop(), 0)
+
+
 class End(unittest.TestCase):
     """Nothing is left after any ordinary end."""
 
