@@ -24,6 +24,7 @@ Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP, 1 could not start, 2 bad usa
 #                  sheet, Script, Markup, Readings, Selection, Jobs, Columns, Pages
 #   For programs   a copy of the table -> JSON, CSV, text, Prometheus
 #   Dashboard      browsers' sockets -> request -> pages: a thread for each connection
+#   Demo           invented jobs, for --demo: what their agents would send, by the clock
 #   Supervisor     processes and signals: the only room that starts or ends a process of ours
 #   Command line   flags -> options, and the way from there to the supervisor
 
@@ -103,6 +104,7 @@ GONE_SECONDS = 600.0  # how long a node that left is remembered
 STALE_SECONDS = 3.0  # without a heartbeat: the collector has stopped
 EXIT_LOCK = 75  # exit code of a role that could not get the table's lock
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+DEMO_NOTICE = "A demonstration: all of these jobs and nodes are invented"
 
 Message = Dict[str, Any]  # a decoded dict, or a node of a snapshot
 Row = Tuple[Any, ...]  # a sample, as METRICS has it: floats, UTF-8; see UNKNOWN
@@ -2561,7 +2563,7 @@ PAGE_HTML = """\
 <body>
   <p id="notice" class="old" role="status" hidden></p>
   <main>
-    <h1>{title}</h1>
+    <h1>{title}</h1>{notice}
     {parts}
     <footer>
       <a href="./nodes.txt">Text</a>
@@ -2575,6 +2577,8 @@ PAGE_HTML = """\
 </body>
 </html>
 """
+NOTICE_HTML = """
+    <p><strong>{text}</strong></p>"""
 ALL_NODES_LINK_HTML = """
     <p><a href="./">All nodes</a></p>"""
 EMPTY_HTML = """
@@ -3211,11 +3215,18 @@ class Page:
             PAGE_HTML,
             title=title,
             root=root,
+            notice=self.notice(),
             style=Html(STYLE),
             parts=list(parts),
             cost=self.site.cost.get("text"),
             script=Html(SCRIPT),
         )
+
+    def notice(self) -> Optional[Html]:
+        """That all is invented, if it is."""
+        if not getattr(self.site.options, "demo", False):
+            return None
+        return fill(NOTICE_HTML, text=DEMO_NOTICE)
 
     # -- parts of the page of all nodes ------------------------------------
 
@@ -4300,6 +4311,383 @@ def has_cookie(request: Request, cookie: str) -> bool:
 
 
 # ============================================================================
+# Demo: invented jobs, sent over the wire as real agents send theirs
+# ============================================================================
+#
+# All of it follows from the time alone: a job runs for a while, ends, and soon after the next
+# of its kind begins.  Whoever looks for a few minutes sees a node that idles, a node that falls
+# silent and comes back, memory that grows until the job dies of it, and jobs that wait.
+
+DEMO_USER = "demo"
+DEMO_INTERVAL = 2.0  # seconds between two samples of a node
+DEMO_LOOK = 5  # samples between two looks at ranks and GPUs
+DEMO_PAUSE = 30.0  # seconds from the end of a job to the next of its kind
+DEMO_AGAIN = 60.0  # seconds after which all facts of jobs are told again
+DEMO_SILENCE = (90.0, 130.0)  # seconds of every ten minutes: a node sends nothing
+DEMO_SILENT_NODE = "c12"
+DEMO_IDLE_NODE = "c03"
+DEMO_CPUS = 32  # of a node
+DEMO_RANKS = 4  # processes of a job on a node
+DEMO_SECONDS = 2.0  # to connect, or for a line of the collector
+GIB = 2.0**30
+
+
+class DemoJob(NamedTuple):
+    """A kind of invented job, of which one after the other runs."""
+
+    number: int  # the id of the first
+    name: str
+    nodes: Tuple[str, ...]
+    memory: float  # bytes of a node that it asks for
+    seconds: float  # that it runs
+    limit: float  # seconds that it asks for
+    age: float  # seconds that it has run when the demonstration begins
+    cpu: float  # percent of its CPUs that it uses
+    full: float  # percent of its memory that it uses at its end
+    gpus: int = 0  # of a node
+    array: str = ""
+    ending: str = "COMPLETED"
+
+
+# fmt: off
+DEMO_JOBS = (
+    DemoJob(48211, "train_resnet50", ("c01", "c02", "c03", "c04"), 128 * GIB,
+            14400, 43200, 7980, cpu=77, full=66, gpus=4),
+    DemoJob(48213, "md_npt_310K", ("c11", "c12", "c13", "c14", "c15"), 64 * GIB,
+            7200, 14400, 2400, cpu=94, full=58),
+    DemoJob(48217, "assemble_genome", ("c21",), 192 * GIB,
+            420, 7200, 150, cpu=61, full=100, ending="OUT_OF_MEMORY"),
+    DemoJob(48305, "fit", ("c31",), 16 * GIB,
+            240, 1800, 100, cpu=98, full=35, array="48300"),
+)
+# fmt: on
+
+
+class DemoRun(NamedTuple):
+    """One run of a DemoJob: its id, when it started, and for how long it has run."""
+
+    number: int
+    start: float  # time.time()
+    passed: float  # seconds; at most those that it runs
+    is_over: bool
+
+
+def demo_run(job: DemoJob, began: float, now: float) -> DemoRun:
+    """What of a job runs now, or has just ended, in a demonstration that began then."""
+    cycle = job.seconds + DEMO_PAUSE
+    count, passed = divmod(now - began + job.age, cycle)
+    step = 1 if job.array else 1000  # the next task of the array, or another job
+    return DemoRun(
+        job.number + int(count) * step,
+        began - job.age + count * cycle,
+        min(passed, job.seconds),
+        passed >= job.seconds,
+    )
+
+
+def demo_id(job: DemoJob, run: DemoRun) -> str:
+    """A run's id, as squeue has it: 48211, 48300_5."""
+    if not job.array:
+        return str(run.number)
+    return "%s_%d" % (job.array, run.number - int(job.array))
+
+
+def demo_facts(job: DemoJob, run: DemoRun) -> Message:
+    """What Slurm would say of a run."""
+    facts: Message = {
+        "job": demo_id(job, run),
+        "raw": str(run.number),
+        "job_name": job.name,
+        "user": DEMO_USER,
+        "state": job.ending if run.is_over else "RUNNING",
+        "partition": "gpu" if job.gpus else "cpu",
+        "nodelist": ",".join(job.nodes),
+        "nodes": len(job.nodes),
+        "cpus": DEMO_CPUS * len(job.nodes),
+        "mem": job.memory,
+        "submit": run.start - 900,
+        "start": run.start,
+        "limit": job.limit,
+    }
+    if job.gpus:
+        facts["gpus"] = job.gpus * len(job.nodes)
+    if job.array:
+        facts["array"] = job.array
+    if run.is_over:
+        facts["end"] = run.start + job.seconds
+        facts["exit"] = "0:0" if job.ending == "COMPLETED" else "0:125"
+    return facts
+
+
+def demo_waiting(began: float, now: float) -> List[Message]:
+    """What Slurm would say of the jobs that wait: the rest of an array, and one job."""
+    common: Message = {
+        "user": DEMO_USER,
+        "state": "PENDING",
+        "partition": "cpu",
+        "nodes": 1,
+        "cpus": DEMO_CPUS,
+        "mem": 16 * GIB,
+        "submit": began - 1800,
+        "limit": 1800.0,
+    }
+    waiting = []
+    for job in DEMO_JOBS:
+        if job.array:
+            task = demo_run(job, began, now).number - int(job.array)
+            number = "%s_[%d-%d]" % (job.array, task + 1, task + 35)
+            facts = dict(common, job=number, raw=job.array, array=job.array)
+            facts.update(job_name=job.name, reason="JobArrayTaskLimit")
+            waiting.append(facts)
+    last = dict(common, job="48400", raw="48400", job_name="postprocess")
+    last.update(reason="Priority", start=began + 5400)
+    waiting.append(last)
+    return waiting
+
+
+def demo_wave(name: str, what: str, now: float) -> float:
+    """A number from -1 to 1 that swings slowly, for each node and reading in its own way."""
+    phase = sum((name + what).encode())
+    return 0.7 * math.sin(now / 11 + phase) + 0.3 * math.sin(now / 2.7 + 2 * phase)
+
+
+def demo_cpu(job: DemoJob, name: str, run: DemoRun, now: float) -> float:
+    """Percent of its CPUs that a job uses on a node; less while it begins."""
+    if name == DEMO_IDLE_NODE:
+        return 1.2 + demo_wave(name, "cpu", now)
+    swing = 5 * demo_wave(name, "cpu", now)
+    begin = min(1.0, run.passed / 15)
+    return min(100.0, max(0.5, (job.cpu + swing) * begin))
+
+
+def demo_sample(job: DemoJob, name: str, run: DemoRun, now: float) -> Message:
+    """What the agent of a node would send."""
+    cpu = demo_cpu(job, name, run, now)
+    share = run.passed / job.seconds
+    full = job.full * (0.5 + 0.5 * share) + demo_wave(name, "ram", now)
+    full = min(100.0, max(1.0, full))
+    memory = 256 * GIB
+    used = full / 100 * job.memory
+    sample: Message = {
+        "node": name,
+        "job": demo_id(job, run),
+        "job_name": job.name,
+        "user": DEMO_USER,
+        "version": "demo",
+        "interval": DEMO_INTERVAL,
+        "cpu": cpu,
+        "ram": 100 * (used + 6 * GIB) / memory,
+        "load1": cpu * DEMO_CPUS / 100,
+        "cpus": DEMO_CPUS,
+        "mem_total": memory,
+        "mem_used": used + 6 * GIB,
+        "disk_read": 2e6 * (1 + demo_wave(name, "read", now)),
+        "disk_write": 4e6 * (1 + demo_wave(name, "write", now)),
+        "net_rx": 9e6 * (1 + demo_wave(name, "rx", now)),
+        "net_tx": 8e6 * (1 + demo_wave(name, "tx", now)),
+        "job_cpus": DEMO_CPUS,
+        "job_cpu": cpu,
+        "job_mem": used,
+        "job_mem_limit": job.memory,
+        "job_ram": full,
+        "job_time_limit": job.limit,
+        "job_time_left": job.limit - run.passed,
+    }
+    if job.gpus:
+        readings = [gpu["gpu"] for gpu in demo_gpus(job, name, now)]
+        sample["gpus"] = job.gpus
+        sample["gpu"] = sum(readings) / len(readings)
+        sample["gpu_mem"] = 72.0
+    return sample
+
+
+def demo_gpus(job: DemoJob, name: str, now: float) -> List[Message]:
+    """The GPUs of a node; the last of one node does nothing."""
+    gpus = []
+    for index in range(job.gpus):
+        busy = 93 + 5 * demo_wave(name, "gpu%d" % index, now)
+        if name == DEMO_IDLE_NODE or (name, index) == ("c02", 3):
+            busy = 0.0
+        gpus.append(
+            {
+                "part": "gpu",
+                "index": index,
+                "name": "invented GPU",
+                "gpu": busy,
+                "mem_used": 0.72 * 80 * GIB,
+                "mem_total": 80 * GIB,
+                "power": 60 + 3.2 * busy,
+                "power_limit": 400.0,
+                "temp": 34 + busy / 3,
+                "processes": 1,
+            }
+        )
+    return gpus
+
+
+def demo_ranks(job: DemoJob, name: str, run: DemoRun, now: float) -> List[Message]:
+    """The processes of a job on a node."""
+    ranks = []
+    cpus = DEMO_CPUS // DEMO_RANKS
+    first = job.nodes.index(name) * DEMO_RANKS
+    used = demo_sample(job, name, run, now)["job_mem"] / DEMO_RANKS
+    for local_rank in range(DEMO_RANKS):
+        begin = local_rank * cpus
+        ranks.append(
+            {
+                "part": "rank",
+                "pid": 4000 + local_rank,
+                "rank": first + local_rank,
+                "local_rank": local_rank,
+                "step": "0",
+                "program": job.name.partition("_")[0],
+                "cpu": cpus * demo_cpu(job, name, run, now),
+                "mem": used,
+                "peak": used,
+                "threads": cpus,
+                "cpus": "%d-%d" % (begin, begin + cpus - 1),
+                "state": "R",
+            }
+        )
+    return ranks
+
+
+def demo_parts(
+    job: DemoJob, name: str, run: DemoRun, now: float, look: int
+) -> List[Message]:
+    """What a look at a node finds: its CPUs, the job's processes and GPUs."""
+    busy = min(9, int(demo_cpu(job, name, run, now) / 10))
+    parts: List[Message] = [
+        {
+            "part": "look",
+            "processes": DEMO_RANKS,
+            "shown": DEMO_RANKS,
+            "cpus": "0-%d" % (DEMO_CPUS - 1),
+        },
+        {"part": "core", "first": 0, "busy": str(busy) * DEMO_CPUS},
+    ]
+    parts += demo_ranks(job, name, run, now)
+    parts += demo_gpus(job, name, now)
+    return [dict(part, look=look) for part in parts]
+
+
+def write_sample(message: Message) -> bytes:
+    """The bytes of a flat dict of texts and numbers, as the wire has them: see OPCODES."""
+    data = b"\x80\x02}("
+    for key, value in message.items():
+        data += write_text(key)
+        if isinstance(value, str):
+            data += write_text(value)
+        else:
+            data += b"G" + struct.pack(">d", value)
+    return data + b"u."
+
+
+def write_text(text: str) -> bytes:
+    """BINUNICODE and a text."""
+    data = text.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+class DemoAgent:
+    """A connection to the collector, as an agent has it."""
+
+    def __init__(self, address: Tuple[str, int], secret: Optional[bytes]) -> None:
+        self.sock = socket.create_connection(address, DEMO_SECONDS)
+        if secret:
+            line = self.sock.makefile("rb").readline(RECEIVE_SIZE)
+            nonce = line.partition(b" ")[2].strip()
+            answer = hmac.new(secret, nonce, hashlib.sha256).hexdigest()
+            self.send({"auth": answer})
+
+    def send(self, message: Message) -> None:
+        """Send a sample, a part or a goodbye; OSError when the collector is gone."""
+        self.sock.sendall(write_sample(message))
+
+    def close(self, words: str) -> None:
+        """Say goodbye."""
+        with contextlib.suppress(OSError):
+            self.send({"bye": words})
+        self.sock.close()
+
+
+class Demo:
+    """The role that plays the agents of invented jobs, and Slurm."""
+
+    def __init__(
+        self, listener: None, table: Table, options: argparse.Namespace
+    ) -> None:
+        self.address = (reachable(options.host), options.port)
+        self.secret = options.secret
+        self.began = time.time()
+        self.agents: Dict[Tuple[str, str], DemoAgent] = {}  # by (node, job)
+        self.told: Dict[str, Message] = {}  # facts, by raw id
+        self.told_all = -math.inf  # time.time()
+        self.look = 0
+
+    def run(self) -> None:
+        """Play until the supervisor is gone."""
+        parent = multiprocessing.parent_process()
+        due = time.monotonic()
+        while parent and parent.is_alive():
+            try:
+                self.play(time.time())
+            except OSError as error:
+                log.debug("the demonstration: %s", error)  # a collector starts again
+            due = max(due + DEMO_INTERVAL, time.monotonic())
+            seconds = due - time.monotonic()
+            multiprocessing.connection.wait([parent.sentinel], seconds)
+
+    def play(self, now: float) -> None:
+        """Send what is due at a moment."""
+        facts = demo_waiting(self.began, now)
+        self.look += 1
+        for job in DEMO_JOBS:
+            run = demo_run(job, self.began, now)
+            facts.append(demo_facts(job, run))
+            for name in job.nodes:
+                self.play_node(job, name, run, now)
+        self.tell(facts, now)
+
+    def play_node(self, job: DemoJob, name: str, run: DemoRun, now: float) -> None:
+        """Send a sample of a node, or say goodbye once its job is over."""
+        key = (name, demo_id(job, run))
+        if run.is_over:
+            if key in self.agents:
+                self.agents.pop(key).close("the job has ended: " + job.ending)
+            return
+        first, last = DEMO_SILENCE
+        if name == DEMO_SILENT_NODE and first <= (now - self.began) % 600 < last:
+            return
+        messages = [demo_sample(job, name, run, now)]
+        if self.look % DEMO_LOOK == 0:
+            messages += demo_parts(job, name, run, now, self.look // DEMO_LOOK)
+        try:
+            if key not in self.agents:
+                self.agents[key] = DemoAgent(self.address, self.secret)
+            for message in messages:
+                self.agents[key].send(message)
+        except OSError:
+            agent = self.agents.pop(key, None)
+            if agent:
+                agent.sock.close()
+
+    def tell(self, facts: List[Message], now: float) -> None:
+        """Tell the facts that have changed, now and then all: the collector may be a new one."""
+        if now - self.told_all > DEMO_AGAIN:
+            self.told = {}
+            self.told_all = now
+        news = [each for each in facts if self.told.get(each["raw"]) != each]
+        if not news:
+            return
+        agent = DemoAgent(self.address, self.secret)
+        for each in news:
+            agent.send(dict(each, part="job"))
+            self.told[each["raw"]] = each
+        agent.close("told")
+
+
+# ============================================================================
 # Supervisor: processes and signals
 # ============================================================================
 
@@ -4343,9 +4731,15 @@ def always(options: argparse.Namespace) -> bool:
     return True
 
 
+def is_demo(options: argparse.Namespace) -> bool:
+    """Of the role that plays the agents of a demonstration."""
+    return bool(options.demo)
+
+
 ROLES = (
     Role("collector", Collector, always),
     Role("dashboard", Dashboard, always),
+    Role("demo", Demo, is_demo),
 )
 
 
@@ -4662,7 +5056,7 @@ def beside(name: str) -> str:
 
 AGENT_PORT = 13579
 PAGE_PORT = 8080
-NEXT_PORTS = 20  # that are tried when a usual one is taken and jobs are watched
+NEXT_PORTS = 20  # that are tried when a usual one is taken, if it may be another
 TOKEN_BYTES = 24  # of a token that is made here
 SECRET_BYTES = 32  # of a secret that is made here
 
@@ -4866,6 +5260,11 @@ def add_sources(add: Callable[..., Any]) -> None:
         help="watch my jobs on the cluster behind that login node, by one ssh",
     )
     add("--with-agent", action="store_true", help="watch this machine, too")
+    add(
+        "--demo",
+        action="store_true",
+        help="show invented jobs, to have a look at the page without a cluster",
+    )
 
 
 def add_talk(add: Callable[..., Any]) -> None:
@@ -4938,6 +5337,7 @@ def rules_of(options: argparse.Namespace) -> List[Rule]:
 def run_master(options: argparse.Namespace) -> int:
     """Bind, make the table, supervise: 0 when a signal ended it."""
     need_agent(options)
+    check_demo(options)
     options.secret = read_secret(options.secret_file) if options.secret_file else None
     raise_limits()
     supervisor = Supervisor(options)
@@ -4967,6 +5367,15 @@ def need_agent(options: argparse.Namespace) -> None:
             raise StartError(
                 "%s needs agent.py beside master_server.py: copy it there" % flag
             )
+
+
+def check_demo(options: argparse.Namespace) -> None:
+    """ValueError when what is invented would be shown among what is real."""
+    if options.demo and (options.with_agent or watches_jobs(options)):
+        raise ValueError(
+            "argument --demo: not allowed with --my-jobs, --ssh or --with-agent, for it"
+            " would show invented nodes among real ones"
+        )
 
 
 def read_secret(path: str) -> bytes:
@@ -5010,7 +5419,7 @@ def open_listeners(
     options: argparse.Namespace, stack: contextlib.ExitStack
 ) -> Dict[str, socket.socket]:
     """The listeners by the names of their roles; the stack closes them."""
-    may_move = watches_jobs(options)
+    may_move = watches_jobs(options) or options.demo
     listeners = {}
     for role, flag, host, given, usual in (
         ("collector", "--", options.host, options.port, AGENT_PORT),
@@ -5057,6 +5466,8 @@ def tell_addresses(options: argparse.Namespace) -> None:
         join_address(options.dashboard_host, options.dashboard_port),
         page_address(options),
     )
+    if options.demo:
+        log.warning("%s", DEMO_NOTICE)
     if options.host not in LOOPBACK and not options.secret:
         log.warning(
             "anybody who reaches port %d can send samples: --secret-file keeps"
