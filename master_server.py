@@ -26,6 +26,7 @@ Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP, 1 could not start, 2 bad usa
 #   For programs   a copy of the table -> JSON, CSV, text, Prometheus
 #   Dashboard      browsers' sockets -> request -> pages: a thread for each connection
 #   Terminal       --tui: the log goes through a pipe, and test_reader.py shows screens above it
+#   Demo           invented jobs, for --demo: what their agents would send, by the clock
 #   Supervisor     processes and signals: the only room that starts or ends a process of ours
 #   Command line   flags -> options, and the way from there to the supervisor
 
@@ -110,6 +111,7 @@ GONE_SECONDS = 600.0  # how long a node that left is remembered
 STALE_SECONDS = 3.0  # without a heartbeat: the collector has stopped
 EXIT_LOCK = 75  # exit code of a role that could not get the table's lock
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+DEMO_NOTICE = "A demonstration: all of these jobs and nodes are invented"
 
 Message = Dict[str, Any]  # a decoded dict, or a node of a snapshot
 Row = Tuple[Any, ...]  # a sample, as METRICS has it: floats, UTF-8; see UNKNOWN
@@ -2666,6 +2668,7 @@ REFUSAL_SECONDS = 10.0  # seconds for which refusals of one source are counted
 MAX_REFUSAL_SECONDS = 3600.0  # that long when it does not end: it doubles
 MAX_SOURCES = 8  # sources whose refusals are counted apart
 BEAT_SECONDS = 0.5  # between two heartbeats of the collector
+IDLE_SECONDS = 1.0  # between two of them without an agent
 PIN_CPU = 0.1  # of a core, from which on a collector is a busy one
 PIN_SECONDS = 5.0  # between two looks at where its threads are to run
 LINGER_SECONDS = 0.5  # for a peer to read why it is sent away
@@ -3075,8 +3078,8 @@ class Collector:
             self.turn_away,
         )
 
-    def beat(self) -> None:
-        """Say that this role is well, and do what is due now and then."""
+    def beat(self) -> float:
+        """Say that this role is well, and do what is due now and then; seconds to the next."""
         self.beat_table()
         self.refusals.flush()
         for peer in self.probation.passed():
@@ -3087,6 +3090,7 @@ class Collector:
         self.pinning.look()
         if self.news:
             self.news.look(self.table)
+        return BEAT_SECONDS if self.slots else IDLE_SECONDS
 
     def forget_lost(self) -> None:
         """Forget those who have been lost for so long that they are no more shown."""
@@ -3469,12 +3473,13 @@ def accept_loop(
     waiting: Waiting,
     serve: Serve,
     timeout: float,
-    beat: Callable[[], None] = lambda: None,
+    beat: Callable[[], Optional[float]] = lambda: None,
     turn_away: Callable[[socket.socket, Address, Shortage], None] = hang_up,
 ) -> None:
     """Run serve(socket, address) on a thread for each connection, until the supervisor is gone.
 
     One that there is no thread or descriptor for goes to turn_away(socket, address, shortage).
+    beat() is called between connections, and after as many seconds as it returns, if any.
     """
 
     def greet(sock: socket.socket, address: Address) -> Optional[Shortage]:
@@ -3488,9 +3493,9 @@ def accept_loop(
     spare = Spare()
     told = -math.inf
     while parent and parent.is_alive():
-        beat()
+        seconds = beat()
         spare.keep()
-        multiprocessing.connection.wait([listener, parent.sentinel], BEAT_SECONDS)
+        multiprocessing.connection.wait([listener, parent.sentinel], seconds)
         shortage, is_stuck = accept_waiting(listener, spare, greet, turn_away)
         if shortage and time.monotonic() - told > REFUSAL_SECONDS:
             log.error("cannot take new connections for now: %s", shortage.reason)
@@ -4056,10 +4061,10 @@ document.addEventListener("keydown", event => {
 document.addEventListener("input", event => {
   const fields = [...new FormData(event.target.form)];
   const filled = fields.filter(([key, value]) => value);
-  go("replaceState", "/?" + new URLSearchParams(filled));
+  go("replaceState", "./?" + new URLSearchParams(filled));
 });
 document.addEventListener("click", event => {
-  const link = event.target.closest("a[href^='/?']");
+  const link = event.target.closest("a[href^='./?']");
   const isAside = event.ctrlKey || event.metaKey || event.shiftKey;
   if (!link || isAside) return;
   go("pushState", link.href);
@@ -4072,6 +4077,9 @@ setInterval(() => document.hidden || open || update(), 2000);
 # ============================================================================
 # Markup of the page: every template, and the one way to put values into them
 # ============================================================================
+#
+# Every address in it is relative to the overview, by the base of PAGE_HTML, and none begins
+# with a slash: so the page works under whatever prefix a proxy shows it.
 
 PAGE_HTML = """\
 <!DOCTYPE html>
@@ -4079,6 +4087,7 @@ PAGE_HTML = """\
 <head>
   <meta charset="utf-8">
   <title>{title} - Cluster Sentinel</title>
+  <base href="{root}">
   <meta name="viewport" content="width=device-width, initial-scale=1">
   <link rel="icon" href="data:,">
   <style>{style}</style>
@@ -4087,13 +4096,13 @@ PAGE_HTML = """\
 <body>
   <p id="notice" class="old" role="status" hidden></p>
   <main>
-    <h1>{title}</h1>
+    <h1>{title}</h1>{notice}
     {parts}
     <footer>
-      <a href="/nodes.txt">Text</a>
-      <a href="/nodes.csv">CSV</a>
-      <a href="/api/nodes">JSON</a>
-      <a href="/metrics">Prometheus</a>
+      <a href="./nodes.txt">Text</a>
+      <a href="./nodes.csv">CSV</a>
+      <a href="./api/nodes">JSON</a>
+      <a href="./metrics">Prometheus</a>
       \u00b7 {cost}
     </footer>
   </main>
@@ -4101,8 +4110,10 @@ PAGE_HTML = """\
 </body>
 </html>
 """
+NOTICE_HTML = """
+    <p><strong>{text}</strong></p>"""
 ALL_NODES_LINK_HTML = """
-    <p><a href="/">All nodes</a></p>"""
+    <p><a href="./">All nodes</a></p>"""
 EMPTY_HTML = """
     <section>
       <p>No agents yet: run on the node that you want to see</p>
@@ -4121,7 +4132,7 @@ CARD_HTML = """
       </div>"""
 
 FORM_HTML = """
-    <form role="search">
+    <form action="./" role="search">
       <label>Filter <input type="search" name="q" value="{words}"></label>{selects}
       <input type="hidden" name="sort" value="{sort}">
       <noscript><button type="submit">Show</button></noscript>
@@ -4298,8 +4309,19 @@ def name_of(row: Message) -> str:
 
 
 def path_of(row: Message) -> str:
-    """Where the page of the row's node is."""
-    return "/node/" + urllib.parse.quote(name_of(row), "")
+    """Where the page of the row's node is, seen from the overview."""
+    return named_path("node", name_of(row))
+
+
+def named_path(folder: str, name: str) -> str:
+    """Where the page of that name in a folder is, seen from the overview.
+
+    Browsers take . and .. for folders, also when they are escaped, and many a proxy undoes
+    the escape of a slash: such a name is not in the path but in the query.
+    """
+    if name in (".", "..") or "/" in name:
+        return "./%s/?name=%s" % (folder, urllib.parse.quote(name, ""))
+    return "./%s/%s" % (folder, urllib.parse.quote(name, ""))
 
 
 def natural(value: Any) -> Any:
@@ -4832,7 +4854,7 @@ def link(query: Query, **state: object) -> str:
     state = dict(query, **state)
     keys = ("q", "job", "user", "group", "map", "sort", "page")
     fields = [(key, state[key]) for key in keys if state.get(key)]
-    return "/?" + urllib.parse.urlencode(fields)
+    return "./?" + urllib.parse.urlencode(fields)
 
 
 def draw_text(column: "Column", row: Message, site: Site) -> Html:
@@ -4874,7 +4896,7 @@ def draw_job_page(column: "Column", row: Message, site: Site) -> Html:
     job = row.get("job")
     if not job:
         return draw_text(column, row, site)
-    return fill(LINK_CELL_HTML, href="/job/" + urllib.parse.quote(job, ""), text=job)
+    return fill(LINK_CELL_HTML, href=named_path("job", job), text=job)
 
 
 def draw_severity(column: "Column", row: Message, site: Site) -> Html:
@@ -5169,7 +5191,7 @@ class Page:
         parts.append(
             self.table("events", "Events", NODE_EVENT_COLUMNS, [Body(None, events)])
         )
-        return self.whole(name, *parts)
+        return self.whole(name, *parts, root="../")
 
     def one_job(self) -> str:
         """The page of a job: what is asked for, its nodes, CPUs, processes, GPUs and events."""
@@ -5195,6 +5217,7 @@ class Page:
             ),
             self.known_table("gpus", "GPUs", GPU_COLUMNS, gpus_of_job(self.view, rows)),
             self.known_table("events", "Events", NODE_EVENT_COLUMNS, events),
+            root="../",
         )
 
     def cpu_rows(self, rows: List[Message]) -> List[Message]:
@@ -5223,16 +5246,24 @@ class Page:
             return None
         return self.table(name, caption, known, [Body(None, rows)])
 
-    def whole(self, title: str, *parts: Optional[Html]) -> str:
-        """A page around its parts."""
+    def whole(self, title: str, *parts: Optional[Html], root: str = "./") -> str:
+        """A page around its parts; root: where the overview is, seen from this page."""
         return fill(
             PAGE_HTML,
             title=title,
+            root=root,
+            notice=self.notice(),
             style=Html(STYLE),
             parts=list(parts),
             cost=self.site.cost.get("text"),
             script=Html(SCRIPT),
         )
+
+    def notice(self) -> Optional[Html]:
+        """That all is invented, if it is."""
+        if not getattr(self.site.options, "demo", False):
+            return None
+        return fill(NOTICE_HTML, text=DEMO_NOTICE)
 
     # -- parts of the page of all nodes ------------------------------------
 
@@ -5839,44 +5870,109 @@ ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
 # ============================================================================
 
 HTTP_SECONDS = 5.0  # for a whole request, and for its whole answer
+LINGER_READ = 1.0  # seconds without input, after an answer, until its socket is closed
 MAX_CLIENTS = 128  # HTTP connections at once
 MAX_REQUEST_LINE = 4096  # bytes
 MAX_REQUEST = 16384  # bytes of request line and headers
-FRESH_SECONDS = 0.25  # for which a copy of the table serves every request
+MAX_FIELDS = 16  # of a query
+END_OF_HEAD = b"\r\n\r\n"
 REQUEST = re.compile(
     rb"([A-Za-z]+) ([!-~]+) HTTP/1\.\d\r\n"
     rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n]*\r\n)*)\r\n"
 )
-COST = "This master takes %.1f %% of a core and %s of resident memory for %.1f samples a second"
-ACCOUNTS = 7  # of what the master took, 10 s apart: a minute's mean
-PICK_NAME = operator.itemgetter(*map(NODE_KEYS.index, ("node", "address", "job")))
-PICK_GRAPHS = operator.itemgetter(*map(NODE_KEYS.index, GRAPHS))
-GAP = (math.nan,) * len(GRAPHS)
-BLANK = array.array("f", GAP[:2] * FINE + GAP[2:] * COARSE)
-MAX_LEFT = 1024  # who left, to be remembered
-WATCHED_SECONDS = 60.0  # without a request: only every fifth tick has a look
-HEADERS = {
+NUMERIC_HOST = re.compile(r"[\d.]+|\[[\da-f:.]+\]")  # 127.0.0.1, [::1]
+
+
+def policy_hash(text: str) -> str:
+    """How a Content-Security-Policy names the one style sheet or script that may be used."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return "'sha256-%s'" % base64.b64encode(digest).decode()
+
+
+CONTENT_SECURITY_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "img-src data:",
+        "connect-src 'self'",
+        "form-action 'self'",
+        "base-uri 'self'",
+        "frame-ancestors 'none'",
+        "style-src " + policy_hash(STYLE),
+        "script-src " + policy_hash(SCRIPT),
+    )
+)
+HEADERS = {  # of every answer
     "Content-Type": TEXT,
     "Connection": "close",
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Content-Security-Policy": "default-src 'none'; img-src data:; connect-src 'self'; form-action"
-    " 'self'; base-uri 'none'; frame-ancestors 'none'; style-src '%s'; script-src '%s'"
-    % tuple(
-        "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        for text in (STYLE, SCRIPT)
-    ),
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
 }
+
+# -- requests ------------------------------------------------------------------
+
+Fields = Dict[str, str]  # headers: of a request by their names in lower case
 
 
 class HTTPError(Exception):
-    """(status, text, headers): a request that gets another answer than a page."""
+    """A request that gets another answer than a page: status, text, more headers."""
+
+    def __init__(
+        self, status: int, text: str, headers: Optional[Fields] = None
+    ) -> None:
+        super().__init__(status, text)
+        self.status = status
+        self.text = text
+        self.headers = headers or {}
 
 
-def parse_request(head: bytes) -> Tuple[str, str, Query, Dict[str, str]]:
-    """The bytes of a request -> method, path, query, headers; HTTPError (RFC 9112)."""
+class Request(NamedTuple):
+    """What a browser asks for; the query is decoded, the path is as it came."""
+
+    method: str
+    path: str
+    query: Query
+    fields: Fields
+
+
+def read_request(sock: socket.socket) -> bytes:
+    """The bytes of request line and headers, bounded in size and time; HTTPError."""
+    deadline = time.monotonic() + HTTP_SECONDS
+    data = b""
+    while END_OF_HEAD not in data:
+        chunk = receive_before(sock, deadline)
+        if not chunk:
+            break
+        data += chunk
+        check_limits(data)
+    head, end, _ = data.partition(END_OF_HEAD)
+    return head + end
+
+
+def receive_before(sock: socket.socket, deadline: float) -> bytes:
+    """Some bytes of a request, b"" at the end; HTTPError when none come in time."""
+    try:
+        sock.settimeout(max(0.001, deadline - time.monotonic()))
+        return sock.recv(RECEIVE_SIZE)
+    except socket.timeout:
+        raise HTTPError(408, "no whole request in %g s" % HTTP_SECONDS) from None
+
+
+def check_limits(data: bytes) -> None:
+    """HTTPError as soon as the bytes cannot become a request, or one of a decent size."""
+    if not data[:1].isalpha():
+        raise HTTPError(400, "this is no HTTP request; if it was https://, try http://")
+    line, _, _ = data.partition(b"\r\n")
+    if len(line) > MAX_REQUEST_LINE:
+        raise HTTPError(414, "a request line of more than %d bytes" % MAX_REQUEST_LINE)
+    if len(data) > MAX_REQUEST:
+        raise HTTPError(431, "headers of more than %d bytes" % MAX_REQUEST)
+
+
+def parse_request(head: bytes) -> Request:
+    """The bytes of a request, taken apart; HTTPError (RFC 9112)."""
     match = REQUEST.fullmatch(head)
     if match and match.group(1) not in (b"GET", b"HEAD"):
         raise HTTPError(
@@ -5887,120 +5983,207 @@ def parse_request(head: bytes) -> Tuple[str, str, Query, Dict[str, str]]:
             400, "a request must be: GET /path HTTP/1.1, and a header: Name: value"
         )
     method, target, lines = (part.decode("latin-1") for part in match.groups())
-    headers = [line.partition(":") for line in lines.split("\r\n")[:-1]]
     path, _, query = target.partition("?")
+    return Request(method, path, parse_query(query), parse_fields(lines))
+
+
+def parse_query(text: str) -> Query:
+    """The fields behind the ? of an address; of two with one name, the last."""
     try:
-        fields = dict(
-            urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=16)
+        pairs = urllib.parse.parse_qsl(
+            text, keep_blank_values=True, max_num_fields=MAX_FIELDS
         )
     except ValueError:
-        raise HTTPError(400, "more than 16 fields in the query") from None
-    return (
-        method,
-        urllib.parse.unquote(path),
-        fields,
-        {name.lower(): value.strip() for name, _, value in headers},
-    )
+        raise HTTPError(400, "more than %d fields in the query" % MAX_FIELDS) from None
+    return dict(pairs)
 
 
-def read_request(sock: socket.socket) -> bytes:
-    """The bytes of request line and headers, bounded in size and time; HTTPError."""
-    deadline, data, chunk = time.monotonic() + HTTP_SECONDS, b"", b"-"
-    while chunk and b"\r\n\r\n" not in data:
-        try:
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
-            chunk = sock.recv(RECEIVE_SIZE)
-        except socket.timeout:
-            raise HTTPError(408, "no whole request in %g s" % HTTP_SECONDS) from None
-        data += chunk
-        if chunk and not data[:1].isalpha():
-            raise HTTPError(
-                400, "this is no HTTP request; if it was https://, try http://"
-            )
-        if len(data.partition(b"\r\n")[0]) > MAX_REQUEST_LINE:
-            raise HTTPError(
-                414, "a request line of more than %d bytes" % MAX_REQUEST_LINE
-            )
-        if len(data) > MAX_REQUEST:
-            raise HTTPError(431, "headers of more than %d bytes" % MAX_REQUEST)
-    return data[: data.find(b"\r\n\r\n") + 4]
+def parse_fields(lines: str) -> Fields:
+    """The headers of a request, each line of which has a colon."""
+    fields = {}
+    for line in lines.split("\r\n")[:-1]:
+        name, _, value = line.partition(":")
+        fields[name.lower()] = value.strip()
+    return fields
+
+
+# What stands behind such a path, or in ?name=, is the value of that field of the query.
+NAMED_ROUTES = {"/node/": "node", "/api/job/": "job", "/job/": "job"}
+
+
+class Route(NamedTuple):
+    """The entry of ROUTES that a path leads to, and the name behind it."""
+
+    path: str
+    name: str
+
+
+def find_route(path: str) -> Route:
+    """Where a path leads by its end; HTTPError when it leads nowhere.
+
+    What it begins with is the prefix of a proxy that passes it on, and any folder but that of
+    a name is the overview: /node/c1 and /a/prefix/node/c1 are the same, / and /a/prefix/, too.
+    """
+    folder, _, last = path.rpartition("/")
+    for route in NAMED_ROUTES:
+        if (folder + "/").endswith(route):
+            return Route(route, urllib.parse.unquote(last))
+    if not last:
+        return Route("/", "")
+    decoded = urllib.parse.unquote(path)
+    for route in ROUTES:
+        if route != "/" and decoded.endswith(route):
+            return Route(route, "")
+    raise HTTPError(404, "no such page; there are " + " ".join(ROUTES))
+
+
+def render_head(status: int, headers: Fields, size: int) -> bytes:
+    """The bytes before a body of that size."""
+    lines = ["HTTP/1.1 %d %s" % (status, HTTPStatus(status).phrase)]
+    lines += ["%s: %s" % field for field in headers.items()]
+    lines.append("Content-Length: %d" % size)
+    return "\r\n".join(lines).encode("latin-1") + END_OF_HEAD
+
+
+# -- history -------------------------------------------------------------------
+
+PICK_NAME = operator.itemgetter(*map(NODE_KEYS.index, ("node", "address", "job")))
+PICK_GRAPHS = operator.itemgetter(*map(NODE_KEYS.index, GRAPHS))
+FINE_COUNT = len(FINE_GRAPHS)
+GAP = (math.nan,) * len(GRAPHS)
+BLANK = array.array("f", GAP[:FINE_COUNT] * FINE + GAP[FINE_COUNT:] * COARSE)
+
+
+class Curve(NamedTuple):
+    """Where a ring of History holds a metric: readings from first on, one in so many ticks."""
+
+    first: int
+    size: int
+    ticks: int
+
+
+def curve_of(metric: str) -> Curve:
+    """Where the readings of one of GRAPHS are."""
+    number = GRAPHS.index(metric)
+    if number < FINE_COUNT:
+        return Curve(number * FINE, FINE, 1)
+    first = FINE_COUNT * FINE + (number - FINE_COUNT) * COARSE
+    return Curve(first, COARSE, FIFTH)
+
+
+def put_readings(ring: Any, tick: int, values: Sequence[float]) -> None:
+    """Write what GRAPHS were at a tick, over what they were a whole ring ago."""
+    for number in range(FINE_COUNT):
+        ring[number * FINE + tick % FINE] = values[number]
+    if tick % FIFTH == 0:
+        first = FINE_COUNT * FINE + tick // FIFTH % COARSE
+        ring[first::COARSE] = array.array("f", values[FINE_COUNT:])
 
 
 class History:
-    """The last ten minutes of every node, in one array of floats each; unknown is NaN.
+    """The last ten minutes of every node, in a ring of floats for each; unknown is NaN.
 
-    cpu x FINE, ram x FINE: one a tick; each of the other GRAPHS x COARSE: one in FIFTH ticks
+    A ring has FINE readings of CPU, FINE of RAM, and COARSE of each other metric of GRAPHS:
+
+        cpu, one a tick | ram, one a tick | load1, one in FIFTH ticks | swap, ... | ...
+
+    The reading of a tick is at the tick modulo the size: it replaces that of ten minutes ago.
     """
 
     def __init__(self) -> None:
-        self.tick = 0
-        self.rings: Dict[Any, Tuple[int, Any]] = {}  # (name, job) -> last tick, array
+        self.tick = 0  # the newest
+        # (name or address, job) -> the tick of its newest readings, its ring
+        self.rings: Dict[Any, Tuple[int, Any]] = {}
 
     def add(self, view: Snapshot, tick: int) -> None:
         """Note the readings of a tick; forget nodes that have been away for longer than a ring."""
-        for row in view.rows() if view.beat < STALE_SECONDS else ():
-            node, address, job = map(from_field, PICK_NAME(row))
-            key, values = (node or address, job), PICK_GRAPHS(row)
-            last, ring = self.rings.get(key) or (tick - 1, BLANK[:])
-            for at in range(max(last + 1, tick - FINE + 1), tick + 1):
-                known = (
-                    tick - last <= FIFTH or at == tick
-                )  # a longer gap is one in the graph, too
-                ring[at % FINE], ring[FINE + at % FINE], *rest = (
-                    values if known else GAP
-                )
-                if at % FIFTH == 0:
-                    ring[2 * FINE + at // FIFTH % COARSE :: COARSE] = array.array(
-                        "f", rest
-                    )
-            self.rings[key] = tick, ring
-        kept = FINE if len(self.rings) <= 2 * view.capacity else 1
+        if view.beat < STALE_SECONDS:
+            for row in view.rows():
+                node, address, job = map(from_field, PICK_NAME(row))
+                self.note((node or address, job), PICK_GRAPHS(row), tick)
+        self.forget(tick, 2 * view.capacity)
+        self.tick = tick
+
+    def note(self, key: Any, values: Sequence[float], tick: int) -> None:
+        """Write a node's readings; they stand for the ticks that were left out before, if few."""
+        last, ring = self.rings.get(key) or (tick - 1, BLANK[:])
+        is_bridged = tick - last <= FIFTH  # a longer gap is one in the graph, too
+        for at in range(max(last + 1, tick - FINE + 1), tick):
+            put_readings(ring, at, values if is_bridged else GAP)
+        if last < tick:
+            put_readings(ring, tick, values)
+        self.rings[key] = tick, ring
+
+    def forget(self, tick: int, limit: int) -> None:
+        """Drop the rings with nothing left in them; all that are not in use when too many are."""
+        kept = FINE if len(self.rings) <= limit else 1
         self.rings = {
             key: (last, ring)
             for key, (last, ring) in self.rings.items()
             if tick - last < kept
         }
-        self.tick = tick
 
     def series(self, row: Message, metric: str, points: int, step: int) -> List[float]:
         """A metric's last readings, every step-th of them, oldest first."""
         if metric not in GRAPHS:
             return []
-        index, (last, ring) = (
-            GRAPHS.index(metric),
-            self.rings.get((name_of(row), row["job"]), (-FINE, ())),
-        )
-        start, size, unit = (
-            (index * FINE, FINE, 1)
-            if index < 2
-            else (2 * FINE + (index - 2) * COARSE, COARSE, FIFTH)
-        )
-        step *= unit
-        end = self.tick - self.tick % step
-        return [
-            ring[start + tick // unit % size]
-            if last - FINE < tick <= last
-            else math.nan
-            for tick in range(end - (points - 1) * step, end + 1, step)
-        ]
+        curve = curve_of(metric)
+        key = (row["node"] or row["address"], row["job"])
+        last, ring = self.rings.get(key) or (-FINE, BLANK)
+        stride = step * curve.ticks
+        newest = self.tick - self.tick % stride
+        oldest = newest - (points - 1) * stride
+        readings = []
+        for tick in range(oldest, newest + 1, stride):
+            if last - FINE < tick <= last:
+                at = tick // curve.ticks % curve.size
+                readings.append(ring[curve.first + at])
+            else:
+                readings.append(math.nan)
+        return readings
+
+
+# -- what the master takes -----------------------------------------------------
+
+COST = "This master takes %.1f %% of a core and %s of resident memory for %.1f samples a second"
+ACCOUNTS = 7  # of what the master took, 10 s apart: a minute's mean
+
+
+class Account(NamedTuple):
+    """What the master has taken and done up to a moment."""
+
+    time: float  # time.monotonic()
+    seconds: float  # of CPU
+    samples: int
 
 
 def measure(pid: int) -> Optional[Tuple[float, int]]:
     """(CPU seconds, resident bytes) of a process and its descendants, by proc(5); or None."""
-    pids, ticks, pages = [pid], 0, 0
-    for pid in pids:
-        with contextlib.suppress(OSError), open("/proc/%d/stat" % pid) as stat, open(
-            "/proc/%d/task/%d/children" % (pid, pid)
-        ) as children:
-            fields = stat.read().rpartition(")")[2].split()
-            pids.extend(map(int, children.read().split()))
-            ticks += sum(map(int, fields[11:15]))  # and of those that it has waited for
-            pages += int(fields[21])
-    return (
-        (ticks / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE"))
-        if pages
-        else None
-    )
+    pids = [pid]
+    ticks = 0
+    pages = 0
+    for each in pids:  # which grows meanwhile
+        try:
+            with open("/proc/%d/stat" % each) as file:
+                fields = file.read().rpartition(")")[2].split()
+            with open("/proc/%d/task/%d/children" % (each, each)) as file:
+                children = file.read().split()
+        except OSError:
+            continue  # it has ended
+        pids.extend(map(int, children))
+        ticks += sum(map(int, fields[11:15]))  # and of those that it has waited for
+        pages += int(fields[21])
+    if not pages:
+        return None
+    seconds = ticks / os.sysconf("SC_CLK_TCK")
+    return seconds, pages * os.sysconf("SC_PAGE_SIZE")
+
+
+# -- the role ------------------------------------------------------------------
+
+FRESH_SECONDS = 0.25  # for which a copy of the table serves every request
+MAX_LEFT = 1024  # who left, to be remembered
+WATCHED_SECONDS = 60.0  # without a request: only every fifth tick has a look
 
 
 class Dashboard:
@@ -6009,21 +6192,25 @@ class Dashboard:
     def __init__(
         self, listener: socket.socket, table: Table, options: argparse.Namespace
     ) -> None:
-        self.listener, self.table, self.options = listener, table, options
-        self.lock, self.waiting = threading.Lock(), Waiting(MAX_CLIENTS)
-        self.view, self.viewed = table.snapshot(), time.monotonic()
+        self.listener = listener
+        self.table = table
+        self.options = options
+        self.waiting = Waiting(MAX_CLIENTS)
         self.asked = -math.inf  # time.monotonic() of the last request
-        self.bodies: Dict[Any, bytes] = {}  # of this view
+        self.woken = threading.Event()  # by a request
+        self.lock = threading.Lock()  # of the next three
+        self.view = table.snapshot()
+        self.viewed = time.monotonic()
+        self.bodies: Dict[Any, bytes] = {}  # of this view, by what was asked for
         self.cost: Message = {"text": "What this master takes is not known"}
-        self.accounts: Deque[Tuple[float, float, int]] = collections.deque(
-            maxlen=ACCOUNTS
-        )
+        self.accounts: Deque[Account] = collections.deque(maxlen=ACCOUNTS)
         self.history = History()
         self.series = self.history.series
-        self.names = {
+        self.hosts = {
             socket.gethostname().lower(),
             options.dashboard_host.lower(),
             "localhost",
+            *options.allow_host,
         }
 
     def run(self) -> None:
@@ -6031,67 +6218,99 @@ class Dashboard:
         threading.Thread(target=self.watch, daemon=True).start()
         accept_loop(self.listener, self.waiting, self.serve, HTTP_SECONDS)
 
+    # -- beside the requests -----------------------------------------------
+
     def watch(self) -> None:
-        """Every TICK_SECONDS: add to the history, and see what the master itself takes."""
-        self.names.add(socket.getfqdn().lower())  # which may take its time
+        """Every TICK_SECONDS: add to the history, and see what the master itself takes.
+
+        As long as nobody asks for a page, it sleeps from one tick that is due to the next.
+        """
+        self.hosts.add(socket.getfqdn().lower())  # which may take its time
         start = time.monotonic()
+        looked = -1
         while True:
-            try:
-                tick = int((time.monotonic() - start) / TICK_SECONDS)
-                due = (
-                    tick % FIFTH == 0 or tick == 1
-                )  # the first figures need not be waited for
-                if due or time.monotonic() - self.asked < WATCHED_SECONDS:
-                    self.history.add(self.fresh(), tick)
-                taken = measure(self.table.pid) if due else None
-                if taken:
-                    self.account(*taken)
-            except Exception:
-                log.exception("a defect, met while keeping the history")
-            time.sleep(TICK_SECONDS - (time.monotonic() - start) % TICK_SECONDS)
+            tick = int((time.monotonic() - start) / TICK_SECONDS)
+            if tick > looked:
+                self.try_to_look(tick)
+                looked = tick
+            self.woken.clear()
+            is_busy = self.is_watched() or tick == 0
+            period = TICK_SECONDS if is_busy else FIFTH * TICK_SECONDS
+            seconds = period - (time.monotonic() - start) % period
+            if is_busy:
+                time.sleep(seconds)
+            else:
+                self.woken.wait(seconds)
+
+    def is_watched(self) -> bool:
+        """Whether somebody has asked for something lately."""
+        return time.monotonic() - self.asked < WATCHED_SECONDS
+
+    def try_to_look(self, tick: int) -> None:
+        """Do what is due at a tick; a defect in it ends nothing."""
+        try:
+            self.look(tick)
+        except Exception:
+            log.exception("a defect, met while keeping the history")
+
+    def look(self, tick: int) -> None:
+        """What is due at a tick; the first figures need not be waited for."""
+        is_due = tick % FIFTH == 0 or tick == 1
+        if is_due or self.is_watched():
+            self.history.add(self.fresh(), tick)
+        taken = measure(self.table.pid) if is_due else None
+        if taken:
+            self.account(*taken)
 
     def account(self, seconds: float, memory: int) -> None:
         """Note what the master has taken; it tells what it takes, a mean over the accounts."""
-        self.accounts.append((time.monotonic(), seconds, self.view.samples))
+        now = Account(time.monotonic(), seconds, self.view.samples)
+        self.accounts.append(now)
         self.cost.update(seconds=seconds, memory=memory)
-        if len(self.accounts) > 1:
-            first, last = self.accounts[0], self.accounts[-1]
-            cpu, rate = (
-                max(0.0, last[i] - first[i]) / (last[0] - first[0]) for i in (1, 2)
-            )  # fewer samples: the collector started again
-            self.cost["text"] = COST % (
-                100 * cpu,
-                render_value("agent_rss", memory),
-                rate,
-            )
+        first = self.accounts[0]
+        if first is now:
+            return
+        passed = now.time - first.time
+        cpu = max(0.0, now.seconds - first.seconds) / passed
+        # fewer samples than before: the collector started again
+        rate = max(0.0, now.samples - first.samples) / passed
+        resident = render_value("agent_rss", memory)
+        self.cost["text"] = COST % (100 * cpu, resident, rate)
+
+    def fresh(self) -> Snapshot:
+        """A snapshot, taken at most once in FRESH_SECONDS, whoever asks."""
+        with self.lock:
+            if time.monotonic() - self.viewed > FRESH_SECONDS:
+                view = self.table.snapshot()
+                view.left = self.who_left(view)
+                self.view = view
+                self.viewed = time.monotonic()
+                self.bodies = {}
+            return self.view
+
+    def who_left(self, view: Snapshot) -> List[Message]:
+        """Who left lately, the newest last, also those whose event the ring has lost since."""
+        known = {}
+        for event in self.view.left + view.events:
+            is_recent = event["time"] > view.time - GONE_SECONDS
+            if is_recent and event["kind"] in ("finished", "lost"):
+                known[event["time"], name_of(event)] = event
+        events = sorted(known.values(), key=lambda event: event["time"])
+        return events[-MAX_LEFT:]
+
+    # -- one request -------------------------------------------------------
 
     def serve(self, sock: socket.socket, address: Address) -> None:
         """Read one request, answer it, close."""
-        method, status, headers = "GET", 200, dict(HEADERS)
         deadline = time.monotonic() + 2 * HTTP_SECONDS
         try:
-            try:
-                method, path, query, fields = parse_request(read_request(sock))
-                body = self.answer(path, query, fields, headers)
-            except HTTPError as error:
-                status, text, *more = error.args
-                body = text.encode() + b"\n"
-                headers.update(*more)
+            answer = self.respond(sock)
             sock.settimeout(HTTP_SECONDS)
-            sock.sendall(
-                (
-                    "HTTP/1.1 %d %s\r\n%sContent-Length: %d\r\n\r\n"
-                    % (
-                        status,
-                        HTTPStatus(status).phrase,
-                        "".join("%s: %s\r\n" % field for field in headers.items()),
-                        len(body),
-                    )
-                ).encode("latin-1")
-                + (b"" if method == "HEAD" else body)
-            )
+            sock.sendall(answer)
             sock.shutdown(socket.SHUT_WR)
-            sock.settimeout(1.0)  # unread input would turn the close into a reset
+            sock.settimeout(
+                LINGER_READ
+            )  # unread input would turn the close into a reset
             while sock.recv(MAX_REQUEST) and time.monotonic() < deadline:
                 pass
         except OSError:
@@ -6102,52 +6321,70 @@ class Dashboard:
             self.waiting.remove(sock)
             sock.close()
 
-    def fresh(self) -> Snapshot:
-        """A snapshot, taken at most once in FRESH_SECONDS, whoever asks.
+    def respond(self, sock: socket.socket) -> bytes:
+        """Read a request: the bytes of its answer."""
+        headers = dict(HEADERS)
+        method = "GET"
+        status = 200
+        try:
+            request = parse_request(read_request(sock))
+            method = request.method
+            body = self.answer(request, headers)
+        except HTTPError as error:
+            status = error.status
+            body = error.text.encode() + b"\n"
+            headers.update(error.headers)
+        head = render_head(status, headers, len(body))
+        return head if method == "HEAD" else head + body
 
-        Who left, once seen, is remembered, even when other events push that out of the ring.
-        """
-        with self.lock:
-            if time.monotonic() - self.viewed > FRESH_SECONDS:
-                view, self.viewed, self.bodies = (
-                    self.table.snapshot(),
-                    time.monotonic(),
-                    {},
-                )
-                known = {
-                    (event["time"], name_of(event)): event
-                    for event in self.view.left + view.events
-                    if event["kind"] in ("finished", "lost")
-                    and event["time"] > view.time - GONE_SECONDS
-                }
-                view.left = sorted(known.values(), key=lambda event: event["time"])[
-                    -MAX_LEFT:
-                ]
-                self.view = view
-            return self.view
+    def answer(self, request: Request, headers: Fields) -> bytes:
+        """The body of an answer; what is to be said of it goes to headers; HTTPError."""
+        self.check_host(request)
+        token = request.query.get("token", "")
+        self.check_token(request, headers)
+        path, name = find_route(request.path)
+        query = request.query
+        accept = request.fields.get("accept")
+        if path == "/" and accept is not None and "text/html" not in accept:
+            path = "/nodes.txt"  # curl
+        if path in NAMED_ROUTES:
+            if token and "text/html" in (accept or ""):
+                raise to_overview(path, token)
+            query[NAMED_ROUTES[path]] = name or query.get("name", "")
+        kind, _ = ROUTES[path]
+        is_zipped = "gzip" in request.fields.get("accept-encoding", "")
+        body = self.body(path, query, is_zipped)
+        headers["Content-Type"] = kind
+        headers["Vary"] = "Accept, Accept-Encoding"
+        if is_zipped:
+            headers["Content-Encoding"] = "gzip"
+        return body
 
-    def admit(
-        self, query: Query, fields: Dict[str, str], headers: Dict[str, str]
-    ) -> None:
-        """HTTPError for a Host that is not ours (DNS rebinding) or no token (Jupyter's way)."""
-        host = re.sub(r":\d*$", "", fields.get("host", "localhost")).lower()
-        if host not in self.names and not re.fullmatch(r"[\d.]+|\[[\da-f:.]+\]", host):
+    def check_host(self, request: Request) -> None:
+        """HTTPError for a Host that is not ours: a page elsewhere whose name leads here."""
+        host = request.fields.get("host", "localhost")
+        host = re.sub(r":\d*$", "", host).lower()
+        if host not in self.hosts and not NUMERIC_HOST.fullmatch(host):
             raise HTTPError(
                 421,
                 "this master does not know itself by that name: use its address,"
-                " or start it with --dashboard-host NAME",
+                " or start it with --allow-host NAME",
             )
-        if self.options.dashboard_token is None:
+
+    def check_token(self, request: Request, headers: Fields) -> None:
+        """HTTPError without the token; who has it in the query gets a cookie, as Jupyter does."""
+        token = self.options.dashboard_token
+        if token is None:
             return
-        key = hashlib.sha256(self.options.dashboard_token.encode()).hexdigest()
+        key = hashlib.sha256(token.encode()).hexdigest()
         cookie = "sentinel_%d=%s" % (self.options.dashboard_port, key)
-        offer = query.pop("token", fields.get("authorization", "")[len("Bearer ") :])
+        bearer = request.fields.get("authorization", "")[len("Bearer ") :]
+        offer = request.query.pop("token", bearer)
         if hmac.compare_digest(hashlib.sha256(offer.encode()).hexdigest(), key):
-            headers["Set-Cookie"] = cookie + "; Path=/; HttpOnly; SameSite=Strict"
-        elif not any(
-            hmac.compare_digest(part.strip().encode(), cookie.encode())
-            for part in fields.get("cookie", "").split(";")
-        ):
+            # Without a Path it is for the folder that the browser asked for (RFC 6265,
+            # 5.1.4): ours, and not the other tools of the proxy that it goes through.
+            headers["Set-Cookie"] = cookie + "; HttpOnly; SameSite=Strict"
+        elif not has_cookie(request, cookie):
             raise HTTPError(
                 401,
                 "a token is needed: open the address with ?token= that the master"
@@ -6155,39 +6392,419 @@ class Dashboard:
                 {"WWW-Authenticate": "Bearer"},
             )
 
-    def answer(
-        self, path: str, query: Query, fields: Dict[str, str], headers: Dict[str, str]
-    ) -> bytes:
-        """The body of an answer; what is to be said of it goes to headers; HTTPError."""
-        self.admit(query, fields, headers)
-        if path == "/" and "text/html" not in fields.get("accept", "text/html"):
-            path = "/nodes.txt"  # curl
-        for prefix, field in (
-            ("/node/", "node"),
-            ("/job/", "job"),
-            ("/api/job/", "job"),
-        ):
-            if path.startswith(prefix):
-                path, query[field] = prefix, path[len(prefix) :]
-        if path not in ROUTES:
-            raise HTTPError(404, "no such page; there are " + " ".join(ROUTES))
-        self.asked, view, (kind, render) = time.monotonic(), self.fresh(), ROUTES[path]
+    def body(self, path: str, query: Query, is_zipped: bool) -> bytes:
+        """What one of ROUTES gives for a query, made once for a view, whoever asks; HTTPError."""
+        self.asked = time.monotonic()
+        self.woken.set()
+        view = self.fresh()
         if path == "/healthz" and view.beat > STALE_SECONDS:
             raise HTTPError(503, "the collector has been silent for %.0f s" % view.beat)
-        zipped = "gzip" in fields.get("accept-encoding", "")
-        key = path, zipped, tuple(sorted(query.items()))
+        key = (path, is_zipped, tuple(sorted(query.items())))
         with self.lock:
-            body = self.bodies.get(key)
-            if body is None:
-                body = render(view, query, self).encode("utf-8", "replace")
-                if not body:
-                    raise HTTPError(
-                        404, "no such node or job; it may have left long ago"
-                    )
-                body = self.bodies[key] = gzip.compress(body, 1) if zipped else body
-        headers.update({"Content-Type": kind, "Vary": "Accept, Accept-Encoding"})
-        headers.update({"Content-Encoding": "gzip"} if zipped else {})
-        return body
+            if key not in self.bodies:
+                self.bodies[key] = self.render(view, path, query, is_zipped)
+            return self.bodies[key]
+
+    def render(self, view: Snapshot, path: str, query: Query, is_zipped: bool) -> bytes:
+        """Make the body of one of ROUTES; HTTPError when the query's node or job is not known."""
+        _, render = ROUTES[path]
+        text = render(view, query, self)
+        if not text:
+            raise HTTPError(404, "no such node or job; it may have left long ago")
+        body = text.encode("utf-8", "replace")
+        return gzip.compress(body, 1) if is_zipped else body
+
+
+def to_overview(path: str, token: str) -> HTTPError:
+    """The way from a page in a folder to the overview, whose cookie is for all pages."""
+    root = "../" * (path.count("/") - 1)
+    location = root + "?" + urllib.parse.urlencode({"token": token})
+    return HTTPError(303, "open the overview first", {"Location": location})
+
+
+def has_cookie(request: Request, cookie: str) -> bool:
+    """Whether the request brings this NAME=VALUE, compared in a time that tells nothing."""
+    offers = request.fields.get("cookie", "").split(";")
+    return any(
+        hmac.compare_digest(offer.strip().encode(), cookie.encode()) for offer in offers
+    )
+
+
+# ============================================================================
+# Demo: invented jobs, sent over the wire as real agents send theirs
+# ============================================================================
+#
+# All of it follows from the time alone: a job runs for a while, ends, and soon after the next
+# of its kind begins.  Whoever looks for a few minutes sees a node that idles, a node that falls
+# silent and comes back, memory that grows until the job dies of it, and jobs that wait.
+
+DEMO_USER = "demo"
+DEMO_INTERVAL = 2.0  # seconds between two samples of a node
+DEMO_LOOK = 5  # samples between two looks at ranks and GPUs
+DEMO_PAUSE = 30.0  # seconds from the end of a job to the next of its kind
+DEMO_AGAIN = 60.0  # seconds after which all facts of jobs are told again
+DEMO_SILENCE = (90.0, 130.0)  # seconds of every ten minutes: a node sends nothing
+DEMO_SILENT_NODE = "c12"
+DEMO_IDLE_NODE = "c03"
+DEMO_CPUS = 32  # of a node
+DEMO_RANKS = 4  # processes of a job on a node
+DEMO_SECONDS = 2.0  # to connect, or for a line of the collector
+GIB = 2.0**30
+
+
+class DemoJob(NamedTuple):
+    """A kind of invented job, of which one after the other runs."""
+
+    number: int  # the id of the first
+    name: str
+    nodes: Tuple[str, ...]
+    memory: float  # bytes of a node that it asks for
+    seconds: float  # that it runs
+    limit: float  # seconds that it asks for
+    age: float  # seconds that it has run when the demonstration begins
+    cpu: float  # percent of its CPUs that it uses
+    full: float  # percent of its memory that it uses at its end
+    gpus: int = 0  # of a node
+    array: str = ""
+    ending: str = "COMPLETED"
+
+
+# fmt: off
+DEMO_JOBS = (
+    DemoJob(48211, "train_resnet50", ("c01", "c02", "c03", "c04"), 128 * GIB,
+            14400, 43200, 7980, cpu=77, full=66, gpus=4),
+    DemoJob(48213, "md_npt_310K", ("c11", "c12", "c13", "c14", "c15"), 64 * GIB,
+            7200, 14400, 2400, cpu=94, full=58),
+    DemoJob(48217, "assemble_genome", ("c21",), 192 * GIB,
+            420, 7200, 150, cpu=61, full=100, ending="OUT_OF_MEMORY"),
+    DemoJob(48305, "fit", ("c31",), 16 * GIB,
+            240, 1800, 100, cpu=98, full=35, array="48300"),
+)
+# fmt: on
+
+
+class DemoRun(NamedTuple):
+    """One run of a DemoJob: its id, when it started, and for how long it has run."""
+
+    number: int
+    start: float  # time.time()
+    passed: float  # seconds; at most those that it runs
+    is_over: bool
+
+
+def demo_run(job: DemoJob, began: float, now: float) -> DemoRun:
+    """What of a job runs now, or has just ended, in a demonstration that began then."""
+    cycle = job.seconds + DEMO_PAUSE
+    count, passed = divmod(now - began + job.age, cycle)
+    step = 1 if job.array else 1000  # the next task of the array, or another job
+    return DemoRun(
+        job.number + int(count) * step,
+        began - job.age + count * cycle,
+        min(passed, job.seconds),
+        passed >= job.seconds,
+    )
+
+
+def demo_id(job: DemoJob, run: DemoRun) -> str:
+    """A run's id, as squeue has it: 48211, 48300_5."""
+    if not job.array:
+        return str(run.number)
+    return "%s_%d" % (job.array, run.number - int(job.array))
+
+
+def demo_facts(job: DemoJob, run: DemoRun) -> Message:
+    """What Slurm would say of a run."""
+    facts: Message = {
+        "job": demo_id(job, run),
+        "raw": str(run.number),
+        "job_name": job.name,
+        "user": DEMO_USER,
+        "state": job.ending if run.is_over else "RUNNING",
+        "partition": "gpu" if job.gpus else "cpu",
+        "nodelist": ",".join(job.nodes),
+        "nodes": len(job.nodes),
+        "cpus": DEMO_CPUS * len(job.nodes),
+        "mem": job.memory,
+        "submit": run.start - 900,
+        "start": run.start,
+        "limit": job.limit,
+    }
+    if job.gpus:
+        facts["gpus"] = job.gpus * len(job.nodes)
+    if job.array:
+        facts["array"] = job.array
+    if run.is_over:
+        facts["end"] = run.start + job.seconds
+        facts["exit"] = "0:0" if job.ending == "COMPLETED" else "0:125"
+    return facts
+
+
+def demo_waiting(began: float, now: float) -> List[Message]:
+    """What Slurm would say of the jobs that wait: the rest of an array, and one job."""
+    common: Message = {
+        "user": DEMO_USER,
+        "state": "PENDING",
+        "partition": "cpu",
+        "nodes": 1,
+        "cpus": DEMO_CPUS,
+        "mem": 16 * GIB,
+        "submit": began - 1800,
+        "limit": 1800.0,
+    }
+    waiting = []
+    for job in DEMO_JOBS:
+        if job.array:
+            task = demo_run(job, began, now).number - int(job.array)
+            number = "%s_[%d-%d]" % (job.array, task + 1, task + 35)
+            facts = dict(common, job=number, raw=job.array, array=job.array)
+            facts.update(job_name=job.name, reason="JobArrayTaskLimit")
+            waiting.append(facts)
+    last = dict(common, job="48400", raw="48400", job_name="postprocess")
+    last.update(reason="Priority", start=began + 5400)
+    waiting.append(last)
+    return waiting
+
+
+def demo_wave(name: str, what: str, now: float) -> float:
+    """A number from -1 to 1 that swings slowly, for each node and reading in its own way."""
+    phase = sum((name + what).encode())
+    return 0.7 * math.sin(now / 11 + phase) + 0.3 * math.sin(now / 2.7 + 2 * phase)
+
+
+def demo_cpu(job: DemoJob, name: str, run: DemoRun, now: float) -> float:
+    """Percent of its CPUs that a job uses on a node; less while it begins."""
+    if name == DEMO_IDLE_NODE:
+        return 1.2 + demo_wave(name, "cpu", now)
+    swing = 5 * demo_wave(name, "cpu", now)
+    begin = min(1.0, run.passed / 15)
+    return min(100.0, max(0.5, (job.cpu + swing) * begin))
+
+
+def demo_sample(job: DemoJob, name: str, run: DemoRun, now: float) -> Message:
+    """What the agent of a node would send."""
+    cpu = demo_cpu(job, name, run, now)
+    share = run.passed / job.seconds
+    full = job.full * (0.5 + 0.5 * share) + demo_wave(name, "ram", now)
+    full = min(100.0, max(1.0, full))
+    memory = 256 * GIB
+    used = full / 100 * job.memory
+    sample: Message = {
+        "node": name,
+        "job": demo_id(job, run),
+        "job_name": job.name,
+        "user": DEMO_USER,
+        "version": "demo",
+        "interval": DEMO_INTERVAL,
+        "cpu": cpu,
+        "ram": 100 * (used + 6 * GIB) / memory,
+        "load1": cpu * DEMO_CPUS / 100,
+        "cpus": DEMO_CPUS,
+        "mem_total": memory,
+        "mem_used": used + 6 * GIB,
+        "disk_read": 2e6 * (1 + demo_wave(name, "read", now)),
+        "disk_write": 4e6 * (1 + demo_wave(name, "write", now)),
+        "net_rx": 9e6 * (1 + demo_wave(name, "rx", now)),
+        "net_tx": 8e6 * (1 + demo_wave(name, "tx", now)),
+        "job_cpus": DEMO_CPUS,
+        "job_cpu": cpu,
+        "job_mem": used,
+        "job_mem_limit": job.memory,
+        "job_ram": full,
+        "job_time_limit": job.limit,
+        "job_time_left": job.limit - run.passed,
+    }
+    if job.gpus:
+        readings = [gpu["gpu"] for gpu in demo_gpus(job, name, now)]
+        sample["gpus"] = job.gpus
+        sample["gpu"] = sum(readings) / len(readings)
+        sample["gpu_mem"] = 72.0
+    return sample
+
+
+def demo_gpus(job: DemoJob, name: str, now: float) -> List[Message]:
+    """The GPUs of a node; the last of one node does nothing."""
+    gpus = []
+    for index in range(job.gpus):
+        busy = 93 + 5 * demo_wave(name, "gpu%d" % index, now)
+        if name == DEMO_IDLE_NODE or (name, index) == ("c02", 3):
+            busy = 0.0
+        gpus.append(
+            {
+                "part": "gpu",
+                "index": index,
+                "name": "invented GPU",
+                "gpu": busy,
+                "mem_used": 0.72 * 80 * GIB,
+                "mem_total": 80 * GIB,
+                "power": 60 + 3.2 * busy,
+                "power_limit": 400.0,
+                "temp": 34 + busy / 3,
+                "processes": 1,
+            }
+        )
+    return gpus
+
+
+def demo_ranks(job: DemoJob, name: str, run: DemoRun, now: float) -> List[Message]:
+    """The processes of a job on a node."""
+    ranks = []
+    cpus = DEMO_CPUS // DEMO_RANKS
+    first = job.nodes.index(name) * DEMO_RANKS
+    used = demo_sample(job, name, run, now)["job_mem"] / DEMO_RANKS
+    for local_rank in range(DEMO_RANKS):
+        begin = local_rank * cpus
+        ranks.append(
+            {
+                "part": "rank",
+                "pid": 4000 + local_rank,
+                "rank": first + local_rank,
+                "local_rank": local_rank,
+                "step": "0",
+                "program": job.name.partition("_")[0],
+                "cpu": cpus * demo_cpu(job, name, run, now),
+                "mem": used,
+                "peak": used,
+                "threads": cpus,
+                "cpus": "%d-%d" % (begin, begin + cpus - 1),
+                "state": "R",
+            }
+        )
+    return ranks
+
+
+def demo_parts(
+    job: DemoJob, name: str, run: DemoRun, now: float, look: int
+) -> List[Message]:
+    """What a look at a node finds: its CPUs, the job's processes and GPUs."""
+    busy = min(9, int(demo_cpu(job, name, run, now) / 10))
+    parts: List[Message] = [
+        {
+            "part": "look",
+            "processes": DEMO_RANKS,
+            "shown": DEMO_RANKS,
+            "cpus": "0-%d" % (DEMO_CPUS - 1),
+        },
+        {"part": "core", "first": 0, "busy": str(busy) * DEMO_CPUS},
+    ]
+    parts += demo_ranks(job, name, run, now)
+    parts += demo_gpus(job, name, now)
+    return [dict(part, look=look) for part in parts]
+
+
+def write_sample(message: Message) -> bytes:
+    """The bytes of a flat dict of texts and numbers, as the wire has them: see OPCODES."""
+    data = b"\x80\x02}("
+    for key, value in message.items():
+        data += write_text(key)
+        if isinstance(value, str):
+            data += write_text(value)
+        else:
+            data += b"G" + struct.pack(">d", value)
+    return data + b"u."
+
+
+def write_text(text: str) -> bytes:
+    """BINUNICODE and a text."""
+    data = text.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+class DemoAgent:
+    """A connection to the collector, as an agent has it."""
+
+    def __init__(self, address: Tuple[str, int], secret: Optional[bytes]) -> None:
+        self.sock = socket.create_connection(address, DEMO_SECONDS)
+        if secret:
+            line = self.sock.makefile("rb").readline(RECEIVE_SIZE)
+            nonce = line.partition(b" ")[2].strip()
+            answer = hmac.new(secret, nonce, hashlib.sha256).hexdigest()
+            self.send({"auth": answer})
+
+    def send(self, message: Message) -> None:
+        """Send a sample, a part or a goodbye; OSError when the collector is gone."""
+        self.sock.sendall(write_sample(message))
+
+    def close(self, words: str) -> None:
+        """Say goodbye."""
+        with contextlib.suppress(OSError):
+            self.send({"bye": words})
+        self.sock.close()
+
+
+class Demo:
+    """The role that plays the agents of invented jobs, and Slurm."""
+
+    def __init__(
+        self, listener: None, table: Table, options: argparse.Namespace
+    ) -> None:
+        self.address = (reachable(options.host), options.port)
+        self.secret = options.secret
+        self.began = time.time()
+        self.agents: Dict[Tuple[str, str], DemoAgent] = {}  # by (node, job)
+        self.told: Dict[str, Message] = {}  # facts, by raw id
+        self.told_all = -math.inf  # time.time()
+        self.look = 0
+
+    def run(self) -> None:
+        """Play until the supervisor is gone."""
+        parent = multiprocessing.parent_process()
+        due = time.monotonic()
+        while parent and parent.is_alive():
+            try:
+                self.play(time.time())
+            except OSError as error:
+                log.debug("the demonstration: %s", error)  # a collector starts again
+            due = max(due + DEMO_INTERVAL, time.monotonic())
+            seconds = due - time.monotonic()
+            multiprocessing.connection.wait([parent.sentinel], seconds)
+
+    def play(self, now: float) -> None:
+        """Send what is due at a moment."""
+        facts = demo_waiting(self.began, now)
+        self.look += 1
+        for job in DEMO_JOBS:
+            run = demo_run(job, self.began, now)
+            facts.append(demo_facts(job, run))
+            for name in job.nodes:
+                self.play_node(job, name, run, now)
+        self.tell(facts, now)
+
+    def play_node(self, job: DemoJob, name: str, run: DemoRun, now: float) -> None:
+        """Send a sample of a node, or say goodbye once its job is over."""
+        key = (name, demo_id(job, run))
+        if run.is_over:
+            if key in self.agents:
+                self.agents.pop(key).close("the job has ended: " + job.ending)
+            return
+        first, last = DEMO_SILENCE
+        if name == DEMO_SILENT_NODE and first <= (now - self.began) % 600 < last:
+            return
+        messages = [demo_sample(job, name, run, now)]
+        if self.look % DEMO_LOOK == 0:
+            messages += demo_parts(job, name, run, now, self.look // DEMO_LOOK)
+        try:
+            if key not in self.agents:
+                self.agents[key] = DemoAgent(self.address, self.secret)
+            for message in messages:
+                self.agents[key].send(message)
+        except OSError:
+            agent = self.agents.pop(key, None)
+            if agent:
+                agent.sock.close()
+
+    def tell(self, facts: List[Message], now: float) -> None:
+        """Tell the facts that have changed, now and then all: the collector may be a new one."""
+        if now - self.told_all > DEMO_AGAIN:
+            self.told = {}
+            self.told_all = now
+        news = [each for each in facts if self.told.get(each["raw"]) != each]
+        if not news:
+            return
+        agent = DemoAgent(self.address, self.secret)
+        for each in news:
+            agent.send(dict(each, part="job"))
+            self.told[each["raw"]] = each
+        agent.close("told")
 
 
 # ============================================================================
@@ -6263,21 +6880,76 @@ class Screens(subprocess.Popen):  # type: ignore[type-arg]
 BACKLOG = 4096  # connections that may wait for accept()
 STACK_SIZE = 128 * 1024  # bytes of stack for each thread
 STOP_SECONDS = 3.0  # from SIGTERM to SIGKILL of a role
-MAX_BACKOFF = 2.0  # seconds before a role is started again
+MIN_BACKOFF = 0.1  # seconds before a role is started again ...
+MAX_BACKOFF = 2.0  # ... which double up to this as long as it keeps ending
+STEADY_SECONDS = 20.0  # a role that ran for so long begins with MIN_BACKOFF again
+NAME_SECONDS = 5.0  # between two looks whether the segment still has its name
 # SIGHUP: the terminal has gone, with the ssh or the window that it was in
 ENDING_SIGNALS = [
     getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGHUP")
     if hasattr(signal, name)
 ]
-AGENT_PORT = 13579
-PAGE_PORT = 8080
-NEXT_PORTS = 20  # that are tried when a usual one is taken and jobs are watched
-NAME_SECONDS = 5.0  # between two looks whether the segment still has its name
+
+Wanted = Callable[[argparse.Namespace], bool]
 
 
 class StartError(Exception):
     """The master cannot start; the text says why and what to do."""
+
+
+# -- roles: what runs in a process of its own ----------------------------------
+
+
+class Role(NamedTuple):
+    """What one process of the master does: begin(listener, table, options).run(), for ever.
+
+    The listener is the one of this name, None for a role that nobody connects to.
+    """
+
+    name: str
+    begin: Callable[..., Any]
+    is_wanted: Wanted
+
+
+def always(options: argparse.Namespace) -> bool:
+    """Of a role that every master has."""
+    return True
+
+
+def is_demo(options: argparse.Namespace) -> bool:
+    """Of the role that plays the agents of a demonstration."""
+    return bool(options.demo)
+
+
+ROLES = (
+    Role("collector", Collector, always),
+    Role("dashboard", Dashboard, always),
+    Role("demo", Demo, is_demo),
+)
+
+
+def run_role(
+    name: str,
+    listener: Optional[socket.socket],
+    segment: Segment,
+    lock: Any,
+    options: argparse.Namespace,
+) -> None:
+    """The body of a child process: set it up, and run the role for as long as it goes."""
+    signal.set_wakeup_fd(-1)
+    # Ctrl-C, or the end of the terminal, reaches the supervisor as well
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is lost with a role
+    setup_log(options.verbose)
+    threading.stack_size(STACK_SIZE)
+    if name == "collector":
+        # Its threads are never busy for long.  Being asked for the interpreter by
+        # thousands that wait would cost it a core.
+        sys.setswitchinterval(1.0)
+    begin = {role.name: role.begin for role in ROLES}[name]
+    begin(listener, Table.inherit(segment, lock), options).run()
 
 
 def setup_log(verbose: bool) -> None:
@@ -6299,50 +6971,7 @@ def setup_log(verbose: bool) -> None:
     )
 
 
-def open_listener(flag: str, host: str, port: int) -> socket.socket:
-    """A listening socket; ValueError (a bad host) or StartError when it cannot be had."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except (OSError, UnicodeError):
-        raise ValueError(
-            "argument %shost: %r is no address of this machine; 127.0.0.1 (for"
-            " itself) and 0.0.0.0 (from everywhere) are" % (flag, host)
-        ) from None
-    listener = socket.socket(family, kind, proto)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-        return listener
-    except OSError as error:
-        listener.close()
-        raise StartError(
-            "cannot listen on %s: %s; give another %sport or %shost"
-            % (join_address(host, port), error.strerror, flag, flag)
-        ) from None
-
-
-def run_role(
-    name: str,
-    listener: socket.socket,
-    segment: Segment,
-    lock: Any,
-    options: argparse.Namespace,
-) -> None:
-    """The body of a child process: set it up, and run the role for as long as it goes."""
-    signal.set_wakeup_fd(-1)
-    # Ctrl-C, or the end of the terminal, reaches the supervisor as well
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is lost with a role
-    setup_log(options.verbose)
-    threading.stack_size(STACK_SIZE)
-    if name == "collector":  # its threads are never busy for long; being asked for the
-        sys.setswitchinterval(1.0)  # interpreter by thousands that wait costs it a core
-    role: Any = {"collector": Collector, "dashboard": Dashboard}[name]
-    role(listener, Table.inherit(segment, lock), options).run()
+# -- agents: agent.py as a child -----------------------------------------------
 
 
 class AgentProcess(subprocess.Popen):  # type: ignore[type-arg]
@@ -6352,14 +6981,8 @@ class AgentProcess(subprocess.Popen):  # type: ignore[type-arg]
     """
 
     def __init__(self, options: argparse.Namespace, more: Sequence[str] = ()) -> None:
-        command = [
-            sys.executable,
-            beside("agent.py"),
-            "--host",
-            reachable(options.host),
-            "--port",
-            str(options.port),
-        ]
+        command = [sys.executable, beside("agent.py")]
+        command += ["--host", reachable(options.host), "--port", str(options.port)]
         if options.secret_file:
             command += ["--secret-file", options.secret_file]
         command += more
@@ -6377,6 +7000,11 @@ class AgentProcess(subprocess.Popen):  # type: ignore[type-arg]
             self.wait(timeout)
 
 
+def watches_jobs(options: argparse.Namespace) -> bool:
+    """Whether the master is to watch the user's jobs by itself."""
+    return options.my_jobs is not None or bool(options.ssh)
+
+
 def watcher_flags(options: argparse.Namespace, again: bool) -> List[str]:
     """The flags of the agent.py that watches jobs; again: it must not ask for a password."""
     flags = ["--jobs"]
@@ -6389,63 +7017,124 @@ def watcher_flags(options: argparse.Namespace, again: bool) -> List[str]:
     return flags
 
 
+# -- the supervisor ------------------------------------------------------------
+
+
 class Supervisor:
-    """Starts the roles (and the agent), starts again what ends, stops all on a signal.
+    """Starts the roles and the agents, starts again what ends, stops all on a signal.
 
     A new one takes the signals over, so that whatever is made next is also removed again.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.names = ["collector", "dashboard"]
+        self.roles = [role.name for role in ROLES if role.is_wanted(options)]
+        self.agents: List[str] = []  # of agent.py
         if options.with_agent:
-            self.names.append("agent")
+            self.agents.append("agent")
         if watches_jobs(options):
-            self.names.append("watcher")
+            self.agents.append("watcher")
+        self.names = self.roles + self.agents
         if options.tui:
             self.names.append("screens")
         self.watcher_began = False
         self.has_failed = False  # the watcher could not begin: the user is to mend that
+        self.listeners: Dict[str, socket.socket] = {}  # by the roles' names
+        self.table: Any = None
         self.lock: Any = None
         self.running: Dict[str, Any] = {}  # name -> process
-        self.signals: List[int] = []
         self.started = dict.fromkeys(self.names, -math.inf)  # time.monotonic()
         self.delay = dict.fromkeys(self.names, 0.0)  # seconds from then to the next
         self.trouble: Dict[str, str] = {}  # name -> why it cannot start
         self.looked = time.monotonic()  # at the segment's name
-        self.wakeup, wakeup_end = os.pipe()
-        os.set_blocking(wakeup_end, False)
-        signal.set_wakeup_fd(wakeup_end)
+        self.signals: List[int] = []
+        self.wakeup = self.take_signals()
+
+    def take_signals(self) -> int:
+        """Note the signals that end us; the descriptor that can be read when one came."""
+        wakeup, end = os.pipe()
+        os.set_blocking(end, False)
+        signal.set_wakeup_fd(end)
         for number in ENDING_SIGNALS:
-            # nohup has SIGHUP ignored: then the end of the terminal is none of ours
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, lambda number, _: self.signals.append(number))
+            is_ignored = signal.getsignal(number) == signal.SIG_IGN
+            if number == signal.SIGHUP and is_ignored:
+                continue  # under nohup: the end of the terminal is none of ours
+            signal.signal(number, self.note_signal)
+        return wakeup
+
+    def note_signal(self, number: int, frame: Any) -> None:
+        """A signal's handler."""
+        self.signals.append(number)
 
     def run(self, listeners: Dict[str, socket.socket], table: Table) -> None:
         """Supervise until a signal comes."""
-        self.listeners, self.table = listeners, table
+        self.listeners = listeners
+        self.table = table
         self.new_lock()
         try:
             while not self.signals and not self.has_failed:
                 self.start_missing()
-                waits = [
-                    self.delay[name] for name in self.names if name not in self.running
-                ]
-                waits.append(NAME_SECONDS)
-                multiprocessing.connection.wait(
-                    [self.wakeup]
-                    + [process.sentinel for process in self.running.values()],
-                    min(waits),
-                )
+                self.wait()
                 self.reap()
                 self.look_after_name()
         finally:
             for number in ENDING_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
-            self.stop(
-                ["agent", "watcher"]
-            )  # first: while there is somebody to say goodbye to
-            self.stop(self.names)
+            # agents first, while there is somebody to say goodbye to
+            self.stop([name for name in self.names if name not in self.roles])
+            self.stop(self.roles)
+
+    def wait(self) -> None:
+        """Until a signal comes, a process ends, one is to be started, or a look is due."""
+        ends = [process.sentinel for process in self.running.values()]
+        missing = [self.delay[name] for name in self.names if name not in self.running]
+        seconds = min([NAME_SECONDS] + missing)
+        multiprocessing.connection.wait([self.wakeup] + ends, seconds)
+
+    # -- starting ----------------------------------------------------------
+
+    def start_missing(self) -> None:
+        """Start what does not run and has waited for its turn."""
+        now = time.monotonic()
+        for name in self.names:
+            passed = now - self.started[name]
+            if name in self.running or passed < self.delay[name]:
+                continue
+            if passed > STEADY_SECONDS:
+                self.delay[name] = MIN_BACKOFF
+            else:
+                self.delay[name] = min(MAX_BACKOFF, 2 * self.delay[name])
+            self.started[name] = now
+            try:
+                self.running[name] = self.start(name)
+            except (OSError, StartError) as error:
+                self.tell(name, "cannot start the %s for now: %s" % (name, error))
+            else:
+                self.trouble.pop(name, None)
+                log.info("%s started, pid %d", name, self.running[name].pid)
+
+    def start(self, name: str) -> Any:
+        """Start a role or an agent."""
+        if name == "agent":
+            return AgentProcess(self.options)
+        if name == "watcher":
+            flags = watcher_flags(self.options, self.watcher_began)
+            self.watcher_began = True
+            return AgentProcess(self.options, flags)
+        if name == "screens":
+            return Screens(self.options)
+        return self.start_role(name)
+
+    def start_role(self, name: str) -> Any:
+        """Start a role, with its listener, the table and the lock."""
+        if not self.lock:
+            self.new_lock()
+        listener = self.listeners.get(name)
+        segment = self.table.segment()
+        arguments = (name, listener, segment, self.lock, self.options)
+        role = multiprocessing.Process(target=run_role, name=name, args=arguments)
+        role.start()
+        return role
 
     def new_lock(self) -> None:
         """A fresh lock and clean slots, for when no role runs; StartError."""
@@ -6458,76 +7147,11 @@ class Supervisor:
         self.table.load()
         self.table.reset()
 
-    def look_after_name(self) -> None:
-        """Make the segment's name again when it is gone, by RemoveIPC=yes of logind.conf(5) say."""
-        now = time.monotonic()
-        if now - self.looked < NAME_SECONDS or self.signals:
-            return
-        self.looked = now
-        if self.table.has_name() or not self.lock:
-            return
-        name = self.table.shm.name
-        try:
-            if self.table.renew(self.lock):
-                log.warning("shared memory %s was gone: made again", name)
-                self.trouble.pop("table", None)
-        except TableError as error:
-            if self.trouble.get("table") != str(error):
-                log.error("%s", error)
-            self.trouble["table"] = str(error)
-
-    def start_missing(self) -> None:
-        """Start what does not run and has waited for its turn."""
-        now = time.monotonic()
-        for name in self.names:
-            if name in self.running or now < self.started[name] + self.delay[name]:
-                continue
-            fresh = now - self.started[name] > 10 * MAX_BACKOFF
-            self.delay[name] = 0.1 if fresh else min(MAX_BACKOFF, 2 * self.delay[name])
-            self.started[name] = now
-            try:
-                self.running[name] = self.start(name)
-            except (OSError, StartError) as error:
-                if self.trouble.get(name) != str(error):
-                    log.error("cannot start the %s for now: %s", name, error)
-                self.trouble[name] = str(error)
-            else:
-                self.trouble.pop(name, None)
-                log.info("%s started, pid %d", name, self.running[name].pid)
-
-    def start(self, name: str) -> Any:
-        """Start a role or the agent."""
-        if name == "agent":
-            return AgentProcess(self.options)
-        if name == "screens":
-            return Screens(self.options)
-        if name == "watcher":
-            again = self.watcher_began
-            self.watcher_began = True
-            return AgentProcess(self.options, watcher_flags(self.options, again))
-        if not self.lock:
-            self.new_lock()
-        role = multiprocessing.Process(
-            target=run_role,
-            name=name,
-            args=(
-                name,
-                self.listeners[name],
-                self.table.segment(),
-                self.lock,
-                self.options,
-            ),
-        )
-        role.start()
-        return role
+    # -- ending ------------------------------------------------------------
 
     def reap(self) -> None:
         """Take note of what has ended; one that could not get the lock takes all roles along."""
-        ended = [
-            name
-            for name, process in self.running.items()
-            if multiprocessing.connection.wait([process.sentinel], 0)
-        ]
+        ended = [name for name, each in self.running.items() if is_over(each)]
         if self.signals or not ended:
             return
         codes = self.stop(ended)
@@ -6537,7 +7161,7 @@ class Supervisor:
                 return
             log.error("%s ended (%s); starting it again", name, describe_exit(code))
         if EXIT_LOCK in codes:
-            self.stop(self.listeners)
+            self.stop(self.roles)
             self.lock = None
 
     def stop(self, names: Iterable[str]) -> List[int]:
@@ -6552,15 +7176,68 @@ class Supervisor:
             process.join()
         return [process.exitcode for process in processes]
 
+    # -- the segment's name ------------------------------------------------
+
+    def look_after_name(self) -> None:
+        """Make the segment's name again when it is gone, by RemoveIPC=yes of logind.conf(5) say."""
+        now = time.monotonic()
+        if now - self.looked < NAME_SECONDS or self.signals:
+            return
+        self.looked = now
+        if self.table.has_name() or not self.lock:
+            return
+        try:
+            if self.table.renew(self.lock):
+                name = self.table.shm.name
+                log.warning("shared memory %s was gone: made again", name)
+                self.trouble.pop("table", None)
+        except TableError as error:
+            self.tell("table", str(error))
+
+    def tell(self, name: str, trouble: str) -> None:
+        """Log what is wrong with something, once until it changes."""
+        if self.trouble.get(name) != trouble:
+            log.error("%s", trouble)
+        self.trouble[name] = trouble
+
+
+def is_over(process: Any) -> bool:
+    """Whether a process has ended, by its sentinel."""
+    return bool(multiprocessing.connection.wait([process.sentinel], 0))
+
+
+# -- names and addresses -------------------------------------------------------
+
+
+def open_listener(flag: str, host: str, port: int) -> socket.socket:
+    """A listening socket; ValueError (a bad host) or StartError when it cannot be had."""
+    try:
+        found = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (OSError, UnicodeError):
+        raise ValueError(
+            "argument %shost: %r is no address of this machine; 127.0.0.1 (for"
+            " itself) and 0.0.0.0 (from everywhere) are" % (flag, host)
+        ) from None
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+        return listener
+    except OSError as error:
+        listener.close()
+        raise StartError(
+            "cannot listen on %s: %s; give another %sport or %shost"
+            % (join_address(host, port), error.strerror, flag, flag)
+        ) from None
+
 
 def join_address(host: str, port: int) -> str:
     """host:port, or [host]:port for IPv6 (RFC 3986)."""
     return "%s:%d" % ("[%s]" % host if ":" in host else host, port)
-
-
-def beside(name: str) -> str:
-    """The path of a file in this one's folder."""
-    return os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
 
 
 def reachable(host: str) -> str:
@@ -6568,9 +7245,22 @@ def reachable(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
+def beside(name: str) -> str:
+    """The path of a file in this one's folder."""
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
+
+
 # ============================================================================
 # Command line
 # ============================================================================
+
+AGENT_PORT = 13579
+PAGE_PORT = 8080
+NEXT_PORTS = 20  # that are tried when a usual one is taken, if it may be another
+TOKEN_BYTES = 24  # of a token that is made here
+SECRET_BYTES = 32  # of a secret that is made here
+
+# -- types of flags: a text -> what it means, or ArgumentTypeError --------------
 
 
 def number(kind: Any, low: float, high: float, what: str) -> Callable[[str], Any]:
@@ -6588,6 +7278,9 @@ def number(kind: Any, low: float, high: float, what: str) -> Callable[[str], Any
         )
 
     return parse
+
+
+port_argument = number(int, 0, 65535, "port")
 
 
 def shm_argument(text: str) -> str:
@@ -6618,50 +7311,42 @@ def login_argument(text: str) -> str:
     )
 
 
+def host_argument(text: str) -> List[str]:
+    """An argparse type: names under which browsers may ask, with commas between."""
+    hosts = [host.lower() for host in text.split(",") if host]
+    if hosts and all(re.fullmatch(r"[a-z0-9._-]+", host) for host in hosts):
+        return hosts
+    raise argparse.ArgumentTypeError(
+        "%r is no list of host names; names without a port are: ood.example.org,localhost"
+        % text
+    )
+
+
 def token_argument(text: str) -> str:
     """An argparse type: a token for the dashboard; auto makes one."""
     if not text:
         raise argparse.ArgumentTypeError("'' is no token; auto makes a good one")
-    return secrets.token_urlsafe(24) if text == "auto" else text
+    return secrets.token_urlsafe(TOKEN_BYTES) if text == "auto" else text
 
 
-def read_secret(path: str) -> bytes:
-    """The secret in a file that nobody else may read; one is made there if there is no file."""
-    try:
-        with contextlib.suppress(FileExistsError):
-            with os.fdopen(
-                os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w"
-            ) as file:
-                file.write(secrets.token_hex(32) + "\n")
-            log.info(
-                "made a secret in %s: give it to the agents by --secret-file", path
-            )
-        with open(path, "rb") as file:
-            mode, secret = (
-                os.fstat(file.fileno()).st_mode,
-                file.read(MAX_SAMPLE).strip(),
-            )
-    except OSError as error:
-        raise StartError("no secret in %s: %s" % (path, error.strerror)) from None
-    if mode & 0o077:
-        raise StartError(
-            "others can read the secret in %s; run: chmod 600 %s" % (path, path)
-        )
-    if not secret:
-        raise StartError("no secret in %s; remove the file and it is made anew" % path)
-    return secret
+# -- flags, a function for each group of them -----------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    port = number(int, 0, 65535, "port")
     about, _, end = __doc__.partition("\n\nExit codes")
     parser = argparse.ArgumentParser(
         description=about,
         epilog="Exit codes" + end,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    for add_group in FLAG_GROUPS:
+        add_group(parser.add_argument)
+    return parser
+
+
+def add_listening(add: Callable[..., Any]) -> None:
+    """Where agents and browsers are listened to."""
     add(
         "--host",
         default="127.0.0.1",
@@ -6669,7 +7354,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--port",
-        type=port,
+        type=port_argument,
         help="port for agents (13579); 0 picks a free one",
     )
     add(
@@ -6681,9 +7366,13 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--dashboard-port",
         metavar="PORT",
-        type=port,
+        type=port_argument,
         help="port for browsers (8080); 0 picks a free one",
     )
+
+
+def add_limits(add: Callable[..., Any]) -> None:
+    """How many agents there may be, and when one is lost."""
     add(
         "--max-agents",
         type=number(int, 1, 65536, "number"),
@@ -6698,6 +7387,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="silence after which an agent is lost (5)",
     )
+
+
+def add_alerts(add: Callable[..., Any]) -> None:
+    """What is an alert, and what is done about it."""
     add(
         "--alert",
         type=parse_rule,
@@ -6715,6 +7408,10 @@ def build_parser() -> argparse.ArgumentParser:
         " SENTINEL_JOB, SENTINEL_METRIC, SENTINEL_VALUE, SENTINEL_THRESHOLD, SENTINEL_COUNT;"
         " what it starts ends with it",
     )
+
+
+def add_trust(add: Callable[..., Any]) -> None:
+    """Who may send, and who may look."""
     add(
         "--notify",
         type=notify_argument,
@@ -6738,11 +7435,26 @@ def build_parser() -> argparse.ArgumentParser:
         " processes, and prints the whole address",
     )
     add(
+        "--allow-host",
+        type=host_argument,
+        default=[],
+        metavar="NAME[,NAME]",
+        help="answer browsers that know the page by such a name, too: that of a proxy",
+    )
+
+
+def add_table(add: Callable[..., Any]) -> None:
+    """Where the live table is."""
+    add(
         "--shm-name",
         type=shm_argument,
         metavar="NAME",
         help="name of the shared memory (sentinel_PORT)",
     )
+
+
+def add_sources(add: Callable[..., Any]) -> None:
+    """What the master watches by itself."""
     add(
         "--my-jobs",
         type=jobs_argument,
@@ -6759,12 +7471,51 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--with-agent", action="store_true", help="watch this machine, too")
     add(
+        "--demo",
+        action="store_true",
+        help="show invented jobs, to have a look at the page without a cluster",
+    )
+
+
+def add_talk(add: Callable[..., Any]) -> None:
+    """What is told on the terminal."""
+    add(
         "--tui",
         action="store_true",
         help="show screens on the terminal, jobs, their nodes, ranks and GPUs, above the log",
     )
     add("--verbose", action="store_true", help="log every sample")
-    return parser
+
+
+FLAG_GROUPS = (
+    add_listening,
+    add_limits,
+    add_alerts,
+    add_trust,
+    add_table,
+    add_sources,
+    add_talk,
+)
+
+# -- from flags to a running master ---------------------------------------------
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run the master: its exit code."""
+    if cannot_run():
+        return 1
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    options.lost = "no-lost" not in options.alert
+    options.rules = rules_of(options)
+    setup_log(options.verbose)
+    try:
+        return run_master(options)
+    except ValueError as error:
+        parser.error(str(error))
+    except (StartError, TableError) as error:
+        print("error: %s" % error, file=sys.stderr)
+        return 1
 
 
 def cannot_run() -> bool:
@@ -6787,30 +7538,121 @@ def cannot_run() -> bool:
     return False
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    """Run the master: its exit code."""
-    if cannot_run():
-        return 1
-    parser = build_parser()
-    options = parser.parse_args(argv)
-    options.lost = "no-lost" not in options.alert
-    options.rules = [rule for rule in options.alert if isinstance(rule, Rule)] or [
+def rules_of(options: argparse.Namespace) -> List[Rule]:
+    """The rules that were given, or the default ones."""
+    given = [rule for rule in options.alert if isinstance(rule, Rule)]
+    if given:
+        return given
+    return [
         parse_rule(text)._replace(is_default=True)  # type: ignore[union-attr]
         for text in DEFAULT_RULES
     ]
-    setup_log(options.verbose)
+
+
+def run_master(options: argparse.Namespace) -> int:
+    """Bind, make the table, supervise: 0 when a signal ended it."""
+    need_scripts(options)
+    check_demo(options)
+    options.secret = read_secret(options.secret_file) if options.secret_file else None
+    raise_limits()
+    supervisor = Supervisor(options)
+    with contextlib.ExitStack() as stack:
+        listeners = open_listeners(options, stack)
+        options.port = port_of(listeners["collector"])
+        options.dashboard_port = port_of(listeners["dashboard"])
+        options.shm_name = options.shm_name or "sentinel_%d" % options.port
+        table = Table.create(options.shm_name, options.max_agents)
+        stack.callback(table.unlink)
+        if options.tui:
+            options.terminal = Terminal()
+            stack.callback(options.terminal.close)
+        # should this process be killed, the tracker may clean up behind it, but silently
+        sys.warnoptions.append("ignore:resource_tracker")
+        tell_addresses(options)
+        supervisor.run(listeners, table)
+    log.info("stopped")
+    return int(supervisor.has_failed)
+
+
+def need_scripts(options: argparse.Namespace) -> None:
+    """StartError when a flag needs another of our scripts and it is not there."""
+    for flag, is_given, script in (
+        ("--with-agent", options.with_agent, "agent.py"),
+        ("--my-jobs", options.my_jobs is not None, "agent.py"),
+        ("--ssh", options.ssh, "agent.py"),
+        ("--tui", options.tui, "test_reader.py"),
+    ):
+        if is_given and not os.path.exists(beside(script)):
+            raise StartError(
+                "%s needs %s beside master_server.py: copy it there" % (flag, script)
+            )
+
+
+def check_demo(options: argparse.Namespace) -> None:
+    """ValueError when what is invented would be shown among what is real."""
+    if options.demo and (options.with_agent or watches_jobs(options)):
+        raise ValueError(
+            "argument --demo: not allowed with --my-jobs, --ssh or --with-agent, for it"
+            " would show invented nodes among real ones"
+        )
+
+
+def read_secret(path: str) -> bytes:
+    """The secret in a file that nobody else may read; one is made there if there is no file."""
     try:
-        return run_master(options)
-    except ValueError as error:
-        parser.error(str(error))
-    except (StartError, TableError) as error:
-        print("error: %s" % error, file=sys.stderr)
-        return 1
+        make_secret(path)
+        with open(path, "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            secret = file.read(MAX_SAMPLE).strip()
+    except OSError as error:
+        raise StartError("no secret in %s: %s" % (path, error.strerror)) from None
+    if mode & 0o077:
+        raise StartError(
+            "others can read the secret in %s; run: chmod 600 %s" % (path, path)
+        )
+    if not secret:
+        raise StartError("no secret in %s; remove the file and it is made anew" % path)
+    return secret
 
 
-def watches_jobs(options: argparse.Namespace) -> bool:
-    """Whether the master is to watch the user's jobs by itself."""
-    return options.my_jobs is not None or bool(options.ssh)
+def make_secret(path: str) -> None:
+    """Write a new secret to a file, unless there is one."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(SECRET_BYTES) + "\n")
+    log.info("made a secret in %s: give it to the agents by --secret-file", path)
+
+
+def raise_limits() -> None:
+    """Allow as many descriptors as the system lets us: one for each agent."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # macOS says unlimited, and means less
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def open_listeners(
+    options: argparse.Namespace, stack: contextlib.ExitStack
+) -> Dict[str, socket.socket]:
+    """The listeners by the names of their roles; the stack closes them."""
+    may_move = watches_jobs(options) or options.demo
+    listeners = {}
+    for role, flag, host, given, usual in (
+        ("collector", "--", options.host, options.port, AGENT_PORT),
+        (
+            "dashboard",
+            "--dashboard-",
+            options.dashboard_host,
+            options.dashboard_port,
+            PAGE_PORT,
+        ),
+    ):
+        listener = open_port(flag, host, given, usual, may_move)
+        listeners[role] = stack.enter_context(listener)
+    return listeners
 
 
 def open_port(
@@ -6829,78 +7671,39 @@ def open_port(
     return open_listener(flag, host, last)
 
 
-def run_master(options: argparse.Namespace) -> int:
-    """Bind, make the table, supervise: 0 when a signal ended it."""
-    moves = watches_jobs(options)
-    for flag, given in (
-        ("--with-agent", options.with_agent),
-        ("--my-jobs", options.my_jobs is not None),
-        ("--ssh", options.ssh),
-    ):
-        if given and not os.path.exists(beside("agent.py")):
-            raise StartError(
-                "%s needs agent.py beside master_server.py: copy it there" % flag
-            )
-    if options.tui and not os.path.exists(beside("test_reader.py")):
-        raise StartError(
-            "--tui needs test_reader.py beside master_server.py: copy it there"
+def port_of(listener: socket.socket) -> int:
+    """The port that a listener has."""
+    port: int = listener.getsockname()[1]
+    return port
+
+
+def tell_addresses(options: argparse.Namespace) -> None:
+    """Log where it listens, where to look, and who could send."""
+    log.info("collector listening on %s", join_address(options.host, options.port))
+    log.info(
+        "dashboard listening on %s: open %s - Ctrl-C stops",
+        join_address(options.dashboard_host, options.dashboard_port),
+        page_address(options),
+    )
+    if options.demo:
+        log.warning("%s", DEMO_NOTICE)
+    if options.host not in LOOPBACK and not options.secret:
+        log.warning(
+            "anybody who reaches port %d can send samples: --secret-file keeps"
+            " strangers out",
+            options.port,
         )
-    options.secret = read_secret(options.secret_file) if options.secret_file else None
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(
-        ValueError, OSError
-    ):  # macOS says unlimited, and means less
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    supervisor = Supervisor(options)
-    with contextlib.ExitStack() as stack:
-        listeners = {
-            "collector": stack.enter_context(
-                open_port("--", options.host, options.port, AGENT_PORT, moves)
-            ),
-            "dashboard": stack.enter_context(
-                open_port(
-                    "--dashboard-",
-                    options.dashboard_host,
-                    options.dashboard_port,
-                    PAGE_PORT,
-                    moves,
-                )
-            ),
-        }
-        options.port, options.dashboard_port = (
-            listener.getsockname()[1] for listener in listeners.values()
-        )
-        options.shm_name = options.shm_name or "sentinel_%d" % options.port
-        table = Table.create(options.shm_name, options.max_agents)
-        stack.callback(table.unlink)
-        if options.tui:
-            options.terminal = Terminal()
-            stack.callback(options.terminal.close)
-        # should this process be killed, the tracker may clean up behind it, but silently
-        sys.warnoptions.append("ignore:resource_tracker")
-        log.info("collector listening on %s", join_address(options.host, options.port))
-        log.info(
-            "dashboard listening on %s: open http://%s/%s - Ctrl-C stops",
-            join_address(options.dashboard_host, options.dashboard_port),
-            join_address(
-                "localhost"
-                if reachable(options.dashboard_host) in LOOPBACK
-                else options.dashboard_host,
-                options.dashboard_port,
-            ),
-            options.dashboard_token
-            and "?" + urllib.parse.urlencode({"token": options.dashboard_token})
-            or "",
-        )
-        if options.host not in LOOPBACK and not options.secret:
-            log.warning(
-                "anybody who reaches port %d can send samples: --secret-file keeps"
-                " strangers out",
-                options.port,
-            )
-        supervisor.run(listeners, table)
-    log.info("stopped")
-    return int(supervisor.has_failed)
+
+
+def page_address(options: argparse.Namespace) -> str:
+    """The address to open in a browser on this machine."""
+    host = options.dashboard_host
+    if reachable(host) in LOOPBACK:
+        host = "localhost"
+    address = "http://%s/" % join_address(host, options.dashboard_port)
+    if options.dashboard_token:
+        address += "?" + urllib.parse.urlencode({"token": options.dashboard_token})
+    return address
 
 
 if __name__ == "__main__":

@@ -1182,6 +1182,20 @@ def against_prometheus(stage, count, paces, seconds):
                 yield at_most(what, report["lost"], "", 0, told_reasons(report))
 
 
+@bench(quick=True)
+def master_idle(stage):
+    """A master that nobody sends to and nobody looks at: how often it wakes up."""
+    seconds = stage.seconds(60, 20)
+    with support.start_master() as master:
+        settle(master.pid)
+        before = support.wakeups(master.pid)
+        time.sleep(seconds)
+        count = support.wakeups(master.pid) - before
+    yield at_most(
+        "master, idle: wake-ups a second, all processes", count / seconds, "", 2
+    )
+
+
 @bench()
 def master_20(stage):
     """A master without agents, and one with 20 of them at 2 s."""

@@ -122,6 +122,17 @@ def _stat(pid):
     return fields[0], int(fields[1])
 
 
+def wakeups(pid):
+    """How often the threads of a process and of its descendants have gone to sleep, proc(5)."""
+    total = 0
+    for each in [pid] + descendants(pid):
+        for thread in os.listdir("/proc/%d/task" % each):
+            with open("/proc/%d/task/%s/status" % (each, thread)) as file:
+                found = re.search(r"(?m)^voluntary_ctxt_switches:\s+(\d+)", file.read())
+            total += int(found.group(1))
+    return total
+
+
 def alive(pid):
     """Does it run (or is it stopped)?  One that only waits to be reaped does not."""
     try:

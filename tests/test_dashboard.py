@@ -47,11 +47,39 @@ class Parser(unittest.TestCase):
             master.parse_request(
                 b"GET /node/a%2Fb%20c?q=%ED%95%99&x HTTP/1.1\r\nHost: h:1\r\nX-Y:  z \r\n\r\n"
             ),
-            ("GET", "/node/a/b c", {"q": "학", "x": ""}, {"host": "h:1", "x-y": "z"}),
+            (
+                "GET",
+                "/node/a%2Fb%20c",
+                {"q": "학", "x": ""},
+                {"host": "h:1", "x-y": "z"},
+            ),
         )
         self.assertEqual(
             master.parse_request(b"HEAD / HTTP/1.0\r\n\r\n"), ("HEAD", "/", {}, {})
         )
+
+    def test_a_path_leads_where_its_end_says_whatever_the_prefix(self):
+        for path, route, name in (
+            ("/", "/", ""),
+            ("/rnode/c1/8080/", "/", ""),
+            ("/node/c1/8080/", "/", ""),
+            ("/node/c1", "/node/", "c1"),
+            ("/node/", "/node/", ""),
+            ("/node/a%2Fb%20c", "/node/", "a/b c"),
+            ("/node/..", "/node/", ".."),
+            ("/node/c1/8080/node/c2", "/node/", "c2"),
+            ("/node/c1/8080/node/", "/node/", ""),
+            ("/nodes.txt", "/nodes.txt", ""),
+            ("/a/nodes.txt", "/nodes.txt", ""),
+            ("/a/api/nodes", "/api/nodes", ""),
+            ("/%6eodes.txt", "/nodes.txt", ""),
+        ):
+            with self.subTest(path):
+                self.assertEqual(master.find_route(path), (route, name))
+        for path in ("/node", "/nodes", "/xnodes.txt", "/nodes.txt/x", "/node/a/b"):
+            with self.subTest(path), self.assertRaises(master.HTTPError) as caught:
+                master.find_route(path)
+            self.assertEqual(caught.exception.status, 404)
 
     def test_whatever_is_no_request_is_refused_with_its_status(self):
         many = "&".join("a%d=1" % n for n in range(17)).encode()
@@ -147,6 +175,19 @@ class Cost(unittest.TestCase):
         self.assertIn("for 0.5 samples a second", board.cost["text"])
 
 
+class Nameless(support.MasterTest):
+    patch = "master_server.TICK_SECONDS = 0.2"
+
+    def test_a_node_without_a_name_has_curves_as_well(self):
+        agent = self.agent()
+
+        def has_curve():
+            agent.send({"cpu": 50.0, "ram": 40.0, "interval": 60})
+            return '<path class="cpu" d="M' in get(self.master.page).text
+
+        eventually(has_curve)
+
+
 class Rendered(unittest.TestCase):
     """How often work is done, by a dashboard whose table and page count who asks for them."""
 
@@ -156,7 +197,9 @@ class Rendered(unittest.TestCase):
         threads = [
             threading.Thread(
                 target=lambda: bodies.add(
-                    self.dashboard.answer("/", {"q": query}, {}, {})
+                    self.dashboard.answer(
+                        master.Request("GET", "/", {"q": query}, {}), {}
+                    )
                 )
             )
             for _ in range(count)
@@ -179,7 +222,7 @@ class Rendered(unittest.TestCase):
             left=[], events=[], time=0.0, beat=0.1
         )
         options = types.SimpleNamespace(
-            dashboard_host="localhost", dashboard_token=None
+            dashboard_host="localhost", dashboard_token=None, allow_host=[]
         )
         with mock.patch.dict(
             master.ROUTES, {"/": (master.HTML, self.render)}
@@ -451,7 +494,7 @@ class Names(Served):
 
     def test_a_refusal_names_the_cure(self):
         answer = request(self.page, b"GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n")
-        self.assertIn(b"--dashboard-host", answer)
+        self.assertIn(b"--allow-host", answer)
         self.assertNotIn(b"c1", answer)
 
 
@@ -503,14 +546,25 @@ class Token(Served):
         cookie = answer.headers["Set-Cookie"]
         self.assertRegex(
             cookie,
-            r"^sentinel_%d=[0-9a-f]{64}; Path=/; HttpOnly; SameSite=Strict$"
-            % self.page,
+            r"^sentinel_%d=[0-9a-f]{64}; HttpOnly; SameSite=Strict$" % self.page,
         )
         self.assertNotIn(TOKEN, cookie)
         for path in self.paths:
             answer = self.ask(path, Cookie="other=1; " + cookie.partition(";")[0])
             self.assertEqual(answer.status, 404 if path == "/nobody" else 200, path)
             self.assertNotIn(TOKEN, answer.text)
+
+    def test_a_node_page_with_the_token_leads_to_the_overview_whose_cookie_opens_all(
+        self,
+    ):
+        query = "?" + urllib.parse.urlencode({"token": TOKEN})
+        for path in ("/node/c1", "/node/", "/a/prefix/node/c1"):
+            answer = self.ask(path + query, Accept="text/html")
+            self.assertEqual(answer.status, 303, path)
+            self.assertEqual(answer.headers["Location"], "../" + query)
+        self.assertEqual(self.ask("/node/c1" + query).status, 200)  # a script
+        wrong = self.ask("/node/c1?token=wrong", Accept="text/html")
+        self.assertEqual(wrong.status, 401)
 
     def test_a_bearer_header_opens_it_too(self):
         self.assertEqual(self.ask(Authorization="Bearer " + TOKEN).status, 200)

@@ -128,7 +128,7 @@ def render(path, snapshot, **query):
 class Outline(html.parser.HTMLParser):
     """Checks that elements nest, and collects what there is."""
 
-    VOID = {"meta", "link", "input"}
+    VOID = {"base", "meta", "link", "input"}
 
     def __init__(self, text):
         super().__init__()
@@ -452,7 +452,9 @@ class Html(unittest.TestCase):
                 for name in ("href", "src", "action"):
                     if name in attributes:
                         self.assertRegex(
-                            attributes[name], r"^(/(?!/)|data:,$)", (tag, attributes)
+                            attributes[name],
+                            r"^(\.\.?/(?!/)|data:,$)",
+                            (tag, attributes),
                         )
 
     def test_ids_are_unique_on_a_page(self):
@@ -546,7 +548,7 @@ class Html(unittest.TestCase):
         for page in ("0", "-1", "x", "4", "9" * 4000):
             self.assertTrue(names(render("/", many(250), page=page)), page)
         tile = re.search(
-            r'<a id="t95" class="(\S+)" href="/node/c95" aria-label="([^"]*)"',
+            r'<a id="t95" class="(\S+)" href="\./node/c95" aria-label="([^"]*)"',
             render("/", many(250)),
         )
         self.assertEqual(tile.groups(), ("v19", "c95, job -, CPU 95.0 %, RAM 20.0 % "))
@@ -570,9 +572,9 @@ class Html(unittest.TestCase):
             html.unescape(attributes["href"]) for attributes in Outline(page).all("a")
         ]
         self.assertIn(
-            "/?q=c&user=ann&sort=cpu", links
+            "./?q=c&user=ann&sort=cpu", links
         )  # turned around, from the first page
-        self.assertIn("/?q=c&user=ann&sort=-cpu&page=1", links)
+        self.assertIn("./?q=c&user=ann&sort=-cpu&page=1", links)
         self.assertNotIn("secret", page)
 
     def test_a_percentage_has_a_bar_and_never_one_that_is_too_long(self):
@@ -625,7 +627,7 @@ class NodePage(unittest.TestCase):
         self.assertIn(
             "10.0.0.7:40007", render("/node/", view([node(7)]), node="10.0.0.7:40007")
         )
-        self.assertIn('href="/node/10.0.0.7%3A40007"', render("/", view([node(7)])))
+        self.assertIn('href="./node/10.0.0.7%3A40007"', render("/", view([node(7)])))
 
     def test_one_that_is_gone_shows_how_it_ended_and_a_stranger_is_none(self):
         text = words(
@@ -889,7 +891,7 @@ class Columns(unittest.TestCase):
             page = render("/", view(rows), sort="-swap")
             text = render("/nodes.txt", view(rows))
         self.assertRegex(
-            page, r'aria-sort="descending"><a href="/\?sort=swap">Swap</a>'
+            page, r'aria-sort="descending"><a href="\./\?sort=swap">Swap</a>'
         )
         self.assertIn('<td class="n">12.5 %<svg class="bar swap"', page)
         self.assertRegex(text, r"(?m)^Node .* Swap$")

@@ -29,6 +29,8 @@ from support import (
     stays,
 )
 
+import master_server
+
 load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 BACK = 5  # seconds until a killed role answers again on the same port
@@ -228,6 +230,29 @@ class Start(unittest.TestCase):
             self.assertEqual(row["address"], "('::1', %d)" % agent.address[1])
 
 
+class Idle(unittest.TestCase):
+    """With nobody sending and nobody watching it hardly ever wakes up, and is there at once."""
+
+    def test_it_wakes_up_at_most_twice_a_second_in_all_of_its_processes(self):
+        def rate():
+            before = support.wakeups(master.pid)
+            start = time.monotonic()
+            stays(lambda: True, 5)
+            passed = time.monotonic() - start
+            return (support.wakeups(master.pid) - before) / passed
+
+        with support.start_master() as master:
+            for role in ("collector", "dashboard"):
+                master.logged(role + " started")
+            # the first seconds are those of the start
+            eventually(lambda: rate() <= 2, what="2 wake-ups a second")
+            self.assertEqual(get(master.page, "/healthz").status, 200)
+            with PlainAgent(master.port) as agent:
+                agent.send({"cpu": 1, "ram": 1, "ack": True})
+                self.assertRegex(agent.read_line(1), "^ok")
+            self.assertEqual(master.stop(), 0)
+
+
 class End(unittest.TestCase):
     """Nothing is left after any ordinary end."""
 
@@ -264,15 +289,17 @@ class End(unittest.TestCase):
                     lambda master: master.send_signal(signal.SIGINT, group=True), method
                 )
 
-    def test_sigint_is_for_the_supervisor_and_ends_no_role(self):
+    def test_sigint_and_sighup_are_for_the_supervisor_and_end_no_role(self):
         for method in ("fork", "spawn"):
             with self.subTest(method=method), support.start_master(
                 method=method
             ) as master, PlainAgent(master.port) as agent:
                 agent.send({"cpu": 1, "ram": 1})
                 eventually(lambda m=master: nodes(m.page))
-                for role in ("collector", "dashboard"):
-                    os.kill(role_pid(master, role), signal.SIGINT)
+                for role in master_server.ROLES:
+                    if role.name + " started" in master.log:
+                        for number in (signal.SIGINT, signal.SIGHUP):
+                            os.kill(role_pid(master, role.name), number)
                 agent.send({"cpu": 2, "ram": 1})
                 eventually(lambda m=master: row_of(m.page, cpu=2))
                 self.assertNotIn("again", master.log)
@@ -564,19 +591,15 @@ class LockHolder(unittest.TestCase):
         )
         self.assertEqual([row["node"] for row in nodes(self.master.page)], ["real"])
         assert_healthy(self.master)
-        self.assertGreaterEqual(
-            len(
-                [
-                    event
-                    for event in events(self.master.page, "connected")
-                    if event["node"] == "real"
-                ]
-            ),
-            2,
-            "events stay",
-        )
+        # its row is there before its event
+        eventually(lambda: self.visits("real") >= 2, what="events stay")
         self.assertEqual(self.master.stop(), 0)
         self.assertNotRegex(self.master.log, NOISE)
+
+    def visits(self, name):
+        """How often a node has connected, by the events."""
+        connected = events(self.master.page, "connected")
+        return [event["node"] for event in connected].count(name)
 
     def test_a_collector_killed_in_the_middle_of_a_write_is_recovered_from(self):
         pids = role_pid(self.master, "collector"), role_pid(self.master, "dashboard")
