@@ -1516,7 +1516,7 @@ MARGIN = 1.2  # a fifth more than was needed: what to ask for next time
 
 # The same words are in agent.py's report.
 OUT_OF_MEMORY = "out of memory: the kernel killed %s"
-BELOW_PEAK = "the highest sample, %.3g GB of %.3g GB, is below the true peak"
+BELOW_PEAK = "memory peak above the highest sample, %.3g GB of %.3g GB"
 MEMORY_PEAK = "memory peak %.3g GB of %.3g GB"
 KERNEL_COUNT = "kernel's count, 1 run, %d samples"
 SAMPLED_COUNT = "sampled, 1 run, %d samples"

@@ -4,15 +4,18 @@ Every check has a job that it is meant for.  A healthy job gets no verdict but f
 speaks when anything that it needs is missing.
 """
 
+import functools
 import json
 import math
 import os
 import random
 import shlex
+import tempfile
 import unittest
 
 import support  # noqa: F401, it finds the tools
 
+import agent
 import master_server
 from master_server import JobEvidence, NodeEvidence, Verdict, diagnose
 
@@ -347,8 +350,8 @@ SICK = {
     "a step that the kernel killed, and the script goes on": (
         job(node(oom_kill=1)),
         "kill_survived",
-        r"! out of memory: the kernel killed 1 process on c1; the job goes on: the highest sample,"
-        r" 1 GB of 2 GB, is below the true peak.*-> --mem=3G",
+        r"! out of memory: the kernel killed 1 process on c1; the job goes on: memory peak above"
+        r" the highest sample, 1 GB of 2 GB.*-> --mem=3G",
     ),
     "a step that the kernel killed, and Slurm saw no harm": (
         ended("COMPLETED", node(oom_kill=2)),
@@ -395,8 +398,8 @@ DEAD = {
             reason="OutOfMemory",
         ),
         "out_of_memory",
-        r"died %s: out of memory: the kernel killed 1 process on c2: the highest sample, 58 GB of"
-        r" 64 GB, is below the true peak; rank 37 \(my_app\) had 58 GB, the others at most 0\.3 GB;"
+        r"died %s: out of memory: the kernel killed 1 process on c2: memory peak above the highest"
+        r" sample, 58 GB of 64 GB; rank 37 \(my_app\) had 58 GB, the others at most 0\.3 GB;"
         r" it grew by 1\.9 GB a minute for .*; the kernel's count on c2 is 1; Slurm says"
         r" OUT_OF_MEMORY \(0:125, OutOfMemory\)  -> --mem=77G  # or distribute: rank 37"
         % ENDED_AT,
@@ -412,8 +415,8 @@ DEAD = {
             ],
         ),
         "out_of_memory",
-        r"died %s: out of memory: the kernel killed 1 process on c1: the highest sample, 0\.178 GB"
-        r" of 0\.195 GB, is below.*SIGKILL on c1 at .*Slurm says RUNNING  -> --mem=300M"
+        r"died %s: out of memory: the kernel killed 1 process on c1: memory peak above the highest"
+        r" sample, 0\.178 GB of 0\.195 GB; .*SIGKILL on c1 at .*Slurm says RUNNING  -> --mem=300M"
         % clock(NOW - 3),
     ),
     "out of memory, by Slurm's word alone": (
@@ -1395,6 +1398,159 @@ class Text(unittest.TestCase):
             (11400, "3 h 10 min"),
         ):
             self.assertEqual(master_server.time_words(seconds), words)
+
+
+class SameWords(unittest.TestCase):
+    """The report of agent.py, which cannot import the master, says the same."""
+
+    def report(self, counts, ended="", seconds=10.0, **last):
+        """The report of an agent whose job's kernel counts so at the start and at the end."""
+        told = iter(counts)
+        report = agent.Report(lambda: next(told))
+        sample = {"cpu": 1.0, "job_cpu": 1.0, "cpus": 4, "job_cpus": 4, **last}
+        for _ in range(2):
+            report.add(
+                {**sample, "oom_kill": 5} if "oom_kill" in last else sample, seconds
+            )
+        return list(report.lines(sample, ended))
+
+    def out_of_memory(self, kills=1, **more):
+        return self.report(
+            [{"oom_kill": 2}, {"oom_kill": 2 + kills}],
+            "SIGKILL",
+            job_mem=0.178 * GB,
+            job_mem_limit=0.195 * GB,
+            **more,
+        )
+
+    def test_the_sentences_are_equal(self):
+        for name in (
+            "OUT_OF_MEMORY",
+            "BELOW_PEAK",
+            "MEMORY_PEAK",
+            "KERNEL_COUNT",
+            "SAMPLED_COUNT",
+            "MARGIN",
+        ):
+            self.assertEqual(getattr(agent, name), getattr(master_server, name), name)
+
+    def test_the_same_size_is_advised(self):
+        for size in (0, 1, 1e8, 0.99 * GB, GB, 61 * GB, 5e12):
+            self.assertEqual(agent.memory_flag(size), master_server.memory_flag(size))
+
+    def test_a_command_that_the_kernel_killed_was_out_of_memory(self):
+        self.assertEqual(
+            self.out_of_memory(),
+            [
+                "out of memory: the kernel killed 1 process",
+                "ran 0:00:20",
+                "CPU mean 1.0 %, peak 1.0 % of 4 CPUs",
+                "memory peak above the highest sample, 0.178 GB of 0.195 GB",
+                "asked for 0.195 GB, which was too little: --mem=300M may do",
+            ],
+        )
+
+    def test_the_verdict_on_it_has_the_words_of_the_report(self):
+        for kills in (1, 2):
+            text = self.out_of_memory(kills)
+            evidence = job(
+                node(job_mem=0.178 * GB, job_mem_limit=0.195 * GB),
+                events=[left("SIGKILL", report=agent.clip("; ".join(text)))],
+            )
+            (verdict,) = diagnose(evidence)
+            self.assertEqual(verdict.severity, "died")
+            self.assertIn(text[0], verdict.what)
+            self.assertIn(text[3], verdict.proof)
+            self.assertIn(verdict.cure, text[4])
+
+    def test_advice_has_the_words_of_the_report(self):
+        for peak, source in (
+            (None, "sampled, 1 run, 2"),
+            (70.0 * GB, "kernel's count, 1 run, 2"),
+        ):
+            last = {"job_mem": 61.0 * GB, "job_mem_limit": 256.0 * GB}
+            if peak:
+                last["job_mem_peak"] = peak
+            text = "; ".join(self.report([{}, {}], **last))
+            evidence = job(
+                node(job_mem=61.0 * GB, job_mem_limit=256 * GB, job_mem_peak=peak)
+            )
+            (verdict,) = diagnose(evidence)
+            self.assertIn("(%s samples): %s would do" % (source, verdict.cure), text)
+            self.assertIn(verdict.proof.split(", 1 run")[0], text)
+
+    def test_what_was_killed_before_the_start_is_none_of_its_own(self):
+        text = "; ".join(self.out_of_memory(kills=0))
+        self.assertNotIn("out of memory", text)
+        self.assertIn("memory peak 0.178 GB of 0.195 GB", text)
+
+    def test_the_count_of_the_samples_is_taken_too(self):
+        last = {"job_mem": 1.0 * GB, "job_mem_limit": 2.0 * GB}
+        self.assertIn(
+            "killed 3 processes", self.report([{}, {}], oom_kill=8, **last)[0]
+        )
+        self.assertIn("ran", self.report([{}, {}], oom_kill=5, **last)[0])
+
+    def test_where_the_kernel_counts_no_kills_137_is_no_proof(self):
+        last = {"job_mem": 1.9 * GB, "job_mem_limit": 2.0 * GB}
+        for ended, refused, is_told in (
+            ("SIGKILL", 9, True),
+            ("exit 137", 9, True),
+            ("exit 137", 0, False),
+            ("exit 1", 9, False),
+        ):
+            counts = [{"failcnt": 1}, {"failcnt": 1 + refused}]
+            text = "; ".join(self.report(counts, ended, **last))
+            self.assertNotIn("out of memory", text)
+            self.assertEqual("this kernel counts no kills" in text, is_told)
+
+    def test_a_peak_of_page_cache_is_no_want_of_memory(self):
+        last = {
+            "job_mem": 0.2 * GB,
+            "job_mem_limit": 4.0 * GB,
+            "job_mem_peak": 4.0 * GB,
+        }
+        self.assertNotIn("--mem", "; ".join(self.report([{}, {}], **last)))
+        last = {
+            "job_mem": 3.9 * GB,
+            "job_mem_limit": 4.0 * GB,
+            "job_mem_peak": 4.0 * GB,
+        }
+        self.assertIn("--mem=5G would do", "; ".join(self.report([{}, {}], **last)))
+
+    def test_the_kernels_count_is_read_of_all_steps_of_a_job(self):
+        v1 = "sys/fs/cgroup/memory/slurm/uid_1/job_7"
+        files = {
+            v1 + "/memory.failcnt": "12\n",
+            v1 + "/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 0\n",
+            v1 + "/step_batch/memory.oom_control": "oom_kill 0\n",
+            v1 + "/step_batch/task_0/memory.oom_control": "under_oom 0\noom_kill 1\n",
+            v1 + "/step_3/task_0/memory.oom_control": "under_oom 0\noom_kill 2\n",
+            v1 + "/other/memory.oom_control": "oom_kill 9\n",
+        }
+        v2 = {"sys/job_7/memory.events": "low 0\nmax 12\noom 1\noom_kill 1\n"}
+        old = {
+            v1 + "/memory.failcnt": "3\n",
+            v1 + "/memory.oom_control": "under_oom 0\n",
+        }
+        for tree, places, known in (
+            (files, {"memory": v1}, {"failcnt": 12, "oom_kill": 3}),
+            (v2, {"": "sys/job_7"}, {"oom_kill": 1}),
+            (old, {"memory": v1}, {"failcnt": 3}),
+            ({}, {"memory": v1}, {}),
+            ({}, {"": "sys/job_7"}, {}),
+            ({}, {}, {}),
+        ):
+            with tempfile.TemporaryDirectory() as top, self.subTest(known):
+                for path, text in tree.items():
+                    path = os.path.join(top, path[4:])
+                    os.makedirs(os.path.dirname(path), exist_ok=True)
+                    with open(path, "w") as file:
+                        file.write(text)
+                probe = agent.Probe(sysfs=top)
+                reader = functools.partial(agent.read_kills, probe, places)
+                found = agent.collect([reader])
+                self.assertEqual(found, known)
 
 
 if __name__ == "__main__":
