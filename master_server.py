@@ -1578,6 +1578,11 @@ FACT_TEXTS = [key for key, code in JOB_FACTS if code.endswith("s")]
 FACT_TEXTS += ["cancelled_by", "derived_exit", "failed_step"]
 RANK_TEXTS = ("part", "program", "cpus", "on", "state", "wchan", "gpu", "step")
 GPU_TEXTS = ("part", "uuid", "name", "throttle", "mig", "error")
+# the curves that checks look at
+CURVES = {"cpu", "job_cpu", "job_mem", "job_read", "job_write", "gpu", "gpu_min"}
+CURVES |= {"disk_read", "disk_write", "net_rx", "net_tx", "psi_io", "psi_mem"}
+CURVES |= {key for key, _, _ in FILESYSTEMS}
+MAX_POINTS = 130  # of such a curve: twenty minutes and more
 POSITIVE = ("job_cpus", "job_mem_limit", "cpus", "mem_total", "job_time_limit")
 
 Figures = Dict[str, Any]  # what fills the words of a check
@@ -1756,12 +1761,34 @@ def clean_dicts(parts: Any, texts: Iterable[str]) -> List[Dict[str, Any]]:
 
 def clean_curve(points: Any, now: float) -> Curve:
     """The points of a curve that can be true, the oldest first."""
+    end = now + CURVE_STEP
+    try:  # nearly always all of them are
+        known = [
+            (moment, value)
+            for moment, value in points
+            if 0 <= moment <= end and 0 <= value <= MAX_NUMBER
+        ]
+        known.sort()
+        return known
+    except (TypeError, ValueError):
+        return clean_odd_curve(points, end)
+
+
+def latest(points: Any, key: str) -> Any:
+    """What is looked at of a curve; of memory it is all, for the peak."""
+    if key == "job_mem" or not isinstance(points, list):
+        return points
+    return points[-MAX_POINTS:]
+
+
+def clean_odd_curve(points: Any, end: float) -> Curve:
+    """The same, for a curve of which some points are no pairs of numbers."""
     known = []
     for point in points if isinstance(points, (list, tuple)) else ():
         if isinstance(point, (list, tuple)) and len(point) == 2:
             moment = clean_number(point[0])
             value = clean_number(point[1])
-            if moment is not None and value is not None and moment <= now + CURVE_STEP:
+            if moment is not None and value is not None and moment <= end:
                 known.append((moment, value))
     return sorted(known)
 
@@ -1773,7 +1800,10 @@ def clean_node(node: NodeEvidence, now: float) -> NodeEvidence:
     return NodeEvidence(
         str(node.name),
         clean_dict(node.sample, TEXTS),
-        {str(key): clean_curve(points, now) for key, points in curves.items()},
+        {
+            key: clean_curve(latest(curves[key], key), now)
+            for key in CURVES & set(curves)
+        },
         clean_dicts(node.ranks, RANK_TEXTS),
         clean_dicts(node.gpus, GPU_TEXTS),
         {cpu: busy for cpu, busy in cores.items() if clean_number(busy) is not None},
@@ -1849,6 +1879,7 @@ class Case:
         self.failure = next(
             (goodbye for goodbye in self.goodbyes if goodbye.is_failure), None
         )
+        self.first_node = self.find_first_node()
         self.has_ended = self.state in ENDED_STATES
         have_left = self.all_have_left()
         self.is_over = self.has_ended or have_left
@@ -1901,8 +1932,7 @@ class Case:
             return True
         return any(node.gpus or node.sample.get("gpus") for node in self.nodes)
 
-    @property
-    def first_node(self) -> str:
+    def find_first_node(self) -> str:
         """The node on which the script runs, and mostly rank 0: Slurm sorts them."""
         for node in self.nodes:
             if any(rank.get("rank") == 0 for rank in node.ranks):
@@ -1970,14 +2000,23 @@ class Case:
 
 
 def lasting(
-    node: NodeEvidence, key: str, now: float, passes: Callable[[float], bool]
+    node: NodeEvidence,
+    key: str,
+    now: float,
+    passes: Callable[[float], bool],
+    enough: float = math.inf,
 ) -> float:
-    """For how many seconds up to now every point of a curve has passed, without a hole."""
+    """For how many seconds up to now every point of a curve has passed, without a hole.
+
+    It is not looked at for longer than enough.
+    """
     since = now
     for moment, value in reversed(node.curves.get(key, ())):
         if since - moment > MAX_HOLE or not passes(value):
             break
         since = min(since, moment)
+        if now - since >= enough:
+            break
     return now - since
 
 
@@ -1989,7 +2028,8 @@ def lasts(
     passes: Callable[[float], bool],
 ) -> bool:
     """Whether every point of a curve has passed for so long."""
-    return lasting(node, key, now, passes) >= seconds - CURVE_STEP / 2
+    enough = seconds - CURVE_STEP / 2
+    return lasting(node, key, now, passes, enough) >= enough
 
 
 def recent(node: NodeEvidence, key: str, now: float, seconds: float) -> List[float]:
