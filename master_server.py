@@ -2888,7 +2888,9 @@ def find_out_of_memory(
     case: Case, nodes: List[NodeEvidence], seconds: float
 ) -> Iterator[Figures]:
     kills = case.kills
+    derived = parse_exit(case.facts.get("derived_exit"))
     told = case.state == "OUT_OF_MEMORY" or case.exit == (0, 125)
+    told = told or case.state == "FAILED" and derived == (0, 125)
     counted = kills and case.state in ("", "RUNNING", "COMPLETING", "FAILED")
     if not told and not counted:
         return

@@ -30,6 +30,17 @@ TOLD = 90  # seconds of evidence within which a problem is told ...
 ATTACH = 60  # ... after the herd has found the job, and the machine's moods
 DEATH = 45  # the herd asks Slurm every 30 s
 
+# On the login node: every two seconds what the master knows, as a line of JSON
+POLL = """
+import json, time, urllib.request
+while True:
+    known = {}
+    for name in ("nodes", "jobs", "events"):
+        with urllib.request.urlopen("http://127.0.0.1:8080/api/" + name, timeout=60) as page:
+            known[name] = json.loads(page.read().decode("utf-8"))
+    print(json.dumps(known), flush=True)
+    time.sleep(2)
+"""
 # A /tmp of a megabyte, in which the lab's own directory is where it was
 SMALL_TMP = (
     "mount --rbind %(dir)s /mnt && mount -t tmpfs -o size=1m,mode=1777 none /tmp"
@@ -164,38 +175,59 @@ def read_rank(pid):
 class Watch:
     """Polls a master and puts what it knows of each job to diagnose()."""
 
-    def __init__(self, browser):
-        self.browser = browser
-        self.facts = {}
+    def __init__(self):
+        self.tool = LAB.start("login", "python3", "-u", "-c", POLL)
+        self.read = 0
+        self.facts = collections.defaultdict(dict)
         self.events = []
         self.seen = collections.defaultdict(dict)  # job -> node -> [(time, sample)]
         self.ranks = collections.defaultdict(
             dict
         )  # job -> node -> [(time, {pid: part})]
-        self.kills = collections.defaultdict(dict)  # job -> node -> count
+        self.kills = collections.defaultdict(
+            collections.Counter
+        )  # job -> node -> count
         self.told = collections.defaultdict(list)  # job -> [(time, verdicts)]
         self.hurried = set()  # jobs that go before whatever else this machine does
         self.now = 0.0
         self.ended = threading.Event()
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
-
-    def run(self):
-        while not self.ended.wait(2):
-            with contextlib.suppress(OSError, AssertionError):  # a slow page: once more
-                self.look()
+        self.threads = [
+            threading.Thread(target=work, daemon=True)
+            for work in (self.look_for_ever, self.count_for_ever)
+        ]
+        for thread in self.threads:
+            thread.start()
 
     def stop(self):
         self.ended.set()
-        self.thread.join()
+        for thread in self.threads:
+            thread.join()
+        self.tool.stop()
 
-    def look(self):
-        table = self.browser.table()
-        self.now = table["time"]
-        self.events = json.loads(self.browser.get("/api/events"))["events"]
-        for facts in json.loads(self.browser.get("/api/jobs"))["jobs"]:
-            self.facts[facts["raw"]] = facts
-        for row in table["nodes"]:
+    def look_for_ever(self):
+        while not self.ended.wait(0.2):
+            lines = self.tool.out[self.read :]
+            whole = lines.rpartition("\n")[0]
+            if whole:
+                self.read += len(whole) + 1
+                self.look(json.loads(whole.splitlines()[-1]))
+
+    def count_for_ever(self):
+        """A step's count is gone with its cgroup, within a second of the kill."""
+        while not self.ended.wait(0.2):
+            for job in list(self.seen):
+                for name in "c1", "c2":
+                    count = LAB.kills(job, name)
+                    self.kills[job][name] = max(self.kills[job][name], count)
+
+    def look(self, known):
+        self.now = known["nodes"]["time"]
+        self.events = known["events"]["events"]
+        for facts in known["jobs"]["jobs"]:
+            # what was told once is kept, as a record keeps it
+            told = {key: value for key, value in facts.items() if value is not None}
+            self.facts[facts["raw"]].update(told)
+        for row in known["nodes"]["nodes"]:
             if row["job"] and row["node"]:
                 samples = self.seen[row["job"]].setdefault(row["node"], [])
                 samples.append((self.now - (row["age"] or 0), row))
@@ -213,13 +245,10 @@ class Watch:
         for name, pids in LAB.processes(job).items():
             parts = {pid: read_rank(pid) for pid in pids}
             parts = {pid: part for pid, part in parts.items() if part}
-            looks = self.ranks[job].setdefault(name, [])
-            looks.append((time.monotonic(), parts))
-            kills = max(self.kills[job].get(name, 0), LAB.kills(job, name))
-            self.kills[job][name] = kills
+            self.ranks[job].setdefault(name, []).append((time.monotonic(), parts))
 
     def evidence(self, job):
-        facts = self.facts.get(job, {"job": job})
+        facts = self.facts[job] or {"job": job}
         nodes = [self.node(job, name) for name in sorted(self.seen[job])]
         return master_server.JobEvidence(facts, nodes, self.events, self.now)
 
@@ -230,8 +259,8 @@ class Watch:
         parts = self.parts(looks)
         curves = self.curves(samples)
         sample = dict(last)
+        sample["oom_kill"] = self.kills[job][name]
         if parts:
-            sample["oom_kill"] = self.kills[job][name]
             for key in "read", "write":
                 sample["job_" + key] = sum(part[key] for part in parts)
                 curves["job_" + key] = self.rates(looks, key + "_total")
@@ -322,10 +351,8 @@ class Jobs(unittest.TestCase):
         )
         cls.tools.callback(cls.master.stop)
         cls.master.listening("dashboard")
-        browser = test_lab_job.Browser()
-        cls.tools.callback(browser.tool.stop)
         cls.tools.callback(LAB.no_jobs)
-        cls.watch = Watch(browser)
+        cls.watch = Watch()
         cls.tools.callback(cls.watch.stop)
 
     def setUp(self):
@@ -422,9 +449,9 @@ class Jobs(unittest.TestCase):
 
     def test_deaths_are_told_with_their_cause(self):
         agent = "python3 agent.py --host login --interval 0.5 -- "
-        missing = self.submit("sleep 5; no-such-command", "--mem=50")
+        missing = self.submit("sleep 30; no-such-command", "--mem=50")
         broken = self.submit(
-            "sleep 5; exec python3 -c 'import os; os.kill(os.getpid(), 11)'"
+            "sleep 30; exec python3 -c 'import os; os.kill(os.getpid(), 11)'"
         )
         wrapped = self.submit(agent + "sh -c 'sleep 30; kill -SEGV $$'", "--mem=100")
         batch = self.submit(
@@ -483,7 +510,7 @@ class Jobs(unittest.TestCase):
         eventually(lambda: not set(jobs) & set(LAB.queue()), 240)
         for job in jobs:
             eventually(
-                lambda job=job: "COMPLETED" in str(self.watch.facts.get(job)), DEATH
+                lambda job=job: self.watch.facts[job].get("state") == "COMPLETED", DEATH
             )
         for job in jobs:
             with self.subTest(job=job):

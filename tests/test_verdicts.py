@@ -10,6 +10,8 @@ import math
 import os
 import random
 import shlex
+import signal
+import sys
 import tempfile
 import unittest
 
@@ -326,6 +328,11 @@ SICK = {
         "node_silent",
         r"! c1 fell silent at .*, 50 s ago: no goodbye; no other node sends",
     ),
+    "two nodes cut off, one after the other": (
+        job(node("c1"), silent("c3", 12), silent("c2", 9)),
+        "node_silent",
+        r"! c3 fell silent at .*, 12 s ago; then c2: no goodbye; c1 still send",
+    ),
     "over-asked memory": (
         job(node(job_mem=61.0 * GB, job_mem_peak=61.0 * GB, job_mem_limit=256 * GB)),
         "too_much_memory",
@@ -429,6 +436,16 @@ DEAD = {
         ended("FAILED", node(oom_kill=1), exit="1:0"),
         "out_of_memory",
         r"died .*: out of memory: .*the kernel's count on c1 is 1; Slurm says FAILED \(1:0\)",
+    ),
+    "out of memory in a step, by Slurm's word": (
+        ended("FAILED", node(), exit="1:0", derived_exit="0:125"),
+        "out_of_memory",
+        r"died %s: out of memory, says Slurm; .*Slurm says FAILED \(1:0\)" % ENDED_AT,
+    ),
+    "a step out of memory, and then the time limit": (
+        ended("TIMEOUT", node(), derived_exit="0:125"),
+        "time_limit",
+        r"died %s: time limit" % ENDED_AT,
     ),
     "exit 137 is no proof": (
         ended("FAILED", node(job_mem=1.9 * GB), exit="137:0"),
@@ -793,6 +810,10 @@ EDGES = {
             job(node(job_cpu=flat(90, 600)[:-31] + flat(0, 300), **NO_IO)),
             job(node(job_cpu=flat(90, 600)[:-21] + flat(0, 200), **NO_IO)),
         ),
+        (
+            job(node(job_cpu=flat(12, 600)[:-21] + flat(0, 200), **NO_IO)),
+            job(node(job_cpu=flat(13, 600)[:-21] + flat(0, 200), **NO_IO)),
+        ),
         (job(node(job_cpu=0), nodes=1), job(node(job_cpu=0), nodes=2)),
     ),
     "idle_nodes": (
@@ -996,7 +1017,7 @@ EDGES = {
         ),
         (grown(61, 256), grown(61, 256)._replace(facts={"nodes": 2})),
         (
-            ended("COMPLETED", node(job_mem_limit=256 * GB)),
+            ended("COMPLETED", node(job_mem_limit=256 * GB, lost=NOW - 60)),
             ended("FAILED", node(job_mem_limit=256 * GB)),
         ),
     ),
@@ -1389,6 +1410,13 @@ class Text(unittest.TestCase):
         ):
             self.assertEqual(master_server.parse_cpu_list(text), cpus)
         self.assertEqual(master_server.range_words([8, 0, 1, 2, 3]), "0-3, 8")
+
+    @unittest.skipUnless(
+        sys.platform.startswith("linux"), "missing here: Linux's numbers"
+    )
+    def test_signals_have_their_names(self):
+        for number, name in master_server.SIGNALS.items():
+            self.assertEqual(signal.Signals(number).name, name)
 
     def test_durations(self):
         for seconds, words in (
