@@ -20,6 +20,7 @@ Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP, 1 could not start, 2 bad usa
 #   Table          shared memory: the only room that knows offsets, lock and sequence number
 #   Alerts         rules -> what fires and what is resolved; the runner of --alert-command
 #   Collector      agents' sockets -> wire -> table and alerts: a thread for each agent
+#   Records        a job's whole life -> a file of its own, and back
 #   The page       a copy of the table -> HTML, and nobody else knows HTML.  Eight rooms: Style
 #                  sheet, Script, Markup, Readings, Selection, Jobs, Columns, Pages
 #   For programs   a copy of the table -> JSON, CSV, text, Prometheus
@@ -38,6 +39,7 @@ if __name__ == "__main__":
 import argparse
 import array
 import base64
+import bisect
 import collections
 import contextlib
 import csv
@@ -67,6 +69,7 @@ import threading
 import time
 import unicodedata
 import urllib.parse
+import zlib
 from http import HTTPStatus
 from typing import (
     Any,
@@ -2124,6 +2127,720 @@ def start_serving(
         waiting.remove(sock)
         return str(error)
     return ""
+
+
+# ============================================================================
+# Records: a job's whole life, in a file of JSON lines, and back
+# ============================================================================
+#
+# A record is only ever appended to, so that whoever is killed leaves all but half a line:
+#
+#     {"job": {"job": "4711", "state": "RUNNING", ...}, "time": 1700000000, "format": 1}
+#     {"nodes": {"c1": {"cpus": 64, ...}, "c2": {}}}         all so far: a row has their order
+#     {"row": 1700000010, "step": 10, "cpu": [0, 41.5, 83, 83, 0]}  least, mean, most, each node
+#     {"event": {"time": 1700000011, "kind": "lost", "node": "c2", "text": "..."}}
+#     {"verdicts": [{"severity": "advice", "what": ...}], "time": 1700000020}
+#     {"ranks": [{"node": "c1", "rank": 3, ...}], "time": 1700000020}
+#     {"gpus": {"c1 0": [97, 31e9, 250, 61]}, "time": 1700000020}   GPU_KEYS of each
+#     {"gap": 1700000100, "until": 1700000160}               nobody recorded in between
+#     {"end": {"time": 1700003600}}
+#
+# Later lines count more than earlier ones; a line that cannot be read counts for nothing.
+# Each master writes a file of its own, JOB.WRITER.jsonl: two that watch the same job need no
+# lock, and what they wrote is put together when it is read.  A job that has ended is packed:
+# JOB.WRITER.jsonl.gz, of which the first gzip member holds nothing but {"summary": ...}.
+
+RECORD_FORMAT = 1
+ROW_SECONDS = 10  # from one row to the next, as long as a job is young ...
+FINE_SECONDS = (
+    7200  # ... that long; then the rows get half as many, whenever its age doubles
+)
+MANY_NODES = 16  # of more nodes the rows get fewer after half that time
+KEEP_SECONDS = 365 * 86400  # how old a record may get ...
+KEEP_BYTES = 200 * 10**6  # ... and how large all of them together
+IDLE_SECONDS = 2 * 86400  # a file that nobody has written to for so long is packed, too
+MAX_RECORD = 64 * 2**20  # bytes of a file that are read
+MAX_HEAD = 65536  # bytes of its begin or its end that a summary is read from
+SUMMARY_VERDICTS = 3  # in a summary
+KEPT_RECORDS = 4  # that an archive has at hand
+ARCHIVE_SECONDS = 3.0  # that a disk may take to answer it
+RECORDED = (  # metrics with least, mean and most over the nodes
+    "cpu",
+    "job_cpu",
+    "ram",
+    "job_mem",
+    "job_ram",
+    "gpu",
+    "gpu_mem",
+    "load1",
+    "net_rx",
+    "net_tx",
+    "disk_read",
+    "disk_write",
+    "swap",
+    "psi_mem",
+    "psi_io",
+)
+BY_NODE = ("cpu", "job_cpu", "ram", "job_mem", "gpu", "gpu_mem")  # and of each node
+NODE_FACTS = ("cpus", "mem_total", "gpus", "job_cpus", "job_mem_limit")
+GPU_KEYS = ("gpu", "mem_used", "power", "temp")
+RECORD_NAME = re.compile(r"([A-Za-z0-9_%]+)\.([A-Za-z0-9_-]+)\.jsonl(\.gz)?")
+SEVERITIES = ("fine", "advice", "problem", "died")  # the worst last
+# A state of Slurm's is a death without any other evidence ...
+DEADLY_STATES = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL")
+
+
+class RecordError(Exception):
+    """A record cannot be had; the text says why."""
+
+
+class RecordRow(NamedTuple):
+    """A row of a record: what is unknown is None, and of a metric all or nothing is there."""
+
+    time: float  # at its end
+    step: float  # seconds that it stands for
+    names: List[str]  # the nodes, in the order of what follows
+    values: Dict[
+        str, List[Optional[float]]
+    ]  # metric -> [least, mean, most, each node...]
+
+
+# ---- lines
+
+
+def record_line(line: Message) -> bytes:
+    """A line of a record."""
+    text = json.dumps(line, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace") + b"\n"
+
+
+def short_number(value: Optional[float]) -> str:
+    """A number with four digits, as JSON has it; null if it is unknown."""
+    if value is None or not math.isfinite(value):
+        return "null"
+    return "%.4g" % value
+
+
+def row_line(row: RecordRow) -> bytes:
+    """A row's line: json.dumps() would write sixteen digits of every number."""
+    fields = ['"row":%.1f' % row.time, '"step":%g' % row.step]
+    for key, values in row.values.items():
+        fields.append('"%s":[%s]' % (key, ",".join(map(short_number, values))))
+    return ("{%s}\n" % ",".join(fields)).encode()
+
+
+def read_lines(data: bytes) -> Iterator[Message]:
+    """The lines of a record that are whole, wherever it was cut."""
+    for line in data.split(b"\n"):
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(message, dict):
+            yield message
+
+
+def step_of(age: float, nodes: int) -> int:
+    """The seconds between two rows of a job of that age."""
+    fine = FINE_SECONDS / 2 if nodes > MANY_NODES else FINE_SECONDS
+    step = ROW_SECONDS
+    while age >= fine:
+        step *= 2
+        fine *= 2
+    return step
+
+
+def merge_rows(rows: Sequence[RecordRow]) -> RecordRow:
+    """One row in place of several that follow each other; the last one has the most nodes."""
+    last = rows[-1]
+    width = {key: len(values) for row in rows for key, values in row.values.items()}
+    merged: Dict[str, List[Optional[float]]] = {}
+    for key, size in width.items():
+        columns = [row.values[key] for row in rows if key in row.values]
+        least = [values[0] for values in columns if values[0] is not None]
+        most = [values[2] for values in columns if values[2] is not None]
+        means = [
+            mean_of(values[place] for values in columns if place < len(values))
+            for place in range(size)
+        ]
+        means[0] = min(least) if least else None
+        means[2] = max(most) if most else None
+        merged[key] = means
+    step = last.time - rows[0].time + rows[0].step
+    return RecordRow(last.time, step, last.names, merged)
+
+
+def mean_of(values: Iterable[Optional[float]]) -> Optional[float]:
+    """The mean of those that are known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def halve(rows: Sequence[RecordRow]) -> List[RecordRow]:
+    """Half as many rows: two become one, unless there is a gap between them."""
+    halved = []
+    index = 0
+    while index < len(rows):
+        pair = rows[index : index + 2]
+        if len(pair) == 2 and is_gap(*pair):
+            pair = pair[:1]
+        halved.append(merge_rows(pair))
+        index += len(pair)
+    return halved
+
+
+def is_gap(before: RecordRow, after: RecordRow) -> bool:
+    """Whether something is missing between two rows."""
+    return after.time - before.time > 2.5 * max(before.step, after.step)
+
+
+def without_overlap(rows: Iterable[RecordRow]) -> List[RecordRow]:
+    """The rows by time; where several stand for the same time, the finest, then the widest."""
+    times: List[float] = []
+    steps: List[float] = []
+    kept: List[RecordRow] = []
+    for row in sorted(rows, key=lambda row: (row.step, -len(row.names), row.time)):
+        place = bisect.bisect_left(times, row.time)
+        is_told = any(
+            abs(times[index] - row.time) < 0.75 * steps[index]
+            for index in (place - 1, place)
+            if 0 <= index < len(times)
+        )
+        if not is_told:
+            times.insert(place, row.time)
+            steps.insert(place, row.step)
+            kept.insert(place, row)
+    return kept
+
+
+# ---- a record
+
+
+class Record:
+    """What is known of a job, put together from the lines of its files."""
+
+    def __init__(self, job: str) -> None:
+        self.job = job
+        self.facts: Message = dict.fromkeys(JOB_KEYS)
+        self.facts["job"] = job
+        self.nodes: Dict[str, Message] = {}
+        self.rows: List[RecordRow] = []
+        self.events: List[Message] = []
+        self.verdicts: Optional[List[Message]] = None  # None: nobody has judged
+        self.ranks: List[Message] = []
+        self.gpus: Dict[str, List[Tuple[float, List[Optional[float]]]]] = {}
+        self.gaps: List[Tuple[float, float]] = []
+        self.end: Optional[Message] = None
+        self.begun = math.inf  # time of its first line
+        self.judged = self.ranked = self.told = -math.inf  # times of what is the newest
+
+    def add(self, lines: Iterable[Message]) -> "Record":
+        """Add the lines of one file."""
+        names: List[str] = []
+        rows: List[RecordRow] = []
+        for line in lines:
+            try:
+                self.add_line(line, names, rows)
+            except (AttributeError, KeyError, TypeError, ValueError):
+                continue  # it is no line of ours
+        self.rows += rows
+        return self
+
+    def add_line(self, line: Message, names: List[str], rows: List[RecordRow]) -> None:
+        """Add a line: names are the nodes that its file has named so far."""
+        if "row" in line:
+            when = float(line["row"])
+            step = float(line["step"])
+            values = {key: value for key, value in line.items() if type(value) is list}
+            if all(len(value) >= 3 for value in values.values()):
+                rows.append(RecordRow(when, step, names, values))
+        elif "job" in line:
+            self.add_facts(line["job"], float(line["time"]))
+        elif "nodes" in line:
+            for name, facts in line["nodes"].items():
+                if name not in names:
+                    names.append(name)
+                self.nodes.setdefault(name, {}).update(facts)
+        elif "event" in line:
+            event = dict(dict.fromkeys(EVENT_KEYS), **line["event"])
+            event["time"] = float(event["time"])
+            self.events.append(event)
+        elif "verdicts" in line:
+            if float(line["time"]) >= self.judged:
+                self.judged = float(line["time"])
+                self.verdicts = [dict(verdict) for verdict in line["verdicts"]]
+        elif "ranks" in line:
+            if float(line["time"]) >= self.ranked:
+                self.ranked = float(line["time"])
+                self.ranks = [dict(rank) for rank in line["ranks"]]
+        elif "gpus" in line:
+            when = float(line["time"])
+            for name, reading in line["gpus"].items():
+                self.gpus.setdefault(name, []).append((when, list(reading)))
+        elif "gap" in line:
+            self.gaps.append((float(line["gap"]), float(line["until"])))
+        elif "end" in line:
+            end = dict(line["end"], time=float(line["end"]["time"]))
+            if self.end is None or end["time"] >= self.end["time"]:
+                self.end = end
+
+    def add_facts(self, facts: Message, when: float) -> None:
+        """What Slurm says of the job: the newest word on each thing."""
+        self.begun = min(self.begun, when)
+        is_newest = when >= self.told
+        self.told = max(self.told, when)
+        for key in JOB_KEYS:
+            value = facts.get(key)
+            if value is not None and (is_newest or self.facts[key] is None):
+                self.facts[key] = value
+
+    def finish(self) -> "Record":
+        """Put in order what came from several files."""
+        self.rows = without_overlap(self.rows)
+        events = {
+            (event["time"], event["kind"], event["node"]): event
+            for event in self.events
+        }
+        self.events = sorted(events.values(), key=operator.itemgetter("time"))
+        for readings in self.gpus.values():
+            readings.sort(key=operator.itemgetter(0))
+        if self.facts["state"] is None and self.end:
+            self.facts["state"] = self.end.get("state")
+        return self
+
+    @property
+    def span(self) -> Tuple[float, float]:
+        """The times between which there is something to tell."""
+        first = self.facts["start"] or self.begun
+        last = self.facts["start"] or 0.0
+        if self.rows:
+            first = min(first, self.rows[0].time - self.rows[0].step)
+            last = max(last, self.rows[-1].time)
+        if not math.isfinite(first):
+            first = last
+        if self.has_ended:
+            last = max(last, self.facts["end"] or 0.0)
+        return first, max(first + 1, last)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the job is over, by what Slurm or its agents said."""
+        return self.facts["state"] in ENDED_STATES or bool(
+            self.end and self.end["time"] >= self.told - ROW_SECONDS
+        )
+
+    def lines(self) -> List[bytes]:
+        """The whole record as the lines of one file."""
+        names = list(self.nodes)
+        lines = [job_line(self.facts, self.begun if self.rows else self.told)]
+        lines.append(record_line({"nodes": self.nodes}))
+        lines += [row_line(in_order_of(row, names)) for row in self.rows]
+        lines += [record_line({"event": event}) for event in self.events]
+        for gap, until in self.gaps:
+            lines.append(record_line({"gap": gap, "until": until}))
+        looks: Dict[float, Message] = {}
+        for name, readings in self.gpus.items():
+            for when, reading in readings:
+                looks.setdefault(when, {})[name] = reading
+        for when, gpus in looks.items():
+            lines.append(record_line({"gpus": gpus, "time": when}))
+        if self.ranks:
+            lines.append(record_line({"ranks": self.ranks, "time": self.ranked}))
+        if self.verdicts is not None:
+            line = {"verdicts": self.verdicts, "time": self.judged}
+            lines.append(record_line(line))
+        if self.end:
+            lines.append(record_line({"end": self.end}))
+        return lines
+
+
+def in_order_of(row: RecordRow, names: List[str]) -> RecordRow:
+    """The row with its nodes in another order."""
+    if row.names == names:
+        return row
+    places = {name: place for place, name in enumerate(row.names)}
+    values: Dict[str, List[Optional[float]]] = {}
+    for key, old in row.values.items():
+        values[key] = old[:3]
+        if len(old) > 3:
+            for name in names:
+                place = 3 + places.get(name, len(old))
+                values[key].append(old[place] if place < len(old) else None)
+    return RecordRow(row.time, row.step, names, values)
+
+
+def job_line(facts: Message, when: float) -> bytes:
+    """The line that tells what Slurm says of a job."""
+    known = {key: facts[key] for key in JOB_KEYS if facts.get(key) is not None}
+    return record_line({"job": known, "time": round(when, 1), "format": RECORD_FORMAT})
+
+
+def parse_record(job: str, data: bytes) -> Record:
+    """A record out of the bytes of one file."""
+    return Record(job).add(read_lines(data)).finish()
+
+
+def summarize(record: Record) -> Message:
+    """What a list of jobs tells of one: JOB_KEYS, and what it used; None if that is not known."""
+    summary = dict(record.facts)
+    first, last = record.span
+    summary["names"] = list(record.nodes)
+    summary["nodes"] = summary["nodes"] or len(record.nodes) or None
+    summary["time"] = last
+    summary["ran"] = last - first if record.rows or summary["start"] else None
+    summary["has_ended"] = record.has_ended
+    summary["weight"] = sum(row.step for row in record.rows)
+    key = "job_cpu" if any("job_cpu" in row.values for row in record.rows) else "cpu"
+    summary["cpu"] = weighted_mean(record.rows, key)
+    summary["gpu"] = weighted_mean(record.rows, "gpu")
+    summary["peak"] = largest(record.rows, "job_mem")
+    limits = [facts.get("job_mem_limit") for facts in record.nodes.values()]
+    summary["mem_limit"] = max((limit for limit in limits if limit), default=None)
+    cpus = [facts.get("job_cpus") for facts in record.nodes.values()]
+    summary["got_cpus"] = sum(filter(None, cpus)) or None
+    verdicts = record.verdicts
+    summary["verdicts"] = None if verdicts is None else verdicts[:SUMMARY_VERDICTS]
+    return summary
+
+
+def weighted_mean(rows: Sequence[RecordRow], key: str) -> Optional[float]:
+    """The mean of a metric over the job's life."""
+    total = weight = 0.0
+    for row in rows:
+        values = row.values.get(key)
+        if values and values[1] is not None:
+            total += row.step * values[1]
+            weight += row.step
+    return total / weight if weight else None
+
+
+def largest(rows: Sequence[RecordRow], key: str) -> Optional[float]:
+    """The largest reading of a metric on any node."""
+    most = [row.values[key][2] for row in rows if key in row.values]
+    return max((value for value in most if value is not None), default=None)
+
+
+def merge_summaries(one: Message, other: Message) -> Message:
+    """What two files say of one job: the newer one's facts, and what either has seen."""
+    old, new = sorted((one, other), key=lambda summary: summary["time"] or 0)
+    merged = {
+        key: old.get(key) if new.get(key) is None else new[key]
+        for key in {**old, **new}
+    }
+    for key in ("peak", "mem_limit", "got_cpus", "ran"):
+        known = [summary[key] for summary in (old, new) if summary.get(key) is not None]
+        merged[key] = max(known, default=None)
+    merged["names"] = list(dict.fromkeys(old["names"] + new["names"]))
+    for key in ("cpu", "gpu"):
+        known = [part for part in (old, new) if part.get(key) is not None]
+        weight = sum(part["weight"] for part in known)
+        if weight:
+            total = sum(part["weight"] * part[key] for part in known)
+            merged[key] = total / weight
+    merged["weight"] = old["weight"] + new["weight"]
+    merged["has_ended"] = old["has_ended"] or new["has_ended"]
+    return merged
+
+
+def severity_of(summary: Message) -> str:
+    """The worst of what was found: of SEVERITIES, or "" when nobody can tell."""
+    found = [verdict.get("severity") for verdict in summary["verdicts"] or ()]
+    known = [SEVERITIES.index(name) for name in found if name in SEVERITIES]
+    if summary["state"] in DEADLY_STATES:
+        known.append(SEVERITIES.index("died"))
+    if known:
+        return SEVERITIES[max(known)]
+    return "" if summary["verdicts"] is None else "fine"
+
+
+# ---- files
+
+
+def safe_name(job: str) -> str:
+    """A job's id as the begin of a file's name: a peer chose it, and it may hold ../ and NUL."""
+    quoted = urllib.parse.quote(job, safe="", errors="replace")
+    return quoted.replace(".", "%2E").replace("-", "%2D").replace("~", "%7E")
+
+
+def writer_name(pid: int, start: int) -> str:
+    """What tells one master's files from all others', on all machines of a home."""
+    host = re.sub(r"[^A-Za-z0-9_]", "_", socket.gethostname())[:40]
+    return "%s-%d-%d" % (host, pid, start)
+
+
+def make_folder(folder: str) -> None:
+    """Make the folder of the records, for its owner alone, if it is not there."""
+    above = os.path.dirname(folder)
+    if above and not os.path.isdir(above):
+        make_folder(above)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder, 0o700)
+
+
+def append_lines(path: str, data: bytes) -> int:
+    """Append whole lines, after half a one at most that a killed writer left: the bytes taken.
+
+    What did not fit any more, as the disk is full, is to be given again: less is taken than
+    there is, up to the end of a line.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+    file = os.open(path, flags, 0o600)
+    try:
+        size = os.fstat(file).st_size
+        if size and os.pread(file, 1, size - 1) != b"\n":
+            os.write(file, b"\n")
+        written = os.write(file, data)
+    finally:
+        os.close(file)  # which is where a network filesystem tells of a quota
+    if written == len(data):
+        return written
+    return data.rfind(b"\n", 0, written) + 1
+
+
+def unpack(data: bytes) -> bytes:
+    """The content of a gzip file, as far as it is whole; of its first MAX_RECORD bytes."""
+    content = b""
+    while data and len(content) < MAX_RECORD:
+        member = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        try:
+            content += member.decompress(data, MAX_RECORD - len(content))
+        except zlib.error:
+            break
+        data = member.unused_data
+    return content
+
+
+def read_file(path: str) -> bytes:
+    """The content of a record's file, packed or not."""
+    with open(path, "rb") as file:
+        data = file.read(MAX_RECORD)
+    return unpack(data) if path.endswith(".gz") else data
+
+
+def write_file(path: str, data: bytes, mark: str) -> None:
+    """Write a whole file, or none: it gets its name when all of it is there."""
+    unfinished = "%s.%s.new" % (path, mark)
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        with os.fdopen(os.open(unfinished, flags, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(unfinished, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(unfinished)
+        raise
+
+
+def pack(path: str, job: str, mark: str) -> None:
+    """Pack a file that is not written to any more; what was packed before stays in it."""
+    data = read_file(path)
+    packed = path + ".gz"
+    with contextlib.suppress(FileNotFoundError):
+        before = read_file(packed)
+        if not before.endswith(data):
+            data = before + data
+    summary = summarize(parse_record(job, data))
+    head = gzip.compress(record_line({"summary": summary}), mtime=0)
+    lines = b"\n".join(
+        line for line in data.split(b"\n") if not line.startswith(b'{"summary"')
+    )
+    write_file(packed, head + gzip.compress(lines, mtime=0), mark)
+    os.unlink(path)
+
+
+class RecordFile(NamedTuple):
+    """A file in the folder of the records."""
+
+    job: str
+    path: str
+    size: int
+    changed: int  # in nanoseconds, as os.stat() has it
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether its job had ended when it was last written."""
+        return self.path.endswith(".gz")
+
+
+def list_files(folder: str) -> List[RecordFile]:
+    """The files of records; none if there is no such folder (OSError if it cannot be read)."""
+    files = []
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            match = RECORD_NAME.fullmatch(entry.name)
+            if not match:
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                stat = entry.stat()
+                job = urllib.parse.unquote(match.group(1))
+                file = RecordFile(job, entry.path, stat.st_size, stat.st_mtime_ns)
+                files.append(file)
+    return sorted(files)
+
+
+def read_record(folder: str, job: str) -> Optional[Record]:
+    """All that is recorded of a job; None if that is nothing."""
+    for _ in range(3):  # a file may be packed, and so have another name, just now
+        files = [file for file in list_files(folder) if file.job == job]
+        try:
+            contents = [read_file(file.path) for file in files]
+        except FileNotFoundError:
+            continue
+        record = Record(job)
+        for content in contents:
+            record.add(read_lines(content))
+        return record.finish() if files else None
+    return None
+
+
+def read_summary(file: RecordFile) -> Message:
+    """A file's summary: a packed one begins with it, and of others it is made."""
+    if file.is_packed:
+        with open(file.path, "rb") as stream:
+            head = stream.read(MAX_HEAD)
+        with contextlib.suppress(zlib.error):
+            first = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, MAX_HEAD)
+            for line in read_lines(first):
+                if isinstance(line.get("summary"), dict):
+                    blank = summarize(Record(file.job))
+                    return dict(blank, **line["summary"])
+    return summarize(parse_record(file.job, read_file(file.path)))
+
+
+def prune(folder: str, now: float, mark: str) -> int:
+    """Remove the oldest records, and pack those that nobody writes to: how many are gone.
+
+    Nothing is removed of a job that is still recorded.
+    """
+    count = 0
+    jobs: Dict[str, List[RecordFile]] = {}
+    for file in list_files(folder):
+        if not file.is_packed and file.changed / 1e9 < now - IDLE_SECONDS:
+            pack(file.path, file.job, mark)
+        else:
+            jobs.setdefault(file.job, []).append(file)
+    ages = {
+        job: max(file.changed for file in files) / 1e9 for job, files in jobs.items()
+    }
+    sizes = {job: size_of_job(folder, files) for job, files in jobs.items()}
+    total = sum(sizes.values())
+    for job in sorted(jobs, key=lambda job: ages[job]):
+        is_old = ages[job] < now - KEEP_SECONDS
+        if not is_old and total <= KEEP_BYTES:
+            break
+        if all(file.is_packed for file in jobs[job]):
+            total -= sizes[job]
+            count += 1
+            for path in [file.path for file in jobs[job]] + [report_path(folder, job)]:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+    return count
+
+
+def size_of_job(folder: str, files: Sequence[RecordFile]) -> int:
+    """The bytes that a job's files take, its report among them."""
+    size = sum(file.size for file in files)
+    with contextlib.suppress(OSError):
+        size += os.stat(report_path(folder, files[0].job)).st_size
+    return size
+
+
+def report_path(folder: str, job: str) -> str:
+    """Where the report of a job is."""
+    return os.path.join(folder, safe_name(job) + ".html")
+
+
+class Archive:
+    """Reads records for those who must not wait for a disk: on a thread of its own."""
+
+    def __init__(self, folder: str, seconds: float = ARCHIVE_SECONDS) -> None:
+        self.folder = folder
+        self.seconds = seconds
+        self.questions: queue.Queue[Any] = queue.Queue(64)
+        self.summaries: Dict[str, Tuple[RecordFile, Message]] = {}
+        self.records: Dict[str, Tuple[List[RecordFile], Record]] = {}
+        threading.Thread(target=self.run, name="archive", daemon=True).start()
+
+    def run(self) -> None:
+        """Answer questions, for ever."""
+        while True:
+            question, answer = self.questions.get()
+            try:
+                answer.put((question(), None))
+            except Exception as error:  # whoever has asked is told
+                answer.put((None, error))
+
+    def ask(self, question: Callable[[], Any]) -> Any:
+        """What the question returns, or RecordError when the disk does not answer in time."""
+        answer: queue.Queue[Any] = queue.Queue(1)
+        try:
+            self.questions.put_nowait((question, answer))
+            result, error = answer.get(timeout=self.seconds)
+        except (queue.Full, queue.Empty):
+            raise RecordError(
+                "%s does not answer: its disk hangs" % self.folder
+            ) from None
+        if isinstance(error, OSError):
+            text = "%s cannot be read: %s" % (self.folder, error.strerror)
+            raise RecordError(text) from error
+        if error:
+            raise error
+        return result
+
+    def list(self) -> List[Message]:
+        """The summaries of all jobs."""
+        summaries: List[Message] = self.ask(self.read_list)
+        return summaries
+
+    def record(self, job: str) -> Optional[Record]:
+        """The record of a job."""
+        record: Optional[Record] = self.ask(lambda: self.read(job))
+        return record
+
+    def read_list(self) -> List[Message]:
+        """The summaries; only files that have changed are read again."""
+        known: Dict[str, Tuple[RecordFile, Message]] = {}
+        for file in list_files(self.folder):
+            before = self.summaries.get(file.path)
+            if before and before[0] == file:
+                known[file.path] = before
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                known[file.path] = (file, read_summary(file))
+        self.summaries = known
+        return merge_by_job(known.values())
+
+    def read(self, job: str) -> Optional[Record]:
+        """The record of a job; the last few are kept as long as their files stay the same."""
+        files = [file for file in list_files(self.folder) if file.job == job]
+        before = self.records.pop(job, None)
+        if before and before[0] == files:
+            record: Optional[Record] = before[1]
+        else:
+            record = read_record(self.folder, job) if files else None
+        if record:
+            self.records[job] = (files, record)
+            while len(self.records) > KEPT_RECORDS:
+                del self.records[next(iter(self.records))]
+        return record
+
+
+def merge_by_job(found: Iterable[Tuple[RecordFile, Message]]) -> List[Message]:
+    """One summary for each job."""
+    jobs: Dict[str, Message] = {}
+    for file, summary in found:
+        before = jobs.get(file.job)
+        jobs[file.job] = merge_summaries(before, summary) if before else summary
+    return list(jobs.values())
+
+
+def list_jobs(folder: str) -> List[Message]:
+    """The summaries of all jobs in a folder, the newest first (OSError)."""
+    files = list_files(folder)
+    jobs = merge_by_job((file, read_summary(file)) for file in files)
+    return sorted(jobs, key=lambda job: job["time"] or 0, reverse=True)
 
 
 # ============================================================================
