@@ -24,7 +24,9 @@ Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP, 1 could not start, 2 bad usa
 #   The page       a copy of the table -> HTML, and nobody else knows HTML.  Eight rooms: Style
 #                  sheet, Script, Markup, Readings, Selection, Jobs, Columns, Pages
 #   For programs   a copy of the table -> JSON, CSV, text, Prometheus
+#   Reports        records -> HTML, JSON, CSV, text: whole jobs, of now and of the past
 #   Dashboard      browsers' sockets -> request -> pages: a thread for each connection
+#   Recorder       a copy of the table -> records, on a thread that may wait for a disk
 #   Supervisor     processes and signals: the only room that starts or ends a process of ours
 #   Command line   flags -> options, and the way from there to the supervisor
 
@@ -41,6 +43,7 @@ import array
 import base64
 import bisect
 import collections
+import collections.abc
 import contextlib
 import csv
 import functools
@@ -2136,7 +2139,7 @@ def start_serving(
 # A record is only ever appended to, so that whoever is killed leaves all but half a line:
 #
 #     {"job": {"job": "4711", "state": "RUNNING", ...}, "time": 1700000000, "format": 1}
-#     {"nodes": {"c1": {"cpus": 64, ...}, "c2": {}}}         all so far: a row has their order
+#     {"nodes": {"c1": {"cpus": 64, ...}, "c2": {}}}         all so far: rows have their order
 #     {"row": 1700000010, "step": 10, "cpu": [0, 41.5, 83, 83, 0]}  least, mean, most, each node
 #     {"event": {"time": 1700000011, "kind": "lost", "node": "c2", "text": "..."}}
 #     {"verdicts": [{"severity": "advice", "what": ...}], "time": 1700000020}
@@ -2337,29 +2340,27 @@ class Record:
     def add(self, lines: Iterable[Message]) -> "Record":
         """Add the lines of one file."""
         names: List[str] = []
-        rows: List[RecordRow] = []
         for line in lines:
             try:
-                self.add_line(line, names, rows)
+                if "nodes" in line:
+                    names = list(line["nodes"])
+                self.add_line(line, names)
             except (AttributeError, KeyError, TypeError, ValueError):
                 continue  # it is no line of ours
-        self.rows += rows
         return self
 
-    def add_line(self, line: Message, names: List[str], rows: List[RecordRow]) -> None:
-        """Add a line: names are the nodes that its file has named so far."""
+    def add_line(self, line: Message, names: List[str]) -> None:
+        """Add a line: names are those of its file's last line of nodes."""
         if "row" in line:
             when = float(line["row"])
             step = float(line["step"])
             values = {key: value for key, value in line.items() if type(value) is list}
             if all(len(value) >= 3 for value in values.values()):
-                rows.append(RecordRow(when, step, names, values))
+                self.rows.append(RecordRow(when, step, names, values))
         elif "job" in line:
             self.add_facts(line["job"], float(line["time"]))
         elif "nodes" in line:
             for name, facts in line["nodes"].items():
-                if name not in names:
-                    names.append(name)
                 self.nodes.setdefault(name, {}).update(facts)
         elif "event" in line:
             event = dict(dict.fromkeys(EVENT_KEYS), **line["event"])
@@ -4436,6 +4437,1356 @@ ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
 }
 
 # ============================================================================
+# Reports: records -> HTML, CSV, JSON and text: jobs of the past, and those that run
+# ============================================================================
+
+REPORT_STYLE = """\
+/* Reports: the charts of a whole job, the map of its nodes over time, verdicts; print */
+.charts {
+  display: grid;
+  grid-template-columns: repeat(auto-fill, minmax(min(30rem, 100%), 1fr));
+  gap: 0.6rem;
+  margin: 0 0 1rem;
+}
+.charts figure {
+  grid-column: auto;
+}
+.charts svg {
+  display: block;
+  width: 100%;
+  height: auto;
+}
+svg text {
+  fill: var(--dim);
+  font: 12px system-ui;
+}
+.grid {
+  stroke: var(--line);
+  stroke-width: 1;
+}
+.limit {
+  stroke: var(--bad);
+  stroke-dasharray: 6 4;
+}
+.mark {
+  stroke: var(--bad);
+  stroke-width: 1;
+  stroke-dasharray: 1 3;
+}
+.band {
+  fill: var(--cpu);
+  stroke: none;
+  opacity: 0.22;
+}
+.other {
+  stroke: var(--ram);
+  stroke-dasharray: 5 3;
+}
+.band.other {
+  fill: var(--ram);
+  stroke: none;
+}
+.cell {
+  fill: var(--cpu);
+  stroke: none;
+}
+.verdicts {
+  list-style: none;
+  margin: 0 0 1.4rem;
+  padding: 0;
+}
+.verdicts li {
+  background: var(--card);
+  border-left: 0.3rem solid var(--dim);
+  margin: 0 0 0.5rem;
+  padding: 0.4rem 0.8rem;
+  overflow-wrap: anywhere;
+}
+.verdicts .problem,
+.verdicts .died {
+  border-color: var(--bad);
+}
+.verdicts p {
+  margin: 0.2rem 0 0;
+}
+pre {
+  white-space: pre-wrap;
+  overflow-wrap: anywhere;
+}
+@media print {
+  @page {
+    size: A4;
+    margin: 12mm;
+  }
+  :root {
+    --bg: #fff;
+    --fg: #000;
+    --dim: #444;
+    --line: #ccc;
+    --card: #fff;
+    --cpu: #2563c9;
+    --ram: #0b8a70;
+    --bad: #b3261e;
+    font-size: 10px;
+  }
+  body {
+    padding: 0;
+  }
+  nav,
+  form {
+    display: none;
+  }
+  .charts {
+    grid-template-columns: 1fr 1fr;
+  }
+  figure,
+  li,
+  tr,
+  dl div {
+    break-inside: avoid;
+  }
+  .scroll {
+    overflow: visible;
+  }
+  th,
+  td {
+    white-space: normal;
+    overflow-wrap: anywhere;
+  }
+  .cell,
+  .band {
+    print-color-adjust: exact;
+  }
+}
+"""
+
+REPORT_HTML = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+  <meta charset="utf-8">
+  <title>{title} - Cluster Sentinel</title>
+  <meta name="viewport" content="width=device-width, initial-scale=1">
+  <link rel="icon" href="data:,">
+  <style>{style}</style>
+</head>
+<body>
+  <main>{nav}
+    <h1>{title}</h1>{parts}
+    <footer>{footer}</footer>
+  </main>
+</body>
+</html>
+"""
+REPORT_NAV_HTML = """
+    <nav aria-label="Pages"><a href="{root}./">Live</a> <a href="{root}jobs">Jobs</a></nav>"""
+PARAGRAPH_HTML = """
+    <p>{text}</p>"""
+SECTION_HTML = """
+    <section>
+      <h2>{heading}</h2>{parts}
+    </section>"""
+VERDICTS_HTML = """
+    <ul class="verdicts">{verdicts}
+    </ul>"""
+VERDICT_HTML = """
+      <li class="{severity}"><b>{word}:</b> {what}{proof}{cure}</li>"""
+PROOF_HTML = "<p><small>{}</small></p>"
+CURE_HTML = "<p>\u2192 <code>{}</code></p>"
+PASTE_HTML = """
+      <pre>{lines}</pre>
+      <p><small>{why}</small></p>"""
+CHARTS_HTML = """
+    <div class="charts">{charts}
+    </div>"""
+CHART_HTML = """
+      <figure>
+        <figcaption>{label} <b>{words}</b></figcaption>
+        <svg viewBox="0 0 900 {height}" role="img" aria-label="{label}: {words}">{drawn}</svg>
+      </figure>"""
+TEXT_SVG = '<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>'
+PATH_SVG = '<path class="{kind}" d="{path}"/>'
+SHADE_SVG = '<path class="cell" fill-opacity="{share}" d="{path}"/>'
+DOWNLOAD_HTML = (
+    '<a id="record" download="{name}" href="data:application/gzip;base64,{data}">'
+    "The record itself</a>, as JSON lines in gzip. "
+)
+JOBS_FORM_HTML = """
+    <form role="search" action="jobs">
+      <label>Filter <input type="search" name="q" value="{words}"></label>{selects}
+      <input type="hidden" name="sort" value="{sort}">
+      <button type="submit">Show</button>
+    </form>"""
+JOBS_LINKS_HTML = """
+    <p><a href="{csv}">CSV</a> <a href="{json}">JSON</a></p>"""
+COMPARE_FORM_HTML = """
+    <form action="{root}compare">
+      <input type="hidden" name="a" value="{job}">
+      <label>Compare with job <input name="b" value=""></label>
+      <button type="submit">Compare</button>
+    </form>"""
+
+MAX_REPORT = 2**20  # bytes of a report: the record in it gets thinner until it fits
+CHART_POINTS = 400  # of a curve over a whole job
+CHART_WIDTH, CHART_HEIGHT = 900, 180  # of a chart's box, in which ...
+CHART_LEFT, CHART_RIGHT, CHART_TOP, CHART_BOTTOM = (
+    78,
+    888,
+    10,
+    156,
+)  # ... the curve has this
+MAP_COLUMNS = 120  # cells of the map for each node
+MAP_NODES = 128  # nodes in the map
+MAP_CELL = 14  # height of a cell, as long as there are few
+MAP_LEVELS = 10  # shades
+MAX_MARKS = 40  # events in a chart
+MAX_ROWS = 500  # of a table in a report
+JOBS_PAGE = 200  # jobs on a page
+MEMORY_MARGIN = 1.2  # of the peak, to ask for ...
+TIME_MARGIN = 1.5  # ... and of the time that one run took
+GIB = 2**30
+TIME_STEPS = (  # seconds between two marks of a time axis
+    (1, 2, 5, 10, 15, 30)
+    + tuple(60 * n for n in (1, 2, 5, 10, 15, 30))
+    + tuple(3600 * n for n in (1, 2, 3, 6, 12))
+    + tuple(86400 * n for n in (1, 2, 7, 14, 28, 91, 364))
+)
+CHARTED = ("job_cpu", "cpu", "job_mem", "ram", "gpu", "gpu_mem") + RECORDED[7:]
+SEVERITY_WORDS = {
+    "fine": "\u2713 Fine",
+    "advice": "\u2022 Advice",
+    "problem": "\u26a0 Problem",
+    "died": "\u2716 Died",
+    "": "Not judged",
+}
+EXPLAIN_CODES = {"fine": 0, "": 0, "advice": 1, "problem": 2, "died": 3}
+EXIT_UNKNOWN = 4  # of --explain: there is no record of such a job
+UNITS.update(
+    peak="B", mem_limit="B", ran="s", mean="s", most="s", power="W", temp="\u00b0C"
+)
+UNITS.update(peak_mem="B", read_total="B", write_total="B", rank_cpu="%", got="")
+
+# ---- axes and curves
+
+
+class Series(NamedTuple):
+    """Rows for a chart; kind: the class of its curve, shift: what makes its time the axis' own."""
+
+    rows: List[RecordRow]
+    kind: str = ""
+    shift: float = 0.0
+
+
+class Axis(NamedTuple):
+    """A time axis: of the clock, or since a job's start."""
+
+    first: float
+    last: float
+    is_clock: bool = True
+
+    def place(self, when: float) -> float:
+        """Where a time is, in a chart's box."""
+        share = (when - self.first) / (self.last - self.first)
+        return CHART_LEFT + (CHART_RIGHT - CHART_LEFT) * share
+
+    def marks(self) -> Iterator[Tuple[float, str]]:
+        """The times that are written below, at whole minutes or hours: (place, words)."""
+        span = self.last - self.first
+        step = next((step for step in TIME_STEPS if span / step <= 7), TIME_STEPS[-1])
+        offset = time.localtime(self.first).tm_gmtoff if self.is_clock else 0
+        when = -(-(self.first + offset) // step) * step - offset
+        if not self.is_clock:
+            when = 0.0
+        while when <= self.last:
+            yield self.place(when), self.words(when, step)
+            when += step
+
+    def words(self, when: float, step: float) -> str:
+        """How a time is written, as exactly as the step needs it."""
+        if not self.is_clock:
+            return render_value("ran", when) if when else "start"
+        moment = time.localtime(when)
+        if step >= 86400 or moment[3:6] == (0, 0, 0):
+            return time.strftime("%d %b", moment)
+        return time.strftime("%R" if step >= 60 else "%T", moment)
+
+
+def nice_top(key: str, most: float) -> Tuple[float, float]:
+    """A round end for a value axis, and the step between its marks."""
+    if UNITS.get(key) == "%":
+        return max(100.0, most), 50.0
+    unit = 1.0
+    for _, size in SCALES.get(UNITS.get(key, "").partition("/")[0], ()):
+        if most >= size:
+            unit = size
+    share = max(most / unit, 1e-9)
+    power = 10.0 ** math.floor(math.log10(share))
+    factor = next(
+        factor for factor in (1, 2, 2.5, 5, 10) if share <= factor * power * 1.001
+    )
+    top = factor * power * unit
+    return top, top / (2 if factor in (1, 2, 10) else 5 if factor == 2.5 else 5)
+
+
+def band_rows(rows: Sequence[RecordRow], key: str) -> List[RecordRow]:
+    """The rows with one metric and without its nodes; few enough for a chart."""
+    bands = [
+        RecordRow(row.time, row.step, [], {key: row.values[key][:3]})
+        for row in rows
+        if key in row.values and row.values[key][1] is not None
+    ]
+    while len(bands) > CHART_POINTS:
+        bands = halve(bands)
+    return bands
+
+
+def pieces(rows: Sequence[RecordRow]) -> Iterator[List[RecordRow]]:
+    """The rows in pieces without a gap."""
+    piece: List[RecordRow] = []
+    for row in rows:
+        if piece and is_gap(piece[-1], row):
+            yield piece
+            piece = []
+        piece.append(row)
+    if piece:
+        yield piece
+
+
+def draw_chart(
+    key: str,
+    several: Sequence[Series],
+    axis: Axis,
+    limit: Optional[float] = None,
+    marks: Sequence[float] = (),
+) -> Optional[Html]:
+    """Least, mean and most of a metric over the time; None when nothing is known."""
+    curves = [series._replace(rows=band_rows(series.rows, key)) for series in several]
+    known = [row.values[key] for series in curves for row in series.rows]
+    if not known:
+        return None
+    most = max(values[2] or 0.0 for values in known)
+    is_near = limit is not None and most < limit < 3 * most
+    top, step = nice_top(key, float(limit or 0) if is_near else most)
+    drawn = [draw_axes(key, axis, top, step)]
+    for series in curves:
+        for piece in pieces(series.rows):
+            drawn.append(draw_band(key, series, piece, axis, top))
+        for piece in pieces(series.rows):
+            drawn.append(draw_mean(key, series, piece, axis, top))
+    if limit is not None and limit <= top:
+        path = "M%dv0h%d" % (CHART_LEFT, CHART_RIGHT - CHART_LEFT)
+        path = path.replace("v0", " %.1f" % height_of(limit, top))
+        drawn.append(fill(PATH_SVG, kind="limit", path=path))
+    for when in marks[:MAX_MARKS]:
+        path = "M%.1f %dV%d" % (axis.place(when), CHART_TOP, CHART_BOTTOM)
+        drawn.append(fill(PATH_SVG, kind="mark", path=path))
+    words = [band_words(key, series.rows) for series in curves if series.rows]
+    return fill(
+        CHART_HTML,
+        label=NUMBERS[key].label,
+        words=" | ".join(words),
+        height=CHART_HEIGHT,
+        drawn=drawn,
+    )
+
+
+def band_words(key: str, rows: Sequence[RecordRow]) -> str:
+    """A curve in words: its least, mean and most."""
+    least = min(row.values[key][0] or 0.0 for row in rows)
+    middle = weighted_mean(rows, key)
+    most = largest(rows, key)
+    texts = [render_value(key, value) for value in (least, middle, most)]
+    return "%s to %s, mean %s" % (texts[0], texts[2], texts[1])
+
+
+def height_of(value: Optional[float], top: float) -> float:
+    """Where a value is, in a chart's box."""
+    share = min(max((value or 0.0) / top, 0.0), 1.0)
+    return CHART_BOTTOM - (CHART_BOTTOM - CHART_TOP) * share
+
+
+def draw_axes(key: str, axis: Axis, top: float, step: float) -> Html:
+    """The lines and words of both axes."""
+    parts: List[Html] = []
+    path = ""
+    value = 0.0
+    while value <= top * 1.001:
+        y = height_of(value, top)
+        path += "M%d %.1fH%d" % (CHART_LEFT, y, CHART_RIGHT)
+        text = render_value(key, value)
+        parts.append(
+            fill(
+                TEXT_SVG, x=CHART_LEFT - 6, y="%.0f" % (y + 4), anchor="end", text=text
+            )
+        )
+        value += step
+    parts += time_texts(axis, CHART_BOTTOM + 17)
+    for x, _ in axis.marks():
+        path += "M%.1f %dV%d" % (x, CHART_TOP, CHART_BOTTOM)
+    return Html(fill(PATH_SVG, kind="grid", path=path) + "".join(parts))
+
+
+def time_texts(axis: Axis, y: int) -> List[Html]:
+    """The words below a time axis."""
+    return [
+        fill(TEXT_SVG, x="%.0f" % x, y=y, anchor="middle", text=text)
+        for x, text in axis.marks()
+    ]
+
+
+def draw_band(
+    key: str, series: Series, piece: List[RecordRow], axis: Axis, top: float
+) -> Html:
+    """The area between least and most."""
+    there = []
+    back = []
+    for row in piece:
+        x = axis.place(row.time - series.shift)
+        least, _, most = row.values[key][:3]
+        there.append("%.1f %.1f" % (x, height_of(most, top)))
+        back.append("%.1f %.1f" % (x, height_of(least, top)))
+    path = "M%sZ" % "L".join(there + back[::-1])
+    return fill(PATH_SVG, kind=("band " + series.kind).rstrip(), path=path)
+
+
+def draw_mean(
+    key: str, series: Series, piece: List[RecordRow], axis: Axis, top: float
+) -> Html:
+    """The curve of the mean; a row alone is a short line."""
+    points = []
+    for row in piece:
+        x = axis.place(row.time - series.shift)
+        points.append("%.1f %.1f" % (x, height_of(row.values[key][1], top)))
+    end = "h1" if len(points) == 1 else ""
+    return fill(PATH_SVG, kind=series.kind, path="M" + "L".join(points) + end)
+
+
+def draw_map(record: Record, key: str, axis: Axis) -> Optional[Html]:
+    """A row for each node, the darker the more: which one is not like the others?"""
+    names = sorted(record.nodes, key=natural)[:MAP_NODES]
+    rows = [row for row in record.rows if len(row.values.get(key, ())) > 3]
+    if len(names) < 2 or not rows:
+        return None
+    means = map_means(rows, key, axis, names)
+    top = 100.0
+    if UNITS.get(key) != "%":
+        top = max((value for cells in means for value in cells.values()), default=0.0)
+    paths = map_paths(means, top or 1.0)
+    cell = map_cell(len(names))
+    drawn = [
+        fill(SHADE_SVG, share="%.2f" % (0.04 + 0.96 * level / MAP_LEVELS), path=path)
+        for level, path in sorted(paths.items())
+    ]
+    every = max(1, -(-12 // cell))
+    for place in range(0, len(names), every):
+        y = CHART_TOP + cell * place + cell // 2 + 4
+        text = names[place][:11]
+        drawn.append(fill(TEXT_SVG, x=CHART_LEFT - 6, y=y, anchor="end", text=text))
+    bottom = CHART_TOP + cell * len(names)
+    drawn += time_texts(axis, bottom + 17)
+    words = "each node over time, from 0 (light) to %s (dark)" % render_value(key, top)
+    return fill(
+        CHART_HTML,
+        label=NUMBERS[key].label,
+        words=words,
+        height=bottom + 24,
+        drawn=drawn,
+    )
+
+
+def map_cell(nodes: int) -> int:
+    """How high a cell is."""
+    return MAP_CELL if nodes <= 32 else MAP_CELL // 2
+
+
+def map_means(
+    rows: Sequence[RecordRow], key: str, axis: Axis, names: List[str]
+) -> List[Dict[int, float]]:
+    """For each node: the mean in each column in which it is known."""
+    span = axis.last - axis.first
+    sums: List[Dict[int, float]] = [{} for _ in names]
+    counts: List[Dict[int, int]] = [{} for _ in names]
+    orders: Dict[int, List[Optional[int]]] = {}
+    for row in rows:
+        order = orders.get(id(row.names))
+        if order is None:
+            known = {name: place for place, name in enumerate(row.names)}
+            order = orders[id(row.names)] = [known.get(name) for name in names]
+        first = int(MAP_COLUMNS * (row.time - row.step - axis.first) / span)
+        last = int(MAP_COLUMNS * (row.time - axis.first) / span)
+        columns = range(max(0, first), min(max(first, last - 1), MAP_COLUMNS - 1) + 1)
+        values = row.values[key]
+        for node, place in enumerate(order):
+            if place is None or place + 3 >= len(values):
+                continue
+            value = values[place + 3]
+            if value is None:
+                continue
+            for column in columns:
+                sums[node][column] = sums[node].get(column, 0.0) + value
+                counts[node][column] = counts[node].get(column, 0) + 1
+    return [
+        {column: total / count[column] for column, total in each.items()}
+        for each, count in zip(sums, counts)
+    ]
+
+
+def map_paths(means: List[Dict[int, float]], top: float) -> Dict[int, str]:
+    """For each level of shade: the path around its cells."""
+    width = (CHART_RIGHT - CHART_LEFT) / MAP_COLUMNS
+    cell = map_cell(len(means))
+    paths: Dict[int, str] = {}
+    for node, cells in enumerate(means):
+        y = CHART_TOP + cell * node
+        levels = {
+            column: round(MAP_LEVELS * min(max(value / top, 0.0), 1.0))
+            for column, value in cells.items()
+        }
+        column = 0
+        while column < MAP_COLUMNS:
+            level = levels.get(column)
+            first = column
+            while column < MAP_COLUMNS and levels.get(column) == level:
+                column += 1
+            if level is not None:
+                x = CHART_LEFT + width * first
+                length = width * (column - first)
+                path = "M%.1f %dh%.1fv%dh-%.1fz" % (x, y, length, cell - 1, length)
+                paths[level] = paths.get(level, "") + path
+    return paths
+
+
+# ---- tables
+
+
+def draw_date(column: Column, row: Message, site: Site) -> Html:
+    """A day and a time."""
+    return fill(CELL_HTML, kind=column.align, content=render_date(row.get(column.key)))
+
+
+def render_date(when: Optional[float]) -> str:
+    """A day and a time for people."""
+    if not when:
+        return "-"
+    return time.strftime("%F %T", time.localtime(when))
+
+
+def draw_record(column: Column, row: Message, site: Site) -> Html:
+    """A job's id, a link to its report."""
+    href = "job/" + urllib.parse.quote(row["job"], "")
+    return fill(LINK_CELL_HTML, href=href, text=row["job"])
+
+
+def draw_severity(column: Column, row: Message, site: Site) -> Html:
+    """What is wrong with a job, or how it died."""
+    severity = severity_of(row)
+    kind = "bad" if severity in ("problem", "died") else ""
+    return fill(CELL_HTML, kind="w " + kind, content=verdict_words(row))
+
+
+def verdict_words(summary: Message) -> str:
+    """The worst verdict on a job in a line."""
+    words = SEVERITY_WORDS[severity_of(summary)]
+    verdicts = summary["verdicts"] or []
+    if verdicts:
+        return "%s: %s" % (words, verdicts[0].get("what"))
+    return words
+
+
+def draw_text_as(key: str) -> Draw:
+    """The reading of a column as another one is written."""
+
+    def draw(column: Column, row: Message, site: Site) -> Html:
+        text = render_value(key, row.get(column.key))
+        return fill(CELL_HTML, kind=column.align, content=text)
+
+    return draw
+
+
+AS_BYTES = draw_text_as("mem")
+AS_PERCENT = draw_text_as("cpu")
+AS_COUNT = draw_text_as("nodes")
+RECORD_COLUMNS = (
+    Column("job", "Job", LEFT, draw_record),
+    Column("job_name", "Name"),
+    Column("user", "User"),
+    Column("state", "State"),
+    Column("severity", "Verdict", WRAPPED, draw_severity),
+    Column("nodes", "Nodes", RIGHT),
+    Column("cpus", "CPUs", RIGHT, AS_COUNT),
+    Column("gpus", "GPUs", RIGHT, AS_COUNT),
+    Column("ran", "Ran", RIGHT),
+    Column("limit", "Time limit", RIGHT),
+    Column("cpu", "CPU", RIGHT, draw_percent),
+    Column("gpu", "GPU", RIGHT, draw_percent),
+    Column("peak", "Peak memory", RIGHT, AS_BYTES),
+    Column("mem", "Asked for", RIGHT),
+    Column("start", "Started", LEFT, draw_date),
+    Column("end", "Ended", LEFT, draw_date),
+)
+USE_COLUMNS = (
+    Column("what", ""),
+    Column("asked", "Asked for", RIGHT),
+    Column("got", "Got", RIGHT),
+    Column("used", "Used", RIGHT),
+)
+RUN_NODE_COLUMNS = (
+    Column("node", "Node"),
+    Column("job_cpus", "CPUs", RIGHT, AS_COUNT),
+    Column("cpu", "CPU, mean", RIGHT, AS_PERCENT),
+    Column("cpu_most", "CPU, most", RIGHT, AS_PERCENT),
+    Column("mem", "Memory, mean", RIGHT, AS_BYTES),
+    Column("mem_most", "Memory, most", RIGHT, AS_BYTES),
+    Column("gpu", "GPU, mean", RIGHT, AS_PERCENT),
+)
+RANK_COLUMNS = (
+    Column("rank", "Rank", RIGHT, AS_COUNT),
+    Column("node", "Node"),
+    Column("pid", "PID", RIGHT, AS_COUNT),
+    Column("program", "Program"),
+    Column("cpu", "CPU", RIGHT, AS_PERCENT),
+    Column("mem", "Memory", RIGHT, AS_BYTES),
+    Column("peak", "Peak", RIGHT, AS_BYTES),
+    Column("threads", "Threads", RIGHT, AS_COUNT),
+    Column("cpus", "Its CPUs", LEFT),
+    Column("state", "State"),
+    Column("read_total", "Read", RIGHT, AS_BYTES),
+    Column("write_total", "Written", RIGHT, AS_BYTES),
+)
+GPU_COLUMNS = (
+    Column("name", "GPU"),
+    Column("gpu", "Busy, mean", RIGHT, AS_PERCENT),
+    Column("most", "Busy, most", RIGHT, AS_PERCENT),
+    Column("mem", "Memory, most", RIGHT, AS_BYTES),
+    Column("power", "Power, most", RIGHT),
+    Column("temp", "Temperature, most", RIGHT),
+)
+RUN_EVENT_COLUMNS = (
+    Column("time", "Time", LEFT, draw_date),
+    KIND,
+    Column("node", "Node"),
+    WHAT,
+)
+COMPARE_COLUMNS = (
+    Column("what", ""),
+    Column("a", "A", RIGHT),
+    Column("b", "B", RIGHT),
+    Column("words", "B against A", WRAPPED),
+)
+
+
+def draw_table(
+    name: str,
+    caption: str,
+    columns: Sequence[Column],
+    rows: Sequence[Message],
+    headings: Optional[Sequence[Html]] = None,
+) -> Optional[Html]:
+    """A table of what is known; None without a row."""
+    if not rows:
+        return None
+    always = columns[0].key
+    known = [
+        place
+        for place, column in enumerate(columns)
+        if column.key in (always, "severity")
+        or any(row.get(column.key) is not None for row in rows)
+    ]
+    if headings is None:
+        headings = [
+            fill(HEADING_HTML, align=heading_align(column), label=column.heading)
+            for column in columns
+        ]
+    lines = []
+    for number, row in enumerate(rows[:MAX_ROWS]):
+        cells = [columns[place].draw(columns[place], row, None) for place in known]
+        lines.append(fill(ROW_HTML, id="%s_%d" % (name, number), cells=cells))
+    body = fill(BODY_HTML, id=name + "-all", heading=None, rows=lines)
+    return fill(
+        TABLE_HTML,
+        name=name,
+        caption=caption,
+        headings=[headings[place] for place in known],
+        bodies=body,
+        end=None,
+    )
+
+
+def heading_align(column: Column) -> str:
+    """The class of the cell above a column."""
+    return RIGHT if column.align == RIGHT else LEFT
+
+
+# ---- one job
+
+
+def how_it_went(summary: Message) -> str:
+    """A job's state in a sentence."""
+    state = summary["state"] or "UNKNOWN"
+    words = [state.capitalize().replace("_", " ")]
+    if summary["reason"] not in (None, "None"):
+        words.append("(%s)" % summary["reason"])
+    if summary["exit"] not in (None, "0:0"):
+        words.append("with exit code %s" % summary["exit"])
+    if summary["end"] and state in ENDED_STATES:
+        words.append("on %s" % render_date(summary["end"]))
+    if summary["ran"] is not None:
+        words.append("after %s" % render_value("ran", summary["ran"]))
+    if summary["limit"] is not None:
+        words.append("of %s" % render_value("limit", summary["limit"]))
+    return " ".join(words)
+
+
+def title_of(summary: Message) -> str:
+    """What a job is called."""
+    return " ".join(filter(None, ("Job", summary["job"], summary["job_name"])))
+
+
+def draw_verdicts(record: Record, summary: Message) -> Html:
+    """What was found, the worst first."""
+    verdicts = list(record.verdicts or ())
+    if summary["state"] in DEADLY_STATES and not any(
+        verdict.get("severity") == "died" for verdict in verdicts
+    ):
+        verdicts.insert(0, {"severity": "died", "what": how_it_went(summary)})
+    if not verdicts:
+        severity = severity_of(summary)
+        nothing = "nothing was found" if severity else "nobody has looked at it"
+        verdicts = [{"severity": severity, "what": nothing}]
+    items = []
+    for verdict in verdicts:
+        severity = verdict.get("severity") or ""
+        proof = verdict.get("proof")
+        cure = verdict.get("cure")
+        items.append(
+            fill(
+                VERDICT_HTML,
+                severity=severity if severity in SEVERITIES else "",
+                word=SEVERITY_WORDS.get(severity, severity),
+                what=verdict.get("what"),
+                proof=fill(PROOF_HTML, proof) if proof else None,
+                cure=fill(CURE_HTML, cure) if cure else None,
+            )
+        )
+    return fill(VERDICTS_HTML, verdicts=items)
+
+
+def use_rows(record: Record, summary: Message) -> List[Message]:
+    """What was asked for, what Slurm gave and what was used of it."""
+    busy = None
+    if summary["cpu"] is not None and summary["got_cpus"]:
+        busy = summary["cpu"] * summary["got_cpus"] / 100
+    peak = render_value("mem", summary["peak"])
+    if summary["peak"] is not None and summary["mem_limit"]:
+        peak += " (%.0f %%)" % (100 * summary["peak"] / summary["mem_limit"])
+    rows = (
+        ("Nodes", summary["nodes"], len(record.nodes) or None, None),
+        ("CPUs", summary["cpus"], summary["got_cpus"], busy),
+        (
+            "Memory of the node with the most",
+            render_value("mem", summary["mem"]),
+            render_value("mem", summary["mem_limit"]),
+            peak,
+        ),
+        ("GPUs", summary["gpus"], len(record.gpus) or None, None),
+        (
+            "Time",
+            render_value("limit", summary["limit"]),
+            None,
+            render_value("ran", summary["ran"]),
+        ),
+    )
+    texts = []
+    for what, asked, got, used in rows:
+        known = [show_amount(value) for value in (asked, got, used)]
+        if any(text != "-" for text in known):
+            texts.append(dict(zip(("what", "asked", "got", "used"), [what] + known)))
+    return texts
+
+
+def show_amount(value: Any) -> str:
+    """An amount of CPUs and the like for people; a text is one already."""
+    if isinstance(value, float) and not value.is_integer():
+        return "%.1f" % value
+    return render_value("nodes", value)
+
+
+def run_node_rows(record: Record) -> List[Message]:
+    """What each node did over the whole job."""
+    rows = []
+    totals: Dict[Tuple[str, str], List[float]] = {}  # sum, weight, most
+    for row in record.rows:
+        for key in BY_NODE:
+            values = row.values.get(key, [])
+            for name, value in zip(row.names, values[3:]):
+                if value is None:
+                    continue
+                total = totals.setdefault((name, key), [0.0, 0.0, 0.0])
+                total[0] += row.step * value
+                total[1] += row.step
+                total[2] = max(total[2], value)
+    for name in sorted(record.nodes, key=natural):
+        cpu = totals.get((name, "job_cpu")) or totals.get((name, "cpu"))
+        memory = totals.get((name, "job_mem"))
+        gpu = totals.get((name, "gpu"))
+        rows.append(
+            {
+                "node": name,
+                "job_cpus": record.nodes[name].get("job_cpus"),
+                "cpu": cpu and cpu[0] / cpu[1],
+                "cpu_most": cpu and cpu[2],
+                "mem": memory and memory[0] / memory[1],
+                "mem_most": memory and memory[2],
+                "gpu": gpu and gpu[0] / gpu[1],
+            }
+        )
+    return rows
+
+
+def gpu_rows(record: Record) -> List[Message]:
+    """What each GPU did."""
+    rows = []
+    for name in sorted(record.gpus, key=natural):
+        columns = list(zip(*(reading for _, reading in record.gpus[name])))
+        known = [[value for value in column if is_number(value)] for column in columns]
+        known += [[]] * (len(GPU_KEYS) - len(known))
+        busy, memory, power, temperature = known[: len(GPU_KEYS)]
+        rows.append(
+            {
+                "name": name,
+                "gpu": mean_of(busy),
+                "most": max(busy, default=None),
+                "mem": max(memory, default=None),
+                "power": max(power, default=None),
+                "temp": max(temperature, default=None),
+            }
+        )
+    return rows
+
+
+def suggestions(summary: Message) -> List[str]:
+    """The #SBATCH lines that this one run speaks for."""
+    lines = []
+    peak = summary["peak"]
+    state = summary["state"]
+    if state == "OUT_OF_MEMORY" and summary["mem_limit"]:
+        lines.append("#SBATCH --mem=%dG" % -(-1.5 * summary["mem_limit"] // GIB))
+    elif state == "COMPLETED" and peak:
+        wanted = memory_to_ask(peak)
+        if not summary["mem_limit"] or abs(wanted * GIB - summary["mem_limit"]) > GIB:
+            lines.append("#SBATCH --mem=%dG" % wanted)
+    if state == "TIMEOUT" and summary["limit"]:
+        lines.append("#SBATCH --time=%s" % slurm_time(2 * summary["limit"]))
+    elif state == "COMPLETED" and summary["ran"] and summary["limit"]:
+        wanted = TIME_MARGIN * summary["ran"]
+        if wanted < summary["limit"] / 2:
+            lines.append("#SBATCH --time=%s" % slurm_time(wanted))
+    return lines
+
+
+def memory_to_ask(peak: float) -> int:
+    """GiB to ask for, by a peak in bytes."""
+    return max(1, int(-(-MEMORY_MARGIN * peak // GIB)))
+
+
+def slurm_time(seconds: float) -> str:
+    """A time as sbatch takes it, in whole steps of ten minutes, or of one for a short job."""
+    step = 600 if seconds > 3600 else 60
+    minutes = int(-(-seconds // step)) * step // 60
+    days, minutes = divmod(minutes, 1440)
+    text = "%02d:%02d:00" % divmod(minutes, 60)
+    return "%d-%s" % (days, text) if days else text
+
+
+def draw_suggestions(summary: Message) -> Optional[Html]:
+    """The lines to paste, and what they rest upon."""
+    lines = suggestions(summary)
+    if not lines:
+        return None
+    why = (
+        "This rests on one run, of which a sample was taken every few seconds: a peak"
+        " between two of them may have been higher."
+    )
+    paste = fill(PASTE_HTML, lines="\n".join(lines), why=why)
+    return fill(SECTION_HTML, heading="To ask for next time", parts=paste)
+
+
+def job_parts(record: Record, summary: Message) -> List[Optional[Html]]:
+    """Everything that there is to show of a job."""
+    axis = Axis(*record.span)
+    marks = [
+        event["time"]
+        for event in record.events
+        if event["kind"] in ("lost", "alert") and axis.first < event["time"] < axis.last
+    ]
+    series = [Series(record.rows)]
+    charts = []
+    for key in CHARTED:
+        limit = summary["mem_limit"] if key == "job_mem" else None
+        charts.append(draw_chart(key, series, axis, limit, marks))
+    maps = [draw_map(record, key, axis) for key in map_keys(record)]
+    ranks = sorted(record.ranks, key=lambda rank: -(rank.get("mem") or 0.0))
+    events = [dict(event, text=event["text"]) for event in record.events]
+    return [
+        fill(PARAGRAPH_HTML, text=how_it_went(summary)),
+        draw_verdicts(record, summary),
+        draw_table("use", "Asked, got, used", USE_COLUMNS, use_rows(record, summary)),
+        draw_suggestions(summary),
+        draw_section("Over time", charts, time_words(record)),
+        draw_section("Node by node", maps),
+        draw_table("nodes", "Nodes", RUN_NODE_COLUMNS, run_node_rows(record)),
+        draw_table("ranks", "Ranks at the end", RANK_COLUMNS, ranks),
+        draw_table("gpus", "GPUs", GPU_COLUMNS, gpu_rows(record)),
+        draw_table("events", "Events", RUN_EVENT_COLUMNS, events),
+    ]
+
+
+def map_keys(record: Record) -> List[str]:
+    """The metrics of which there is a map."""
+    recorded = {key for row in record.rows for key in row.values}
+    cpu = "job_cpu" if "job_cpu" in recorded else "cpu"
+    return [key for key in (cpu, "job_mem", "gpu") if key in recorded]
+
+
+def draw_section(
+    heading: str, charts: List[Optional[Html]], words: str = ""
+) -> Optional[Html]:
+    """Charts under a heading."""
+    drawn = [chart for chart in charts if chart]
+    if not drawn:
+        return None
+    parts = [fill(PARAGRAPH_HTML, text=words)] if words else []
+    parts.append(fill(CHARTS_HTML, charts=drawn))
+    return fill(SECTION_HTML, heading=heading, parts=parts)
+
+
+def time_words(record: Record) -> str:
+    """The times of a record, and how fine it is."""
+    first, last = record.span
+    zone = time.strftime("%Z", time.localtime(last))
+    steps = sorted({round(row.step) for row in record.rows})
+    fine = "%d" % steps[0] if len(steps) == 1 else "%d to %d" % (steps[0], steps[-1])
+    return (
+        "From %s to %s %s; a point stands for %s s, the area reaches from the least to the"
+        " most of all nodes." % (render_date(first), render_date(last), zone, fine)
+    )
+
+
+def render_document(
+    title: str, parts: Sequence[Optional[Html]], root: Optional[str], footer: object
+) -> str:
+    """A whole page; root leads to the pages of the master, None if there is none."""
+    nav = None if root is None else fill(REPORT_NAV_HTML, root=root)
+    return fill(
+        REPORT_HTML,
+        title=title,
+        style=Html(STYLE + REPORT_STYLE),
+        nav=nav,
+        parts=list(parts),
+        footer=footer,
+    )
+
+
+def render_report(record: Record) -> str:
+    """The report of a job as one file that needs nothing else, with the record in it."""
+    summary = summarize(record)
+    parts = job_parts(record, summary)
+    written = "Written on %s by Cluster Sentinel." % render_date(time.time())
+    page = render_document(title_of(summary), parts, None, "\0")
+    room = MAX_REPORT - len(page.encode("utf-8", "replace")) - 1000
+    data = pack_into(record, room)
+    name = safe_name(record.job) + ".jsonl.gz"
+    footer = fill("{} {}", fill(DOWNLOAD_HTML, name=name, data=data), written)
+    return page.replace("\0", footer)
+
+
+def pack_into(record: Record, room: int) -> str:
+    """The record in base64, as thin as it must be to have room."""
+    names = list(record.nodes)
+    rows = [in_order_of(row, names) for row in record.rows]
+    thin = Record(record.job)
+    thin.__dict__.update(record.__dict__)
+    while True:
+        thin.rows = rows
+        packed = gzip.compress(b"".join(thin.lines()), 6, mtime=0)
+        data = base64.b64encode(packed).decode()
+        if len(data) <= room or len(rows) < 2:
+            return data
+        rows = halve(rows)
+
+
+def record_of_report(job: str, page: str) -> Record:
+    """The record that a report holds; RecordError if there is none in it."""
+    match = re.search(r'href="data:application/gzip;base64,([A-Za-z0-9+/=]*)"', page)
+    if not match:
+        raise RecordError("no record in this file")
+    return parse_record(job, unpack(base64.b64decode(match.group(1))))
+
+
+def record_as_json(record: Record) -> Message:
+    """A record for programs: JOB_KEYS, what it used, and all its curves."""
+    answer = summarize(record)
+    answer["severity"] = severity_of(answer) or None
+    answer["verdicts"] = record.verdicts
+    answer["nodes_seen"] = record.nodes
+    answer["ranks"] = record.ranks
+    answer["gpus_seen"] = gpu_rows(record)
+    answer["events"] = record.events
+    answer["gaps"] = record.gaps
+    answer["rows"] = [
+        dict(row.values, time=row.time, step=row.step) for row in record.rows
+    ]
+    return answer
+
+
+def find_record(view: Optional[Snapshot], job: str, site: Site) -> Optional[Record]:
+    """What is known of a job, by the records and by Slurm just now."""
+    record: Optional[Record] = site.archive.record(job)
+    for facts in view.jobs if view else ():
+        if job in (facts["job"], facts["raw"]):
+            live = Record(facts["job"])
+            if record:
+                live.__dict__.update(record.__dict__)
+                live.facts = dict(record.facts)
+            for key in JOB_KEYS:
+                if facts[key] is not None:
+                    live.facts[key] = facts[key]
+            return live
+    return record
+
+
+def render_job_page(view: Snapshot, query: Query, site: Site) -> str:
+    """The page of a job, live or past; "" if nothing is known of it."""
+    record = find_record(view, query["job"], site)
+    if record is None:
+        return ""
+    summary = summarize(record)
+    parts = job_parts(record, summary)
+    parts.append(fill(COMPARE_FORM_HTML, root="../", job=record.job))
+    return render_document(title_of(summary), parts, "../", "")
+
+
+def render_job_json(view: Snapshot, query: Query, site: Site) -> str:
+    """A job as JSON; "" if nothing is known of it."""
+    record = find_record(view, query["job"], site)
+    return "" if record is None else as_json(record_as_json(record))
+
+
+# ---- many jobs
+
+
+def select_jobs(view: Snapshot, query: Query, site: Site) -> List[Message]:
+    """The jobs that a query asks for, live and past, in its order."""
+    jobs = {job["job"]: job for job in site.archive.list()}
+    for facts in view.jobs:
+        live = Record(facts["job"])
+        live.facts = dict(facts)
+        summary = summarize(live)
+        before = jobs.get(facts["job"])
+        jobs[facts["job"]] = merge_summaries(before, summary) if before else summary
+    words = query.get("q", "").lower().split()
+    found = []
+    for job in jobs.values():
+        job["severity"] = severity_of(job) or None
+        if is_job_asked_for(job, query, words):
+            found.append(job)
+    return in_order(found, query.get("sort") or "-time")
+
+
+def is_job_asked_for(job: Message, query: Query, words: Sequence[str]) -> bool:
+    """Whether a job is of the query's state, user and verdict, and has every word somewhere."""
+    for key in ("state", "user", "severity"):
+        if query.get(key) and query[key] != (job[key] or ""):
+            return False
+    if not words:
+        return True
+    keys = ("job", "job_name", "user", "state", "partition", "reason", "nodelist")
+    text = "\n".join(str(job[key] or "") for key in keys)
+    text = (text + "\n" + verdict_words(job)).lower()
+    return all(word in text for word in words)
+
+
+def jobs_link(path: str, query: Query, **state: object) -> str:
+    """The address of the list of jobs in the query's state, but for what is given."""
+    state = dict(query, **state)
+    keys = ("q", "state", "user", "severity", "sort", "page")
+    fields = [(key, state[key]) for key in keys if state.get(key)]
+    return path + "?" + urllib.parse.urlencode(fields)
+
+
+def render_jobs_page(view: Snapshot, query: Query, site: Site) -> str:
+    """The page of all jobs, of today and of the past."""
+    jobs = select_jobs(view, query, site)
+    everything = select_jobs(view, {}, site)
+    last = max(1, -(-len(jobs) // JOBS_PAGE))
+    asked = query.get("page", "")
+    page = min(max(int(asked), 1), last) if asked.isdecimal() else 1
+    shown = jobs[JOBS_PAGE * (page - 1) : JOBS_PAGE * page]
+    counts = collections.Counter(job["state"] or "UNKNOWN" for job in everything)
+    words = ["%d %s" % (count, state.lower()) for state, count in counts.most_common()]
+    parts: List[Optional[Html]] = [
+        fill(PARAGRAPH_HTML, text=", ".join(words) or "No jobs yet"),
+        jobs_form(everything, query),
+        draw_table("jobs", "Jobs", RECORD_COLUMNS, shown, job_headings(query)),
+        page_list(query, page, last) if last > 1 else None,
+        fill(
+            JOBS_LINKS_HTML,
+            csv=jobs_link("jobs.csv", query),
+            json=jobs_link("jobs.json", query),
+        ),
+    ]
+    return render_document("Jobs", parts, "", "")
+
+
+def jobs_form(jobs: Sequence[Message], query: Query) -> Html:
+    """The filter of the list of jobs."""
+    selects = []
+    for key in ("state", "user", "severity"):
+        values = sorted({job[key] for job in jobs if job[key]}, key=natural)
+        options = [
+            fill(
+                CHOSEN_OPTION_HTML if query.get(key) == value else OPTION_HTML,
+                value=value,
+            )
+            for value in values
+        ]
+        label = "Verdict" if key == "severity" else key.capitalize()
+        if values:
+            selects.append(
+                fill(SELECT_HTML, label=label, key=key, first="all", options=options)
+            )
+    return fill(
+        JOBS_FORM_HTML,
+        words=query.get("q"),
+        selects=selects,
+        sort=query.get("sort"),
+    )
+
+
+def job_headings(query: Query) -> List[Html]:
+    """The cells above the list of jobs: links that sort it."""
+    sort = query.get("sort") or "-time"
+    cells = []
+    for column in RECORD_COLUMNS:
+        turned = "-" + column.key if sort == column.key else column.key
+        href = jobs_link("jobs", query, sort=turned, page="")
+        label = fill(LINK_HTML, href=href, text=column.heading)
+        align = heading_align(column)
+        if sort.lstrip("-") == column.key:
+            order = "descending" if sort.startswith("-") else "ascending"
+            cells.append(
+                fill(SORTED_HEADING_HTML, align=align, order=order, label=label)
+            )
+        else:
+            cells.append(fill(HEADING_HTML, align=align, label=label))
+    return cells
+
+
+def page_list(query: Query, page: int, last: int) -> Html:
+    """Links to the pages of the list."""
+    links = []
+    for number in range(1, last + 1):
+        template = THIS_PAGE_LINK_HTML if number == page else PAGE_LINK_HTML
+        href = jobs_link("jobs", query, page=number)
+        links.append(fill(template, href=href, number=number))
+    return fill(PAGES_HTML, links=links)
+
+
+JOBS_CSV_KEYS = (
+    *JOB_KEYS,
+    "ran",
+    "cpu",
+    "gpu",
+    "peak",
+    "mem_limit",
+    "got_cpus",
+    "severity",
+)
+
+
+def render_jobs_csv(view: Snapshot, query: Query, site: Site) -> str:
+    """The list of jobs as CSV; times in seconds since 1970, memory in bytes."""
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow([*JOBS_CSV_KEYS, "verdict"])
+    for job in select_jobs(view, query, site):
+        cells = [as_csv(job.get(key)) for key in JOBS_CSV_KEYS]
+        table.writerow([*cells, as_csv(verdict_words(job))])
+    return text.getvalue()
+
+
+def render_records_json(view: Snapshot, query: Query, site: Site) -> str:
+    """The list of jobs as JSON."""
+    jobs = select_jobs(view, query, site)
+    return as_json({"time": round(view.time, 3), "jobs": jobs})
+
+
+# ---- two jobs
+
+
+def render_compare_page(view: Snapshot, query: Query, site: Site) -> str:
+    """Two jobs on the same axes, and what is different, in words; "" if one is not known."""
+    records = [find_record(view, query.get(key, ""), site) for key in ("a", "b")]
+    if None in records:
+        return ""
+    one, other = (record for record in records if record)
+    first, second = summarize(one), summarize(other)
+    length = max(record.span[1] - record.span[0] for record in (one, other))
+    axis = Axis(0.0, length, is_clock=False)
+    series = [
+        Series(one.rows, "", one.span[0]),
+        Series(other.rows, "other", other.span[0]),
+    ]
+    charts = [draw_chart(key, series, axis) for key in CHARTED]
+    words = (
+        "A, job %s, is the full line; B, job %s, the broken one. Time since each start."
+        % (
+            one.job,
+            other.job,
+        )
+    )
+    parts = [
+        fill(PARAGRAPH_HTML, text="A: %s. %s" % (title_of(first), how_it_went(first))),
+        fill(
+            PARAGRAPH_HTML, text="B: %s. %s" % (title_of(second), how_it_went(second))
+        ),
+        draw_table(
+            "compare", "Differences", COMPARE_COLUMNS, compare_rows(first, second)
+        ),
+        draw_section("Over time", charts, words),
+    ]
+    title = "Jobs %s and %s" % (one.job, other.job)
+    return render_document(title, parts, "", "")
+
+
+COMPARED = (  # what is compared: a label, the key, and how it is written
+    ("State", "state", "state"),
+    ("Verdict", "severity", "severity"),
+    ("Nodes", "nodes", "nodes"),
+    ("CPUs", "cpus", "nodes"),
+    ("Ran", "ran", "ran"),
+    ("Time limit", "limit", "limit"),
+    ("CPU, mean", "cpu", "cpu"),
+    ("GPU, mean", "gpu", "gpu"),
+    ("Peak memory of a node", "peak", "mem"),
+    ("Memory limit of a node", "mem_limit", "mem"),
+)
+
+
+def compare_rows(one: Message, other: Message) -> List[Message]:
+    """What is known of either, side by side."""
+    rows = []
+    for label, key, written in COMPARED:
+        pair = [summary.get(key) for summary in (one, other)]
+        if key == "severity":
+            pair = [severity_of(summary) or None for summary in (one, other)]
+        if pair == [None, None]:
+            continue
+        texts = [render_value(written, value) for value in pair]
+        words = difference_words(*pair)
+        rows.append({"what": label, "a": texts[0], "b": texts[1], "words": words})
+    return rows
+
+
+def difference_words(one: Any, other: Any) -> str:
+    """How the second differs from the first."""
+    if one is None or other is None:
+        return "known of one only"
+    if not is_number(one) or not is_number(other):
+        return "the same" if one == other else "different"
+    if one == other or abs(other - one) < 0.02 * max(abs(one), abs(other)):
+        return "the same"
+    if not one:
+        return "more"
+    ratio = other / one
+    if ratio >= 2:
+        return "%.1f times as much" % ratio
+    return "%.0f %% %s" % (abs(ratio - 1) * 100, "more" if ratio > 1 else "less")
+
+
+# ---- text
+
+
+def render_jobs_text(jobs: Sequence[Message]) -> str:
+    """The list of jobs for a terminal."""
+    columns = [
+        column
+        for column in RECORD_COLUMNS
+        if column.key in ("job", "severity")
+        or any(job.get(column.key) is not None for job in jobs)
+    ]
+    table = [[column.heading for column in columns]]
+    for job in jobs:
+        table.append([job_cell(column, job) for column in columns])
+    widths = [max(map(text_width, texts)) for texts in zip(*table)]
+    lines = []
+    for texts in table:
+        lines.append("  ".join(map(align, columns, texts, widths)).rstrip())
+    return "".join(line + "\n" for line in lines)
+
+
+def job_cell(column: Column, job: Message) -> str:
+    """What a cell says."""
+    if column.key == "severity":
+        return verdict_words(job)
+    if column.draw is draw_date:
+        return render_date(job.get(column.key))
+    return render_value(column.key, job.get(column.key))
+
+
+def explain_text(record: Record) -> str:
+    """What became of a job, or will, for a terminal."""
+    summary = summarize(record)
+    lines = ["%s: %s" % (title_of(summary), how_it_went(summary))]
+    verdicts = record.verdicts or ()
+    for verdict in verdicts:
+        word = SEVERITY_WORDS.get(verdict.get("severity") or "", "")
+        lines.append("%s: %s" % (word, verdict.get("what")))
+        if verdict.get("proof"):
+            lines.append("    %s" % verdict["proof"])
+        if verdict.get("cure"):
+            lines.append("    -> %s" % verdict["cure"])
+    if not verdicts:
+        lines.append(SEVERITY_WORDS[severity_of(summary)])
+    for use in use_rows(record, summary):
+        lines.append(
+            "%s: asked for %s, got %s, used %s"
+            % (use["what"], use["asked"], use["got"], use["used"])
+        )
+    lines += suggestions(summary)
+    return "".join(clean_text(line) + "\n" for line in lines)
+
+
+def explain(folder: str, job: str, as_program: bool) -> Tuple[str, int]:
+    """What --explain prints of a job, and its exit code; RecordError without a record."""
+    try:
+        record = read_record(folder, job)
+    except OSError as error:
+        raise RecordError("%s cannot be read: %s" % (folder, error.strerror)) from None
+    if record is None:
+        raise RecordError(
+            "no record of job %s in %s; test_reader.py --jobs lists what there is"
+            % (clean_text(job), folder)
+        )
+    code = EXPLAIN_CODES[severity_of(summarize(record))]
+    if not as_program:
+        return explain_text(record), code
+    answer = record_as_json(record)
+    del answer["rows"]
+    return as_json(dict(answer, code=code)), code
+
+
+REPORT_ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
+    "/jobs": (HTML, render_jobs_page),
+    "/jobs.csv": (CSV, render_jobs_csv),
+    "/jobs.json": (JSON, render_records_json),
+    "/job/": (HTML, render_job_page),
+    "/api/job/": (JSON, render_job_json),
+    "/compare": (HTML, render_compare_page),
+}
+
+
+# ============================================================================
 # Dashboard: sockets -> request -> pages
 # ============================================================================
 
@@ -4455,6 +5806,8 @@ PICK_GRAPHS = operator.itemgetter(*map(NODE_KEYS.index, GRAPHS))
 GAP = (math.nan,) * len(GRAPHS)
 BLANK = array.array("f", GAP[:2] * FINE + GAP[2:] * COARSE)
 MAX_LEFT = 1024  # who left, to be remembered
+REPORT_SECONDS = 2.0  # for which a page of records is sent again as it was ...
+MAX_REPORTS = 16  # ... if it is one of the last ones
 TICK_SECONDS = 2.0  # between two looks at the table, for the graphs
 WATCHED_SECONDS = 60.0  # without a request: only every fifth tick has a look
 HEADERS = {
@@ -4471,6 +5824,15 @@ HEADERS = {
         for text in (STYLE, SCRIPT)
     ),
 }
+
+
+REPORT_POLICY = (
+    "default-src 'none'; img-src data:; form-action 'self'; base-uri 'none';"
+    " frame-ancestors 'none'; style-src 'sha256-%s'"
+    % base64.b64encode(
+        hashlib.sha256((STYLE + REPORT_STYLE).encode()).digest()
+    ).decode()
+)
 
 
 class HTTPError(Exception):
@@ -4627,6 +5989,9 @@ class Dashboard:
             options.dashboard_host.lower(),
             "localhost",
         }
+        self.archive: Optional[Archive] = None  # until it is asked for
+        # (path, query) -> time.monotonic(), body: a page of records
+        self.reports: Dict[Any, Tuple[float, bytes]] = {}
 
     def run(self) -> None:
         """Answer until the supervisor is gone."""
@@ -4766,8 +6131,16 @@ class Dashboard:
             path = "/nodes.txt"  # curl
         if path.startswith("/node/"):
             path, query["node"] = "/node/", path[len("/node/") :]
+        for prefix in ("/job/", "/api/job/"):
+            if path.startswith(prefix):
+                query["job"] = path[len(prefix) :]
+                path = prefix
+        if path in REPORT_ROUTES:
+            return self.answer_report(path, query, fields, headers)
         if path not in ROUTES:
-            raise HTTPError(404, "no such page; there are " + " ".join(ROUTES))
+            raise HTTPError(
+                404, "no such page; there are " + " ".join([*ROUTES, *REPORT_ROUTES])
+            )
         self.asked, view, (kind, render) = time.monotonic(), self.fresh(), ROUTES[path]
         if path == "/healthz" and view.beat > STALE_SECONDS:
             raise HTTPError(503, "the collector has been silent for %.0f s" % view.beat)
@@ -4783,6 +6156,834 @@ class Dashboard:
         headers.update({"Content-Type": kind, "Vary": "Accept, Accept-Encoding"})
         headers.update({"Content-Encoding": "gzip"} if zipped else {})
         return body
+
+    def answer_report(
+        self, path: str, query: Query, fields: Dict[str, str], headers: Dict[str, str]
+    ) -> bytes:
+        """The body of a page that is made of records, which may have to wait for a disk."""
+        self.asked = time.monotonic()
+        kind, render = REPORT_ROUTES[path]
+        with self.lock:
+            self.archive = self.archive or Archive(self.options.archive)
+        key = (path, tuple(sorted(query.items())))
+        made, body = self.reports.get(key, (-math.inf, b""))
+        if time.monotonic() - made > REPORT_SECONDS:
+            try:
+                body = render(self.fresh(), query, self).encode("utf-8", "replace")
+            except RecordError as error:
+                raise HTTPError(503, str(error)) from None
+            if not body:
+                raise HTTPError(404, "no such job; /jobs has a list of them")
+            with self.lock:
+                while len(self.reports) >= MAX_REPORTS:
+                    del self.reports[next(iter(self.reports))]
+                self.reports[key] = (time.monotonic(), body)
+        headers.update({"Content-Type": kind, "Vary": "Accept-Encoding"})
+        headers["Content-Security-Policy"] = REPORT_POLICY
+        if "gzip" in fields.get("accept-encoding", ""):
+            headers["Content-Encoding"] = "gzip"
+            return gzip.compress(body, 1)
+        return body
+
+
+# ============================================================================
+# Recorder: the table -> a record of each job, on a thread that may wait for a disk
+# ============================================================================
+
+LOOK_SECONDS = 2.0  # between two looks at the table ...
+MANY_SLOTS = 256  # ... with more nodes in jobs, it is ROW_SECONDS
+MAX_RECORDINGS = 1024  # jobs at once, and nodes of each: peers choose their names
+MAX_TRACES = 4096
+DIAGNOSE_SECONDS = 30.0  # between two verdicts on a job, at least ...
+DIAGNOSE_SHARE = 500  # ... and so many times of what one takes
+VERDICT_SECONDS = 300.0  # until figures that changed are worth another line
+TRACE_POINTS = 360  # of a node's curves, one a row: the last hour
+MAX_TRACED = 1024  # nodes with curves
+TAIL_ROWS = 60  # rows before a job's end that are kept as they were: ten minutes
+RANK_ROWS = 30  # rows of the record from one list of ranks to the next
+GPU_ROWS = 6  # and from one look at the GPUs to the next
+MAX_RANKS = 64  # in such a list ...
+MAX_LAST_RANKS = 256  # ... and in the last one
+MAX_JOB_EVENTS = 256  # of one job, that are kept as evidence
+SILENT_SECONDS = 5.0  # without its samples: a job's nodes have gone
+LINGER_JOB_SECONDS = 60.0  # that nodes may send on after their job's end
+LEFT_SECONDS = 30.0  # after the last goodbye: a job that only agents know of is over
+MAX_BACKLOG = 8 * 2**20  # bytes that wait for a disk
+RETRY_SECONDS = 5.0  # until what failed is tried again
+HANG_SECONDS = 10.0  # of one call: the disk hangs
+FLUSH_SECONDS = 2.0  # for what waits, when the master ends
+PRUNE_SECONDS = 3600.0  # between two looks for what is too old
+JOB_AT = NODE_KEYS.index("job")
+NODE_AT = NODE_KEYS.index("node")
+PICK_RECORDED = operator.itemgetter(*map(NODE_KEYS.index, RECORDED))
+GRAPH_PLACES = {key: place for place, key in enumerate(GRAPHS)}
+PICK_FACTS = operator.itemgetter(*map(NODE_KEYS.index, NODE_FACTS))
+RANK_KEYS = (
+    "rank",
+    "local_rank",
+    "step",
+    "pid",
+    "program",
+    "cpu",
+    "mem",
+    "peak",
+    "threads",
+    "cpus",
+    "on",
+    "state",
+    "wchan",
+    "read_total",
+    "write_total",
+    "gpu",
+)
+
+
+class NodeEvidence(NamedTuple):
+    """What a verdict on a job can rest upon, of one node."""
+
+    name: str
+    sample: Message  # the newest one, with the keys of METRICS
+    curves: Any  # mapping: metric -> [(time, value), ...], the oldest first
+    ranks: List[Message]
+    gpus: List[Message]
+    cores: Dict[int, float]  # CPU -> how busy it is, 0.0 to 1.0
+    cpus: Set[int]  # the job's CPUs; none if they are unknown
+    lost: Optional[float]  # when it fell silent
+
+
+class JobEvidence(NamedTuple):
+    """What a verdict on a job can rest upon."""
+
+    facts: Message  # with JOB_KEYS
+    nodes: List[NodeEvidence]
+    events: List[Message]
+    now: float
+
+
+Diagnose = Callable[[JobEvidence], Sequence[Any]]
+
+
+class Work(NamedTuple):
+    """Something that is to be done for a job's files."""
+
+    # "lines", "past" (lines, unless the job's end is recorded), "pack", "report", or
+    # "missing report"
+    kind: str
+    job: str
+    data: bytes = b""  # lines
+    head: bytes = b""  # what goes before them in a new file
+
+
+class RecordWriter:
+    """Writes records on a thread of its own; whoever posts never waits for a disk.
+
+    What fails is tried again until it passes, for each job by itself and in its order; that is
+    told in one line, and in another when it has passed.
+    """
+
+    def __init__(self, folder: str, mark: str, render: Callable[[Record], str]) -> None:
+        self.folder = folder
+        self.mark = mark
+        self.render = render
+        self.changed = threading.Condition()  # of what follows
+        self.waiting: Dict[str, Deque[Work]] = {}
+        self.size = 0
+        self.retry: Dict[str, float] = {}  # job -> time.monotonic() of the next try
+        self.busy_since: Optional[float] = None
+        self.is_in_trouble = False
+        self.hang_told = False
+        self.opened: Set[str] = set()  # paths that this process has written to
+        self.lost: Set[str] = set()  # jobs of which lines were forgotten
+        self.pruned = -math.inf
+        threading.Thread(target=self.run, name="records", daemon=True).start()
+
+    # ---- whoever posts
+
+    def post(self, work: Work) -> None:
+        """Have it done, after what else waits for that job; never blocks."""
+        with self.changed:
+            self.waiting.setdefault(work.job, collections.deque()).append(work)
+            self.size += len(work.data)
+            while self.size > MAX_BACKLOG:
+                self.drop()
+            self.changed.notify()
+
+    def drop(self) -> None:
+        """Forget the oldest lines of the job that has the most waiting."""
+        job = max(self.waiting, key=lambda job: len(self.waiting[job]))
+        self.size -= len(self.waiting[job].popleft().data)
+        self.lost.add(job)
+        if not self.waiting[job]:
+            del self.waiting[job]
+
+    def check(self) -> None:
+        """Tell when the disk hangs: the thread that waits for it cannot."""
+        since = self.busy_since
+        if since is None or time.monotonic() - since < HANG_SECONDS:
+            return
+        if not self.hang_told:
+            self.hang_told = True
+            self.tell_trouble("it does not answer")
+
+    def finish(self, seconds: float) -> bool:
+        """Wait until nothing waits any more, so many seconds at most."""
+        deadline = time.monotonic() + seconds
+        with self.changed:
+            while self.waiting or self.busy_since is not None:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                self.changed.wait(min(left, 0.1))
+        return True
+
+    # ---- the thread
+
+    def run(self) -> None:
+        """Do what is posted, for ever."""
+        while True:
+            work = self.take()
+            try:
+                rest = self.do(work)
+            except OSError as error:
+                self.put_back(work, work.data)
+                self.tell_trouble(error.strerror or str(error))
+                self.hang_told = False
+            except Exception:
+                log.exception("a defect, met while recording job %s", work.job)
+            else:
+                if rest:
+                    self.put_back(work, rest, seconds=0.0)
+                else:
+                    self.tell_passed(work.job)
+            finally:
+                with self.changed:
+                    self.busy_since = None
+                    self.changed.notify_all()
+
+    def take(self) -> Work:
+        """Wait for something to do."""
+        with self.changed:
+            while True:
+                now = time.monotonic()
+                for job, works in self.waiting.items():
+                    if now < self.retry.get(job, 0.0):
+                        continue
+                    work = works.popleft()
+                    if not works:
+                        del self.waiting[job]
+                    self.size -= len(work.data)
+                    self.busy_since = now
+                    return work
+                self.changed.wait(1.0 if self.waiting else None)
+
+    def put_back(self, work: Work, rest: bytes, seconds: float = RETRY_SECONDS) -> None:
+        """Try again later, before what came after it."""
+        with self.changed:
+            works = self.waiting.setdefault(work.job, collections.deque())
+            works.appendleft(work._replace(data=rest))
+            self.size += len(rest)
+            self.retry[work.job] = time.monotonic() + seconds
+
+    def tell_trouble(self, why: str) -> None:
+        """Tell that nothing can be written, once."""
+        if not self.is_in_trouble:
+            self.is_in_trouble = True
+            log.error(
+                "cannot record in %s for now: %s; what happens meanwhile is kept, at most"
+                " %d MiB of it",
+                self.folder,
+                why,
+                MAX_BACKLOG // 2**20,
+            )
+
+    def tell_passed(self, job: str) -> None:
+        """Tell that the trouble is over, once all of it is."""
+        self.retry.pop(job, None)
+        self.hang_told = False
+        if self.is_in_trouble and not self.retry:
+            self.is_in_trouble = False
+            log.info("recording in %s again", self.folder)
+
+    # ---- what is done
+
+    def do(self, work: Work) -> bytes:
+        """Do it: the rest of the lines, if not all of them found room (OSError)."""
+        path = self.path_of(work.job)
+        if work.kind == "report":
+            self.write_report(work.job)
+        elif work.kind == "missing report":
+            if not os.path.exists(report_path(self.folder, work.job)):
+                self.write_report(work.job)
+        elif work.kind == "pack":
+            if os.path.exists(path):
+                pack(path, work.job, self.mark)
+            self.opened.discard(path)
+        elif work.kind != "past" or self.is_news(work):
+            return self.append(path, work)
+        return b""
+
+    def path_of(self, job: str) -> str:
+        """This master's file for a job."""
+        name = "%s.%s.jsonl" % (safe_name(job), self.mark)
+        return os.path.join(self.folder, name)
+
+    def append(self, path: str, work: Work) -> bytes:
+        """Append lines, after what a new or an interrupted file needs: the rest of them."""
+        if self.opened and not os.path.isdir(self.folder):
+            self.opened.clear()
+            log.warning("%s was gone: made again", self.folder)
+        make_folder(self.folder)
+        before = b""
+        if not os.path.exists(path) or work.job in self.lost:
+            before = work.head
+            self.lost.discard(work.job)
+        elif path not in self.opened:
+            before = gap_line(path, work.data)
+        self.opened.add(path)
+        if before:
+            append_lines(path, before)
+        taken = append_lines(path, work.data)
+        return work.data[taken:]
+
+    def is_news(self, work: Work) -> bool:
+        """Whether a job that had ended before this process began is not recorded yet."""
+        record = read_record(self.folder, work.job)
+        return record is None or not record.has_ended
+
+    def write_report(self, job: str) -> None:
+        """Write the report of a job, by all that is recorded of it; then look for what is old."""
+        record = read_record(self.folder, job)
+        if record:
+            text = self.render(record).encode("utf-8", "replace")
+            write_file(report_path(self.folder, job), text, self.mark)
+        if time.monotonic() - self.pruned > PRUNE_SECONDS:
+            prune(self.folder, time.time(), self.mark)
+            self.pruned = time.monotonic()
+
+
+def gap_line(path: str, data: bytes) -> bytes:
+    """A line for the time between a file's last row and the first of data; b"" without these."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - MAX_HEAD))
+        tail = file.read(MAX_HEAD)
+    before = [line["row"] for line in read_lines(tail) if "row" in line]
+    after = [line["row"] for line in read_lines(data) if "row" in line]
+    if not before:
+        return b""
+    until = after[0] if after else time.time()
+    return record_line({"gap": before[-1], "until": round(until, 1)})
+
+
+class Curves(collections.abc.Mapping):  # type: ignore[type-arg]
+    """The last hour of a node: metric -> [(time, value), ...], made when it is asked for."""
+
+    def __init__(self) -> None:
+        self.times = array.array("d")
+        self.readings = [array.array("f") for _ in GRAPHS]
+
+    def add(self, now: float, readings: Sequence[float]) -> None:
+        """Append the readings of GRAPHS."""
+        self.times.append(now)
+        for values, reading in zip(self.readings, readings):
+            values.append(reading)
+        if len(self.times) >= 2 * TRACE_POINTS:
+            del self.times[:TRACE_POINTS]
+            for values in self.readings:
+                del values[:TRACE_POINTS]
+
+    def __getitem__(self, key: str) -> List[Tuple[float, float]]:
+        values = self.readings[GRAPH_PLACES[key]][-TRACE_POINTS:]
+        times = self.times[-TRACE_POINTS:]
+        return [point for point in zip(times, values) if point[1] == point[1]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(GRAPHS)
+
+    def __len__(self) -> int:
+        return len(GRAPHS)
+
+
+class Trace:
+    """A node of a job: its newest sample, its curves, and what its next row is made of."""
+
+    def __init__(self, name: str, place: int) -> None:
+        self.name = name
+        self.place = place
+        self.sample: Row = ()
+        self.slot = -1
+        self.seen = -math.inf  # time.time() of the last look that found it
+        self.lost: Optional[float] = None
+        self.curves = Curves()
+        self.ranks: List[Message] = []
+        self.gpus: List[Message] = []
+        self.cores: Dict[int, float] = {}
+        self.cpus: Set[int] = set()
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a row."""
+        self.sums = [0.0] * len(RECORDED)
+        self.counts = [0] * len(RECORDED)
+
+    def take_parts(self, parts: Any) -> None:
+        """Note a node's newest look: its ranks, GPUs and cores."""
+        self.ranks = list(parts.ranks)
+        self.gpus = list(parts.gpus)
+        self.cpus = parse_cpus(parts.look.get("cpus") or "")
+        self.cores = {}
+        for strip in parts.cores:
+            for cpu, tenths in enumerate(strip["busy"], int(strip["first"])):
+                if tenths.isdecimal():
+                    self.cores[cpu] = min(1.0, (int(tenths) + 0.5) / 10)
+
+    def evidence(self, view: Snapshot) -> NodeEvidence:
+        """What a verdict can rest upon."""
+        node = view.make_node(self.sample)
+        sample = {key: node[key] for key in INDEX}
+        return NodeEvidence(
+            self.name,
+            sample,
+            self.curves,
+            self.ranks,
+            self.gpus,
+            self.cores,
+            self.cpus,
+            self.lost,
+        )
+
+
+def parse_cpus(text: str) -> Set[int]:
+    """The CPUs of a list as the kernel writes it: 0-3,8 (cpuset(7)); none if it is not one."""
+    cpus: Set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part.strip())
+        if not match:
+            return set()
+        first, last = int(match.group(1)), int(match.group(2) or match.group(1))
+        cpus.update(range(first, min(last, first + 65535) + 1))
+    return cpus
+
+
+class Recording:
+    """A job that is being recorded: what has been seen of it, and what its next lines say."""
+
+    def __init__(self, job: str, now: float) -> None:
+        self.job = job
+        self.begun = now
+        self.facts: Message = dict.fromkeys(JOB_KEYS)
+        self.facts["job"] = job
+        self.is_known = False  # whether Slurm says something of it
+        self.traces: Dict[str, Trace] = {}
+        self.nodes: Dict[str, Message] = {}  # as the last line of nodes has them
+        self.seen = now  # when one of its nodes was there
+        self.least = [math.inf] * len(RECORDED)
+        self.most = [-math.inf] * len(RECORDED)
+        self.fine: List[RecordRow] = []  # rows that are not written yet
+        self.tail: Deque[RecordRow] = collections.deque(maxlen=TAIL_ROWS)
+        self.written = 0  # rows
+        self.step = ROW_SECONDS
+        self.events: Deque[Message] = collections.deque(maxlen=MAX_JOB_EVENTS)
+        self.verdicts: Optional[List[Message]] = None
+        self.said: Any = None  # of the verdicts: those of the last line
+        self.said_at = -math.inf
+        self.diagnose_due = now + ROW_SECONDS
+        self.ended_at: Optional[float] = None
+        self.has_failed = False  # the verdicts' code
+        self.lines: List[bytes] = []
+
+    # ---- what comes
+
+    def take(self, name: str, row: Row, now: float) -> None:
+        """Note the newest sample of a node."""
+        trace = self.traces.get(name)
+        if trace is None:
+            if len(self.traces) >= MAX_TRACES:
+                return
+            trace = self.traces[name] = Trace(name, len(self.traces))
+        trace.sample = row
+        trace.slot = row[0] - 1
+        trace.seen = self.seen = now
+        trace.lost = None
+        for place, value in enumerate(PICK_RECORDED(row)):
+            if value == value:
+                trace.sums[place] += value
+                trace.counts[place] += 1
+                if value < self.least[place]:
+                    self.least[place] = value
+                if value > self.most[place]:
+                    self.most[place] = value
+
+    def tell(self, facts: Message, now: float) -> None:
+        """Note what Slurm says."""
+        self.is_known = True
+        if any(facts[key] not in (None, self.facts[key]) for key in JOB_KEYS):
+            for key in JOB_KEYS:
+                if facts[key] is not None:
+                    self.facts[key] = facts[key]
+            self.lines.append(job_line(self.facts, now))
+        if self.facts["state"] in ENDED_STATES and self.ended_at is None:
+            self.ended_at = now
+
+    def guess(self, now: float) -> None:
+        """What the agents of a job say of it, when Slurm says nothing."""
+        sample = next(iter(self.traces.values())).sample
+        known = dict(zip(NODE_KEYS, map(from_field, sample)))
+        facts: Message = dict.fromkeys(JOB_KEYS)
+        facts.update(
+            job=self.job,
+            raw=known["job"],
+            job_name=known["job_name"],
+            user=known["user"],
+            state="RUNNING",
+            limit=known["job_time_limit"],
+        )
+        limit, left = known["job_time_limit"], known["job_time_left"]
+        if self.facts["start"] is None and limit and left is not None:
+            facts["start"] = round(now - float(limit) + float(left))
+        self.tell(facts, now)
+        self.is_known = False
+
+    def hear(self, event: Message) -> None:
+        """Note an event."""
+        kept = {key: event[key] for key in EVENT_KEYS if event[key] is not None}
+        self.events.append(event)
+        self.lines.append(record_line({"event": kept}))
+        trace = self.traces.get(name_of(event))
+        if trace and event["kind"] == "lost":
+            trace.lost = event["time"]
+
+    # ---- what is written
+
+    def close_row(self, now: float) -> None:
+        """End a row of ROW_SECONDS, and write it if it is time for one."""
+        self.name_nodes()
+        row = self.make_row(now)
+        if row is None:
+            return
+        if self.fine and is_gap(self.fine[-1], row):
+            self.write_rows()
+        self.fine.append(row)
+        self.tail.append(row)
+        age = now - (self.facts["start"] or self.begun)
+        self.step = step_of(age, len(self.traces))
+        if row.time - self.fine[0].time + ROW_SECONDS > self.step - ROW_SECONDS / 2:
+            self.write_rows()
+            self.write_parts()
+
+    def name_nodes(self) -> None:
+        """Name the nodes that are new, or that have other CPUs or memory than before."""
+        before = self.nodes
+        self.nodes = {}
+        for trace in self.traces.values():
+            values = map(from_field, PICK_FACTS(trace.sample))
+            known = zip(NODE_FACTS, values)
+            facts = {key: value for key, value in known if value is not None}
+            self.nodes[trace.name] = facts
+        if self.nodes != before:
+            self.lines.append(record_line({"nodes": self.nodes}))
+
+    def make_row(self, now: float) -> Optional[RecordRow]:
+        """What was seen since the last row; None if that is nothing."""
+        traces = list(self.traces.values())
+        values: Dict[str, List[Optional[float]]] = {}
+        for place, key in enumerate(RECORDED):
+            if not any(trace.counts[place] for trace in traces):
+                continue
+            means = [
+                trace.sums[place] / trace.counts[place] if trace.counts[place] else None
+                for trace in traces
+            ]
+            band = [self.least[place], mean_of(means), self.most[place]]
+            values[key] = band + means if key in BY_NODE else band
+        for trace in traces:
+            if trace.place < MAX_TRACED and any(trace.counts):
+                trace.curves.add(now, PICK_GRAPHS(trace.sample))
+            trace.clear()
+        self.least = [math.inf] * len(RECORDED)
+        self.most = [-math.inf] * len(RECORDED)
+        if not values:
+            return None
+        return RecordRow(round(now, 1), ROW_SECONDS, list(self.traces), values)
+
+    def write_rows(self) -> None:
+        """Write the rows that wait, as one."""
+        if self.fine:
+            self.lines.append(row_line(merge_rows(self.fine)))
+            self.fine = []
+            self.written += 1
+
+    def write_parts(self) -> None:
+        """Now and then: how the GPUs are, and the ranks."""
+        if self.written % GPU_ROWS == 1:
+            self.write_gpus()
+        if self.written % RANK_ROWS == 1:
+            self.write_ranks(MAX_RANKS)
+
+    def write_gpus(self) -> None:
+        """How each GPU is."""
+        gpus = {}
+        for trace in self.traces.values():
+            for gpu in trace.gpus:
+                name = "%s %s" % (trace.name, gpu.get("index"))
+                gpus[name] = [gpu.get(key) for key in GPU_KEYS]
+        if gpus:
+            when = round(self.seen, 1)
+            self.lines.append(record_line({"gpus": gpus, "time": when}))
+
+    def write_ranks(self, most: int) -> None:
+        """The ranks with the most memory, and those that work the least."""
+        ranks = []
+        for trace in self.traces.values():
+            for rank in trace.ranks:
+                kept = {key: rank[key] for key in RANK_KEYS if key in rank}
+                ranks.append(dict(kept, node=trace.name))
+        if not ranks:
+            return
+        ranks.sort(key=lambda rank: rank.get("cpu") or 0.0)
+        idlest = ranks[: most // 4]
+        rest = sorted(ranks[most // 4 :], key=lambda rank: -(rank.get("mem") or 0.0))
+        shown = rest[: most - len(idlest)] + idlest
+        shown.sort(key=lambda rank: -(rank.get("mem") or 0.0))
+        line = {"ranks": shown, "of": len(ranks), "time": round(self.seen, 1)}
+        self.lines.append(record_line(line))
+
+    # ---- verdicts, and the end
+
+    def judge(self, diagnose: Diagnose, view: Snapshot, now: float) -> None:
+        """Have the job judged, and write down what is new."""
+        began = time.perf_counter()
+        nodes = [trace.evidence(view) for trace in self.traces.values()]
+        evidence = JobEvidence(self.facts, nodes, list(self.events), now)
+        try:
+            found = [dict(verdict._asdict()) for verdict in diagnose(evidence)]
+        except Exception:
+            if not self.has_failed:
+                log.exception("a defect, met while judging job %s", self.job)
+            self.has_failed = True
+            return
+        spent = time.perf_counter() - began
+        self.diagnose_due = now + max(DIAGNOSE_SECONDS, DIAGNOSE_SHARE * spent)
+        self.verdicts = found
+        words = [re.sub(r"[\d.]+", "", str(verdict)) for verdict in found]
+        is_old = now - self.said_at > VERDICT_SECONDS and found
+        if words != self.said or is_old:
+            self.write_verdicts(now)
+            self.said = words
+
+    def write_verdicts(self, now: float) -> None:
+        """Write what was found last."""
+        if self.verdicts is not None:
+            line = {"verdicts": self.verdicts, "time": round(now, 1)}
+            self.lines.append(record_line(line))
+            self.said_at = now
+
+    def is_over(self, now: float) -> bool:
+        """Whether the job has ended, and all has been seen that there was to see."""
+        silent = now - self.seen
+        if self.ended_at is not None:
+            lingers = now - self.ended_at < LINGER_JOB_SECONDS
+            return silent > SILENT_SECONDS or not lingers
+        if self.is_known:
+            return False
+        said_goodbye = {
+            name_of(event): event["kind"] == "finished"
+            for event in self.events
+            if event["kind"] in ("finished", "lost")
+        }
+        all_did = bool(said_goodbye) and all(said_goodbye.values())
+        return silent > (LEFT_SECONDS if all_did else GONE_SECONDS)
+
+    def finish(self, now: float) -> None:
+        """Write the last lines."""
+        self.name_nodes()
+        fine = list(self.tail) if self.step > ROW_SECONDS else self.fine
+        self.write_rows()
+        self.lines += map(row_line, fine)
+        self.write_gpus()
+        self.write_ranks(MAX_LAST_RANKS)
+        self.write_verdicts(now)
+        end = {"time": round(now, 1), "seen": round(self.seen, 1)}
+        self.lines.append(record_line({"end": end}))
+
+    def head(self) -> bytes:
+        """What a new file begins with."""
+        first = job_line(self.facts, self.begun)
+        return first + record_line({"nodes": self.nodes})
+
+    def take_lines(self) -> bytes:
+        """The lines that are to be written now."""
+        lines = b"".join(self.lines)
+        self.lines = []
+        return lines
+
+
+class Recorder:
+    """The role that records jobs: it looks at the table, and its writer writes."""
+
+    def __init__(
+        self,
+        listener: Any,
+        table: Table,
+        options: argparse.Namespace,
+        diagnose: Optional[Diagnose] = None,
+    ) -> None:
+        self.table = table
+        self.diagnose = diagnose
+        mark = writer_name(table.pid, table.start)
+        self.writer = RecordWriter(options.record, mark, render_report)
+        self.recordings: Dict[str, Recording] = {}
+        self.done: Dict[str, Message] = {}  # job -> facts when it was over
+        self.told: Set[Any] = set()  # events that were there at the last look
+        self.has_looked = False
+        self.facts: Dict[str, Message] = {}  # by job and by raw id
+        self.row_due = 0.0  # time.monotonic()
+
+    def run(self) -> None:
+        """Look at the table until the supervisor is gone, or ends this."""
+        parent = multiprocessing.parent_process()
+        assert parent
+        ends: List[int] = []
+        wakeup, wakeup_end = os.pipe()
+        os.set_blocking(wakeup_end, False)
+        signal.set_wakeup_fd(wakeup_end)
+        signal.signal(signal.SIGTERM, lambda number, _: ends.append(number))
+        while not ends and parent.is_alive():
+            pause = float(ROW_SECONDS)
+            try:
+                pause = self.look(self.table.snapshot(), time.time())
+            except Exception:
+                log.exception("a defect, met while recording")
+            self.writer.check()
+            multiprocessing.connection.wait([parent.sentinel, wakeup], pause)
+        self.stop()
+
+    def stop(self) -> None:
+        """Write what was seen and is not written; the jobs go on."""
+        for recording in self.recordings.values():
+            recording.close_row(time.time())
+            recording.write_rows()
+            self.post(recording)
+        self.writer.finish(FLUSH_SECONDS)
+
+    def look(self, view: Snapshot, now: float) -> float:
+        """Take a look: the seconds until the next."""
+        is_due = time.monotonic() >= self.row_due - LOOK_SECONDS / 4
+        if is_due:
+            self.row_due = time.monotonic() + ROW_SECONDS
+            self.read_facts(view, now)
+        if view.beat < STALE_SECONDS:  # else what is in the table is old
+            self.take_samples(view, now)
+        self.take_events(view)
+        if is_due:
+            for recording in list(self.recordings.values()):
+                self.go_on(recording, view, now)
+        nodes = sum(len(recording.traces) for recording in self.recordings.values())
+        return LOOK_SECONDS if nodes <= MANY_SLOTS else float(ROW_SECONDS)
+
+    def recording(self, job: str, now: float) -> Recording:
+        """The recording of a job; a new one if there is none."""
+        if job not in self.recordings:
+            self.recordings[job] = Recording(job, now)
+        return self.recordings[job]
+
+    def read_facts(self, view: Snapshot, now: float) -> None:
+        """Note what Slurm says of the jobs."""
+        self.facts = {}
+        for facts in view.jobs:
+            job = facts["job"]
+            self.facts[job] = facts
+            if facts["raw"]:
+                self.facts[facts["raw"]] = facts
+            if job in self.recordings:
+                self.recordings[job].tell(facts, now)
+            elif facts["state"] in ENDED_STATES:
+                self.learn_more(facts, now)
+            elif facts["state"] not in (None, "PENDING"):
+                self.recording(job, now).tell(facts, now)
+        for job, recording in self.recordings.items():
+            if job not in self.facts:
+                recording.is_known = False
+        for job in [job for job in self.done if job not in self.facts]:
+            del self.done[job]
+
+    def learn_more(self, facts: Message, now: float) -> None:
+        """Record what is said of a job after its end, or by now of one that nobody watched."""
+        job = facts["job"]
+        before = self.done.get(job)
+        if before == facts:
+            return
+        self.done[job] = facts
+        end = {"time": round(now, 1)}
+        lines = job_line(facts, now) + record_line({"end": end})
+        is_news = before is not None
+        self.writer.post(Work("lines" if is_news else "past", job, lines))
+        self.writer.post(Work("pack", job))
+        self.writer.post(Work("report" if is_news else "missing report", job))
+
+    def take_samples(self, view: Snapshot, now: float) -> None:
+        """Note the newest sample of each node that is in a job."""
+        for row in view.rows():
+            known_as = from_field(row[JOB_AT])
+            if not known_as:
+                continue
+            facts = self.facts.get(str(known_as))
+            job = facts["job"] if facts else str(known_as)
+            if facts and facts["state"] in ENDED_STATES and job not in self.recordings:
+                continue  # it sends on after its job's end
+            name = row[NODE_AT].rstrip(b"\0").decode("utf-8", "ignore")
+            if not name:
+                name = name_of({"node": None, "address": from_field(row[1])})
+            if job in self.recordings or len(self.recordings) < MAX_RECORDINGS:
+                self.recording(job, now).take(name, row, now)
+
+    def take_events(self, view: Snapshot) -> None:
+        """Note the events that are new, each for its job."""
+        told = set()
+        for event in view.events:
+            key = (event["time"], event["kind"], event["node"], event["text"])
+            told.add(key)
+            is_new = self.has_looked and key not in self.told
+            facts = self.facts.get(event["job"] or "")
+            job = facts["job"] if facts else event["job"]
+            if is_new and job in self.recordings:
+                self.recordings[job].hear(event)
+        self.told = told
+        self.has_looked = True
+
+    def go_on(self, recording: Recording, view: Snapshot, now: float) -> None:
+        """Every ROW_SECONDS: a row, a verdict, or the end."""
+        if recording.traces and recording.job not in self.facts:
+            recording.guess(now)
+        self.take_parts(recording, view)
+        recording.close_row(now)
+        is_over = recording.is_over(now)
+        if self.diagnose and (is_over or now >= recording.diagnose_due):
+            recording.judge(self.diagnose, view, now)
+        if is_over:
+            recording.finish(now)
+            self.done[recording.job] = self.facts.get(recording.job, recording.facts)
+            del self.recordings[recording.job]
+        self.post(recording)
+        if is_over:
+            self.writer.post(Work("pack", recording.job))
+            self.writer.post(Work("report", recording.job))
+
+    def take_parts(self, recording: Recording, view: Snapshot) -> None:
+        """Note the newest look of each node that is there."""
+        read_parts = getattr(view, "parts", None)
+        for trace in recording.traces.values():
+            is_here = trace.seen == recording.seen
+            if read_parts and is_here:
+                parts = read_parts(trace.slot)
+                if parts is not None:
+                    trace.take_parts(parts)
+
+    def post(self, recording: Recording) -> None:
+        """Have the new lines of a job written."""
+        lines = recording.take_lines()
+        if lines:
+            self.writer.post(Work("lines", recording.job, lines, recording.head()))
 
 
 # ============================================================================
@@ -4846,7 +7047,7 @@ def open_listener(flag: str, host: str, port: int) -> socket.socket:
 
 def run_role(
     name: str,
-    listener: socket.socket,
+    listener: Optional[socket.socket],
     segment: Segment,
     lock: Any,
     options: argparse.Namespace,
@@ -4861,7 +7062,11 @@ def run_role(
     threading.stack_size(STACK_SIZE)
     if name == "collector":  # its threads are never busy for long; being asked for the
         sys.setswitchinterval(1.0)  # interpreter by thousands that wait costs it a core
-    role: Any = {"collector": Collector, "dashboard": Dashboard}[name]
+    role: Any = {
+        "collector": Collector,
+        "dashboard": Dashboard,
+        "recorder": Recorder,
+    }[name]
     role(listener, Table.inherit(segment, lock), options).run()
 
 
@@ -4918,6 +7123,8 @@ class Supervisor:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.names = ["collector", "dashboard"]
+        if options.record:
+            self.names.append("recorder")
         if options.with_agent:
             self.names.append("agent")
         if watches_jobs(options):
@@ -5028,7 +7235,7 @@ class Supervisor:
             name=name,
             args=(
                 name,
-                self.listeners[name],
+                self.listeners.get(name),
                 self.table.segment(),
                 self.lock,
                 self.options,
@@ -5053,7 +7260,7 @@ class Supervisor:
                 return
             log.error("%s ended (%s); starting it again", name, describe_exit(code))
         if EXIT_LOCK in codes:
-            self.stop(self.listeners)
+            self.stop([*self.listeners, "recorder"])
             self.lock = None
 
     def stop(self, names: Iterable[str]) -> List[int]:
@@ -5263,6 +7470,25 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="[USER@]LOGIN",
         help="watch my jobs on the cluster behind that login node, by one ssh",
     )
+    record = parser.add_mutually_exclusive_group()
+    record.add_argument(
+        "--record",
+        metavar="DIR",
+        help="record each job in a file of this folder, for a year or 200 MB of them"
+        " (~/.sentinel/jobs, when jobs are watched)",
+    )
+    record.add_argument(
+        "--no-record",
+        action="store_true",
+        help="record nothing; what there is can be read",
+    )
+    add(
+        "--explain",
+        metavar="JOB",
+        help="tell by its record what became of a job, and start nothing; exit codes: 0 fine,"
+        " 1 advice, 2 problem, 3 died, 4 no such record",
+    )
+    add("--json", action="store_true", help="with --explain: for programs")
     add("--with-agent", action="store_true", help="watch this machine, too")
     add("--verbose", action="store_true", help="log every sample")
     return parser
@@ -5300,6 +7526,13 @@ def main(argv: Optional[List[str]] = None) -> int:
         for text in DEFAULT_RULES
     ]
     setup_log(options.verbose)
+    options.archive = os.path.abspath(options.record or default_folder())
+    if options.json and not options.explain:
+        parser.error("--json goes with --explain")
+    if options.explain:
+        return run_explain(options)
+    if options.record or watches_jobs(options) and not options.no_record:
+        options.record = options.archive
     try:
         return run_master(options)
     except ValueError as error:
@@ -5312,6 +7545,26 @@ def main(argv: Optional[List[str]] = None) -> int:
 def watches_jobs(options: argparse.Namespace) -> bool:
     """Whether the master is to watch the user's jobs by itself."""
     return options.my_jobs is not None or bool(options.ssh)
+
+
+def default_folder() -> str:
+    """Where records are; ~/.sentinel may be a secret by now, which is no folder."""
+    home = os.path.expanduser("~")
+    folder = os.path.join(home, ".sentinel")
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        return os.path.join(home, ".sentinel-jobs")
+    return os.path.join(folder, "jobs")
+
+
+def run_explain(options: argparse.Namespace) -> int:
+    """Print what the record of a job says: the exit code for its worst verdict."""
+    try:
+        text, code = explain(options.archive, options.explain, options.json)
+    except RecordError as error:
+        print("error: %s" % error, file=sys.stderr)
+        return EXIT_UNKNOWN
+    sys.stdout.write(text)
+    return code
 
 
 def open_port(
@@ -5392,6 +7645,8 @@ def run_master(options: argparse.Namespace) -> int:
                 " strangers out",
                 options.port,
             )
+        if options.record:
+            log.info("recording jobs in %s", options.record)
         supervisor.run(listeners, table)
     log.info("stopped")
     return int(supervisor.has_failed)
