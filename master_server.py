@@ -53,6 +53,7 @@ import heapq
 import hmac
 import html
 import io
+import itertools
 import json
 import logging
 import math
@@ -2327,6 +2328,7 @@ class Record:
         self.facts: Message = dict.fromkeys(JOB_KEYS)
         self.facts["job"] = job
         self.nodes: Dict[str, Message] = {}
+        self.names: Dict[str, List[str]] = {}  # of each file: the nodes of its rows
         self.rows: List[RecordRow] = []
         self.events: List[Message] = []
         self.verdicts: Optional[List[Message]] = None  # None: nobody has judged
@@ -2337,14 +2339,13 @@ class Record:
         self.begun = math.inf  # time of its first line
         self.judged = self.ranked = self.told = -math.inf  # times of what is the newest
 
-    def add(self, lines: Iterable[Message]) -> "Record":
-        """Add the lines of one file."""
-        names: List[str] = []
+    def add(self, lines: Iterable[Message], path: str = "") -> "Record":
+        """Add the lines of one file, or more of them."""
         for line in lines:
             try:
                 if "nodes" in line:
-                    names = list(line["nodes"])
-                self.add_line(line, names)
+                    self.names[path] = list(line["nodes"])
+                self.add_line(line, self.names.get(path, []))
             except (AttributeError, KeyError, TypeError, ValueError):
                 continue  # it is no line of ours
         return self
@@ -2397,6 +2398,7 @@ class Record:
 
     def finish(self) -> "Record":
         """Put in order what came from several files."""
+        self.put_nodes_in_order()
         self.rows = without_overlap(self.rows)
         events = {
             (event["time"], event["kind"], event["node"]): event
@@ -2405,9 +2407,40 @@ class Record:
         self.events = sorted(events.values(), key=operator.itemgetter("time"))
         for readings in self.gpus.values():
             readings.sort(key=operator.itemgetter(0))
-        if self.facts["state"] is None and self.end:
-            self.facts["state"] = self.end.get("state")
+        if self.has_ended and self.facts["state"] not in ENDED_STATES:
+            self.facts["state"] = None  # its agents said goodbye, and Slurm nothing
         return self
+
+    def put_nodes_in_order(self) -> None:
+        """Have the first nodes of this record in every row, in the same order."""
+        names = list(self.nodes)
+        is_in_order: Dict[int, bool] = {}
+        rows = []
+        for row in self.rows:
+            key = id(row.names)
+            if key not in is_in_order:
+                is_in_order[key] = names[: len(row.names)] == row.names
+            rows.append(row if is_in_order[key] else in_order_of(row, names))
+        self.rows = rows
+
+    def columns(self, key: str) -> List[Tuple[Optional[float], ...]]:
+        """For each node: its mean in each row of this metric; see ``rows_of``."""
+        means = [row.values[key][3:] for row in self.rows_of(key)]
+        return list(itertools.zip_longest(*means))
+
+    def rows_of(self, key: str) -> List[RecordRow]:
+        """The rows in which a metric is known."""
+        return [row for row in self.rows if key in row.values]
+
+    def copy(self) -> "Record":
+        """One to which lines can be added, while this one is looked at."""
+        other = Record(self.job)
+        for name, value in self.__dict__.items():
+            is_shared = not isinstance(value, (dict, list))
+            other.__dict__[name] = value if is_shared else value.copy()
+        other.gpus = {name: looks[:] for name, looks in self.gpus.items()}
+        other.nodes = {name: dict(facts) for name, facts in self.nodes.items()}
+        return other
 
     @property
     def span(self) -> Tuple[float, float]:
@@ -2690,8 +2723,8 @@ def read_record(folder: str, job: str) -> Optional[Record]:
         except FileNotFoundError:
             continue
         record = Record(job)
-        for content in contents:
-            record.add(read_lines(content))
+        for file, content in zip(files, contents):
+            record.add(read_lines(content), file.path)
         return record.finish() if files else None
     return None
 
@@ -2761,7 +2794,7 @@ class Archive:
         self.seconds = seconds
         self.questions: queue.Queue[Any] = queue.Queue(64)
         self.summaries: Dict[str, Tuple[RecordFile, Message]] = {}
-        self.records: Dict[str, Tuple[List[RecordFile], Record]] = {}
+        self.records: Dict[str, Tuple[List[RecordFile], Optional[Record]]] = {}
         threading.Thread(target=self.run, name="archive", daemon=True).start()
 
     def run(self) -> None:
@@ -2790,6 +2823,11 @@ class Archive:
             raise error
         return result
 
+    def files(self, jobs: Set[str]) -> List[RecordFile]:
+        """The files of some jobs, or of all if none is given."""
+        files: List[RecordFile] = self.ask(lambda: list_files(self.folder))
+        return [file for file in files if not jobs or file.job in jobs]
+
     def list(self) -> List[Message]:
         """The summaries of all jobs."""
         summaries: List[Message] = self.ask(self.read_list)
@@ -2814,18 +2852,36 @@ class Archive:
         return merge_by_job(known.values())
 
     def read(self, job: str) -> Optional[Record]:
-        """The record of a job; the last few are kept as long as their files stay the same."""
+        """The record of a job; the last few are kept, and of a file that grew the rest is read."""
         files = [file for file in list_files(self.folder) if file.job == job]
-        before = self.records.pop(job, None)
-        if before and before[0] == files:
-            record: Optional[Record] = before[1]
-        else:
-            record = read_record(self.folder, job) if files else None
+        before, record = self.records.pop(job, ([], None))
+        if record and before != files:
+            record = self.read_more(record, before, files)
+        if not record and files:
+            record = read_record(self.folder, job)
         if record:
             self.records[job] = (files, record)
             while len(self.records) > KEPT_RECORDS:
                 del self.records[next(iter(self.records))]
         return record
+
+    def read_more(
+        self, record: Record, before: List[RecordFile], files: List[RecordFile]
+    ) -> Optional[Record]:
+        """The record with what its files have got since; None if they are other files."""
+        if [file.path for file in before] != [file.path for file in files]:
+            return None
+        more = record.copy()
+        for old, new in zip(before, files):
+            if old == new:
+                continue
+            if new.is_packed or new.size < old.size:
+                return None
+            with open(new.path, "rb") as stream:
+                stream.seek(old.size)
+                added = stream.read(MAX_RECORD)
+            more.add(read_lines(added), new.path)
+        return more.finish()
 
 
 def merge_by_job(found: Iterable[Tuple[RecordFile, Message]]) -> List[Message]:
@@ -4602,7 +4658,7 @@ CHARTS_HTML = """
 CHART_HTML = """
       <figure>
         <figcaption>{label} <b>{words}</b></figcaption>
-        <svg viewBox="0 0 900 {height}" role="img" aria-label="{label}: {words}">{drawn}</svg>
+        <svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}: {words}">{drawn}</svg>
       </figure>"""
 TEXT_SVG = '<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>'
 PATH_SVG = '<path class="{kind}" d="{path}"/>'
@@ -4628,13 +4684,12 @@ COMPARE_FORM_HTML = """
 
 MAX_REPORT = 2**20  # bytes of a report: the record in it gets thinner until it fits
 CHART_POINTS = 400  # of a curve over a whole job
-CHART_WIDTH, CHART_HEIGHT = 900, 180  # of a chart's box, in which ...
-CHART_LEFT, CHART_RIGHT, CHART_TOP, CHART_BOTTOM = (
-    78,
-    888,
-    10,
-    156,
-)  # ... the curve has this
+CHART_WIDTH = 600  # of a chart's box, in which ...
+CHART_HEIGHT = 170
+CHART_LEFT = 78  # ... the curve has this
+CHART_RIGHT = 588
+CHART_TOP = 10
+CHART_BOTTOM = 146
 MAP_COLUMNS = 120  # cells of the map for each node
 MAP_NODES = 128  # nodes in the map
 MAP_CELL = 14  # height of a cell, as long as there are few
@@ -4692,7 +4747,7 @@ class Axis(NamedTuple):
     def marks(self) -> Iterator[Tuple[float, str]]:
         """The times that are written below, at whole minutes or hours: (place, words)."""
         span = self.last - self.first
-        step = next((step for step in TIME_STEPS if span / step <= 7), TIME_STEPS[-1])
+        step = next((step for step in TIME_STEPS if span / step <= 6), TIME_STEPS[-1])
         offset = time.localtime(self.first).tm_gmtoff if self.is_clock else 0
         when = -(-(self.first + offset) // step) * step - offset
         if not self.is_clock:
@@ -4728,28 +4783,50 @@ def nice_top(key: str, most: float) -> Tuple[float, float]:
     return top, top / (2 if factor in (1, 2, 10) else 5 if factor == 2.5 else 5)
 
 
-def band_rows(rows: Sequence[RecordRow], key: str) -> List[RecordRow]:
-    """The rows with one metric and without its nodes; few enough for a chart."""
-    bands = [
-        RecordRow(row.time, row.step, [], {key: row.values[key][:3]})
-        for row in rows
-        if key in row.values and row.values[key][1] is not None
-    ]
-    while len(bands) > CHART_POINTS:
-        bands = halve(bands)
+class Band(NamedTuple):
+    """A point of a chart."""
+
+    time: float
+    step: float
+    least: float
+    mean: float
+    most: float
+
+
+def bands_of(rows: Sequence[RecordRow], key: str) -> List[List[Band]]:
+    """One metric of the rows, in pieces without a gap, and few enough for a chart."""
+    together = max(1, -(-len(rows) // CHART_POINTS))
+    bands: List[List[Band]] = []
+    for piece in pieces_of(rows, key):
+        groups = [
+            piece[place : place + together] for place in range(0, len(piece), together)
+        ]
+        bands.append([band_over(group, key) for group in groups])
     return bands
 
 
-def pieces(rows: Sequence[RecordRow]) -> Iterator[List[RecordRow]]:
-    """The rows in pieces without a gap."""
-    piece: List[RecordRow] = []
+def pieces_of(rows: Sequence[RecordRow], key: str) -> List[List[RecordRow]]:
+    """The rows in which a metric is known, in pieces without a gap."""
+    pieces: List[List[RecordRow]] = []
     for row in rows:
-        if piece and is_gap(piece[-1], row):
-            yield piece
-            piece = []
-        piece.append(row)
-    if piece:
-        yield piece
+        values = row.values.get(key)
+        if values is None or values[1] is None:
+            continue
+        if not pieces or is_gap(pieces[-1][-1], row):
+            pieces.append([])
+        pieces[-1].append(row)
+    return pieces
+
+
+def band_over(rows: List[RecordRow], key: str) -> Band:
+    """One point in place of several rows."""
+    last = rows[-1]
+    columns = [row.values[key] for row in rows]
+    least = min(values[0] or 0.0 for values in columns)
+    most = max(values[2] or 0.0 for values in columns)
+    middle = sum(values[1] or 0.0 for values in columns) / len(columns)
+    step = last.time - rows[0].time + rows[0].step
+    return Band(last.time, step, least, middle, most)
 
 
 def draw_chart(
@@ -4760,48 +4837,48 @@ def draw_chart(
     marks: Sequence[float] = (),
 ) -> Optional[Html]:
     """Least, mean and most of a metric over the time; None when nothing is known."""
-    curves = [series._replace(rows=band_rows(series.rows, key)) for series in several]
-    known = [row.values[key] for series in curves for row in series.rows]
-    if not known:
+    curves = [(series, bands_of(series.rows, key)) for series in several]
+    points = [band for _, bands in curves for piece in bands for band in piece]
+    if not points:
         return None
-    most = max(values[2] or 0.0 for values in known)
+    most = max(band.most for band in points)
     is_near = limit is not None and most < limit < 3 * most
     top, step = nice_top(key, float(limit or 0) if is_near else most)
     drawn = [draw_axes(key, axis, top, step)]
-    for series in curves:
-        for piece in pieces(series.rows):
-            drawn.append(draw_band(key, series, piece, axis, top))
-        for piece in pieces(series.rows):
-            drawn.append(draw_mean(key, series, piece, axis, top))
+    for series, bands in curves:
+        drawn += [draw_band(series, piece, axis, top) for piece in bands]
+        drawn += [draw_mean(series, piece, axis, top) for piece in bands]
     if limit is not None and limit <= top:
-        path = "M%dv0h%d" % (CHART_LEFT, CHART_RIGHT - CHART_LEFT)
-        path = path.replace("v0", " %.1f" % height_of(limit, top))
+        path = "M%d %.1fH%d" % (CHART_LEFT, height_of(limit, top), CHART_RIGHT)
         drawn.append(fill(PATH_SVG, kind="limit", path=path))
     for when in marks[:MAX_MARKS]:
         path = "M%.1f %dV%d" % (axis.place(when), CHART_TOP, CHART_BOTTOM)
         drawn.append(fill(PATH_SVG, kind="mark", path=path))
-    words = [band_words(key, series.rows) for series in curves if series.rows]
+    words = [band_words(key, bands) for _, bands in curves if bands]
     return fill(
         CHART_HTML,
         label=NUMBERS[key].label,
         words=" | ".join(words),
+        width=CHART_WIDTH,
         height=CHART_HEIGHT,
         drawn=drawn,
     )
 
 
-def band_words(key: str, rows: Sequence[RecordRow]) -> str:
+def band_words(key: str, bands: Sequence[Sequence[Band]]) -> str:
     """A curve in words: its least, mean and most."""
-    least = min(row.values[key][0] or 0.0 for row in rows)
-    middle = weighted_mean(rows, key)
-    most = largest(rows, key)
+    points = [band for piece in bands for band in piece]
+    weight = sum(band.step for band in points)
+    middle = sum(band.step * band.mean for band in points) / max(weight, 1e-9)
+    least = min(band.least for band in points)
+    most = max(band.most for band in points)
     texts = [render_value(key, value) for value in (least, middle, most)]
     return "%s to %s, mean %s" % (texts[0], texts[2], texts[1])
 
 
-def height_of(value: Optional[float], top: float) -> float:
+def height_of(value: float, top: float) -> float:
     """Where a value is, in a chart's box."""
-    share = min(max((value or 0.0) / top, 0.0), 1.0)
+    share = min(max(value / top, 0.0), 1.0)
     return CHART_BOTTOM - (CHART_BOTTOM - CHART_TOP) * share
 
 
@@ -4834,40 +4911,36 @@ def time_texts(axis: Axis, y: int) -> List[Html]:
     ]
 
 
-def draw_band(
-    key: str, series: Series, piece: List[RecordRow], axis: Axis, top: float
-) -> Html:
+def draw_band(series: Series, piece: List[Band], axis: Axis, top: float) -> Html:
     """The area between least and most."""
     there = []
     back = []
-    for row in piece:
-        x = axis.place(row.time - series.shift)
-        least, _, most = row.values[key][:3]
-        there.append("%.1f %.1f" % (x, height_of(most, top)))
-        back.append("%.1f %.1f" % (x, height_of(least, top)))
+    for band in piece:
+        x = axis.place(band.time - series.shift)
+        there.append("%.1f %.1f" % (x, height_of(band.most, top)))
+        back.append("%.1f %.1f" % (x, height_of(band.least, top)))
     path = "M%sZ" % "L".join(there + back[::-1])
     return fill(PATH_SVG, kind=("band " + series.kind).rstrip(), path=path)
 
 
-def draw_mean(
-    key: str, series: Series, piece: List[RecordRow], axis: Axis, top: float
-) -> Html:
-    """The curve of the mean; a row alone is a short line."""
+def draw_mean(series: Series, piece: List[Band], axis: Axis, top: float) -> Html:
+    """The curve of the mean; a point alone is a short line."""
     points = []
-    for row in piece:
-        x = axis.place(row.time - series.shift)
-        points.append("%.1f %.1f" % (x, height_of(row.values[key][1], top)))
+    for band in piece:
+        x = axis.place(band.time - series.shift)
+        points.append("%.1f %.1f" % (x, height_of(band.mean, top)))
     end = "h1" if len(points) == 1 else ""
     return fill(PATH_SVG, kind=series.kind, path="M" + "L".join(points) + end)
 
 
 def draw_map(record: Record, key: str, axis: Axis) -> Optional[Html]:
     """A row for each node, the darker the more: which one is not like the others?"""
-    names = sorted(record.nodes, key=natural)[:MAP_NODES]
-    rows = [row for row in record.rows if len(row.values.get(key, ())) > 3]
-    if len(names) < 2 or not rows:
+    columns = dict(zip(record.nodes, record.columns(key)))
+    names = sorted(columns, key=natural)[:MAP_NODES]
+    if len(names) < 2:
         return None
-    means = map_means(rows, key, axis, names)
+    slices = map_slices(record.rows_of(key), axis)
+    means = [map_means(columns[name], slices) for name in names]
     top = 100.0
     if UNITS.get(key) != "%":
         top = max((value for cells in means for value in cells.values()), default=0.0)
@@ -4884,11 +4957,14 @@ def draw_map(record: Record, key: str, axis: Axis) -> Optional[Html]:
         drawn.append(fill(TEXT_SVG, x=CHART_LEFT - 6, y=y, anchor="end", text=text))
     bottom = CHART_TOP + cell * len(names)
     drawn += time_texts(axis, bottom + 17)
-    words = "each node over time, from 0 (light) to %s (dark)" % render_value(key, top)
+    words = "each node over time, from 0 (faint) to %s (strong)" % render_value(
+        key, top
+    )
     return fill(
         CHART_HTML,
         label=NUMBERS[key].label,
         words=words,
+        width=CHART_WIDTH,
         height=bottom + 24,
         drawn=drawn,
     )
@@ -4899,36 +4975,32 @@ def map_cell(nodes: int) -> int:
     return MAP_CELL if nodes <= 32 else MAP_CELL // 2
 
 
-def map_means(
-    rows: Sequence[RecordRow], key: str, axis: Axis, names: List[str]
-) -> List[Dict[int, float]]:
-    """For each node: the mean in each column in which it is known."""
+def map_slices(rows: Sequence[RecordRow], axis: Axis) -> List[Tuple[int, int, int]]:
+    """Which rows are in which column of the map: (column, first, last and one) of each."""
     span = axis.last - axis.first
-    sums: List[Dict[int, float]] = [{} for _ in names]
-    counts: List[Dict[int, int]] = [{} for _ in names]
-    orders: Dict[int, List[Optional[int]]] = {}
-    for row in rows:
-        order = orders.get(id(row.names))
-        if order is None:
-            known = {name: place for place, name in enumerate(row.names)}
-            order = orders[id(row.names)] = [known.get(name) for name in names]
-        first = int(MAP_COLUMNS * (row.time - row.step - axis.first) / span)
-        last = int(MAP_COLUMNS * (row.time - axis.first) / span)
-        columns = range(max(0, first), min(max(first, last - 1), MAP_COLUMNS - 1) + 1)
-        values = row.values[key]
-        for node, place in enumerate(order):
-            if place is None or place + 3 >= len(values):
-                continue
-            value = values[place + 3]
-            if value is None:
-                continue
-            for column in columns:
-                sums[node][column] = sums[node].get(column, 0.0) + value
-                counts[node][column] = counts[node].get(column, 0) + 1
-    return [
-        {column: total / count[column] for column, total in each.items()}
-        for each, count in zip(sums, counts)
-    ]
+    ends = [row.time for row in rows]
+    begins = [row.time - row.step for row in rows]
+    slices = []
+    for column in range(MAP_COLUMNS):
+        begin = axis.first + span * column / MAP_COLUMNS
+        end = axis.first + span * (column + 1) / MAP_COLUMNS
+        first = bisect.bisect_right(ends, begin + 0.01)
+        last = bisect.bisect_left(begins, end - 0.01)
+        if first < last:
+            slices.append((column, first, last))
+    return slices
+
+
+def map_means(
+    values: Sequence[Optional[float]], slices: Sequence[Tuple[int, int, int]]
+) -> Dict[int, float]:
+    """The mean of a node in each column in which it is known."""
+    means = {}
+    for column, first, last in slices:
+        mean_there = mean_of(values[first:last])
+        if mean_there is not None:
+            means[column] = mean_there
+    return means
 
 
 def map_paths(means: List[Dict[int, float]], top: float) -> Dict[int, str]:
@@ -5124,6 +5196,8 @@ def how_it_went(summary: Message) -> str:
     """A job's state in a sentence."""
     state = summary["state"] or "UNKNOWN"
     words = [state.capitalize().replace("_", " ")]
+    if not summary["state"]:
+        words = ["Its agents left" if summary["has_ended"] else "Seen"]
     if summary["reason"] not in (None, "None"):
         words.append("(%s)" % summary["reason"])
     if summary["exit"] not in (None, "0:0"):
@@ -5213,18 +5287,17 @@ def show_amount(value: Any) -> str:
 
 def run_node_rows(record: Record) -> List[Message]:
     """What each node did over the whole job."""
+    totals = {}  # mean and most, by node and metric
+    for key in BY_NODE:
+        steps = [row.step for row in record.rows_of(key)]
+        for name, values in zip(record.nodes, record.columns(key)):
+            known = [value for value in values if value is not None]
+            if len(known) == len(steps):
+                mean_there = sum(map(operator.mul, known, steps)) / sum(steps)
+                totals[name, key] = (mean_there, max(known))
+            elif known:
+                totals[name, key] = (sum(known) / len(known), max(known))
     rows = []
-    totals: Dict[Tuple[str, str], List[float]] = {}  # sum, weight, most
-    for row in record.rows:
-        for key in BY_NODE:
-            values = row.values.get(key, [])
-            for name, value in zip(row.names, values[3:]):
-                if value is None:
-                    continue
-                total = totals.setdefault((name, key), [0.0, 0.0, 0.0])
-                total[0] += row.step * value
-                total[1] += row.step
-                total[2] = max(total[2], value)
     for name in sorted(record.nodes, key=natural):
         cpu = totals.get((name, "job_cpu")) or totals.get((name, "cpu"))
         memory = totals.get((name, "job_mem"))
@@ -5233,11 +5306,11 @@ def run_node_rows(record: Record) -> List[Message]:
             {
                 "node": name,
                 "job_cpus": record.nodes[name].get("job_cpus"),
-                "cpu": cpu and cpu[0] / cpu[1],
-                "cpu_most": cpu and cpu[2],
-                "mem": memory and memory[0] / memory[1],
-                "mem_most": memory and memory[2],
-                "gpu": gpu and gpu[0] / gpu[1],
+                "cpu": cpu and cpu[0],
+                "cpu_most": cpu and cpu[1],
+                "mem": memory and memory[0],
+                "mem_most": memory and memory[1],
+                "gpu": gpu and gpu[0],
             }
         )
     return rows
@@ -5402,17 +5475,16 @@ def render_report(record: Record) -> str:
 
 def pack_into(record: Record, room: int) -> str:
     """The record in base64, as thin as it must be to have room."""
-    names = list(record.nodes)
-    rows = [in_order_of(row, names) for row in record.rows]
-    thin = Record(record.job)
-    thin.__dict__.update(record.__dict__)
+    rows = record.rows
+    thin = record.copy()
     while True:
         thin.rows = rows
         packed = gzip.compress(b"".join(thin.lines()), 6, mtime=0)
         data = base64.b64encode(packed).decode()
         if len(data) <= room or len(rows) < 2:
             return data
-        rows = halve(rows)
+        for _ in range(max(1, int(math.log2(len(data) / max(1, room))))):
+            rows = halve(rows)
 
 
 def record_of_report(job: str, page: str) -> Record:
@@ -5444,10 +5516,7 @@ def find_record(view: Optional[Snapshot], job: str, site: Site) -> Optional[Reco
     record: Optional[Record] = site.archive.record(job)
     for facts in view.jobs if view else ():
         if job in (facts["job"], facts["raw"]):
-            live = Record(facts["job"])
-            if record:
-                live.__dict__.update(record.__dict__)
-                live.facts = dict(record.facts)
+            live = record.copy() if record else Record(facts["job"])
             for key in JOB_KEYS:
                 if facts[key] is not None:
                     live.facts[key] = facts[key]
@@ -5806,8 +5875,7 @@ PICK_GRAPHS = operator.itemgetter(*map(NODE_KEYS.index, GRAPHS))
 GAP = (math.nan,) * len(GRAPHS)
 BLANK = array.array("f", GAP[:2] * FINE + GAP[2:] * COARSE)
 MAX_LEFT = 1024  # who left, to be remembered
-REPORT_SECONDS = 2.0  # for which a page of records is sent again as it was ...
-MAX_REPORTS = 16  # ... if it is one of the last ones
+MAX_REPORTS = 16  # pages of records that are kept, as long as these stay the same
 TICK_SECONDS = 2.0  # between two looks at the table, for the graphs
 WATCHED_SECONDS = 60.0  # without a request: only every fifth tick has a look
 HEADERS = {
@@ -5990,8 +6058,8 @@ class Dashboard:
             "localhost",
         }
         self.archive: Optional[Archive] = None  # until it is asked for
-        # (path, query) -> time.monotonic(), body: a page of records
-        self.reports: Dict[Any, Tuple[float, bytes]] = {}
+        # (path, query) -> files and facts that it was made of, body: a page of records
+        self.reports: Dict[Any, Tuple[Any, bytes]] = {}
 
     def run(self) -> None:
         """Answer until the supervisor is gone."""
@@ -6166,18 +6234,22 @@ class Dashboard:
         with self.lock:
             self.archive = self.archive or Archive(self.options.archive)
         key = (path, tuple(sorted(query.items())))
-        made, body = self.reports.get(key, (-math.inf, b""))
-        if time.monotonic() - made > REPORT_SECONDS:
-            try:
-                body = render(self.fresh(), query, self).encode("utf-8", "replace")
-            except RecordError as error:
-                raise HTTPError(503, str(error)) from None
-            if not body:
-                raise HTTPError(404, "no such job; /jobs has a list of them")
-            with self.lock:
-                while len(self.reports) >= MAX_REPORTS:
-                    del self.reports[next(iter(self.reports))]
-                self.reports[key] = (time.monotonic(), body)
+        view = self.fresh()
+        jobs = {query[name] for name in ("job", "a", "b") if name in query}
+        try:
+            files = self.archive.files(jobs)
+            facts = [job for job in view.jobs if not jobs or job["job"] in jobs]
+            made_of, body = self.reports.get(key, (None, b""))
+            if made_of != (files, facts):
+                body = render(view, query, self).encode("utf-8", "replace")
+                with self.lock:
+                    while len(self.reports) >= MAX_REPORTS:
+                        del self.reports[next(iter(self.reports))]
+                    self.reports[key] = ((files, facts), body)
+        except RecordError as error:
+            raise HTTPError(503, str(error)) from None
+        if not body:
+            raise HTTPError(404, "no such job; /jobs has a list of them")
         headers.update({"Content-Type": kind, "Vary": "Accept-Encoding"})
         headers["Content-Security-Policy"] = REPORT_POLICY
         if "gzip" in fields.get("accept-encoding", ""):
@@ -6704,7 +6776,11 @@ class Recording:
         self.most = [-math.inf] * len(RECORDED)
         if not values:
             return None
-        return RecordRow(round(now, 1), ROW_SECONDS, list(self.traces), values)
+        when = round(min(now, self.seen), 1)
+        step = float(ROW_SECONDS)
+        if self.tail:
+            step = min(step, when - self.tail[-1].time)
+        return RecordRow(when, round(step, 1), list(self.traces), values)
 
     def write_rows(self) -> None:
         """Write the rows that wait, as one."""
