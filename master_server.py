@@ -5437,7 +5437,7 @@ def time_words(record: Record) -> str:
     """The times of a record, and how fine it is."""
     first, last = record.span
     zone = time.strftime("%Z", time.localtime(last))
-    steps = sorted({round(row.step) for row in record.rows})
+    steps = sorted({round(row.step) for row in record.rows}) or [ROW_SECONDS]
     fine = "%d" % steps[0] if len(steps) == 1 else "%d to %d" % (steps[0], steps[-1])
     return (
         "From %s to %s %s; a point stands for %s s, the area reaches from the least to the"
@@ -7639,7 +7639,8 @@ def run_explain(options: argparse.Namespace) -> int:
     except RecordError as error:
         print("error: %s" % error, file=sys.stderr)
         return EXIT_UNKNOWN
-    sys.stdout.write(text)
+    encoding = sys.stdout.encoding or "utf-8"  # of a terminal that may have no arrows
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     return code
 
 
