@@ -825,13 +825,74 @@ class Outlet:
 
 REPORTED = ("cpu", "job_cpu", "mem_used", "job_mem", "gpu")
 GIB = 2.0**30
+MIB = 2.0**20
+MARGIN = 1.2  # a fifth more than was needed: what to ask for next time
+MAX_FOLDERS = 100  # cgroups of a job that are looked at: steps and their tasks
+KILLED = ("SIGKILL", "exit 137")  # as a command ends that the kernel has killed
+
+# The same words are in the verdicts of master_server.py.
+OUT_OF_MEMORY = "out of memory: the kernel killed %s"
+BELOW_PEAK = "memory peak above the highest sample, %.3g GB of %.3g GB"
+MEMORY_PEAK = "memory peak %.3g GB of %.3g GB"
+KERNEL_COUNT = "kernel's count, 1 run, %d samples"
+SAMPLED_COUNT = "sampled, 1 run, %d samples"
+
+
+def read_kills(probe: Probe, job: Sample) -> Reading:
+    """Yield how many processes of the job the kernel has killed for want of memory.
+
+    cgroup v2 counts what is below as well (memory.events), v1 in the leaf alone, since Linux
+    4.13; older ones tell only how often the limit was reached (memory.failcnt), which is no kill.
+    """
+    if "memory" not in job:
+        # low 0 / high 0 / max 12 / oom 1 / oom_kill 1
+        text = probe.read("%s/memory.events" % job[""])
+        yield "oom_kill", number(text, "oom_kill ")
+        return
+    yield "failcnt", int(probe.read("%s/memory.failcnt" % job["memory"]))
+    # oom_kill_disable 0 / under_oom 0 / oom_kill 1
+    counts = []
+    for folder in memory_folders(probe, str(job["memory"])):
+        with contextlib.suppress(OSError):  # a step that has just ended
+            text = probe.read("%s/memory.oom_control" % folder)
+            counts.append(number(text, "oom_kill "))
+    yield "oom_kill", sum(counts)
+
+
+def memory_folders(probe: Probe, top: str) -> List[str]:
+    """Return the cgroups of a job: its own, its steps and their tasks."""
+    folders = [top]
+    for folder in folders:
+        for name in probe.names(folder):
+            if name.startswith(("step_", "task_")) and len(folders) < MAX_FOLDERS:
+                folders.append("%s/%s" % (folder, name))
+    return folders
+
+
+def memory_flag(size: float) -> str:
+    """Return sbatch's flag for a fifth more than that: --mem=74G. The master has the same."""
+    unit, name = (GIB, "G") if size >= GIB else (100 * MIB, "00M")
+    return "--mem=%d%s" % (max(1, math.ceil(MARGIN * size / unit)), name)
 
 
 class Report(Dict[str, Tuple[float, float, float]]):
-    """Sums samples up, {key: (seconds, mean, peak)}; each has the weight of the time it covers."""
+    """Sums samples up, {key: (seconds, mean, peak)}; each has the weight of the time it covers.
+
+    count tells what read_kills knows: what has been before the start is none of this report's.
+    """
+
+    def __init__(self, count: Callable[[], Sample] = dict) -> None:
+        super().__init__()
+        self.count = count
+        self.before = count()
+        self.samples = 0
+        self.first_kills: Optional[int] = None  # in a sample, if samples tell
 
     def add(self, sample: Sample, seconds: float) -> None:
         """Count a sample that covers so many seconds."""
+        self.samples += 1
+        if self.first_kills is None and "oom_kill" in sample:
+            self.first_kills = int(sample["oom_kill"])
         for key in REPORTED:
             if key in sample:
                 value = float(sample[key])
@@ -839,21 +900,66 @@ class Report(Dict[str, Tuple[float, float, float]]):
                 mean += (value - mean) * seconds / (known + seconds)
                 self[key] = (known + seconds, mean, max(peak, value))
 
-    def lines(self, last: Sample) -> Iterable[str]:
+    def lines(self, last: Sample, ended: str = "") -> Iterable[str]:
         """Yield the report for people, a line a subject; last is the last sample."""
+        now = self.count()
+        kills = self.count_kills(now, last)
+        if kills:
+            words = "1 process" if kills == 1 else "%d processes" % kills
+            yield OUT_OF_MEMORY % words
         yield self.duration_line()
         yield self.cpu_line(last)
-        in_job = "job_mem" in self
-        peak = self["job_mem" if in_job else "mem_used"][2] / GIB
-        owner = "" if in_job else "the node's "
-        most = float(last.get("mem_total", 0.0)) / GIB
-        if in_job and "job_mem_limit" in last:
-            most = float(last["job_mem_limit"]) / GIB
-        yield "memory peak %.3g GB of %s%.3g GB" % (peak, owner, most)
+        yield self.memory_line(last, kills)
         if "gpu" in self:
             yield "GPU mean %.1f %% of %s" % (self["gpu"][1], last.get("gpus"))
+        is_uncounted = "failcnt" in now and "oom_kill" not in now
+        if ended in KILLED and is_uncounted and self.risen("failcnt", now):
+            yield "it had reached its memory limit; this kernel counts no kills"
+        if "job_mem" in self and "job_mem_limit" in last:
+            yield from self.advise_memory(last, kills)
+
+    def count_kills(self, now: Sample, last: Sample) -> int:
+        """Return how many processes the kernel has killed since the start, as far as is known."""
+        kills = self.risen("oom_kill", now)
+        if self.first_kills is not None:
+            kills = max(kills, int(last.get("oom_kill", 0)) - self.first_kills)
+        return kills
+
+    def risen(self, key: str, now: Sample) -> int:
+        """Return by how much a counter has risen since the start; 0 without one."""
+        return max(0, int(now.get(key, 0)) - int(self.before.get(key, 0)))
+
+    def memory_line(self, last: Sample, kills: int) -> str:
+        in_job = "job_mem" in self
+        peak = self["job_mem" if in_job else "mem_used"][2] / GIB
+        most = float(last.get("mem_total", 0.0)) / GIB
+        if not in_job:
+            return "memory peak %.3g GB of the node's %.3g GB" % (peak, most)
         if "job_mem_limit" in last:
-            yield from advise_memory(peak, float(last["job_mem_limit"]) / GIB)
+            most = float(last["job_mem_limit"]) / GIB
+        return (BELOW_PEAK if kills else MEMORY_PEAK) % (peak, most)
+
+    def advise_memory(self, last: Sample, kills: int) -> Iterable[str]:
+        """Yield what to ask for next time, if that is another size.
+
+        The kernel's peak holds the page cache as well: it is enough, but no sign of want.
+        """
+        limit = float(last["job_mem_limit"])
+        sampled = self["job_mem"][2]
+        peak = max(sampled, float(last.get("job_mem_peak", 0.0)))
+        if kills:
+            asked = "asked for %.3g GB, which was too little" % (limit / GIB)
+            yield "%s: %s may do" % (asked, memory_flag(limit))
+            return
+        source = KERNEL_COUNT if "job_mem_peak" in last else SAMPLED_COUNT
+        if sampled > 0.9 * limit:
+            peak = sampled
+            source = SAMPLED_COUNT
+        flag = memory_flag(peak)
+        unit = GIB if flag.endswith("G") else MIB
+        if float(flag[6:-1]) * unit < 0.8 * limit or sampled > 0.9 * limit:
+            sizes = "asked for %.3g GB, peak %.3g GB" % (limit / GIB, peak / GIB)
+            yield "%s (%s): %s would do" % (sizes, source % self.samples, flag)
 
     def duration_line(self) -> str:
         minutes, seconds = divmod(round(self["cpu"][0]), 60)
@@ -866,15 +972,6 @@ class Report(Dict[str, Tuple[float, float, float]]):
         cpus = last.get("job_cpus" if in_job else "cpus")
         owner = "" if in_job else "the node's "
         return "CPU mean %.1f %%, peak %.1f %% of %s%s CPUs" % (mean, peak, owner, cpus)
-
-
-def advise_memory(peak: float, limit: float) -> Iterable[str]:
-    """Yield what to ask for next time, if that is another size: GB; a fifth more than the peak."""
-    unit, name = (1.0, "G") if peak >= 1 else (0.1, "00M")
-    need = math.ceil(1.2 * peak / unit)
-    if need * unit < 0.8 * limit or peak > 0.9 * limit:
-        asked = "asked for %.3g GB, peak %.3g GB" % (limit, peak)
-        yield "%s: --mem=%d%s would do" % (asked, need, name)
 
 
 # ============================================================================
@@ -900,7 +997,8 @@ class Agent:
         self.args = args
         self.sampler = sampler
         self.link = link
-        self.report = Report()
+        job = sampler.job
+        self.report = Report(lambda: collect([lambda: read_kills(sampler.probe, job)]))
         self.ending = ""  # why it ends, once it does
         self.signals: List[int] = []
         self.command: Any = None
@@ -1010,7 +1108,7 @@ class Agent:
     def finish(self) -> None:
         """Take a last sample, write the report and say goodbye."""
         last = self.take()
-        lines = list(self.report.lines(last))
+        lines = list(self.report.lines(last, self.ending))
         farewell: Sample = {"bye": self.ending}
         if self.command or self.args.report or "job" in last:
             farewell["report"] = clip("; ".join(lines))

@@ -19,6 +19,7 @@ Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP, 1 could not start, 2 bad usa
 #   Wire           bytes of a peer -> a sample: bounded, and nothing here unpickles
 #   Table          shared memory: the only room that knows offsets, lock and sequence number
 #   Alerts         rules -> what fires and what is resolved; the runner of --alert-command
+#   Verdicts       what is known of a job -> what is wrong with it, or why it died: pure
 #   Collector      agents' sockets -> wire -> table and alerts: a thread for each agent
 #   Records        a job's whole life -> a file of its own, and back
 #   The page       a copy of the table -> HTML, and nobody else knows HTML.  Nine rooms: Style
@@ -65,6 +66,7 @@ import operator
 import queue
 import re
 import secrets
+import shlex
 import signal
 import socket
 import statistics
@@ -1717,6 +1719,2032 @@ class CommandRunner:
 def describe_exit(code: int) -> str:
     """How a process ended, by its exit code or minus its signal."""
     return "signal %d" % -code if code < 0 else "exit code %d" % code
+
+
+# ============================================================================
+# Verdicts: what is known of a job -> what is wrong with it, why it died.  Pure
+# ============================================================================
+#
+# diagnose() puts a job's evidence to the one table of checks, CHECKS.  A check names what it
+# needs: facts of Slurm, readings of a node, and curves that cover its time without a hole.  A
+# node of which that is not known is not shown to it, so a check whose evidence is incomplete is
+# silent: a false verdict costs more than a missing one.
+#
+# Thresholds come from those who have mailed users for years; the source is in each check:
+#
+#   jobstats    github.com/PrincetonUniversity/jobstats, config.py
+#   JDS         github.com/PrincetonUniversity/job_defense_shield, docs/alert
+#   cc-backend  github.com/ClusterCockpit/cc-backend, configs/tagger/jobclasses
+
+HOLD_SECONDS = 60.0  # how long most things have to last before they are told
+LONG_SECONDS = 300.0  # the same for what a healthy job may do for a while, too
+SOON_SECONDS = 20.0  # and for what cannot wait
+CURVE_STEP = 10.0  # between two points of a curve
+MAX_HOLE = 2.5 * CURVE_STEP  # between two points: a longer hole is no evidence
+ALONE_SECONDS = 45.0  # the only node may be silent so long: Slurm tells ends every 30 s
+SILENT_SECONDS = 5.0  # and one of several that go on
+MAX_NUMBER = 1e18  # no reading is larger; what claims to be is unknown
+MAX_LISTED = 4  # names in a sentence
+MAX_CPUS = 8192  # of one node
+GIB = 2.0**30
+MIB = 2.0**20
+IDLE_CPUS = 0.1  # CPUs in use, and less, are none
+ONE_CPU = (0.85, 1.1)  # CPUs in use by one thread that never waits
+QUIET_BYTES = 1e5  # a second, read and written: no I/O to speak of
+SLOW_BYTES = 5e6  # a second: what waits for I/O and moves no more has a slow filesystem
+IDLE_GPU = 1.0  # percent busy
+UNUSED_GPU = 100 * MIB  # of a GPU's memory: no program has opened it
+MARGIN = 1.2  # a fifth more than was needed: what to ask for next time
+
+# The same words are in agent.py's report.
+OUT_OF_MEMORY = "out of memory: the kernel killed %s"
+BELOW_PEAK = "memory peak above the highest sample, %.3g GB of %.3g GB"
+MEMORY_PEAK = "memory peak %.3g GB of %.3g GB"
+KERNEL_COUNT = "kernel's count, 1 run, %d samples"
+SAMPLED_COUNT = "sampled, 1 run, %d samples"
+
+# Linux's on all processors that clusters have; a laptop's own may differ
+SIGNALS = {
+    1: "SIGHUP",
+    2: "SIGINT",
+    3: "SIGQUIT",
+    4: "SIGILL",
+    6: "SIGABRT",
+    7: "SIGBUS",
+    8: "SIGFPE",
+    9: "SIGKILL",
+    10: "SIGUSR1",
+    11: "SIGSEGV",
+    12: "SIGUSR2",
+    13: "SIGPIPE",
+    14: "SIGALRM",
+    15: "SIGTERM",
+    24: "SIGXCPU",
+    25: "SIGXFSZ",
+    31: "SIGSYS",
+}
+# an agent that is told to end says these; of a command they tell nothing
+ASKED_SIGNALS = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM")
+# what a signal means, and what to do: {node} is where, {job} the id
+SIGNAL_WORDS = {
+    "SIGSEGV": "it used memory that is not its own (segmentation fault)",
+    "SIGBUS": "it used memory that is not there",
+    "SIGILL": "it is compiled for another kind of processor",
+    "SIGABRT": "it gave up by itself: its last lines say why",
+    "SIGFPE": "it divided by zero, or the like",
+    "SIGXFSZ": "a file became larger than the limit",
+    "SIGXCPU": "its limit of CPU time was reached",
+    "SIGKILL": "who sent it is not known",
+}
+SIGNAL_CURES = {
+    "SIGSEGV": "ulimit -s unlimited  # before srun, if its stack was too small",
+    "SIGBUS": "df -h /dev/shm /tmp  # in the job: a full one ends programs so",
+    "SIGILL": "srun --nodes=1 --constraint=FEATURE ...  # or compile it on the node itself",
+}
+SEVERITIES = ("died", "problem", "advice", "fine")  # the worst first
+ARROW_COLUMN = 100  # where cures begin, at most
+MARKS = {"died": "died ", "problem": "! ", "advice": ". ", "fine": ""}
+EXIT_CODES = {"fine": 0, "advice": 1, "problem": 2, "died": 3}
+RUNNING_STATES = ("", "RUNNING", "COMPLETING")  # "": Slurm was not asked
+WAITING_STATES = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED")
+# key of a sample, what is full, percent from which on it is
+FILESYSTEMS = (
+    ("disk_tmp", "/tmp", 98.0),
+    ("disk_shm", "/dev/shm", 98.0),
+    ("inodes_tmp", "the list of files (inodes) of /tmp", 98.0),
+    ("disk", "the working directory's filesystem", 99.5),
+    ("inodes", "the list of files (inodes) of the working directory", 99.5),
+)
+# keys that are texts; all others are numbers
+FACT_TEXTS = [key for key, code in JOB_FACTS if code.endswith("s")]
+FACT_TEXTS += ["cancelled_by", "derived_exit", "failed_step"]
+RANK_TEXTS = ("part", "program", "cpus", "on", "state", "wchan", "gpu", "step")
+GPU_TEXTS = ("part", "uuid", "name", "throttle", "mig", "error")
+POSITIVE = ("job_cpus", "job_mem_limit", "cpus", "mem_total", "job_time_limit")
+
+Figures = Dict[str, Any]  # what fills the words of a check
+Curve = List[Tuple[float, float]]  # (time.time(), value), the oldest first, 10 s apart
+
+
+class Verdict(NamedTuple):
+    """What is wrong with a job, why we think so, and what to type."""
+
+    severity: str  # one of SEVERITIES
+    what: str
+    proof: str
+    cure: str  # a line to paste, or ""
+    rule: str  # name of the check
+
+
+class NodeEvidence(NamedTuple):
+    """What is known of one node of a job."""
+
+    name: str
+    sample: Dict[str, Any]  # the newest, keys of METRICS
+    curves: Dict[str, Curve]
+    ranks: List[Dict[str, Any]]  # newest parts of each kind
+    gpus: List[Dict[str, Any]]
+    cores: Dict[int, float]  # CPU -> share busy, 0 to 1
+    cpus: Set[int]  # those of the job; empty when unknown
+    lost: Optional[float]  # when it fell silent
+
+
+class JobEvidence(NamedTuple):
+    """What is known of a job.
+
+    facts are JOB_FACTS, and where accounting tells them: cancelled_by (a user or a uid),
+    derived_exit (CODE:SIGNAL of the worst step), failed_step (words for it).
+    """
+
+    facts: Dict[str, Any]
+    nodes: List[NodeEvidence]
+    events: List[Dict[str, Any]]  # time, kind, node, text: as the table has them
+    now: float
+
+
+class Goodbye(NamedTuple):
+    """How an agent left: its wrapped command's end, where it has one."""
+
+    time: float
+    node: str
+    bye: str  # exit 3, SIGSEGV, SIGTERM, finished
+    report: str
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether it tells the end of a command that failed."""
+        if self.bye.startswith("exit "):
+            return self.bye != "exit 0"
+        return self.bye.startswith("SIG") and self.bye not in ASKED_SIGNALS
+
+
+class Check(NamedTuple):
+    """One rule: what it needs, when it speaks, and its words."""
+
+    name: str
+    severity: str
+    phase: str  # RUNNING, ENDED or ANY of a job
+    find: Callable[["Case", List[NodeEvidence], float], Iterable[Figures]]
+    what: str
+    proof: str
+    cure: str
+    source: str  # of the threshold
+    facts: Tuple[str, ...] = ()  # of Slurm's, all needed
+    needs: Tuple[str, ...] = ()  # of a node's sample or parts, all needed
+    holds: Tuple[str, ...] = ()  # curves of a node that must cover the seconds
+    seconds: float = 0.0  # for how long
+    instead_of: Tuple[str, ...] = ()  # checks that this one explains better
+
+
+RUNNING = "running"
+ENDED = "ended"
+ANY = "any"
+PARTS = ("ranks", "gpus")
+
+
+def diagnose(job: JobEvidence) -> List[Verdict]:
+    """Say what is wrong with a job, the worst first; it is fine when nothing is."""
+    case = Case(job)
+    verdicts: List[Verdict] = []
+    replaced: Set[str] = set()
+    for check in CHECKS:
+        if check.name in replaced:
+            continue
+        found = judge_check(case, check)
+        if found:
+            replaced.update(check.instead_of)
+        verdicts += found
+    verdicts = [verdict for verdict in verdicts if verdict.rule not in replaced]
+    if all(verdict.severity == "fine" for verdict in verdicts):
+        verdicts.insert(0, Verdict("fine", "fine", case.describe(), "", "fine"))
+    return sorted(verdicts, key=lambda verdict: SEVERITIES.index(verdict.severity))
+
+
+def judge_check(case: "Case", check: Check) -> List[Verdict]:
+    """Put a job to one check, if all is known that it needs."""
+    if check.phase == RUNNING and not case.is_running:
+        return []
+    if check.phase == ENDED and not case.is_over:
+        return []
+    if any(key not in case.facts for key in check.facts):
+        return []
+    nodes = case.live if check.phase == RUNNING else case.nodes
+    nodes = [node for node in nodes if knows(case, node, check)]
+    if not nodes and (check.needs or check.holds):
+        return []
+    verdicts = []
+    for figures in check.find(case, nodes, check.seconds):
+        figures.setdefault("job", case.job)
+        verdicts.append(
+            Verdict(
+                figures.get("severity", check.severity),
+                check.what.format(**figures),
+                check.proof.format(**figures),
+                check.cure.format(**figures),
+                check.name,
+            )
+        )
+    return verdicts
+
+
+def knows(case: "Case", node: NodeEvidence, check: Check) -> bool:
+    """Whether all is known of a node that a check needs."""
+    for need in check.needs:
+        if need in PARTS:
+            if not getattr(node, need):
+                return False
+        elif need not in node.sample:
+            return False
+    return all(lasts(node, key, case.now, check.seconds, is_any) for key in check.holds)
+
+
+# ---- evidence, cleaned -------------------------------------------------------------
+
+
+def clean_number(value: Any) -> Optional[float]:
+    """A reading as a float; None for what cannot be one, and for what no reading can be."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if not 0 <= value <= MAX_NUMBER:  # NaN is neither
+        return None
+    return float(value)
+
+
+def is_any(value: float) -> bool:
+    """Passes every value of a curve: they are clean."""
+    return True
+
+
+def clean_dict(values: Any, texts: Iterable[str]) -> Dict[str, Any]:
+    """What can be true of a dict in which these keys are texts, and all others numbers."""
+    known: Dict[str, Any] = {}
+    if not isinstance(values, dict):
+        return known
+    for key, value in values.items():
+        number = clean_number(value)
+        if key in texts:
+            text = "%d" % number if number is not None else value
+            if isinstance(text, str) and text:
+                known[key] = text
+        elif number is not None and (number > 0 or key not in POSITIVE):
+            known[key] = number
+    return known
+
+
+def clean_dicts(parts: Any, texts: Iterable[str]) -> List[Dict[str, Any]]:
+    """The same for each of a list."""
+    return [clean_dict(part, texts) for part in parts or () if isinstance(part, dict)]
+
+
+def clean_curve(points: Any, now: float) -> Curve:
+    """The points of a curve that can be true, the oldest first."""
+    known = []
+    for point in points if isinstance(points, (list, tuple)) else ():
+        if isinstance(point, (list, tuple)) and len(point) == 2:
+            moment = clean_number(point[0])
+            value = clean_number(point[1])
+            if moment is not None and value is not None and moment <= now + CURVE_STEP:
+                known.append((moment, value))
+    return sorted(known)
+
+
+def clean_node(node: NodeEvidence, now: float) -> NodeEvidence:
+    """A node's evidence without what cannot be true."""
+    curves = node.curves if isinstance(node.curves, dict) else {}
+    cores = node.cores if isinstance(node.cores, dict) else {}
+    return NodeEvidence(
+        str(node.name),
+        clean_dict(node.sample, TEXTS),
+        {str(key): clean_curve(points, now) for key, points in curves.items()},
+        clean_dicts(node.ranks, RANK_TEXTS),
+        clean_dicts(node.gpus, GPU_TEXTS),
+        {cpu: busy for cpu, busy in cores.items() if clean_number(busy) is not None},
+        {cpu for cpu in node.cpus or () if isinstance(cpu, int)},
+        clean_number(node.lost),
+    )
+
+
+def parse_cpu_list(text: Any) -> Set[int]:
+    """0-3,8 -> {0, 1, 2, 3, 8}, as Cpus_allowed_list of proc(5) has it; empty for no such text."""
+    cpus: Set[int] = set()
+    if not isinstance(text, str) or not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        return cpus
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        end = int(last or first)
+        if end >= MAX_CPUS:
+            return set()
+        cpus.update(range(int(first), end + 1))
+    return cpus
+
+
+def parse_exit(text: Any) -> Optional[Tuple[int, int]]:
+    """CODE:SIGNAL of Slurm -> both as numbers; None for another text."""
+    match = (
+        re.fullmatch(r"(\d{1,3}):(\d{1,3})", text) if isinstance(text, str) else None
+    )
+    return (int(match.group(1)), int(match.group(2))) if match else None
+
+
+def parse_goodbye(event: Dict[str, Any]) -> Optional[Goodbye]:
+    """An event of kind finished -> how the agent left; None for any other event."""
+    moment = clean_number(event.get("time"))
+    text = event.get("text")
+    if event.get("kind") != "finished" or moment is None or not isinstance(text, str):
+        return None
+    bye, _, report = text.partition("; ")
+    return Goodbye(moment, str(event.get("node")), bye, report)
+
+
+def last_heard(node: NodeEvidence) -> float:
+    """When the newest point of a node's curves was; 0 without one."""
+    return max((curve[-1][0] for curve in node.curves.values() if curve), default=0.0)
+
+
+class Case:
+    """A job's evidence without what cannot be true, and what all checks ask of it."""
+
+    def __init__(self, job: JobEvidence) -> None:
+        self.now = clean_number(job.now) or 0.0
+        self.facts = clean_dict(job.facts, FACT_TEXTS)
+        self.nodes = [clean_node(node, self.now) for node in job.nodes]
+        self.state = str(self.facts.get("state", "")).split(" ")[0].rstrip("+")
+        self.start = float(self.facts.get("start", 0.0))
+        self.job = shlex.quote(
+            str(self.facts.get("raw") or self.facts.get("job") or "")
+        )
+        self.job = self.job if self.job != "''" else "JOB"
+        self.exit = parse_exit(self.facts.get("exit"))
+        events = [event for event in job.events or () if isinstance(event, dict)]
+        self.goodbyes = self.find_goodbyes(events)
+        has_left = {goodbye.node for goodbye in self.goodbyes}
+        self.live = [
+            node
+            for node in self.nodes
+            if node.lost is None and node.name not in has_left
+        ]
+        self.silent = [
+            node
+            for node in self.nodes
+            if node.lost is not None and node.name not in has_left
+        ]
+        self.failure = next(
+            (goodbye for goodbye in self.goodbyes if goodbye.is_failure), None
+        )
+        self.has_ended = self.state in ENDED_STATES
+        have_left = self.all_have_left()
+        self.is_over = self.has_ended or have_left
+        self.is_running = self.state in RUNNING_STATES and not self.is_over
+        ended_well = all(goodbye.bye == "exit 0" for goodbye in self.goodbyes)
+        self.has_completed = self.state == "COMPLETED" or have_left and ended_well
+
+    def find_goodbyes(self, events: List[Dict[str, Any]]) -> List[Goodbye]:
+        """The goodbye of each node that has not been heard of since, the first of all first.
+
+        Two agents may have been on a node: what the one that saw a command fail has said counts.
+        """
+        last: Dict[str, Goodbye] = {}
+        heard = {node.name: last_heard(node) for node in self.nodes}
+        for event in events:
+            name = str(event.get("node"))
+            goodbye = parse_goodbye(event)
+            if name not in heard or not self.is_of_job(event):
+                continue
+            if event.get("kind") == "connected":
+                last.pop(name, None)
+            elif goodbye and goodbye.time >= max(self.start, heard[name]) - CURVE_STEP:
+                told = last.get(name)
+                last[name] = told if told and told.is_failure else goodbye
+        return sorted(last.values())
+
+    def is_of_job(self, event: Dict[str, Any]) -> bool:
+        """Whether an event is of this job, as far as it tells."""
+        ids = [self.facts[key] for key in ("job", "raw") if key in self.facts]
+        return not ids or event.get("job") in (None, "", *ids)
+
+    def all_have_left(self) -> bool:
+        """Whether every node of the job has said goodbye, though Slurm has told no end yet."""
+        count = self.facts.get("nodes", len(self.nodes))
+        return (
+            self.state in RUNNING_STATES
+            and 0 < len(self.goodbyes) == len(self.nodes)
+            and len(self.nodes) >= count
+        )
+
+    def is_whole(self, nodes: List[NodeEvidence]) -> bool:
+        """Whether these are all nodes of the job."""
+        count = self.facts.get("nodes", len(self.nodes))
+        return 0 < len(nodes) == len(self.nodes) and len(nodes) >= count
+
+    @property
+    def has_gpus(self) -> bool:
+        """Whether the job has, or may have, GPUs."""
+        if self.facts.get("gpus"):
+            return True
+        return any(node.gpus or node.sample.get("gpus") for node in self.nodes)
+
+    @property
+    def first_node(self) -> str:
+        """The node on which the script runs, and mostly rank 0: Slurm sorts them."""
+        for node in self.nodes:
+            if any(rank.get("rank") == 0 for rank in node.ranks):
+                return node.name
+        names = [node.name for node in self.nodes]
+        return min(names, key=lambda name: (len(name), name), default="")
+
+    @property
+    def kills(self) -> Dict[str, int]:
+        """{node: processes that the kernel killed for want of memory}, where there are any."""
+        counts = {}
+        for node in self.nodes:
+            count = int(node.sample.get("oom_kill", 0))
+            for goodbye in self.goodbyes:
+                if goodbye.node == node.name:
+                    count = max(count, parse_kills(goodbye.report))
+            if count:
+                counts[node.name] = count
+        return counts
+
+    @property
+    def end(self) -> Optional[float]:
+        """When it ended, as far as anybody tells."""
+        end: Optional[float] = self.facts.get("end")
+        if self.has_ended and end and self.start <= end <= self.now + 60:
+            return end
+        moments = [goodbye.time for goodbye in self.goodbyes]
+        moments += [node.lost for node in self.silent if node.lost is not None]
+        return max(moments, default=None)
+
+    @property
+    def ran(self) -> Optional[float]:
+        """For how long it ran, in seconds."""
+        end = self.end
+        return end - self.start if end and self.start and end >= self.start else None
+
+    def testimony(self) -> str:
+        """What each source says of the end, in its own words: where they differ, all is said."""
+        words = []
+        for goodbye in self.goodbyes:
+            if goodbye.is_failure:
+                at = clock_words(goodbye.time, "%H:%M:%S")
+                words.append("%s on %s at %s" % (goodbye.bye, goodbye.node, at))
+        words = words[:MAX_LISTED]
+        for name, count in list(self.kills.items())[:MAX_LISTED]:
+            words.append("the kernel's count on %s is %d" % (name, count))
+        if self.facts.get("failed_step"):
+            words.append("first step that failed: %s" % self.facts["failed_step"])
+        if self.state:
+            details = [self.facts.get("exit"), self.facts.get("reason")]
+            told = ", ".join(str(detail) for detail in details if detail)
+            told = " (%s)" % told if told else ""
+            words.append("Slurm says %s%s" % (self.state, told))
+        return "; ".join(words)
+
+    def describe(self) -> str:
+        """What there is to go by, for a job that is fine."""
+        if self.state in WAITING_STATES:
+            return "it waits: %s" % self.facts.get("reason", "Slurm has told no reason")
+        if not self.nodes:
+            return "no node of it has sent a sample"
+        points = max(len(node.curves.get("cpu", ())) for node in self.nodes)
+        points = max([points] + [len(c) for n in self.nodes for c in n.curves.values()])
+        return "%s, %d samples of each" % (count_words(len(self.nodes), "node"), points)
+
+
+def lasting(
+    node: NodeEvidence, key: str, now: float, passes: Callable[[float], bool]
+) -> float:
+    """For how many seconds up to now every point of a curve has passed, without a hole."""
+    since = now
+    for moment, value in reversed(node.curves.get(key, ())):
+        if since - moment > MAX_HOLE or not passes(value):
+            break
+        since = min(since, moment)
+    return now - since
+
+
+def lasts(
+    node: NodeEvidence,
+    key: str,
+    now: float,
+    seconds: float,
+    passes: Callable[[float], bool],
+) -> bool:
+    """Whether every point of a curve has passed for so long."""
+    return lasting(node, key, now, passes) >= seconds - CURVE_STEP / 2
+
+
+def recent(node: NodeEvidence, key: str, now: float, seconds: float) -> List[float]:
+    """The values of a curve in the last seconds."""
+    since = now - seconds - CURVE_STEP / 2
+    return [value for moment, value in node.curves.get(key, ()) if moment >= since]
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """The mean; 0 of nothing."""
+    return sum(values) / len(values) if values else 0.0
+
+
+def median_of(values: Sequence[float]) -> float:
+    """The median; 0 of nothing."""
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    if not ordered:
+        return 0.0
+    if len(ordered) % 2:
+        return ordered[middle]
+    return (ordered[middle - 1] + ordered[middle]) / 2
+
+
+# ---- words -------------------------------------------------------------------------
+
+
+def clock_words(moment: Optional[float], form: str = "%H:%M") -> str:
+    """A time of day where the master runs."""
+    if moment is None or moment > 1e11:
+        return "an unknown time"
+    return time.strftime(form, time.localtime(moment))
+
+
+def time_words(seconds: float) -> str:
+    """A duration: 45 s, 20 min, 3 h 10 min."""
+    if seconds < 100:
+        return "%d s" % round(seconds)
+    minutes = int(seconds / 60)
+    if minutes < 100:
+        return "%d min" % minutes
+    return "%d h %d min" % divmod(minutes, 60)
+
+
+def count_words(count: int, noun: str) -> str:
+    """1 node, 2 nodes, 2 processes."""
+    plural = "es" if noun.endswith("s") else "s"
+    return "%d %s%s" % (count, noun, "" if count == 1 else plural)
+
+
+def list_words(names: Sequence[str]) -> str:
+    """c1, c2, c3, c4 and 12 more."""
+    words = ", ".join(names[:MAX_LISTED])
+    if len(names) > MAX_LISTED:
+        words += " and %d more" % (len(names) - MAX_LISTED)
+    return words
+
+
+def range_words(numbers: Iterable[int]) -> str:
+    """0-3, 8: the way back from parse_cpu_list."""
+    parts: List[List[int]] = []
+    for number in sorted(set(numbers)):
+        if parts and parts[-1][1] == number - 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    words = ["%d" % a if a == b else "%d-%d" % (a, b) for a, b in parts]
+    return list_words(words)
+
+
+def size_words(size: float) -> str:
+    """A size in memory: 58 GB, 3 MB."""
+    if size < 0.1 * GIB:
+        return "%d MB" % round(size / MIB)
+    return "%.3g GB" % (size / GIB)
+
+
+def memory_flag(size: float) -> str:
+    """The flag of sbatch for a fifth more than that: --mem=74G.  agent.py has the same."""
+    unit, name = (GIB, "G") if size >= GIB else (100 * MIB, "00M")
+    return "--mem=%d%s" % (max(1, math.ceil(MARGIN * size / unit)), name)
+
+
+def flag_bytes(flag: str) -> float:
+    """What memory_flag asks for."""
+    return float(flag[6:-1]) * (GIB if flag.endswith("G") else MIB)
+
+
+def time_flag(seconds: float) -> str:
+    """The flag of sbatch for a fifth more time than that, in steps of five minutes."""
+    minutes = 5 * max(1, math.ceil(MARGIN * seconds / 300))
+    return "--time=%02d:%02d:00" % divmod(minutes, 60)
+
+
+def rank_words(rank: Dict[str, Any]) -> str:
+    """rank 37 (my_app); what is no rank has a process id."""
+    number = rank.get("rank", rank.get("pid"))
+    kind = "rank" if "rank" in rank else "process"
+    program = " (%s)" % rank["program"] if "program" in rank else ""
+    if number is None:
+        return "a process" + program
+    return "%s %d%s" % (kind, number, program)
+
+
+def largest_rank_words(ranks: List[Dict[str, Any]]) -> str:
+    """rank 37 (my_app) had 58 GB, the others at most 0.3 GB; "" when that is not known."""
+    sizes = [rank for rank in ranks if "mem" in rank]
+    if not sizes:
+        return ""
+    first, *others = sorted(sizes, key=lambda rank: -rank["mem"])
+    words = "%s had %s" % (rank_words(first), size_words(first["mem"]))
+    if others:
+        words += ", the others at most %s" % size_words(others[0]["mem"])
+    return words
+
+
+def parse_kills(report: str) -> int:
+    """How many processes the kernel killed, from an agent's report; 0 when it tells of none."""
+    match = re.search(r"the kernel killed (\d{1,6}) process", report)
+    return int(match.group(1)) if match else 0
+
+
+# ---- CPUs --------------------------------------------------------------------------
+
+
+def cpus_in_use(node: NodeEvidence, percent: float) -> float:
+    """Percent of the job's CPUs on a node as a number of CPUs."""
+    return float(percent * node.sample["job_cpus"] / 100)
+
+
+def is_idle_for(case: Case, node: NodeEvidence, seconds: float) -> bool:
+    """Whether a node has done nothing: no CPU, no I/O.  One that has worked is given more time."""
+    points = [cpus_in_use(node, value) for _, value in node.curves["job_cpu"]]
+    if sum(used >= 0.5 for used in points) >= 3:
+        seconds = max(seconds, LONG_SECONDS)
+    return lasts(
+        node,
+        "job_cpu",
+        case.now,
+        seconds,
+        lambda value: cpus_in_use(node, value) <= IDLE_CPUS,
+    ) and is_quiet(case, node, seconds)
+
+
+def is_quiet(case: Case, node: NodeEvidence, seconds: float) -> bool:
+    """Whether a node is known to read and write nothing; what is not known is not quiet."""
+
+    def all_quiet(*keys: str) -> bool:
+        return all(
+            lasts(node, key, case.now, seconds, lambda value: value <= QUIET_BYTES)
+            for key in keys
+        )
+
+    if "job_read" in node.sample and "job_write" in node.sample:
+        return all_quiet("job_read", "job_write")
+    if any(rank.get("state") == "D" for rank in node.ranks):
+        return False
+    # all traffic of the node; a network of another kind shows in the wait for I/O
+    waits = lasts(node, "psi_io", case.now, seconds, lambda value: value < 5)
+    return waits and all_quiet("disk_read", "disk_write", "net_rx", "net_tx")
+
+
+def find_idle_job(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    if case.has_gpus or not case.is_whole(nodes):
+        return
+    if all(is_idle_for(case, node, seconds) for node in nodes):
+        idle = min(
+            lasting(node, "job_cpu", case.now, lambda value: value <= 5)
+            for node in nodes
+        )
+        yield {
+            "cpus": count_words(int(sum(n.sample["job_cpus"] for n in nodes)), "CPU"),
+            "nodes": list_words([node.name for node in nodes]),
+            "time": time_words(idle),
+        }
+
+
+def find_idle_nodes(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    if case.has_gpus:
+        return
+    idle = [node for node in nodes if is_idle_for(case, node, seconds)]
+    used = {
+        node.name: cpus_in_use(
+            node, mean_of(recent(node, "job_cpu", case.now, seconds))
+        )
+        for node in nodes
+    }
+    busy = [node for node in nodes if used[node.name] >= 0.5]
+    idle = [node for node in idle if not is_perhaps_a_master(case, node)]
+    if idle and busy:
+        lasted = min(
+            lasting(node, "job_cpu", case.now, lambda value: value <= 5)
+            for node in idle
+        )
+        yield {
+            "idle": len(idle),
+            "all": max(int(case.facts.get("nodes", 0)), len(case.nodes)),
+            "names": list_words([node.name for node in idle]),
+            "busy": busy[0].name,
+            "used": used[busy[0].name],
+            "cpus": busy[0].sample["job_cpus"],
+            "time": time_words(lasted),
+        }
+
+
+def is_perhaps_a_master(case: Case, node: NodeEvidence) -> bool:
+    """Whether nothing may be on a node but the rank that hands out work to the others."""
+    has_others = any(rank.get("rank", 0) > 0 for rank in node.ranks)
+    return node.name == case.first_node and not has_others
+
+
+def find_serial(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    if case.has_gpus:
+        return
+    serial = [node for node in nodes if is_serial(case, node, seconds)]
+    rest = [node for node in nodes if node not in serial]
+    if serial and all(is_idle_for(case, node, seconds) for node in rest):
+        node = serial[0]
+        yield {
+            "nodes": list_words([node.name for node in serial]),
+            "cpus": int(node.sample["job_cpus"]),
+            "time": time_words(
+                lasting(node, "job_cpu", case.now, lambda value: is_one(node, value))
+            ),
+        }
+
+
+def is_one(node: NodeEvidence, percent: float) -> bool:
+    """Whether about one CPU is in use."""
+    least, most = ONE_CPU
+    return least <= cpus_in_use(node, percent) <= most
+
+
+def is_serial(case: Case, node: NodeEvidence, seconds: float) -> bool:
+    """Whether one thread does all the work of a node that has several CPUs, and always did."""
+    if node.sample["job_cpus"] < 2:
+        return False
+    if len([rank for rank in node.ranks if rank.get("cpu", 0) > 20]) > 1:
+        return False
+    points = [cpus_in_use(node, value) for _, value in node.curves["job_cpu"]]
+    return max(points) <= 1.5 and lasts(
+        node, "job_cpu", case.now, seconds, lambda value: is_one(node, value)
+    )
+
+
+def find_few_cpus(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    for node in nodes:
+        groups: Dict[Tuple[int, ...], List[Dict[str, Any]]] = {}
+        for rank in node.ranks:
+            allowed = parse_cpu_list(rank.get("cpus"))
+            if allowed and rank.get("cpu", 0) >= 2:
+                groups.setdefault(tuple(sorted(allowed)), []).append(rank)
+        for allowed_cpus, ranks in groups.items():
+            count = len(allowed_cpus)
+            threads = sum(int(rank.get("running", 1)) for rank in ranks)
+            load = sum(rank["cpu"] for rank in ranks) / 100
+            total = node.sample["job_cpus"]
+            least = ONE_CPU[0] * count
+            is_full = load >= least and threads > count and count < total
+            if is_full and lasts(
+                node,
+                "job_cpu",
+                case.now,
+                seconds,
+                functools.partial(leaves_cpus_idle, node, least),
+            ):
+                numbers = [int(rank["rank"]) for rank in ranks if "rank" in rank]
+                own = "%d CPUs" % total
+                yield {
+                    "threads": count_words(threads, "thread"),
+                    "ranks": " of rank %s" % range_words(numbers) if numbers else "",
+                    "cpu": "CPU" if count == 1 else "CPUs",
+                    "allowed": range_words(allowed_cpus),
+                    "node": node.name,
+                    "own": range_words(node.cpus) if node.cpus else own,
+                }
+
+
+def leaves_cpus_idle(node: NodeEvidence, least: float, percent: float) -> bool:
+    """Whether at least so many CPUs are in use, and others of the job are not."""
+    return percent <= 90 and cpus_in_use(node, percent) >= least
+
+
+def find_many_threads(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    for node in nodes:
+        cpus = node.sample["job_cpus"]
+        ranks = [rank for rank in node.ranks if rank.get("running")]
+        running = sum(rank["running"] for rank in ranks)
+        is_full = lasts(node, "job_cpu", case.now, seconds, lambda value: value >= 95)
+        if is_full and running >= 1.2 * cpus and running >= cpus + 1:
+            yield {
+                "severity": "problem" if running >= 2 * cpus else "advice",
+                "running": int(running),
+                "cpus": int(cpus),
+                "node": node.name,
+                "ranks": count_words(len(ranks), "process"),
+                "each": max(1, int(cpus // len(ranks))),
+            }
+
+
+def find_uneven(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    if not case.is_whole(nodes) or len({n.sample["job_cpus"] for n in nodes}) != 1:
+        return
+    means = {
+        node.name: mean_of(recent(node, "job_cpu", case.now, seconds)) for node in nodes
+    }
+    for node in nodes:
+        others = [value for name, value in means.items() if name != node.name]
+        most = median_of(others)
+        is_behind = others and most >= 50 and 5 <= means[node.name] < most / 2
+        if (
+            is_behind
+            and node.name != case.first_node
+            and lasts(
+                node, "job_cpu", case.now, seconds, functools.partial(operator.gt, most)
+            )
+        ):
+            yield {
+                "node": node.name,
+                "percent": means[node.name],
+                "most": most,
+                "time": time_words(seconds),
+            }
+
+
+def find_odd_node(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    if not case.is_whole(nodes) or len(nodes) < 4:
+        return
+    sizes = {
+        node.name: mean_of(recent(node, "job_mem", case.now, seconds)) for node in nodes
+    }
+    for node in nodes:
+        others = [size for name, size in sizes.items() if name != node.name]
+        middle = median_of(others)
+        do_agree = all(abs(size - middle) <= 0.15 * middle for size in others)
+        size = sizes[node.name]
+        is_odd = size > 2 * middle or size < middle / 2
+        # the first node may gather what the others have computed
+        if do_agree and is_odd and middle >= GIB and node.name != case.first_node:
+            yield {
+                "node": node.name,
+                "size": size_words(size),
+                "middle": size_words(middle),
+                "others": count_words(len(others), "other"),
+                "exclude": shlex.quote(node.name),
+            }
+
+
+# ---- GPUs --------------------------------------------------------------------------
+
+
+def find_idle_gpus(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    names: List[str] = []
+    memory: List[float] = []
+    times: List[float] = []
+    for node in nodes:
+        idle, lasted = idle_gpus(case, node, seconds)
+        if idle:
+            numbers = [int(gpu["index"]) for gpu in idle if "index" in gpu]
+            names.append("%s gpu %s" % (node.name, range_words(numbers)))
+            memory += [gpu["mem_used"] for gpu in idle if "mem_used" in gpu]
+            times += [lasted] * len(idle)
+    if not times:
+        return
+    total = sum(len(node.gpus) for node in nodes)
+    total = max(total, int(case.facts.get("gpus", 0)))
+    are_all = len(times) == total
+    each = ", at most %s each" % size_words(max(memory)) if memory else ""
+    yield {
+        "idle": len(times),
+        "all": total,
+        "time": time_words(min(times)),
+        "names": list_words(names),
+        "memory": each,
+        "cure": "srun --jobid=%s --overlap --pty nvidia-smi  # does the program find them?"
+        % case.job
+        if are_all
+        else "does the program know of more than one GPU? else #SBATCH --gres=gpu:%d"
+        % max(1, (total - len(times)) // len(nodes)),
+    }
+
+
+def idle_gpus(
+    case: Case, node: NodeEvidence, seconds: float
+) -> Tuple[List[Dict[str, Any]], float]:
+    """The GPUs of a node that have been idle, and for how long; none when one cannot be read.
+
+    One that no program has opened, while another works, is told after the seconds.  The rest may
+    belong to a program that still starts: it is given more time.
+    """
+    if any("gpu" not in gpu or "index" not in gpu for gpu in node.gpus):
+        return [], 0.0
+    idle = [gpu for gpu in node.gpus if gpu["gpu"] <= IDLE_GPU]
+    are_all = len(idle) == len(node.gpus)
+    key = "gpu" if are_all else "gpu_min"
+    lasted = lasting(node, key, case.now, lambda value: value <= IDLE_GPU)
+    if lasted >= LONG_SECONDS - CURVE_STEP / 2:
+        return idle, lasted
+    works = any(
+        gpu["gpu"] > IDLE_GPU
+        for other in case.live
+        for gpu in other.gpus
+        if "gpu" in gpu
+    )
+    unused = [gpu for gpu in idle if is_unused(gpu)]
+    if works and lasted >= seconds - CURVE_STEP / 2:
+        return unused, lasted
+    return [], 0.0
+
+
+def is_unused(gpu: Dict[str, Any]) -> bool:
+    """Whether no program has opened a GPU: as far as it tells, it holds next to nothing."""
+    if "processes" in gpu and gpu["processes"] > 0:
+        return False
+    return bool(gpu.get("mem_used", MAX_NUMBER) < UNUSED_GPU)
+
+
+def find_starved_gpus(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    for node in nodes:
+        cpus = node.sample["job_cpus"]
+        share = mean_of(recent(node, "gpu", case.now, seconds))
+        is_low = lasts(node, "gpu", case.now, seconds, lambda value: value < 50)
+        one = functools.partial(is_one, node)
+        is_fed_by_one = cpus >= 2 and lasts(node, "job_cpu", case.now, seconds, one)
+        if IDLE_GPU < share < 25 and is_low and is_fed_by_one:
+            yield {"node": node.name, "share": share, "cpus": int(cpus)}
+
+
+def find_slowed_gpus(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    for node in nodes:
+        for gpu in node.gpus:
+            reason = str(gpu.get("throttle", "")).lower()
+            is_harmful = re.search(r"thermal|slowdown|brake", reason)
+            if is_harmful and gpu.get("gpu", 0) >= 50 and "index" in gpu:
+                heat = ", %d °C" % gpu["temp"] if "temp" in gpu else ""
+                yield {
+                    "node": node.name,
+                    "index": int(gpu["index"]),
+                    "reason": gpu["throttle"],
+                    "heat": heat,
+                    "exclude": shlex.quote(node.name),
+                }
+
+
+# ---- memory ------------------------------------------------------------------------
+
+
+def fit_line(points: Curve) -> Tuple[float, float]:
+    """Least squares: the slope a second, and the share of the variance that it explains."""
+    middle_time = mean_of([moment for moment, _ in points])
+    middle = mean_of([value for _, value in points])
+    across = sum((moment - middle_time) ** 2 for moment, _ in points)
+    up = sum((value - middle) ** 2 for _, value in points)
+    both = sum((moment - middle_time) * (value - middle) for moment, value in points)
+    if across <= 0 or up <= 0:
+        return 0.0, 0.0
+    return both / across, both * both / (across * up)
+
+
+def find_growth(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    found = []
+    for node in nodes:
+        since = case.now - seconds - CURVE_STEP / 2
+        points = [point for point in node.curves["job_mem"] if point[0] >= since]
+        if len(points) < 5:
+            continue
+        slope, share = fit_line(points)
+        used = points[-1][1]
+        limit = node.sample["job_mem_limit"]
+        steps = [later[1] - sooner[1] for sooner, later in zip(points, points[1:])]
+        is_steady = share >= 0.95 and all(step > 0 for step in steps)
+        if is_steady and slope > 0 and limit / 2 <= used < limit:
+            left = (limit - used) / slope
+            if left <= 600:
+                found.append((left, slope, used, limit, node))
+    if found:
+        left, slope, used, limit, node = min(found, key=lambda entry: entry[0])
+        largest = largest_rank_words(node.ranks)
+        yield {
+            "node": node.name,
+            "used": used / GIB,
+            "limit": limit / GIB,
+            "pace": size_words(60 * slope),
+            "left": time_words(left),
+            "time": time_words(seconds),
+            "largest": "; " + largest if largest else "",
+            "flag": memory_flag(limit),
+        }
+
+
+def find_little_memory(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    for node in nodes:
+        limit = node.sample["job_mem_limit"]
+        share = lambda value: value > 0.9 * limit  # noqa: B023, E731
+        if lasts(node, "job_mem", case.now, seconds, share):
+            used = node.curves["job_mem"][-1][1]
+            largest = largest_rank_words(node.ranks)
+            yield {
+                "severity": "problem" if used > 0.95 * limit else "advice",
+                "node": node.name,
+                "used": used / GIB,
+                "limit": limit / GIB,
+                "percent": min(100.0, 100 * used / limit),
+                "largest": "; " + largest if largest else "",
+                "flag": memory_flag(limit),
+            }
+
+
+def find_cache(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    for node in nodes:
+        used = node.sample["job_mem"]
+        cache = node.sample["job_cache"]
+        limit = node.sample["job_mem_limit"]
+        if used <= 0.9 * limit and used + cache >= 0.95 * limit:
+            yield {
+                "node": node.name,
+                "cache": size_words(cache),
+                "used": size_words(used),
+                "limit": size_words(limit),
+            }
+
+
+class MemoryPeak(NamedTuple):
+    """What a job needed on the node where it needed most."""
+
+    sampled: float
+    peak: float  # by the kernel where it counts
+    limit: float
+    samples: int
+    is_counted: bool  # by the kernel, on all nodes
+
+    @property
+    def source(self) -> str:
+        """Whose count it is, of how many runs and samples."""
+        return (KERNEL_COUNT if self.is_counted else SAMPLED_COUNT) % self.samples
+
+
+def memory_peak(case: Case, nodes: List[NodeEvidence]) -> MemoryPeak:
+    """The peak of these nodes; the kernel's count holds the page cache as well."""
+    sampled = 0.0
+    counted = 0.0
+    for node in nodes:
+        points = [value for _, value in node.curves["job_mem"]]
+        sampled = max([sampled, node.sample["job_mem"]] + points)
+        counted = max(counted, node.sample.get("job_mem_peak", 0.0))
+    return MemoryPeak(
+        sampled,
+        max(sampled, counted),
+        min(node.sample["job_mem_limit"] for node in nodes),
+        sum(len(node.curves["job_mem"]) for node in nodes),
+        all("job_mem_peak" in node.sample for node in nodes),
+    )
+
+
+def find_too_much_memory(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    if not case.is_whole(nodes) or case.kills or not may_advise(case):
+        return
+    if any(not has_covered(node, "job_mem", seconds) for node in nodes):
+        return
+    known = memory_peak(case, nodes)
+    cached = max(node.sample["job_mem"] + node.sample["job_cache"] for node in nodes)
+    ample = max(known.peak, cached)  # what the page cache had was of use, too
+    flag = memory_flag(known.peak)
+    is_low = flag_bytes(memory_flag(ample)) <= known.limit / 2
+    if known.limit - ample < GIB:
+        return
+    if is_low and (not case.is_running or are_flat(case, nodes, known, seconds)):
+        yield memory_figures(case, known, flag)
+
+
+def find_tight_memory(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    if not case.is_whole(nodes) or case.kills or not case.has_completed:
+        return
+    known = memory_peak(case, nodes)
+    if known.sampled > 0.9 * known.limit:
+        # all that the kernel counted may be page cache, what was sampled is none
+        yield memory_figures(case, known, memory_flag(known.sampled))
+
+
+def memory_figures(case: Case, known: MemoryPeak, flag: str) -> Figures:
+    """What the advice on memory says."""
+    return {
+        "peak": MEMORY_PEAK % (known.peak / GIB, known.limit / GIB),
+        "so_far": " so far" if case.is_running else "",
+        "source": known.source,
+        "flag": flag,
+    }
+
+
+def may_advise(case: Case) -> bool:
+    """Whether what a job has used tells anything of its next run."""
+    return case.is_running or case.has_completed or case.state == "TIMEOUT"
+
+
+def has_covered(node: NodeEvidence, key: str, seconds: float) -> bool:
+    """Whether a curve is that long."""
+    points = node.curves.get(key, [])
+    return bool(points) and points[-1][0] - points[0][0] >= seconds - CURVE_STEP / 2
+
+
+def are_flat(
+    case: Case, nodes: List[NodeEvidence], known: MemoryPeak, seconds: float
+) -> bool:
+    """Whether no node's memory has risen for so long: then the peak is perhaps the last."""
+    for node in nodes:
+        if not lasts(node, "job_mem", case.now, seconds, is_any):
+            return False
+        points = recent(node, "job_mem", case.now, seconds)
+        if max(points) - points[0] > 0.02 * known.peak:
+            return False
+    return True
+
+
+def find_swapping(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    for node in nodes:
+        is_used = node.sample["swap"] >= 20
+        waits = functools.partial(operator.le, 10)
+        if is_used and lasts(node, "psi_mem", case.now, seconds, waits):
+            yield {
+                "node": node.name,
+                "swap": node.sample["swap"],
+                "wait": min(recent(node, "psi_mem", case.now, seconds)),
+            }
+
+
+# ---- files, time, nodes ------------------------------------------------------------
+
+
+def find_io_wait(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    for node in nodes:
+        waiting = [rank for rank in node.ranks if rank.get("state") == "D"]
+        known = [rank for rank in node.ranks if "read" in rank and "write" in rank]
+        if not waiting or len(known) < len(node.ranks):
+            continue
+        rate = sum(rank["read"] + rank["write"] for rank in known)
+        waits = lasts(node, "psi_io", case.now, seconds, lambda value: value >= 50)
+        idles = lasts(node, "job_cpu", case.now, seconds, lambda value: value < 50)
+        if waits and idles and rate < SLOW_BYTES:
+            yield {
+                "node": node.name,
+                "ranks": count_words(len(waiting), "process"),
+                "wait": min(recent(node, "psi_io", case.now, seconds)),
+                "rate": rate / 1e6,
+            }
+
+
+def find_full_filesystem(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    for key, name, least in FILESYSTEMS:
+        full = [
+            node
+            for node in nodes
+            if node.sample.get(key, 0) >= least
+            and lasts(
+                node, key, case.now, seconds, functools.partial(operator.le, least)
+            )
+        ]
+        if full:
+            yield {
+                "name": name,
+                "nodes": list_words([node.name for node in full]),
+                "percent": full[0].sample[key],
+                "cure": 'export TMPDIR="$SLURM_SUBMIT_DIR/tmp"; mkdir -p "$TMPDIR"'
+                if key != "disk" and key != "inodes"
+                else "df -h . ; df -i .  # in the working directory",
+            }
+
+
+def find_time_left(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    left = min(node.sample["job_time_left"] for node in nodes)
+    limit = max(node.sample["job_time_limit"] for node in nodes)
+    if left < 600 and left < limit * LAST_PART:
+        yield {
+            "left": time_words(left),
+            "limit": time_words(limit),
+            "flag": time_flag(limit),
+        }
+
+
+def find_too_much_time(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    ran = case.ran
+    limit = case.facts["limit"]
+    if case.state != "COMPLETED" or ran is None or ran < seconds:
+        return
+    if ran < 0.6 * limit and limit - ran >= 1800:
+        yield {
+            "ran": time_words(ran),
+            "limit": time_words(limit),
+            "flag": time_flag(ran),
+        }
+
+
+def find_silent_nodes(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    moments = [(node.lost or 0.0, node.name) for node in case.silent]
+    if not moments:
+        return
+    patience = seconds if case.live else ALONE_SECONDS
+    first, name = min(moments)
+    if case.now - first < patience:
+        return
+    others = [other for _, other in sorted(moments)[1:]]
+    rest = "; then %s" % list_words(others) if others else ""
+    live = [node.name for node in case.live]
+    yield {
+        "node": name,
+        "quoted": shlex.quote(name),
+        "time": clock_words(first, "%H:%M:%S"),
+        "ago": time_words(case.now - first),
+        "rest": rest,
+        "live": "%s still send" % list_words(live) if live else "no other node sends",
+    }
+
+
+def find_survived_kill(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    kills = case.kills
+    if kills and (case.is_running or case.has_completed):
+        yield {
+            "kills": OUT_OF_MEMORY % count_words(sum(kills.values()), "process"),
+            "nodes": list_words(list(kills)),
+            "goes": goes_words(case),
+            "proof": memory_proof(case),
+            "flag": memory_flag(killed_limit(case)) if killed_limit(case) else "--mem",
+        }
+
+
+def goes_words(case: Case) -> str:
+    """How the job went on after something in it had failed."""
+    if case.is_running:
+        return "the job goes on"
+    if case.state == "COMPLETED":
+        return "Slurm says COMPLETED"
+    return "the command ended with exit code 0"
+
+
+def find_requeued(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    if case.state not in WAITING_STATES:
+        return
+    ran = [node for node in nodes if any(node.curves.values())]
+    if ran:
+        last = max(last_heard(node) for node in ran)
+        yield {
+            "nodes": list_words([node.name for node in ran]),
+            "time": clock_words(last),
+            "reason": case.facts.get("reason", "Slurm has told no reason"),
+        }
+
+
+def find_failed_step(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    derived = parse_exit(case.facts.get("derived_exit"))
+    words = []
+    if case.failure:
+        words.append("%s on %s" % (case.failure.bye, case.failure.node))
+    elif case.facts.get("failed_step"):
+        words.append(str(case.facts["failed_step"]))
+    elif derived and derived != (0, 0):
+        words.append("a step ended with %d:%d" % derived)
+    if words and (case.is_running or case.state == "COMPLETED"):
+        yield {
+            "words": words[0],
+            "goes": goes_words(case),
+            "proof": case.testimony(),
+        }
+
+
+# ---- deaths ------------------------------------------------------------------------
+
+
+def killed_limit(case: Case) -> float:
+    """The limit of memory where the kernel killed, or of all nodes; 0 when it is not known."""
+    limits = {
+        node.name: node.sample["job_mem_limit"]
+        for node in case.nodes
+        if "job_mem_limit" in node.sample
+    }
+    killed = [limits[name] for name in case.kills if name in limits]
+    return max(killed or limits.values(), default=0.0)
+
+
+def memory_proof(case: Case) -> str:
+    """What is known of memory on the node that was short of it."""
+    nodes = [node for node in case.nodes if node.name in case.kills] or case.nodes
+    nodes = [n for n in nodes if "job_mem" in n.sample and "job_mem_limit" in n.sample]
+    if not nodes:
+        return ""
+    node = max(
+        nodes, key=lambda n: float(n.sample["job_mem"] / n.sample["job_mem_limit"])
+    )
+    points = node.curves.get("job_mem", [])
+    used = max([node.sample["job_mem"]] + [value for _, value in points])
+    words = [BELOW_PEAK % (used / GIB, node.sample["job_mem_limit"] / GIB)]
+    largest = largest_rank_words(node.ranks)
+    if largest:
+        words.append(largest)
+    slope, share = fit_line(points[-60:])
+    if len(points) >= 5 and share >= 0.9 and 60 * slope > 0.01 * used:
+        lasted = time_words(points[-1][0] - points[-60:][0][0])
+        words.append("it grew by %s a minute for %s" % (size_words(60 * slope), lasted))
+    return "; ".join(words) + "; "
+
+
+def death(case: Case, **figures: Any) -> Figures:
+    """The figures that all deaths have."""
+    figures["time"] = clock_words(case.end)
+    figures["testimony"] = case.testimony()
+    return figures
+
+
+def find_out_of_memory(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    kills = case.kills
+    told = case.state == "OUT_OF_MEMORY" or case.exit == (0, 125)
+    counted = kills and case.state in ("", "RUNNING", "COMPLETING", "FAILED")
+    if not told and not counted:
+        return
+    if kills:
+        words = OUT_OF_MEMORY % count_words(sum(kills.values()), "process")
+    else:
+        words = "out of memory, says Slurm; the kernel's count was not seen"
+    where = " on %s" % list_words(list(kills)) if kills else ""
+    limit = killed_limit(case)
+    flag = memory_flag(limit) if limit else "--mem"
+    proof = memory_proof(case)
+    holder = one_holder(case)
+    if holder:
+        flag += "  # or distribute: %s holds it all" % holder
+    yield death(case, words=words, where=where, proof=proof, flag=flag)
+
+
+def one_holder(case: Case) -> str:
+    """The rank that has most of the memory of several; "" when there is none."""
+    ranks = [rank for node in case.nodes for rank in node.ranks if "mem" in rank]
+    ranks.sort(key=lambda rank: -rank["mem"])
+    if len(ranks) >= 3 and ranks[0]["mem"] > 10 * ranks[1]["mem"]:
+        return rank_words(ranks[0]).split(" (")[0]
+    return ""
+
+
+def find_time_limit(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    if case.state not in ("TIMEOUT", "DEADLINE"):
+        return
+    limit = case.facts.get("limit") or case.ran
+    ran = case.ran
+    busy = [node for node in case.nodes if node.curves.get("job_cpu")]
+    last = mean_of([value for node in busy for _, value in node.curves["job_cpu"][-6:]])
+    yield death(
+        case,
+        limit=" of %s" % time_words(limit) if limit else "",
+        ran="it ran for %s; " % time_words(ran) if ran else "",
+        busy="CPUs %.0f %% busy at the end; " % last if busy else "",
+        flag=time_flag(1.5 * limit) if limit else "--time",
+    )
+
+
+def find_node_failure(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    if case.state not in ("NODE_FAIL", "BOOT_FAIL"):
+        return
+    silent = sorted((node.lost or 0.0, node.name) for node in case.silent)
+    words = "a node failed"
+    proof = ""
+    if silent:
+        words = "node %s failed" % silent[0][1]
+        order = [
+            "%s at %s" % (name, clock_words(moment, "%H:%M:%S"))
+            for moment, name in silent
+        ]
+        proof = "fell silent first: %s; " % list_words(order)
+    exclude = " --exclude=%s" % shlex.quote(silent[0][1]) if silent else ""
+    yield death(case, words=words, proof=proof, exclude=exclude)
+
+
+def find_preempted(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    if case.state == "PREEMPTED":
+        yield death(case)
+
+
+def find_cancelled(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    if case.state != "CANCELLED":
+        return
+    match = re.search(r"\bby (\w+)", str(case.facts["state"]))
+    who = case.facts.get("cancelled_by", match.group(1) if match else None)
+    words = "; by whom is not known without accounting"
+    if who in ("0", "root"):
+        words = " by root: an administrator, or Slurm itself"
+    elif who is not None:
+        words = " by %s" % ("user %s" % who if str(who).isdigit() else who)
+    ran = "after %s; " % time_words(case.ran) if case.ran else ""
+    yield death(case, who=words, ran=ran)
+
+
+class Ending(NamedTuple):
+    """How a command ended, and who says so."""
+
+    code: Optional[int]
+    signal: str  # SIGSEGV; "" without one
+    node: str  # "" when that is not known
+
+
+def find_ending(case: Case) -> Optional[Ending]:
+    """How a failed job's command ended: by the wrapper, who saw it, else by Slurm."""
+    if case.failure:
+        bye = case.failure.bye
+        code = int(bye[5:]) if re.fullmatch(r"exit \d{1,3}", bye) else None
+        named = bye if bye.startswith("SIG") else ""
+        if code is not None and code > 128:
+            named = SIGNALS.get(code - 128, "")
+        return Ending(code, named, case.failure.node)
+    if case.exit and case.state not in RUNNING_STATES:
+        code, number = case.exit
+        if number not in SIGNALS and code > 128:
+            number = code - 128
+        node = case.nodes[0].name if len(case.nodes) == 1 else ""
+        return Ending(code, SIGNALS.get(number, ""), node)
+    return None
+
+
+def failed_ending(case: Case) -> Optional[Ending]:
+    """How the command of a job ended that failed, or has failed as far as its agents tell."""
+    if case.state in ("FAILED", "") or case.state in RUNNING_STATES:
+        return find_ending(case)
+    return None
+
+
+def find_signal(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    ending = failed_ending(case)
+    if not ending or not ending.signal:
+        return
+    meaning = SIGNAL_WORDS.get(ending.signal, "somebody sent it, or the program itself")
+    cure = SIGNAL_CURES.get(ending.signal, "")
+    if ending.signal == "SIGBUS":
+        full = full_shared_memory(case)
+        if full:
+            meaning = "its shared memory had no room: %s" % full
+            cure = "rm what is yours in /dev/shm, or --mem for more of it"
+    if ending.signal == "SIGILL" and ending.node:
+        meaning += " than %s has" % ending.node
+    yield death(
+        case,
+        signal=ending.signal,
+        where=" on %s" % ending.node if ending.node else "",
+        meaning=meaning,
+        shell=shell_words(ending),
+        cure=cure,
+    )
+
+
+def shell_words(ending: Ending) -> str:
+    """Where a signal's number comes from an exit code, that is said."""
+    if ending.code is not None and ending.code > 128:
+        return "exit code %d is how a shell tells it; " % ending.code
+    return ""
+
+
+def full_shared_memory(case: Case) -> str:
+    """/dev/shm of c1 at 100 %; "" when none is full, or that is not known."""
+    for node in case.nodes:
+        if node.sample.get("disk_shm", 0) >= 98:
+            return "/dev/shm of %s at %.0f %%" % (node.name, node.sample["disk_shm"])
+    return ""
+
+
+def find_not_started(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    ending = failed_ending(case)
+    if ending and ending.code in (126, 127):
+        is_missing = ending.code == 127
+        yield death(
+            case,
+            code=ending.code,
+            words="there is no such command"
+            if is_missing
+            else "the command cannot be run",
+            where=" on %s" % ending.node if ending.node else "",
+            cure="module load ...  # or the program's whole path, which the nodes must see"
+            if is_missing
+            else "chmod +x PROGRAM  # and its first line must name what runs it",
+        )
+
+
+def find_no_output_file(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    if case.state == "FAILED" and case.exit == (0, 53):
+        yield death(case)
+
+
+def find_exit_code(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    ending = failed_ending(case)
+    if case.state == "FAILED" and not ending:
+        yield death(case, words="it failed", where="")
+    elif ending and ending.code is not None:
+        where = " on %s" % ending.node if ending.node else ""
+        yield death(case, words="exit code %d" % ending.code, where=where)
+
+
+SRUN_BIND = 'srun --cpu-bind=cores --cpus-per-task="$SLURM_CPUS_PER_TASK" PROGRAM'
+DIED = "{time}: "
+
+CHECKS: Tuple[Check, ...] = (
+    # ---- deaths: the first that fits tells why; what each source says is in the proof
+    Check(
+        name="out_of_memory",
+        severity="died",
+        phase=ENDED,
+        find=find_out_of_memory,
+        what=DIED + "{words}{where}",
+        proof="{proof}{testimony}",
+        cure="{flag}",
+        source="Linux cgroup-v2.rst, memory.events oom_kill; cgroup-v1 memory.oom_control",
+        instead_of=(
+            "signal",
+            "not_started",
+            "exit_code",
+            "failed_step",
+            "kill_survived",
+        ),
+    ),
+    Check(
+        name="time_limit",
+        severity="died",
+        phase=ENDED,
+        facts=("state",),
+        find=find_time_limit,
+        what=DIED + "time limit{limit} reached",
+        proof="{ran}{busy}{testimony}",
+        cure="{flag}",
+        source="squeue(1), JOB STATE CODES: TIMEOUT, DEADLINE",
+        instead_of=("signal", "not_started", "exit_code"),
+    ),
+    Check(
+        name="node_failure",
+        severity="died",
+        phase=ENDED,
+        facts=("state",),
+        find=find_node_failure,
+        what=DIED + "{words}",
+        proof="{proof}{testimony}",
+        cure="sbatch --requeue{exclude} SCRIPT",
+        source="squeue(1), JOB STATE CODES: NODE_FAIL, BOOT_FAIL",
+        instead_of=("signal", "not_started", "exit_code"),
+    ),
+    Check(
+        name="preempted",
+        severity="died",
+        phase=ENDED,
+        facts=("state",),
+        find=find_preempted,
+        what=DIED + "preempted: a job of higher priority took its nodes",
+        proof="{testimony}",
+        cure="sbatch --requeue --signal=B:TERM@60 SCRIPT  # and save its state on SIGTERM",
+        source="squeue(1), JOB STATE CODES: PREEMPTED",
+        instead_of=("signal", "not_started", "exit_code"),
+    ),
+    Check(
+        name="cancelled",
+        severity="died",
+        phase=ENDED,
+        facts=("state",),
+        find=find_cancelled,
+        what=DIED + "cancelled{who}",
+        proof="{ran}{testimony}",
+        cure="",
+        source="squeue(1), JOB STATE CODES: CANCELLED; sacct(1), State: CANCELLED by UID",
+        instead_of=("signal", "not_started", "exit_code"),
+    ),
+    Check(
+        name="no_output_file",
+        severity="died",
+        phase=ENDED,
+        facts=("state", "exit"),
+        find=find_no_output_file,
+        what=DIED + "it did not start: its output file could not be opened",
+        proof="{testimony}",
+        cure='mkdir -p "$(dirname OUTPUT)"  # the directory of --output must be there',
+        source="Slurm, slurmd: ESLURMD_IO_ERROR ends a script with 0:53",
+        instead_of=("signal", "not_started", "exit_code"),
+    ),
+    Check(
+        name="signal",
+        severity="died",
+        phase=ENDED,
+        find=find_signal,
+        what=DIED + "{signal}{where}: {meaning}",
+        proof="{shell}{testimony}",
+        cure="{cure}",
+        source="signal(7); wait status of the wrapper's command; Slurm's CODE:SIGNAL",
+        instead_of=("not_started", "exit_code"),
+    ),
+    Check(
+        name="not_started",
+        severity="died",
+        phase=ENDED,
+        find=find_not_started,
+        what=DIED + "exit code {code}{where}: {words}",
+        proof="{testimony}",
+        cure="{cure}",
+        source="POSIX shell, 2.8.2: 126 cannot be executed, 127 not found",
+        instead_of=("exit_code",),
+    ),
+    Check(
+        name="exit_code",
+        severity="died",
+        phase=ENDED,
+        find=find_exit_code,
+        what=DIED + "{words}{where}",
+        proof="{testimony}",
+        cure="",
+        source="squeue(1), JOB STATE CODES: FAILED",
+    ),
+    # ---- what went wrong, though the job did not end of it
+    Check(
+        name="kill_survived",
+        severity="problem",
+        phase=ANY,
+        find=find_survived_kill,
+        what="{kills} on {nodes}; {goes}",
+        proof="{proof}",
+        cure="{flag}",
+        source="Linux cgroup-v2.rst, memory.events oom_kill; cgroup-v1 memory.oom_control",
+        instead_of=("memory_near_limit",),
+    ),
+    Check(
+        name="failed_step",
+        severity="problem",
+        phase=ANY,
+        find=find_failed_step,
+        what="{words}, and {goes}",
+        proof="{proof}",
+        cure="set -e  # at the top of the script: it then ends with the first that fails",
+        source="wait status of the wrapper's command; scontrol(1), DerivedExitCode",
+    ),
+    Check(
+        name="requeued",
+        severity="problem",
+        phase=ANY,
+        facts=("state",),
+        find=find_requeued,
+        what="requeued: it ran until {time} on {nodes} and waits to start again",
+        proof="{reason}",
+        cure="scontrol update JobId={job} Requeue=0  # if it must not start twice",
+        source="squeue(1), JOB STATE CODES: REQUEUED; Slurm's lab, a node that was cut off",
+    ),
+    Check(
+        name="node_silent",
+        severity="problem",
+        phase=RUNNING,
+        seconds=SILENT_SECONDS,
+        find=find_silent_nodes,
+        what="{node} fell silent at {time}, {ago} ago{rest}",
+        proof="no goodbye; {live}",
+        cure="scontrol show node {quoted} | grep -E 'State|Reason'",
+        source="the collector's deadline: no sample, and no goodbye",
+    ),
+    # ---- CPUs
+    Check(
+        name="few_cpus",
+        severity="problem",
+        phase=RUNNING,
+        needs=("job_cpus", "ranks"),
+        holds=("job_cpu",),
+        seconds=HOLD_SECONDS,
+        find=find_few_cpus,
+        what="{threads}{ranks} share {cpu} {allowed} of {node}",
+        proof="they may use: {allowed}; the job has {own}",
+        cure=SRUN_BIND,
+        source="proc(5), Cpus_allowed_list; JDS, serial_allocating_multiple: 0.85",
+        instead_of=("serial", "many_threads"),
+    ),
+    Check(
+        name="serial",
+        severity="problem",
+        phase=RUNNING,
+        needs=("job_cpus",),
+        holds=("job_cpu",),
+        seconds=HOLD_SECONDS,
+        find=find_serial,
+        what="1 of {cpus} CPUs of {nodes} at work for {time}",
+        proof="as much as one thread can, and no more: the program is serial, or bound to one CPU",
+        cure="--cpus-per-task=1, or if it can use threads:"
+        ' export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"',
+        source="JDS, serial_allocating_multiple: efficiency / (100 % / CPUs) >= 0.85",
+    ),
+    Check(
+        name="idle_job",
+        severity="problem",
+        phase=RUNNING,
+        needs=("job_cpus",),
+        holds=("job_cpu",),
+        seconds=HOLD_SECONDS,
+        find=find_idle_job,
+        what="{cpus} idle for {time}",
+        proof="nothing computes, reads or writes on {nodes}",
+        cure="scontrol show job {job} | grep StdOut  # what are the last lines of that file?",
+        source="jobstats: zero CPU utilization",
+    ),
+    Check(
+        name="idle_nodes",
+        severity="problem",
+        phase=RUNNING,
+        needs=("job_cpus",),
+        holds=("job_cpu",),
+        seconds=HOLD_SECONDS,
+        find=find_idle_nodes,
+        what="{idle} of {all} nodes idle for {time}: {names}",
+        proof="{busy} uses {used:.1f} of {cpus:.0f} CPUs; the rest do nothing, no I/O either",
+        cure='srun --nodes="$SLURM_NNODES" PROGRAM  # without srun it runs on the first node'
+        " alone; or --nodes=1",
+        source="jobstats: unused nodes of a job of several nodes",
+        instead_of=("uneven_nodes",),
+    ),
+    Check(
+        name="many_threads",
+        severity="advice",
+        phase=RUNNING,
+        needs=("job_cpus", "ranks"),
+        holds=("job_cpu",),
+        seconds=HOLD_SECONDS,
+        find=find_many_threads,
+        what="{running} threads take turns on {cpus} CPUs of {node}",
+        proof="they are all ready to run, of {ranks}, and the CPUs are full",
+        cure="export OMP_NUM_THREADS={each}",
+        source="cc-backend, highload: load > 1.2 x CPUs",
+    ),
+    Check(
+        name="uneven_nodes",
+        severity="advice",
+        phase=RUNNING,
+        needs=("job_cpus",),
+        holds=("job_cpu",),
+        seconds=LONG_SECONDS,
+        find=find_uneven,
+        what="{node} computes less than half of what the other nodes do",
+        proof="CPUs {percent:.0f} % busy for {time}, the others {most:.0f} %",
+        cure="srun --distribution=block --ntasks-per-node=N PROGRAM  # as many ranks on each",
+        source="cc-backend, parameters: node load imbalance; half is ours",
+    ),
+    # ---- GPUs
+    Check(
+        name="idle_gpus",
+        severity="problem",
+        phase=RUNNING,
+        needs=("gpus",),
+        holds=("gpu",),
+        seconds=HOLD_SECONDS,
+        find=find_idle_gpus,
+        what="{idle} of {all} GPUs idle for {time}",
+        proof="{names} at 0 %{memory}",
+        cure="{cure}",
+        source="jobstats: unused GPUs, after MIN_RUNTIME_SECONDS = 10 x 30 s",
+        instead_of=("starved_gpus",),
+    ),
+    Check(
+        name="starved_gpus",
+        severity="advice",
+        phase=RUNNING,
+        needs=("job_cpus",),
+        holds=("gpu", "job_cpu"),
+        seconds=2 * HOLD_SECONDS,
+        find=find_starved_gpus,
+        what="the GPUs of {node} wait for one busy CPU",
+        proof="GPUs {share:.0f} % busy, 1 of {cpus} CPUs at work",
+        cure="--cpus-per-task=8  # and as many workers in the data loader: num_workers",
+        source="jobstats, GPU_UTIL_BLACK = 25 %",
+    ),
+    Check(
+        name="slowed_gpus",
+        severity="advice",
+        phase=RUNNING,
+        needs=("gpus",),
+        find=find_slowed_gpus,
+        what="GPU {index} of {node} is slowed down: {reason}",
+        proof="it is busy{heat}; a power cap alone would be no defect",
+        cure="sbatch --exclude={exclude} SCRIPT  # and tell the cluster's support",
+        source="NVML, nvmlClocksThrottleReasons: thermal slowdown, power brake",
+    ),
+    # ---- memory
+    Check(
+        name="memory_grows",
+        severity="problem",
+        phase=RUNNING,
+        needs=("job_mem", "job_mem_limit"),
+        holds=("job_mem",),
+        seconds=HOLD_SECONDS,
+        find=find_growth,
+        what="memory of {node} grows steadily: at this pace it is full in {left}",
+        proof="{used:.3g} GB of {limit:.3g} GB, {pace} more a minute for {time}{largest}",
+        cure="{flag}  # if it needs that; a leak only takes longer",
+        source="cc-backend, parameters: memory leak slope; straight line with R2 >= 0.95",
+        instead_of=("memory_near_limit",),
+    ),
+    Check(
+        name="memory_near_limit",
+        severity="advice",
+        phase=RUNNING,
+        needs=("job_mem", "job_mem_limit"),
+        holds=("job_mem",),
+        seconds=SOON_SECONDS,
+        find=find_little_memory,
+        what="memory of {node} is nearly full: {used:.3g} GB of {limit:.3g} GB",
+        proof="{percent:.0f} %, page cache not counted{largest}",
+        cure="{flag}",
+        source="cc-backend, highMemoryUsage: 0.9",
+    ),
+    Check(
+        name="swapping",
+        severity="problem",
+        phase=RUNNING,
+        needs=("swap",),
+        holds=("psi_mem",),
+        seconds=HOLD_SECONDS,
+        find=find_swapping,
+        what="{node} swaps: processes wait for memory {wait:.0f} % of the time",
+        proof="{swap:.0f} % of its swap space is in use",
+        cure="--exclusive  # or more --mem: fewer share the node then",
+        source="Linux, accounting/psi.rst: some avg10 of memory",
+    ),
+    Check(
+        name="page_cache",
+        severity="fine",
+        phase=RUNNING,
+        needs=("job_mem", "job_cache", "job_mem_limit"),
+        find=find_cache,
+        what="the memory of {node} is full of page cache, and that is no problem",
+        proof="{cache} are files that the kernel drops when memory is needed; the program has"
+        " {used} of {limit}",
+        cure="",
+        source="Linux cgroup-v2.rst, memory.stat: file",
+    ),
+    # ---- files, I/O
+    Check(
+        name="waits_for_io",
+        severity="advice",
+        phase=RUNNING,
+        needs=("ranks",),
+        holds=("psi_io", "job_cpu"),
+        seconds=HOLD_SECONDS,
+        find=find_io_wait,
+        what="{ranks} of {node} wait for I/O and move only {rate:.1f} MB/s",
+        proof="{wait:.0f} % of the time something waits there (PSI)",
+        cure='cp -r INPUT "${{TMPDIR:-/tmp}}"  # many small files: work on the node\'s own disk',
+        source="Linux, accounting/psi.rst: some avg10 of io; proc(5), state D",
+    ),
+    Check(
+        name="full_filesystem",
+        severity="problem",
+        phase=RUNNING,
+        seconds=SOON_SECONDS,
+        find=find_full_filesystem,
+        what="{name} is full on {nodes}",
+        proof="{percent:.0f} % in use",
+        cure="{cure}",
+        source="df(1): used / (used + available)",
+    ),
+    # ---- the end of the time; the next run
+    Check(
+        name="time_limit_near",
+        severity="advice",
+        phase=RUNNING,
+        needs=("job_time_left", "job_time_limit"),
+        find=find_time_left,
+        what="{left} left of {limit}; whether that is enough is not known",
+        proof="a job does not tell how far it is",
+        cure="{flag} --signal=B:USR1@300  # next time; the script can save its state on USR1",
+        source="the default alert job_time_left<600, and less than a tenth of the limit",
+    ),
+    Check(
+        name="odd_node",
+        severity="advice",
+        phase=RUNNING,
+        needs=("job_mem",),
+        holds=("job_mem",),
+        seconds=LONG_SECONDS,
+        find=find_odd_node,
+        what="{node} is unlike its peers: {size} of memory",
+        proof="the {others} have {middle} each",
+        cure="sbatch --exclude={exclude} SCRIPT  # does it happen again, then it is not the node",
+        source="ours: twice or half of a median on which all others agree within 15 %",
+    ),
+    Check(
+        name="too_much_memory",
+        severity="advice",
+        phase=ANY,
+        needs=("job_mem", "job_cache", "job_mem_limit"),
+        seconds=HOLD_SECONDS,
+        find=find_too_much_memory,
+        what="{peak}{so_far}",
+        proof="{source}",
+        cure="{flag}",
+        source="jobstats: MIN_MEMORY_USAGE, and 20 % more than was used",
+    ),
+    Check(
+        name="tight_memory",
+        severity="advice",
+        phase=ENDED,
+        needs=("job_mem", "job_mem_limit"),
+        find=find_tight_memory,
+        what="{peak}: that was close",
+        proof="{source}",
+        cure="{flag}",
+        source="cc-backend, highMemoryUsage: 0.9",
+    ),
+    Check(
+        name="too_much_time",
+        severity="advice",
+        phase=ENDED,
+        facts=("start", "end", "limit"),
+        seconds=HOLD_SECONDS,
+        find=find_too_much_time,
+        what="ran for {ran} of {limit}",
+        proof="1 run; a shorter job starts sooner",
+        cure="{flag}",
+        source="jobstats, TIME_EFFICIENCY_BLACK = 60 %",
+    ),
+)
+
+
+# ---- verdicts as text and as JSON --------------------------------------------------
+
+
+def render_verdicts(verdicts: Iterable[Verdict]) -> List[str]:
+    """A line a verdict for people: its mark, what, the proof, and what to type."""
+    rows = []
+    for verdict in verdicts:
+        text = MARKS.get(verdict.severity, "") + verdict.what
+        if verdict.proof:
+            text += ": " + verdict.proof
+        rows.append((text, verdict.cure))
+    width = max([len(text) for text, cure in rows if cure], default=0)
+    return [
+        "%s  -> %s" % (text.ljust(min(width, ARROW_COLUMN)), cure) if cure else text
+        for text, cure in rows
+    ]
+
+
+def verdicts_json(verdicts: Iterable[Verdict]) -> List[Dict[str, str]]:
+    """Verdicts as plain dicts, for JSON."""
+    return [dict(verdict._asdict()) for verdict in verdicts]
+
+
+def parse_verdicts(rows: Any) -> List[Verdict]:
+    """The way back; what is no verdict is left out, as that of another version may be."""
+    verdicts = []
+    for row in rows if isinstance(rows, list) else ():
+        values = [str(row.get(key, "")) for key in Verdict._fields if type(row) is dict]
+        if values and values[0] in SEVERITIES and values[1]:
+            verdicts.append(Verdict(*values))
+    return verdicts
+
+
+def explain_code(verdicts: Iterable[Verdict]) -> int:
+    """The exit code of --explain: 0 fine, 1 advice, 2 problem, 3 died."""
+    codes = [EXIT_CODES.get(verdict.severity, 0) for verdict in verdicts]
+    return max(codes, default=0)
 
 
 # ============================================================================

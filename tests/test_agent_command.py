@@ -369,7 +369,7 @@ class Reports(unittest.TestCase):
                 "CPU mean 25.0 %, peak 30.0 % of 4 CPUs",
                 "memory peak 11.2 GB of 64 GB",
                 "GPU mean 3.0 % of 2",
-                "asked for 64 GB, peak 11.2 GB: --mem=14G would do",
+                "asked for 64 GB, peak 11.2 GB (sampled, 1 run, 2 samples): --mem=14G would do",
             ],
         )
 

@@ -401,7 +401,11 @@ class Jobs(unittest.TestCase):
         self.said("over", "code 137")
         self.left_a_report("over", "SIGKILL")
         self.assertLess(warned, self.event("finished", "over")["time"])
-        self.assertIn("would do", self.event("finished", "over")["text"])
+        text = self.event("finished", "over")["text"]
+        self.assertRegex(text, r"SIGKILL; out of memory: the kernel killed 1 process;")
+        self.assertRegex(
+            text, r"memory peak above the highest sample, .*--mem=300M may"
+        )
         self.assertEqual(self.state("over"), "OUT_OF_MEMORY")
 
     def test_a_job_that_is_cancelled_leaves_its_report(self):

@@ -1,0 +1,1557 @@
+"""What is wrong with a job, and why it died: the rules, on evidence made by hand.
+
+Every check has a job that it is meant for.  A healthy job gets no verdict but fine, and no check
+speaks when anything that it needs is missing.
+"""
+
+import functools
+import json
+import math
+import os
+import random
+import shlex
+import tempfile
+import unittest
+
+import support  # noqa: F401, it finds the tools
+
+import agent
+import master_server
+from master_server import JobEvidence, NodeEvidence, Verdict, diagnose
+
+GB = 2**30
+NOW = 1.8e9
+FUZZED = 20000 if os.environ.get("SENTINEL_TEST_ALL") == "1" else 1000
+
+
+# ---- builders ----------------------------------------------------------------------
+
+
+def flat(value, seconds=120):
+    """A curve that stays where it is, up to now."""
+    return [(NOW - seconds + 10 * k, float(value)) for k in range(seconds // 10 + 1)]
+
+
+def ramp(first, last, seconds=120):
+    """A curve that rises steadily, up to now."""
+    steps = seconds // 10
+    return [
+        (NOW - seconds + 10 * k, first + (last - first) * k / steps)
+        for k in range(steps + 1)
+    ]
+
+
+def wave(low, high, seconds=600, period=40):
+    """A curve that is high for half of each period."""
+    return [
+        (moment, high if k * 10 % period < period / 2 else low)
+        for k, (moment, _) in enumerate(flat(0, seconds))
+    ]
+
+
+def node(name="c1", ranks=(), gpus=(), cpus=(), lost=None, **readings):
+    """A node with 4 CPUs at work, 1 of 4 GB and no I/O; a reading may be a number or a curve."""
+    known = {
+        "cpu": 100.0,
+        "job_cpu": 100.0,
+        "job_cpus": 4,
+        "job_mem": 1.0 * GB,
+        "job_cache": 0.1 * GB,
+        "job_mem_limit": 2 * GB,
+        "job_read": 0.0,
+        "job_write": 0.0,
+        "psi_io": 0.0,
+        "disk_tmp": 10.0,
+        "disk": 50.0,
+        **readings,
+    }
+    curves = {}
+    sample = {}
+    for key, value in known.items():
+        if value is None:
+            continue
+        curves[key] = value if isinstance(value, list) else flat(value)
+        sample[key] = curves[key][-1][1]
+    return NodeEvidence(
+        name, sample, curves, list(ranks), list(gpus), {}, set(cpus), lost
+    )
+
+
+def silent(name, ago):
+    """A node that was as busy as any, and fell silent."""
+    known = node(name)
+    curves = {
+        key: [point for point in curve if point[0] <= NOW - ago]
+        for key, curve in known.curves.items()
+    }
+    return known._replace(lost=NOW - ago, curves=curves)
+
+
+def rank(number, cpu=100.0, cpus="0-3", **more):
+    return {
+        "part": "rank",
+        "pid": 4000 + number,
+        "rank": number,
+        "program": "my_app",
+        "cpu": cpu,
+        "cpus": cpus,
+        "running": 1,
+        "state": "R",
+        "mem": 0.2 * GB,
+        "read": 0.0,
+        "write": 0.0,
+        **more,
+    }
+
+
+def gpu(index, busy=90.0, **more):
+    return {
+        "part": "gpu",
+        "index": index,
+        "gpu": busy,
+        "mem_used": 20.0 * GB,
+        "mem_total": 80.0 * GB,
+        "processes": 1,
+        **more,
+    }
+
+
+def unused(index):
+    return gpu(index, 0.0, mem_used=3 * 2**20, processes=0)
+
+
+def job(*nodes, events=(), **facts):
+    """A job that has been running for an hour."""
+    known = {
+        "job": "4711",
+        "raw": "4711",
+        "state": "RUNNING",
+        "start": NOW - 3600,
+        "limit": 5400.0,
+        "nodes": len(nodes),
+        **facts,
+    }
+    return JobEvidence(known, list(nodes), list(events), NOW)
+
+
+def earlier(known):
+    """A node whose curves end a minute ago."""
+    curves = {
+        key: [(moment - 60, value) for moment, value in curve]
+        for key, curve in known.curves.items()
+    }
+    return known._replace(curves=curves)
+
+
+def ended(state, *nodes, events=(), **facts):
+    """A job that ended a minute ago, and so did the curves of its nodes."""
+    nodes = [earlier(known) if known.lost is None else known for known in nodes]
+    facts = {"state": state, "end": NOW - 60, **facts}
+    return job(*nodes, events=events, **facts)
+
+
+def left(bye, name="c1", ago=3.0, report="ran 0:10:00", **more):
+    """The event of an agent's goodbye."""
+    return {
+        "time": NOW - ago,
+        "kind": "finished",
+        "node": name,
+        "text": "%s; %s" % (bye, report),
+        **more,
+    }
+
+
+def clock(moment):
+    return master_server.clock_words(moment)
+
+
+ENDED_AT = clock(NOW - 60)
+
+# ---- sick jobs: name -> (evidence, the rule, what its line says) -----------------------
+
+BOUND = [rank(k, cpu=25.0, cpus="0") for k in range(4)]
+SICK = {
+    "a serial program on 4 CPUs": (
+        job(node(job_cpu=25.0)),
+        "serial",
+        r"! 1 of 4 CPUs of c1 at work for 2 min: .*-> --cpus-per-task=1",
+    ),
+    "all on CPU 0": (
+        job(node(job_cpu=25.0, ranks=BOUND, cpus={0, 1, 2, 3})),
+        "few_cpus",
+        r"! 4 threads of rank 0-3 share CPU 0 of c1: they may use: 0; the job has 0-3"
+        r"  -> srun --cpu-bind=cores --cpus-per-task=\"\$SLURM_CPUS_PER_TASK\"",
+    ),
+    "32 threads of one rank on CPU 0": (
+        job(
+            node(
+                job_cpu=100 / 32,
+                job_cpus=32,
+                ranks=[rank(0, cpus="0", running=32, threads=32)],
+            )
+        ),
+        "few_cpus",
+        r"! 32 threads of rank 0 share CPU 0 of c1: .*the job has 32 CPUs",
+    ),
+    "one of two nodes asleep": (
+        job(node("c1"), node("c2", job_cpu=0.0)),
+        "idle_nodes",
+        r"! 1 of 2 nodes idle for .*: c2: c1 uses 4\.0 of 4 CPUs",
+    ),
+    "everything asleep": (
+        job(node("c1", job_cpu=0.1), node("c2", job_cpu=0.0)),
+        "idle_job",
+        r"! 8 CPUs idle for .*: nothing computes, reads or writes on c1, c2",
+    ),
+    "more threads than CPUs": (
+        job(node(ranks=[rank(0, 200.0, running=4), rank(1, 200.0, running=4)])),
+        "many_threads",
+        r"! 8 threads take turns on 4 CPUs of c1: .*-> export OMP_NUM_THREADS=2",
+    ),
+    "a few more threads than CPUs": (
+        job(node(ranks=[rank(0, 400.0, running=5)])),
+        "many_threads",
+        r"\. 5 threads take turns on 4 CPUs of c1: .*-> export OMP_NUM_THREADS=4",
+    ),
+    "one of three nodes with half of the work": (
+        job(
+            node("c1", job_cpu=flat(95, 400)),
+            node("c2", job_cpu=flat(30, 400)),
+            node("c3", job_cpu=flat(94, 400)),
+        ),
+        "uneven_nodes",
+        r"\. c2 computes less than half .*: CPUs 30 % busy for 5 min, the others 94 %",
+    ),
+    "three of four GPUs idle": (
+        job(
+            node("c1", gpus=[gpu(0), unused(1)], gpu=45, gpu_min=flat(0, 1200)),
+            node("c2", gpus=[unused(0), unused(1)], gpu=flat(0, 1200), gpu_min=0),
+            gpus=4,
+        ),
+        "idle_gpus",
+        r"! 3 of 4 GPUs idle for 20 min: c1 gpu 1, c2 gpu 0-1 at 0 %, at most 3 MB each"
+        r"  -> does the program know of more than one GPU\?.*--gres=gpu:1",
+    ),
+    "all GPUs idle, though a program holds them": (
+        job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 400)), gpus=1),
+        "idle_gpus",
+        r"! 1 of 1 GPUs idle for 6 min: c1 gpu 0 at 0 %, at most 20 GB each  -> srun --jobid=4711",
+    ),
+    "a GPU that one data loader feeds": (
+        job(node(job_cpu=25.0, gpu=20.0, gpus=[gpu(0, 20.0)]), gpus=1),
+        "starved_gpus",
+        r"\. the GPUs of c1 wait for one busy CPU: GPUs 20 % busy, 1 of 4 CPUs at work",
+    ),
+    "a GPU that is too hot": (
+        job(node(gpus=[gpu(1, 99.0, throttle="thermal slowdown", temp=91)], gpu=99)),
+        "slowed_gpus",
+        r"\. GPU 1 of c1 is slowed down: thermal slowdown: it is busy, 91 °C",
+    ),
+    "a leak": (
+        job(
+            node(
+                job_mem=ramp(1.0 * GB, 3.0 * GB, 60),
+                job_mem_limit=4 * GB,
+                ranks=[rank(k, mem=(2.5 if k == 3 else 0.2) * GB) for k in range(4)],
+            )
+        ),
+        "memory_grows",
+        r"! memory of c1 grows steadily: at this pace it is full in 30 s: 3 GB of 4 GB, 2 GB more"
+        r" a minute for 60 s; rank 3 \(my_app\) had 2\.5 GB, the others at most 0\.2 GB"
+        r"  -> --mem=5G ",
+    ),
+    "memory nearly full": (
+        job(node(job_mem=0.97 * 2 * GB)),
+        "memory_near_limit",
+        r"! memory of c1 is nearly full: 1\.94 GB of 2 GB: 97 %.*-> --mem=3G",
+    ),
+    "memory at 92 percent": (
+        job(node(job_mem=0.92 * 2 * GB)),
+        "memory_near_limit",
+        r"\. memory of c1 is nearly full: 1\.84 GB of 2 GB: 92 %",
+    ),
+    "a node that swaps": (
+        job(node(swap=60.0, psi_mem=25.0)),
+        "swapping",
+        r"! c1 swaps: processes wait for memory 25 % of the time: 60 %",
+    ),
+    "waiting for I/O": (
+        job(
+            node(
+                job_cpu=10.0,
+                psi_io=70.0,
+                ranks=[rank(k, 2.0, state="D", read=1e5) for k in range(4)],
+            )
+        ),
+        "waits_for_io",
+        r"\. 4 processes of c1 wait for I/O and move only 0\.4 MB/s: 70 %.*\$\{TMPDIR:-/tmp\}",
+    ),
+    "/tmp full": (
+        job(node("c1"), node("c2", disk_tmp=100.0)),
+        "full_filesystem",
+        r"! /tmp is full on c2: 100 % in use  -> export TMPDIR=\"\$SLURM_SUBMIT_DIR/tmp\"",
+    ),
+    "no inodes": (
+        job(node(inodes=100.0)),
+        "full_filesystem",
+        r"! the list of files \(inodes\) of the working directory is full on c1",
+    ),
+    "the time limit near": (
+        job(node(job_time_left=400.0, job_time_limit=36000.0)),
+        "time_limit_near",
+        r"\. 6 min left of 10 h 0 min; whether that is enough is not known:.*-> --time=12:00:00",
+    ),
+    "a node unlike its peers": (
+        job(
+            *[
+                node(
+                    "c%d" % k,
+                    job_mem=flat((9 if k == 3 else 3) * GB, 400),
+                    job_mem_limit=16 * GB,
+                )
+                for k in range(1, 6)
+            ]
+        ),
+        "odd_node",
+        r"\. c3 is unlike its peers: 9 GB of memory: the 4 others have 3 GB each",
+    ),
+    "a node cut off": (
+        job(node("c1"), silent("c2", 12)),
+        "node_silent",
+        r"! c2 fell silent at %s, 12 s ago: no goodbye; c1 still send"
+        % master_server.clock_words(NOW - 12, "%H:%M:%S"),
+    ),
+    "the only node cut off": (
+        job(silent("c1", 50)),
+        "node_silent",
+        r"! c1 fell silent at .*, 50 s ago: no goodbye; no other node sends",
+    ),
+    "over-asked memory": (
+        job(node(job_mem=61.0 * GB, job_mem_peak=61.0 * GB, job_mem_limit=256 * GB)),
+        "too_much_memory",
+        r"\. memory peak 61 GB of 256 GB so far: kernel's count, 1 run, 13 samples"
+        r"  -> --mem=74G",
+    ),
+    "over-asked memory, told after the end": (
+        ended("COMPLETED", node(job_mem=61.0 * GB, job_mem_limit=256 * GB)),
+        "too_much_memory",
+        r"\. memory peak 61 GB of 256 GB: sampled, 1 run, 13 samples  -> --mem=74G",
+    ),
+    "memory that was only just enough": (
+        ended("COMPLETED", node(job_mem=60.0 * GB, job_mem_limit=64 * GB)),
+        "tight_memory",
+        r"\. memory peak 60 GB of 64 GB: that was close: sampled.*-> --mem=72G",
+    ),
+    "over-asked time": (
+        ended("COMPLETED", node(), start=NOW - 3660, limit=86400.0),
+        "too_much_time",
+        r"\. ran for 60 min of 24 h 0 min: 1 run.*-> --time=01:15:00",
+    ),
+    "a step that the kernel killed, and the script goes on": (
+        job(node(oom_kill=1)),
+        "kill_survived",
+        r"! out of memory: the kernel killed 1 process on c1; the job goes on: memory peak above"
+        r" the highest sample, 1 GB of 2 GB.*-> --mem=3G",
+    ),
+    "a step that the kernel killed, and Slurm saw no harm": (
+        ended("COMPLETED", node(oom_kill=2)),
+        "kill_survived",
+        r"! out of memory: the kernel killed 2 processes on c1; Slurm says COMPLETED",
+    ),
+    "a step that failed, and the script went on": (
+        ended("COMPLETED", node(), exit="0:0", events=[left("exit 3", ago=65)]),
+        "failed_step",
+        r"! exit 3 on c1, and Slurm says COMPLETED: exit 3 on c1 at .*Slurm says COMPLETED \(0:0\)",
+    ),
+    "a step that failed, as accounting tells": (
+        ended("COMPLETED", node(), derived_exit="2:0"),
+        "failed_step",
+        r"! a step ended with 2:0, and Slurm says COMPLETED",
+    ),
+    "one of two wrapped commands ended badly": (
+        job(node("c1"), node("c2"), events=[left("SIGSEGV", "c2")]),
+        "failed_step",
+        r"! SIGSEGV on c2, and the job goes on",
+    ),
+    "requeued": (
+        job(node(), state="PENDING", reason="BeginTime"),
+        "requeued",
+        r"! requeued: it ran until %s on c1 and waits to start again: BeginTime"
+        % clock(NOW),
+    ),
+}
+
+LEAKY = [rank(36 + k, mem=(0.3 if k != 1 else 58) * GB) for k in range(4)]
+DEAD = {
+    "out of memory, one rank of four": (
+        ended(
+            "OUT_OF_MEMORY",
+            node("c1", job_mem_limit=64 * GB),
+            node(
+                "c2",
+                oom_kill=1,
+                job_mem=ramp(20 * GB, 58 * GB, 1200),
+                job_mem_limit=64 * GB,
+                ranks=LEAKY,
+            ),
+            exit="0:125",
+            reason="OutOfMemory",
+        ),
+        "out_of_memory",
+        r"died %s: out of memory: the kernel killed 1 process on c2: memory peak above the highest"
+        r" sample, 58 GB of 64 GB; rank 37 \(my_app\) had 58 GB, the others at most 0\.3 GB;"
+        r" it grew by 1\.9 GB a minute for .*; the kernel's count on c2 is 1; Slurm says"
+        r" OUT_OF_MEMORY \(0:125, OutOfMemory\)  -> --mem=77G  # or distribute: rank 37"
+        % ENDED_AT,
+    ),
+    "out of memory, told by the wrapper before Slurm tells": (
+        job(
+            node(job_mem_limit=0.195 * GB, job_mem=0.178 * GB),
+            events=[
+                left(
+                    "SIGKILL",
+                    report=master_server.OUT_OF_MEMORY % "1 process" + "; ran 0:01",
+                )
+            ],
+        ),
+        "out_of_memory",
+        r"died %s: out of memory: the kernel killed 1 process on c1: memory peak above the highest"
+        r" sample, 0\.178 GB of 0\.195 GB; .*SIGKILL on c1 at .*Slurm says RUNNING  -> --mem=300M"
+        % clock(NOW - 3),
+    ),
+    "out of memory, by Slurm's word alone": (
+        ended("OUT_OF_MEMORY", node(), exit="0:125"),
+        "out_of_memory",
+        r"died %s: out of memory, says Slurm; the kernel's count was not seen: "
+        % ENDED_AT,
+    ),
+    "the kernel and Slurm disagree": (
+        ended("FAILED", node(oom_kill=1), exit="1:0"),
+        "out_of_memory",
+        r"died .*: out of memory: .*the kernel's count on c1 is 1; Slurm says FAILED \(1:0\)",
+    ),
+    "exit 137 is no proof": (
+        ended("FAILED", node(job_mem=1.9 * GB), exit="137:0"),
+        "signal",
+        r"died %s: SIGKILL on c1: who sent it is not known: exit code 137 is how a shell tells it"
+        % ENDED_AT,
+    ),
+    "the time limit": (
+        ended("TIMEOUT", node(), limit=3600.0, start=NOW - 3665, reason="TimeLimit"),
+        "time_limit",
+        r"died %s: time limit of 60 min reached: it ran for 60 min; CPUs 100 %% busy at the end;"
+        r" Slurm says TIMEOUT \(TimeLimit\)  -> --time=01:50:00" % ENDED_AT,
+    ),
+    "a node that failed": (
+        ended("NODE_FAIL", node("c1"), silent("c3", 90), silent("c2", 100)),
+        "node_failure",
+        r"died %s: node c2 failed: fell silent first: c2 at .*, c3 at .*Slurm says NODE_FAIL"
+        r"  -> sbatch --requeue --exclude=c2 SCRIPT" % ENDED_AT,
+    ),
+    "preempted": (
+        ended("PREEMPTED", node()),
+        "preempted",
+        r"died %s: preempted: .*--requeue" % ENDED_AT,
+    ),
+    "cancelled, nobody knows by whom": (
+        ended("CANCELLED", node(), exit="0:15"),
+        "cancelled",
+        r"died %s: cancelled; by whom is not known without accounting" % ENDED_AT,
+    ),
+    "cancelled by a user": (
+        ended("CANCELLED by 4242", node()),
+        "cancelled",
+        r"died %s: cancelled by user 4242" % ENDED_AT,
+    ),
+    "cancelled by root": (
+        ended("CANCELLED", node(), cancelled_by=0),
+        "cancelled",
+        r"died %s: cancelled by root: an administrator" % ENDED_AT,
+    ),
+    "no output file": (
+        ended("FAILED", node(), exit="0:53"),
+        "no_output_file",
+        r"died %s: it did not start: its output file could not be opened" % ENDED_AT,
+    ),
+    "a segmentation fault, by Slurm": (
+        ended("FAILED", node(), exit="0:11"),
+        "signal",
+        r"died %s: SIGSEGV on c1: it used memory .*-> ulimit -s unlimited" % ENDED_AT,
+    ),
+    "a segmentation fault, by the wrapper": (
+        job(node(), events=[left("SIGSEGV")]),
+        "signal",
+        r"died %s: SIGSEGV on c1: .*SIGSEGV on c1 at .*; Slurm says RUNNING"
+        % clock(NOW - 3),
+    ),
+    "a bus error with a full /dev/shm": (
+        ended("FAILED", node(disk_shm=100.0), exit="135:0"),
+        "signal",
+        r"died %s: SIGBUS on c1: its shared memory had no room: /dev/shm of c1 at 100 %%"
+        % ENDED_AT,
+    ),
+    "a bus error": (
+        ended("FAILED", node(), exit="0:7"),
+        "signal",
+        r"died %s: SIGBUS on c1: it used memory that is not there.*df -h /dev/shm"
+        % ENDED_AT,
+    ),
+    "the wrong processor": (
+        ended("FAILED", node("c1"), node("c2"), events=[left("SIGILL", "c2", ago=61)]),
+        "signal",
+        r"died %s: SIGILL on c2: it is compiled for another kind of processor than c2 has"
+        % ENDED_AT,
+    ),
+    "exit 127": (
+        ended("FAILED", node(), exit="127:0"),
+        "not_started",
+        r"died %s: exit code 127 on c1: there is no such command.*-> module load"
+        % ENDED_AT,
+    ),
+    "exit 126": (
+        job(node(), events=[left("exit 126")], state=""),
+        "not_started",
+        r"died %s: exit code 126 on c1: the command cannot be run.*chmod \+x"
+        % clock(NOW - 3),
+    ),
+    "another exit code; the first that failed is told": (
+        ended(
+            "FAILED",
+            node("c1"),
+            node("c2"),
+            exit="3:0",
+            events=[left("exit 4", "c1", ago=64), left("exit 3", "c2", ago=66)],
+        ),
+        "exit_code",
+        r"died %s: exit code 3 on c2: exit 3 on c2 at .*; exit 4 on c1 at .*; Slurm says FAILED"
+        % ENDED_AT,
+    ),
+    "the wrapper and Slurm disagree": (
+        ended("FAILED", node(), exit="1:0", events=[left("exit 3", ago=61)]),
+        "exit_code",
+        r"died %s: exit code 3 on c1: exit 3 on c1 at .*; Slurm says FAILED \(1:0\)"
+        % ENDED_AT,
+    ),
+    "failed, and nothing more": (
+        ended("FAILED"),
+        "exit_code",
+        r"died %s: it failed: Slurm says FAILED" % ENDED_AT,
+    ),
+}
+
+HEALTHY = {
+    "I/O only": job(
+        node(
+            job_cpu=1.0,
+            job_read=2e8,
+            psi_io=80.0,
+            ranks=[rank(0, 4.0, state="D", read=2e8)],
+        )
+    ),
+    "I/O only, of which only the node's traffic is known": job(
+        node(
+            job_cpu=1.0,
+            job_read=None,
+            job_write=None,
+            disk_read=2e8,
+            disk_write=0.0,
+            net_rx=0.0,
+            net_tx=0.0,
+        )
+    ),
+    "asleep for 30 s": job(node(job_cpu=flat(0, 30)), start=NOW - 30),
+    "asleep for 30 s after an hour of work": job(
+        node(job_cpu=flat(100, 600)[:-3] + flat(0, 30))
+    ),
+    "bursty": job(node(job_cpu=wave(0, 100))),
+    "bursty, with long pauses": job(node(job_cpu=wave(0, 100, 1200, 240))),
+    "bursty on one CPU": job(node(job_cpu=wave(0, 25))),
+    "busy-waiting ranks": job(
+        node(ranks=[rank(k, 100.0, cpus=str(k)) for k in range(4)])
+    ),
+    "busy-waiting ranks of a hybrid program": job(
+        node(
+            job_cpus=8,
+            ranks=[rank(k, 400.0, cpus="0-7", running=4) for k in range(2)],
+        )
+    ),
+    "master and workers on one node": job(
+        node(job_cpu=75.0, ranks=[rank(0, 0.1, state="S", running=0)] + [rank(1)] * 3)
+    ),
+    "a master on a node of its own": job(
+        node("c1", job_cpu=0.2, job_cpus=1), node("c2", job_cpus=4)
+    ),
+    "a master of several CPUs on a node of its own": job(
+        node("c1", job_cpu=0.2, ranks=[rank(0, 0.2, state="S", running=0)]),
+        node("c2", ranks=[rank(k) for k in range(1, 5)]),
+    ),
+    "very short": ended("COMPLETED", node(job_cpu=flat(25, 10)), start=NOW - 70),
+    "very short with much memory": ended(
+        "COMPLETED",
+        node(job_mem=flat(GB, 10), job_mem_limit=256 * GB),
+        start=NOW - 70,
+        limit=60.0,
+    ),
+    "at 89 percent of its memory": job(node(job_mem=0.89 * 2 * GB)),
+    "page cache at the limit": job(
+        node(job_mem=0.2 * GB, job_cache=1.79 * GB, job_mem_peak=2 * GB)
+    ),
+    "page cache at a large limit": ended(
+        "COMPLETED",
+        node(
+            job_mem=2 * GB,
+            job_cache=253 * GB,
+            job_mem_peak=256 * GB,
+            job_mem_limit=256 * GB,
+        ),
+        limit=3600.0,
+    ),
+    "memory that is filled, and then stays": job(
+        node(job_mem=ramp(0.2 * GB, 1.7 * GB, 120)[:-3] + flat(1.7 * GB, 20))
+    ),
+    "the start of a job: memory still grows": job(
+        node(job_mem=ramp(0.1 * GB, 2 * GB, 120), job_mem_limit=256 * GB)
+    ),
+    "GPUs at work, CPUs not": job(
+        node(job_cpu=2.0, gpus=[gpu(0), gpu(1)], gpu=90.0, gpu_min=88.0), gpus=2
+    ),
+    "a GPU job that still starts": job(
+        node(job_cpu=25.0, gpus=[unused(0)], gpu=0.0, gpu_min=0.0), gpus=1
+    ),
+    "GPUs at their power cap": job(
+        node(gpus=[gpu(0, 99.0, throttle="power cap")], gpu=99.0), gpus=1
+    ),
+    "GPUs that take turns": job(
+        node(gpus=[gpu(0), gpu(1, 0.0)], gpu=wave(30, 60), gpu_min=wave(0, 40)), gpus=2
+    ),
+    "one thread a node, and one CPU": job(
+        node("c1", job_cpus=1, job_cpu=100.0), node("c2", job_cpus=1, job_cpu=100.0)
+    ),
+    "half of the CPUs, by two threads each": job(node(job_cpu=50.0)),
+    "a serial end of a parallel job": job(
+        node(job_cpu=flat(100, 600)[:-10] + flat(25, 90))
+    ),
+    "ended well": ended("COMPLETED", node(), limit=3600.0),
+    "ended well, told by the wrapper": job(node(), events=[left("exit 0")], state=""),
+    "a sidecar that was told to end": job(node(), events=[left("SIGTERM")]),
+    "an agent that came back": job(
+        node(),
+        events=[left("exit 3", ago=900), {"kind": "connected", "node": "c1"}],
+    ),
+    "another job's agent on the node": job(node(), events=[left("exit 3", job="4712")]),
+    "waiting": job(state="PENDING", reason="Resources", nodes=2, start=NOW + 60),
+    "ended a second ago, and Slurm has not told": job(silent("c1", 8)),
+    "an attached agent's end a second before Slurm tells": job(
+        node(), events=[left("no longer watched")]
+    ),
+}
+
+
+def lines(evidence):
+    return master_server.render_verdicts(diagnose(evidence))
+
+
+def rules(evidence):
+    return [verdict.rule for verdict in diagnose(evidence)]
+
+
+class Sick(unittest.TestCase):
+    def test_each_sick_job_is_told_with_node_rank_figures_and_cure(self):
+        for name, (evidence, rule, pattern) in SICK.items():
+            with self.subTest(name):
+                self.assertEqual(rules(evidence), [rule])
+                self.assertRegex(lines(evidence)[0], r"\A" + pattern)
+
+    def test_each_death_is_told_with_its_time_place_cause_and_sources(self):
+        for name, (evidence, rule, pattern) in DEAD.items():
+            with self.subTest(name):
+                self.assertEqual(rules(evidence), [rule])
+                self.assertRegex(lines(evidence)[0], r"\A" + pattern)
+
+    def test_each_check_of_the_table_has_a_job_here(self):
+        told = {rule for _, rule, _ in list(SICK.values()) + list(DEAD.values())}
+        notes = {"page_cache"}
+        self.assertEqual({check.name for check in master_server.CHECKS}, told | notes)
+
+
+class Healthy(unittest.TestCase):
+    def test_a_healthy_job_is_fine_and_nothing_else(self):
+        for name, evidence in HEALTHY.items():
+            with self.subTest(name):
+                verdicts = diagnose(evidence)
+                self.assertEqual({verdict.severity for verdict in verdicts}, {"fine"})
+                self.assertEqual(verdicts[0].rule, "fine")
+                self.assertTrue(lines(evidence)[0].startswith("fine: "))
+
+    def test_page_cache_is_said_to_be_no_problem(self):
+        text = lines(HEALTHY["page cache at the limit"])[1]
+        self.assertRegex(
+            text, "memory of c1 is full of page cache, and that is no problem"
+        )
+        self.assertRegex(text, "1.79 GB are files .*the program has 0.2 GB of 2 GB")
+
+
+# ---- edges: rule -> pairs of jobs, of which only the first is told -------------------
+
+IO = {"job_cpu": 10.0, "psi_io": 70.0}
+NO_IO = {"job_read": flat(0, 600), "job_write": flat(0, 600)}
+OTHER_IO = {"job_read": None, "job_write": None, "disk_read": 0.0, "disk_write": 0.0}
+
+
+def waiting(**more):
+    return [rank(0, 2.0, **{"state": "D", "read": 1e5, **more})]
+
+
+def leak(first, last, limit, seconds=60):
+    return job(
+        node(job_mem=ramp(first * GB, last * GB, seconds), job_mem_limit=limit * GB)
+    )
+
+
+def grown(used, limit, **more):
+    return job(node(job_mem=used * GB, job_mem_limit=limit * GB, **more))
+
+
+def peers(*sizes):
+    return job(
+        *[
+            node("c%d" % k, job_mem=flat(size * GB, 400), job_mem_limit=64 * GB)
+            for k, size in enumerate(sizes, 1)
+        ]
+    )
+
+
+def uneven(*shares, seconds=400):
+    return job(
+        *[
+            node("c%d" % k, job_cpu=flat(share, seconds))
+            for k, share in enumerate(shares, 1)
+        ]
+    )
+
+
+EDGES = {
+    "serial": (
+        (job(node(job_cpu=21.5)), job(node(job_cpu=21.0))),
+        (job(node(job_cpu=27.0)), job(node(job_cpu=28.0))),
+        (job(node(job_cpu=flat(25, 60))), job(node(job_cpu=flat(25, 40)))),
+        (job(node(job_cpu=50.0, job_cpus=2)), job(node(job_cpu=50.0, job_cpus=4))),
+        (job(node(job_cpu=25.0)), job(node(job_cpu=25.0), gpus=1)),
+        (
+            job(node(job_cpu=25.0, ranks=[rank(0)])),
+            job(node(job_cpu=25.0, ranks=[rank(0, 50.0), rank(1, 50.0)])),
+        ),
+        (
+            job(node(job_cpu=flat(30, 300)[:-9] + flat(25, 80))),
+            job(node(job_cpu=flat(60, 300)[:-9] + flat(25, 80))),
+        ),
+        (
+            job(node("c1", job_cpu=25.0), node("c2", job_cpu=25.0)),
+            job(node("c1", job_cpu=25.0), node("c2", job_cpu=60.0)),
+        ),
+    ),
+    "few_cpus": (
+        (job(node(job_cpu=25.0, ranks=BOUND)), job(node(job_cpu=95.0, ranks=BOUND))),
+        (job(node(job_cpu=25.0, ranks=BOUND)), job(node(job_cpu=20.0, ranks=BOUND))),
+        (
+            job(node(job_cpu=25.0, ranks=BOUND)),
+            job(node(job_cpu=25.0, ranks=BOUND, job_cpus=1)),
+        ),
+        (
+            job(node(job_cpu=25.0, ranks=BOUND)),
+            job(node(job_cpu=25.0, ranks=[rank(0, cpus="0")])),
+        ),
+        (
+            job(node(job_cpu=25.0, ranks=BOUND)),
+            job(node(job_cpu=25.0, ranks=[dict(r, cpu=20.0) for r in BOUND])),
+        ),
+        (
+            job(node(job_cpu=flat(25, 60), ranks=BOUND)),
+            job(node(job_cpu=flat(25, 40), ranks=BOUND)),
+        ),
+    ),
+    "idle_job": (
+        (job(node(job_cpu=flat(0, 60))), job(node(job_cpu=flat(0, 50)))),
+        (job(node(job_cpu=2.4)), job(node(job_cpu=2.6))),
+        (job(node(job_cpu=0)), job(node(job_cpu=0, job_read=2e5))),
+        (job(node(job_cpu=0)), job(node(job_cpu=0, job_write=2e5))),
+        (job(node(job_cpu=0)), job(node(job_cpu=0, gpu=50.0), gpus=1)),
+        (job(node(job_cpu=0)), job(node(job_cpu=0, job_read=None))),
+        (
+            job(node(job_cpu=0, net_rx=0.0, net_tx=0.0, **OTHER_IO)),
+            job(node(job_cpu=0, net_rx=2e5, net_tx=0.0, **OTHER_IO)),
+        ),
+        (
+            job(node(job_cpu=0, net_rx=0.0, net_tx=0.0, **OTHER_IO)),
+            job(node(job_cpu=0, net_rx=0.0, net_tx=0.0, **{**OTHER_IO, "psi_io": 9})),
+        ),
+        (
+            job(node(job_cpu=0, net_rx=0.0, net_tx=0.0, **OTHER_IO)),
+            job(node(job_cpu=0, net_rx=0.0, net_tx=0.0, ranks=waiting(), **OTHER_IO)),
+        ),
+        (
+            job(node(job_cpu=flat(90, 600)[:-31] + flat(0, 300), **NO_IO)),
+            job(node(job_cpu=flat(90, 600)[:-21] + flat(0, 200), **NO_IO)),
+        ),
+        (job(node(job_cpu=0), nodes=1), job(node(job_cpu=0), nodes=2)),
+    ),
+    "idle_nodes": (
+        (
+            job(node("c1"), node("c2", job_cpu=flat(0, 60))),
+            job(node("c1"), node("c2", job_cpu=flat(0, 50))),
+        ),
+        (
+            job(node("c1", job_cpu=13.0), node("c2", job_cpu=0)),
+            job(node("c1", job_cpu=12.0), node("c2", job_cpu=0)),
+        ),
+        (
+            job(node("c1", job_cpu=0, ranks=[rank(0), rank(1)]), node("c2")),
+            job(node("c1", job_cpu=0, ranks=[rank(0)]), node("c2")),
+        ),
+        (
+            job(node("c1"), node("c2", job_cpu=0)),
+            job(node("c1"), node("c2", job_cpu=0), gpus=2),
+        ),
+        (
+            job(node("c1"), node("c2", job_cpu=0)),
+            job(node("c1"), node("c2", job_cpu=0, job_write=1e6)),
+        ),
+    ),
+    "many_threads": (
+        (
+            job(node(job_cpu=95.0, ranks=[rank(0, running=5)])),
+            job(node(job_cpu=94.0, ranks=[rank(0, running=5)])),
+        ),
+        (
+            job(node(ranks=[rank(0, running=5)])),
+            job(node(ranks=[rank(0, running=4)])),
+        ),
+        (
+            job(node(job_cpus=20, ranks=[rank(0, running=24)])),
+            job(node(job_cpus=20, ranks=[rank(0, running=23)])),
+        ),
+    ),
+    "uneven_nodes": (
+        (uneven(95, 40), uneven(95, 50)),
+        (uneven(51, 20), uneven(49, 20)),
+        (uneven(95, 6, 94), uneven(40, 95, 94)),
+        (uneven(95, 40, seconds=300), uneven(95, 40, seconds=200)),
+        (uneven(95, 40), uneven(95, 40)._replace(facts={"nodes": 3})),
+        (
+            uneven(95, 40),
+            job(node("c1", job_cpu=flat(95, 400)), node("c2", job_cpus=16, job_cpu=40)),
+        ),
+    ),
+    "idle_gpus": (
+        (
+            job(node(gpus=[gpu(0), unused(1)], gpu=45, gpu_min=flat(0, 60))),
+            job(node(gpus=[gpu(0), unused(1)], gpu=45, gpu_min=flat(0, 40))),
+        ),
+        (
+            job(node(gpus=[gpu(0), unused(1)], gpu=45, gpu_min=1)),
+            job(node(gpus=[gpu(0), unused(1)], gpu=45, gpu_min=2)),
+        ),
+        (
+            job(node(gpus=[gpu(0), unused(1)], gpu=45, gpu_min=0)),
+            job(node(gpus=[gpu(0), gpu(1, 0.0)], gpu=45, gpu_min=0)),
+        ),
+        (
+            job(node(gpus=[gpu(0), unused(1)], gpu=45, gpu_min=0)),
+            job(node(gpus=[gpu(0), dict(unused(1), processes=1)], gpu=45, gpu_min=0)),
+        ),
+        (
+            job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 300))),
+            job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 280))),
+        ),
+        (
+            job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 300))),
+            job(node(gpus=[{"index": 0, "mig": "1g.10gb"}], gpu=flat(0, 300))),
+        ),
+    ),
+    "starved_gpus": (
+        (
+            job(node(job_cpu=25.0, gpu=24.0)),
+            job(node(job_cpu=25.0, gpu=26.0)),
+        ),
+        (job(node(job_cpu=25.0, gpu=2.0)), job(node(job_cpu=25.0, gpu=1.0))),
+        (job(node(job_cpu=25.0, gpu=20.0)), job(node(job_cpu=40.0, gpu=20.0))),
+        (
+            job(node(job_cpu=25.0, gpu=20.0)),
+            job(node(job_cpu=100.0, job_cpus=1, gpu=20.0)),
+        ),
+        (
+            job(node(job_cpu=25.0, gpu=20.0)),
+            job(node(job_cpu=25.0, gpu=flat(20, 90))),
+        ),
+        (
+            job(node(job_cpu=25.0, gpu=20.0)),
+            job(node(job_cpu=25.0, gpu=wave(0, 60, 120))),
+        ),
+    ),
+    "slowed_gpus": (
+        (
+            job(node(gpus=[gpu(0, throttle="HW slowdown")])),
+            job(node(gpus=[gpu(0, throttle="power cap")])),
+        ),
+        (
+            job(node(gpus=[gpu(0, 50.0, throttle="thermal")])),
+            job(node(gpus=[gpu(0, 40.0, throttle="thermal")])),
+        ),
+    ),
+    "memory_grows": (
+        (leak(1.0, 2.0, 3.9), leak(1.0, 1.9, 4.0)),
+        (leak(2.9, 3.0, 3.9), leak(2.9, 3.0, 4.1)),
+        (leak(1.0, 3.0, 4.0, 60), leak(1.0, 3.0, 4.0, 40)),
+        (
+            leak(1.0, 3.0, 4.0),
+            job(node(job_mem=wave(1.0 * GB, 3.0 * GB), job_mem_limit=4 * GB)),
+        ),
+        (
+            leak(1.0, 3.0, 4.0),
+            job(
+                node(
+                    job_mem=ramp(1.0 * GB, 3.0 * GB, 60)[:-1] + [(NOW, 2.5 * GB)],
+                    job_mem_limit=4 * GB,
+                )
+            ),
+        ),
+    ),
+    "memory_near_limit": (
+        (grown(0.91, 1), grown(0.90, 1)),
+        (
+            job(node(job_mem=flat(1.95 * GB, 20))),
+            job(node(job_mem=flat(1.95 * GB, 10))),
+        ),
+    ),
+    "swapping": (
+        (job(node(swap=20.0, psi_mem=10.0)), job(node(swap=19.0, psi_mem=10.0))),
+        (job(node(swap=20.0, psi_mem=10.0)), job(node(swap=20.0, psi_mem=9.0))),
+        (
+            job(node(swap=20.0, psi_mem=flat(10, 60))),
+            job(node(swap=20.0, psi_mem=flat(10, 40))),
+        ),
+    ),
+    "waits_for_io": (
+        (job(node(ranks=waiting(), **IO)), job(node(ranks=waiting(state="S"), **IO))),
+        (job(node(ranks=waiting(), **IO)), job(node(ranks=waiting(read=6e6), **IO))),
+        (
+            job(node(ranks=waiting(), **IO)),
+            job(node(ranks=waiting(), **{**IO, "psi_io": 49})),
+        ),
+        (
+            job(node(ranks=waiting(), **IO)),
+            job(node(ranks=waiting(), **{**IO, "job_cpu": 50})),
+        ),
+        (
+            job(node(ranks=waiting(), **IO)),
+            job(node(ranks=waiting() + [{"pid": 5}], **IO)),
+        ),
+    ),
+    "full_filesystem": (
+        (job(node(disk_tmp=98.0)), job(node(disk_tmp=97.0))),
+        (job(node(disk_shm=98.0)), job(node(disk_shm=97.0))),
+        (job(node(disk=99.6)), job(node(disk=99.0))),
+        (job(node(disk_tmp=flat(99, 20))), job(node(disk_tmp=flat(99, 10)))),
+    ),
+    "time_limit_near": (
+        (
+            job(node(job_time_left=599.0, job_time_limit=36000.0)),
+            job(node(job_time_left=601.0, job_time_limit=36000.0)),
+        ),
+        (
+            job(node(job_time_left=29.0, job_time_limit=300.0)),
+            job(node(job_time_left=31.0, job_time_limit=300.0)),
+        ),
+    ),
+    "odd_node": (
+        (peers(3, 7, 3, 3), peers(3, 6, 3, 3)),
+        (peers(3, 1, 3, 3), peers(3, 1.6, 3, 3)),
+        (peers(3, 7, 3, 3), peers(7, 3, 3, 3)),
+        (peers(3, 7, 3, 3), peers(3, 7, 3)),
+        (peers(3, 9, 3, 3), peers(3, 9, 4, 3)),
+        (peers(3, 9, 3, 3), peers(0.3, 0.9, 0.3, 0.3)),
+    ),
+    "node_silent": (
+        (job(node("c1"), silent("c2", 5)), job(node("c1"), silent("c2", 4))),
+        (job(silent("c1", 45)), job(silent("c1", 44))),
+        (
+            job(node("c1"), silent("c2", 30)),
+            job(node("c1"), silent("c2", 30), events=[left("exit 0", "c2", ago=30)]),
+        ),
+    ),
+    "too_much_memory": (
+        (grown(61, 256), grown(107, 256)),
+        (grown(0.4, 2), grown(0.4, 1.2)),
+        (
+            grown(61, 256, job_mem_peak=61.0 * GB),
+            grown(61, 256, job_mem_peak=200.0 * GB),
+        ),
+        (
+            grown(61, 256),
+            job(node(job_mem=ramp(58 * GB, 61 * GB), job_mem_limit=256 * GB)),
+        ),
+        (
+            job(node(job_mem=flat(61 * GB, 60), job_mem_limit=256 * GB)),
+            job(node(job_mem=flat(61 * GB, 40), job_mem_limit=256 * GB)),
+        ),
+        (grown(61, 256), grown(61, 256)._replace(facts={"nodes": 2})),
+        (
+            ended("COMPLETED", node(job_mem_limit=256 * GB)),
+            ended("FAILED", node(job_mem_limit=256 * GB)),
+        ),
+    ),
+    "tight_memory": (
+        (
+            ended("COMPLETED", node(job_mem=1.81 * GB)),
+            ended("COMPLETED", node(job_mem=1.79 * GB)),
+        ),
+        (
+            ended("COMPLETED", node(job_mem=1.81 * GB)),
+            ended("COMPLETED", node(job_mem=0.2 * GB, job_mem_peak=2.0 * GB)),
+        ),
+    ),
+    "too_much_time": (
+        (
+            ended("COMPLETED", node(), limit=3540 / 0.59),
+            ended("COMPLETED", node(), limit=3540 / 0.61),
+        ),
+        (
+            ended("COMPLETED", node(), start=NOW - 660, limit=2401.0),
+            ended("COMPLETED", node(), start=NOW - 660, limit=2399.0),
+        ),
+        (
+            ended("COMPLETED", node(), start=NOW - 120),
+            ended("COMPLETED", node(), start=NOW - 119),
+        ),
+        (ended("COMPLETED", node(), limit=9e4), ended("TIMEOUT", node(), limit=9e4)),
+    ),
+    "kill_survived": ((job(node(oom_kill=1)), job(node(oom_kill=0))),),
+    "out_of_memory": (
+        (ended("FAILED", node(oom_kill=1)), ended("FAILED", node(oom_kill=0))),
+        (ended("FAILED", node(oom_kill=1)), ended("CANCELLED", node(oom_kill=1))),
+        (ended("FAILED", node(oom_kill=1)), ended("TIMEOUT", node(oom_kill=1))),
+    ),
+}
+
+
+class Edges(unittest.TestCase):
+    def test_of_two_jobs_on_the_two_sides_of_a_threshold_one_is_told(self):
+        for rule, pairs in EDGES.items():
+            for number, (told, untold) in enumerate(pairs):
+                with self.subTest(rule, number=number):
+                    self.assertIn(rule, rules(told))
+                    self.assertNotIn(rule, rules(untold))
+
+
+class Evidence(unittest.TestCase):
+    """What is not known is no evidence."""
+
+    CHECKS = {check.name: check for check in master_server.CHECKS}
+
+    def all(self):
+        for name, (evidence, rule, _) in [*SICK.items(), *DEAD.items()]:
+            yield name, evidence, self.CHECKS[rule]
+
+    def each_node(self, evidence, change):
+        return evidence._replace(nodes=[change(known) for known in evidence.nodes])
+
+    def test_without_a_reading_that_it_needs_a_check_is_silent(self):
+        for name, evidence, check in self.all():
+            for need in check.needs:
+                for value in (None, math.nan, math.inf, -1.0, "much", True):
+                    part = need in master_server.PARTS
+                    if part and value is not None:
+                        continue
+
+                    def change(known, need=need, value=value, part=part):
+                        if part:
+                            return known._replace(**{need: []})
+                        return known._replace(sample={**known.sample, need: value})
+
+                    with self.subTest(name, need=need, value=value):
+                        self.assertNotIn(
+                            check.name, rules(self.each_node(evidence, change))
+                        )
+
+    def test_without_a_curve_over_all_of_its_time_a_check_is_silent(self):
+        changes = {
+            "none": lambda curve: [],
+            "one point": lambda curve: curve[-1:],
+            "a hole": lambda curve: curve[:-4] + curve[-1:],
+            "unknown at times": lambda curve: [
+                (moment, math.nan if -50 < moment - NOW < -15 else value)
+                for moment, value in curve
+            ],
+            "stale": lambda curve: [(moment - 40, value) for moment, value in curve],
+            "of the future": lambda curve: [
+                (moment + 9e3, value) for moment, value in curve
+            ],
+            "no curve": lambda curve: "much",
+        }
+        for name, evidence, check in self.all():
+            for key in check.holds:
+                for words, change in changes.items():
+
+                    def cut(known, key=key, change=change):
+                        curve = change(known.curves.get(key, []))
+                        return known._replace(curves={**known.curves, key: curve})
+
+                    with self.subTest(name, key=key, change=words):
+                        self.assertNotIn(
+                            check.name, rules(self.each_node(evidence, cut))
+                        )
+
+    def test_without_a_fact_that_it_needs_a_check_is_silent(self):
+        for name, evidence, check in self.all():
+            for key in check.facts:
+                facts = {**evidence.facts, key: None}
+                with self.subTest(name, key=key):
+                    self.assertNotIn(check.name, rules(evidence._replace(facts=facts)))
+
+    def test_what_is_told_of_a_whole_job_needs_all_of_its_nodes(self):
+        whole = (
+            "idle_job",
+            "uneven_nodes",
+            "odd_node",
+            "too_much_memory",
+            "tight_memory",
+        )
+        for name, evidence, check in self.all():
+            if check.name in whole:
+                facts = {**evidence.facts, "nodes": len(evidence.nodes) + 1}
+                with self.subTest(name):
+                    self.assertNotIn(check.name, rules(evidence._replace(facts=facts)))
+
+    def test_a_job_that_waits_or_is_suspended_has_no_problem(self):
+        for name, (evidence, _, _) in SICK.items():
+            if evidence.facts["state"] == "RUNNING":
+                facts = {**evidence.facts, "state": "SUSPENDED"}
+                found = diagnose(evidence._replace(facts=facts))
+                with self.subTest(name):
+                    self.assertEqual({verdict.severity for verdict in found}, {"fine"})
+
+    def test_a_problem_is_told_after_a_minute_and_a_death_at_once(self):
+        for name in (
+            "a serial program on 4 CPUs",
+            "all on CPU 0",
+            "one of two nodes asleep",
+            "a leak",
+            "over-asked memory",
+            "/tmp full",
+        ):
+            evidence, rule, _ = SICK[name]
+
+            def young(known):
+                return known._replace(
+                    curves={key: curve[-7:] for key, curve in known.curves.items()}
+                )
+
+            with self.subTest(name):
+                self.assertIn(rule, rules(self.each_node(evidence, young)))
+                self.assertLessEqual(self.CHECKS[rule].seconds, 75)
+        for check in master_server.CHECKS:
+            if check.severity == "died":
+                self.assertEqual(check.seconds, 0)
+
+    def test_odd_evidence_is_no_error_and_its_verdicts_are_whole(self):
+        seed = random.randrange(2**32)
+        chance = random.Random(seed)
+        cases = [evidence for _, evidence, _ in self.all()] + list(HEALTHY.values())
+        for number in range(FUZZED):
+            evidence = spoil(chance.choice(cases), chance)
+            with self.subTest(seed=seed, number=number):
+                found = diagnose(evidence)
+                self.assertTrue(found)
+                for verdict in found:
+                    self.assertIn(verdict.severity, master_server.SEVERITIES)
+                    self.assertTrue(verdict.what)
+                    text = " ".join(verdict)
+                    self.assertNotRegex(text, r"\bnan\b|\binf\b|None|(?<!\$)\{|e\+\d")
+                self.assertEqual(
+                    master_server.parse_verdicts(
+                        json.loads(json.dumps(master_server.verdicts_json(found)))
+                    ),
+                    found,
+                )
+
+    def test_healthy_jobs_stay_fine_when_something_is_not_known(self):
+        seed = random.randrange(2**32)
+        chance = random.Random(seed)
+        for name, evidence in HEALTHY.items():
+            for number in range(FUZZED // 50):
+                less = forget(evidence, chance)
+                found = diagnose(less)
+                with self.subTest(name, seed=seed, number=number):
+                    self.assertEqual({verdict.severity for verdict in found}, {"fine"})
+
+
+ODD = (
+    None,
+    math.nan,
+    math.inf,
+    -math.inf,
+    -1,
+    0,
+    1,
+    1e300,
+    10**400,
+    "",
+    "x",
+    "9" * 300,
+)
+ODD += (
+    True,
+    [],
+    {},
+    (1,),
+    2**63,
+    -0.0,
+    1e-300,
+    "0-99999999",
+    "exit 999",
+    "0:999",
+    b"x",
+)
+
+
+def spoil_dict(values, chance):
+    """Some of a dict's values become odd, or are gone."""
+    spoiled = dict(values)
+    for key in list(spoiled):
+        if chance.random() < 0.2:
+            spoiled[key] = chance.choice(ODD)
+        elif chance.random() < 0.05:
+            del spoiled[key]
+    return spoiled
+
+
+def spoil_curve(curve, chance):
+    draw = chance.random()
+    if draw < 0.7:
+        return curve
+    if draw < 0.75:
+        return chance.choice(ODD)
+    return [
+        chance.choice((point, chance.choice(ODD), (NOW, chance.choice(ODD))))
+        for point in curve
+    ]
+
+
+def spoil(evidence, chance):
+    nodes = []
+    for known in evidence.nodes:
+        nodes.append(
+            known._replace(
+                sample=spoil_dict(known.sample, chance),
+                curves={
+                    key: spoil_curve(curve, chance)
+                    for key, curve in known.curves.items()
+                },
+                ranks=[spoil_dict(part, chance) for part in known.ranks],
+                gpus=[spoil_dict(part, chance) for part in known.gpus],
+                lost=chance.choice((known.lost, known.lost, chance.choice(ODD))),
+                cpus=chance.choice((known.cpus, set(), None)),
+            )
+        )
+    events = [spoil_dict(event, chance) for event in evidence.events]
+    return evidence._replace(
+        facts=spoil_dict(evidence.facts, chance), nodes=nodes, events=events
+    )
+
+
+def forget(evidence, chance):
+    """Some readings, curves and parts are not known."""
+    nodes = []
+    for known in evidence.nodes:
+        kept = {key for key in known.sample if chance.random() < 0.8}
+        nodes.append(
+            known._replace(
+                sample={key: known.sample[key] for key in kept},
+                curves={
+                    key: curve for key, curve in known.curves.items() if key in kept
+                },
+                ranks=known.ranks if chance.random() < 0.8 else [],
+                gpus=known.gpus if chance.random() < 0.8 else [],
+            )
+        )
+    return evidence._replace(nodes=nodes)
+
+
+class Advice(unittest.TestCase):
+    def test_the_next_size_is_a_fifth_more_and_never_less_than_was_seen(self):
+        for size in (1, 1e6, 1e8, 0.5 * GB, 0.99 * GB, GB, 1.01 * GB, 61 * GB, 5e12):
+            flag = master_server.memory_flag(size)
+            with self.subTest(flag):
+                self.assertRegex(flag, r"\A--mem=\d+[GM]\Z")
+                asked = master_server.flag_bytes(flag)
+                self.assertGreaterEqual(asked, 1.2 * size * (1 - 1e-9))
+                self.assertLessEqual(asked, 1.2 * size + GB)
+
+    def test_it_rests_on_the_kernels_peak_where_there_is_one(self):
+        for counted, flag in ((None, "--mem=74G"), (70.0 * GB, "--mem=84G")):
+            evidence = job(
+                node(job_mem=61.0 * GB, job_mem_limit=256 * GB, job_mem_peak=counted)
+            )
+            (verdict,) = diagnose(evidence)
+            self.assertEqual(verdict.cure, flag)
+            source = "sampled" if counted is None else "kernel's count"
+            self.assertEqual(verdict.proof, source + ", 1 run, 13 samples")
+
+    def test_a_spike_that_is_over_counts(self):
+        curve = flat(10 * GB, 300)
+        curve[3] = (curve[3][0], 70.0 * GB)
+        (verdict,) = diagnose(job(node(job_mem=curve, job_mem_limit=256 * GB)))
+        self.assertEqual(verdict.cure, "--mem=84G")
+
+    def test_times_are_rounded_up_to_five_minutes(self):
+        for seconds, flag in (
+            (1, "00:05"),
+            (250, "00:05"),
+            (251, "00:10"),
+            (36000, "12:00"),
+        ):
+            self.assertEqual(master_server.time_flag(seconds), "--time=%s:00" % flag)
+
+
+class Text(unittest.TestCase):
+    def verdicts(self):
+        return [
+            Verdict("died", "13:41: out of memory on c2", "rank 37", "--mem=80G", "a"),
+            Verdict("problem", "idle", "at 0 %", "", "b"),
+            Verdict("advice", "memory", "61 of 256 GB", "--mem=74G", "c"),
+            Verdict("fine", "fine", "2 nodes", "", "fine"),
+        ]
+
+    def test_a_line_a_verdict_with_its_mark(self):
+        self.assertEqual(
+            master_server.render_verdicts(self.verdicts()),
+            [
+                "died 13:41: out of memory on c2: rank 37  -> --mem=80G",
+                "! idle: at 0 %",
+                ". memory: 61 of 256 GB                    -> --mem=74G",
+                "fine: 2 nodes",
+            ],
+        )
+
+    def test_json_and_back(self):
+        rows = json.loads(json.dumps(master_server.verdicts_json(self.verdicts())))
+        self.assertEqual(set(rows[0]), {"severity", "what", "proof", "cure", "rule"})
+        self.assertEqual(master_server.parse_verdicts(rows), self.verdicts())
+        for odd in (None, 3, "x", {}, [None], [{}], [{"severity": "x", "what": "y"}]):
+            self.assertEqual(master_server.parse_verdicts(odd), [])
+        older = master_server.parse_verdicts([{"severity": "fine", "what": "fine"}])
+        self.assertEqual(older, [Verdict("fine", "fine", "", "", "")])
+
+    def test_the_exit_code_is_that_of_the_worst(self):
+        for count, code in ((4, 3), (3, 2), (2, 1), (1, 0), (0, 0)):
+            last = self.verdicts()[4 - count :]
+            self.assertEqual(master_server.explain_code(last), code)
+
+    def test_the_worst_comes_first(self):
+        evidence = job(
+            node(
+                job_cpu=25.0,
+                job_time_left=30.0,
+                job_time_limit=3600.0,
+                job_mem=1.99 * GB,
+            )
+        )
+        found = [verdict.severity for verdict in diagnose(evidence)]
+        self.assertEqual(found, ["problem", "problem", "advice"])
+
+    def test_names_are_quoted_where_a_shell_reads_them(self):
+        evil = "c1; rm -rf ~ {job}"
+        for evidence in (
+            ended("NODE_FAIL", silent(evil, 90)),
+            job(node("c1"), silent(evil, 30)),
+            job(node(evil, gpus=[gpu(0, throttle="thermal")])),
+        ):
+            words = shlex.split(diagnose(evidence)[0].cure, comments=True)
+            self.assertTrue([word for word in words if word.endswith(evil)], words)
+        evidence = job(node(job_cpu=0), raw="1; reboot", job="1; reboot")
+        self.assertIn("scontrol show job '1; reboot' |", diagnose(evidence)[0].cure)
+
+    def test_a_rule_names_its_source(self):
+        for check in master_server.CHECKS:
+            with self.subTest(check.name):
+                self.assertGreater(len(check.source), 10)
+                self.assertIn(check.severity, master_server.SEVERITIES)
+
+    def test_lists_of_cpus_and_the_way_back(self):
+        for text, cpus in (
+            ("0", {0}),
+            ("0-3,8", {0, 1, 2, 3, 8}),
+            ("0-99999999", set()),
+            ("3-1", set()),
+            ("x", set()),
+            ("", set()),
+            (None, set()),
+        ):
+            self.assertEqual(master_server.parse_cpu_list(text), cpus)
+        self.assertEqual(master_server.range_words([8, 0, 1, 2, 3]), "0-3, 8")
+
+    def test_durations(self):
+        for seconds, words in (
+            (0, "0 s"),
+            (99, "99 s"),
+            (150, "2 min"),
+            (11400, "3 h 10 min"),
+        ):
+            self.assertEqual(master_server.time_words(seconds), words)
+
+
+class SameWords(unittest.TestCase):
+    """The report of agent.py, which cannot import the master, says the same."""
+
+    def report(self, counts, ended="", seconds=10.0, **last):
+        """The report of an agent whose job's kernel counts so at the start and at the end."""
+        told = iter(counts)
+        report = agent.Report(lambda: next(told))
+        sample = {"cpu": 1.0, "job_cpu": 1.0, "cpus": 4, "job_cpus": 4, **last}
+        for _ in range(2):
+            report.add(
+                {**sample, "oom_kill": 5} if "oom_kill" in last else sample, seconds
+            )
+        return list(report.lines(sample, ended))
+
+    def out_of_memory(self, kills=1, **more):
+        return self.report(
+            [{"oom_kill": 2}, {"oom_kill": 2 + kills}],
+            "SIGKILL",
+            job_mem=0.178 * GB,
+            job_mem_limit=0.195 * GB,
+            **more,
+        )
+
+    def test_the_sentences_are_equal(self):
+        for name in (
+            "OUT_OF_MEMORY",
+            "BELOW_PEAK",
+            "MEMORY_PEAK",
+            "KERNEL_COUNT",
+            "SAMPLED_COUNT",
+            "MARGIN",
+        ):
+            self.assertEqual(getattr(agent, name), getattr(master_server, name), name)
+
+    def test_the_same_size_is_advised(self):
+        for size in (0, 1, 1e8, 0.99 * GB, GB, 61 * GB, 5e12):
+            self.assertEqual(agent.memory_flag(size), master_server.memory_flag(size))
+
+    def test_a_command_that_the_kernel_killed_was_out_of_memory(self):
+        self.assertEqual(
+            self.out_of_memory(),
+            [
+                "out of memory: the kernel killed 1 process",
+                "ran 0:00:20",
+                "CPU mean 1.0 %, peak 1.0 % of 4 CPUs",
+                "memory peak above the highest sample, 0.178 GB of 0.195 GB",
+                "asked for 0.195 GB, which was too little: --mem=300M may do",
+            ],
+        )
+
+    def test_the_verdict_on_it_has_the_words_of_the_report(self):
+        for kills in (1, 2):
+            text = self.out_of_memory(kills)
+            evidence = job(
+                node(job_mem=0.178 * GB, job_mem_limit=0.195 * GB),
+                events=[left("SIGKILL", report=agent.clip("; ".join(text)))],
+            )
+            (verdict,) = diagnose(evidence)
+            self.assertEqual(verdict.severity, "died")
+            self.assertIn(text[0], verdict.what)
+            self.assertIn(text[3], verdict.proof)
+            self.assertIn(verdict.cure, text[4])
+
+    def test_advice_has_the_words_of_the_report(self):
+        for peak, source in (
+            (None, "sampled, 1 run, 2"),
+            (70.0 * GB, "kernel's count, 1 run, 2"),
+        ):
+            last = {"job_mem": 61.0 * GB, "job_mem_limit": 256.0 * GB}
+            if peak:
+                last["job_mem_peak"] = peak
+            text = "; ".join(self.report([{}, {}], **last))
+            evidence = job(
+                node(job_mem=61.0 * GB, job_mem_limit=256 * GB, job_mem_peak=peak)
+            )
+            (verdict,) = diagnose(evidence)
+            self.assertIn("(%s samples): %s would do" % (source, verdict.cure), text)
+            self.assertIn(verdict.proof.split(", 1 run")[0], text)
+
+    def test_what_was_killed_before_the_start_is_none_of_its_own(self):
+        text = "; ".join(self.out_of_memory(kills=0))
+        self.assertNotIn("out of memory", text)
+        self.assertIn("memory peak 0.178 GB of 0.195 GB", text)
+
+    def test_the_count_of_the_samples_is_taken_too(self):
+        last = {"job_mem": 1.0 * GB, "job_mem_limit": 2.0 * GB}
+        self.assertIn(
+            "killed 3 processes", self.report([{}, {}], oom_kill=8, **last)[0]
+        )
+        self.assertIn("ran", self.report([{}, {}], oom_kill=5, **last)[0])
+
+    def test_where_the_kernel_counts_no_kills_137_is_no_proof(self):
+        last = {"job_mem": 1.9 * GB, "job_mem_limit": 2.0 * GB}
+        for ended, refused, is_told in (
+            ("SIGKILL", 9, True),
+            ("exit 137", 9, True),
+            ("exit 137", 0, False),
+            ("exit 1", 9, False),
+        ):
+            counts = [{"failcnt": 1}, {"failcnt": 1 + refused}]
+            text = "; ".join(self.report(counts, ended, **last))
+            self.assertNotIn("out of memory", text)
+            self.assertEqual("this kernel counts no kills" in text, is_told)
+
+    def test_a_peak_of_page_cache_is_no_want_of_memory(self):
+        last = {
+            "job_mem": 0.2 * GB,
+            "job_mem_limit": 4.0 * GB,
+            "job_mem_peak": 4.0 * GB,
+        }
+        self.assertNotIn("--mem", "; ".join(self.report([{}, {}], **last)))
+        last = {
+            "job_mem": 3.9 * GB,
+            "job_mem_limit": 4.0 * GB,
+            "job_mem_peak": 4.0 * GB,
+        }
+        self.assertIn("--mem=5G would do", "; ".join(self.report([{}, {}], **last)))
+
+    def test_the_kernels_count_is_read_of_all_steps_of_a_job(self):
+        v1 = "sys/fs/cgroup/memory/slurm/uid_1/job_7"
+        files = {
+            v1 + "/memory.failcnt": "12\n",
+            v1 + "/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 0\n",
+            v1 + "/step_batch/memory.oom_control": "oom_kill 0\n",
+            v1 + "/step_batch/task_0/memory.oom_control": "under_oom 0\noom_kill 1\n",
+            v1 + "/step_3/task_0/memory.oom_control": "under_oom 0\noom_kill 2\n",
+            v1 + "/other/memory.oom_control": "oom_kill 9\n",
+        }
+        v2 = {"sys/job_7/memory.events": "low 0\nmax 12\noom 1\noom_kill 1\n"}
+        old = {
+            v1 + "/memory.failcnt": "3\n",
+            v1 + "/memory.oom_control": "under_oom 0\n",
+        }
+        for tree, places, known in (
+            (files, {"memory": v1}, {"failcnt": 12, "oom_kill": 3}),
+            (v2, {"": "sys/job_7"}, {"oom_kill": 1}),
+            (old, {"memory": v1}, {"failcnt": 3}),
+            ({}, {"memory": v1}, {}),
+            ({}, {"": "sys/job_7"}, {}),
+            ({}, {}, {}),
+        ):
+            with tempfile.TemporaryDirectory() as top, self.subTest(known):
+                for path, text in tree.items():
+                    path = os.path.join(top, path[4:])
+                    os.makedirs(os.path.dirname(path), exist_ok=True)
+                    with open(path, "w") as file:
+                        file.write(text)
+                probe = agent.Probe(sysfs=top)
+                reader = functools.partial(agent.read_kills, probe, places)
+                found = agent.collect([reader])
+                self.assertEqual(found, known)
+
+
+if __name__ == "__main__":
+    unittest.main()
