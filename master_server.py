@@ -44,7 +44,6 @@ import array
 import base64
 import bisect
 import collections
-import collections.abc
 import contextlib
 import csv
 import functools
@@ -1899,7 +1898,7 @@ class Check(NamedTuple):
 RUNNING = "running"
 ENDED = "ended"
 ANY = "any"
-PARTS = ("ranks", "gpus")
+LISTED = ("ranks", "gpus")
 
 
 def diagnose(job: JobEvidence) -> List[Verdict]:
@@ -1950,7 +1949,7 @@ def judge_check(case: "Case", check: Check) -> List[Verdict]:
 def knows(case: "Case", node: NodeEvidence, check: Check) -> bool:
     """Whether all is known of a node that a check needs."""
     for need in check.needs:
-        if need in PARTS:
+        if need in LISTED:
             if not getattr(node, need):
                 return False
         elif need not in node.sample:
@@ -4483,7 +4482,6 @@ BY_NODE = ("cpu", "job_cpu", "ram", "job_mem", "gpu", "gpu_mem")  # and of each 
 NODE_FACTS = ("cpus", "mem_total", "gpus", "job_cpus", "job_mem_limit")
 GPU_KEYS = ("gpu", "mem_used", "power", "temp")
 RECORD_NAME = re.compile(r"([A-Za-z0-9_%]+)\.([A-Za-z0-9_-]+)\.jsonl(\.gz)?")
-SEVERITY_ORDER = ("fine", "advice", "problem", "died")  # the worst last
 # A state of Slurm's is a death without any other evidence ...
 DEADLY_STATES = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL")
 
@@ -4558,7 +4556,7 @@ def merge_rows(rows: Sequence[RecordRow]) -> RecordRow:
         least = [values[0] for values in columns if values[0] is not None]
         most = [values[2] for values in columns if values[2] is not None]
         means = [
-            mean_of(values[place] for values in columns if place < len(values))
+            mean_known(values[place] for values in columns if place < len(values))
             for place in range(size)
         ]
         means[0] = min(least) if least else None
@@ -4568,7 +4566,7 @@ def merge_rows(rows: Sequence[RecordRow]) -> RecordRow:
     return RecordRow(last.time, step, last.names, merged)
 
 
-def mean_of(values: Iterable[Optional[float]]) -> Optional[float]:
+def mean_known(values: Iterable[Optional[float]]) -> Optional[float]:
     """The mean of those that are known."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
@@ -4871,13 +4869,13 @@ def merge_summaries(one: Message, other: Message) -> Message:
 
 
 def severity_of(summary: Message) -> str:
-    """The worst of what was found: of SEVERITY_ORDER, or "" when nobody can tell."""
+    """The worst of what was found: of SEVERITIES, or "" when nobody can tell."""
     found = [verdict.get("severity") for verdict in summary["verdicts"] or ()]
-    known = [SEVERITY_ORDER.index(name) for name in found if name in SEVERITY_ORDER]
     if summary["state"] in DEADLY_STATES:
-        known.append(SEVERITY_ORDER.index("died"))
-    if known:
-        return SEVERITY_ORDER[max(known)]
+        return "died"
+    for severity in SEVERITIES:
+        if severity in found:
+            return severity
     return "" if summary["verdicts"] is None else "fine"
 
 
@@ -6055,8 +6053,6 @@ SHOWN_GPUS = 8  # of a job, each by itself
 ODD_SPREADS = 5.0
 ODD_CPU = 20.0  # % of a core
 ODD_BYTES = 64.0 * 2**20
-CPU_RANGE = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
-MAX_CPUS = 8192  # as CONFIG_NR_CPUS has it at most on x86
 
 
 def all_jobs(view: Snapshot) -> List[Message]:
@@ -6345,21 +6341,6 @@ def cpus_of(parts: Parts) -> Dict[int, Optional[int]]:
         for number, char in enumerate(core["busy"] or "", int(core["first"] or 0)):
             busy[number] = int(char) if char.isdigit() else None
     return busy
-
-
-def parse_cpu_list(text: Optional[str]) -> Set[int]:
-    """The numbers of a list as the kernel writes it, cpuset(7): 0-3,8; empty when it is odd."""
-    numbers: Set[int] = set()
-    for part in (text or "").split(","):
-        match = CPU_RANGE.fullmatch(part.strip())
-        if not match:
-            return set()
-        first = int(match.group(1))
-        last = int(match.group(2) or first)
-        if last >= MAX_CPUS:
-            return set()
-        numbers.update(range(first, last + 1))
-    return numbers
 
 
 # ============================================================================
@@ -7968,7 +7949,7 @@ def map_means(
     """The mean of a node in each column in which it is known."""
     means = {}
     for column, first, last in slices:
-        mean_there = mean_of(values[first:last])
+        mean_there = mean_known(values[first:last])
         if mean_there is not None:
             means[column] = mean_there
     return means
@@ -8206,7 +8187,7 @@ def draw_verdicts(record: Record, summary: Message) -> Html:
         items.append(
             fill(
                 VERDICT_HTML,
-                severity=severity if severity in SEVERITY_ORDER else "",
+                severity=severity if severity in SEVERITIES else "",
                 word=SEVERITY_WORDS.get(severity, severity),
                 what=verdict.get("what"),
                 proof=fill(PROOF_HTML, proof) if proof else None,
@@ -8298,7 +8279,7 @@ def gpu_rows(record: Record) -> List[Message]:
         rows.append(
             {
                 "name": name,
-                "gpu": mean_of(busy),
+                "gpu": mean_known(busy),
                 "most": max(busy, default=None),
                 "mem": max(memory, default=None),
                 "power": max(power, default=None),
@@ -8376,7 +8357,7 @@ def job_parts(record: Record, summary: Message) -> List[Optional[Html]]:
         draw_verdicts(record, summary),
         draw_table("use", "Asked, got, used", USE_COLUMNS, use_rows(record, summary)),
         draw_suggestions(summary),
-        draw_section("Over time", charts, time_words(record)),
+        draw_section("Over time", charts, span_words(record)),
         draw_section("Node by node", maps),
         draw_table("nodes", "Nodes", RUN_NODE_COLUMNS, run_node_rows(record)),
         draw_table("ranks", "Ranks at the end", RUN_RANK_COLUMNS, ranks),
@@ -8404,7 +8385,7 @@ def draw_section(
     return fill(SECTION_HTML, heading=heading, parts=parts)
 
 
-def time_words(record: Record) -> str:
+def span_words(record: Record) -> str:
     """The times of a record, and how fine it is."""
     first, last = record.span
     zone = time.strftime("%Z", time.localtime(last))
@@ -9271,7 +9252,6 @@ PRUNE_SECONDS = 3600.0  # between two looks for what is too old
 JOB_AT = NODE_KEYS.index("job")
 NODE_AT = NODE_KEYS.index("node")
 PICK_RECORDED = operator.itemgetter(*map(NODE_KEYS.index, RECORDED))
-GRAPH_PLACES = {key: place for place, key in enumerate(GRAPHS)}
 PICK_FACTS = operator.itemgetter(*map(NODE_KEYS.index, NODE_FACTS))
 RANK_KEYS = (
     "rank",
@@ -9293,29 +9273,7 @@ RANK_KEYS = (
 )
 
 
-class NodeEvidence(NamedTuple):
-    """What a verdict on a job can rest upon, of one node."""
-
-    name: str
-    sample: Message  # the newest one, with the keys of METRICS
-    curves: Any  # mapping: metric -> [(time, value), ...], the oldest first
-    ranks: List[Message]
-    gpus: List[Message]
-    cores: Dict[int, float]  # CPU -> how busy it is, 0.0 to 1.0
-    cpus: Set[int]  # the job's CPUs; none if they are unknown
-    lost: Optional[float]  # when it fell silent
-
-
-class JobEvidence(NamedTuple):
-    """What a verdict on a job can rest upon."""
-
-    facts: Message  # with JOB_KEYS
-    nodes: List[NodeEvidence]
-    events: List[Message]
-    now: float
-
-
-Diagnose = Callable[[JobEvidence], Sequence[Any]]
+Diagnose = Callable[[JobEvidence], List[Verdict]]
 
 
 class Work(NamedTuple):
@@ -9530,8 +9488,8 @@ def gap_line(path: str, data: bytes) -> bytes:
     return record_line({"gap": before[-1], "until": round(until, 1)})
 
 
-class Curves(collections.abc.Mapping):  # type: ignore[type-arg]
-    """The last hour of a node: metric -> [(time, value), ...], made when it is asked for."""
+class Curves:
+    """The last hour of a node."""
 
     def __init__(self) -> None:
         self.times = array.array("d")
@@ -9547,16 +9505,16 @@ class Curves(collections.abc.Mapping):  # type: ignore[type-arg]
             for values in self.readings:
                 del values[:TRACE_POINTS]
 
-    def __getitem__(self, key: str) -> List[Tuple[float, float]]:
-        values = self.readings[GRAPH_PLACES[key]][-TRACE_POINTS:]
+    def known(self) -> Dict[str, Curve]:
+        """The curves of the metrics that are known."""
+        curves = {}
         times = self.times[-TRACE_POINTS:]
-        return [point for point in zip(times, values) if point[1] == point[1]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(GRAPHS)
-
-    def __len__(self) -> int:
-        return len(GRAPHS)
+        for key, readings in zip(GRAPHS, self.readings):
+            last = readings[-TRACE_POINTS:]
+            curve = [point for point in zip(times, last) if point[1] == point[1]]
+            if curve:
+                curves[key] = curve
+        return curves
 
 
 class Trace:
@@ -9599,7 +9557,7 @@ class Trace:
         return NodeEvidence(
             self.name,
             sample,
-            self.curves,
+            self.curves.known(),
             self.ranks,
             self.gpus,
             self.cores,
@@ -9737,7 +9695,7 @@ class Recording:
                 trace.sums[place] / trace.counts[place] if trace.counts[place] else None
                 for trace in traces
             ]
-            band = [self.least[place], mean_of(means), self.most[place]]
+            band = [self.least[place], mean_known(means), self.most[place]]
             values[key] = band + means if key in BY_NODE else band
         for trace in traces:
             if trace.place < MAX_TRACED and any(trace.counts):
@@ -9887,10 +9845,10 @@ class Recorder:
         listener: Any,
         table: Table,
         options: argparse.Namespace,
-        diagnose: Optional[Diagnose] = None,
+        judge: Diagnose = diagnose,
     ) -> None:
         self.table = table
-        self.diagnose = diagnose
+        self.diagnose = judge
         mark = writer_name(table.pid, table.start)
         self.writer = RecordWriter(options.record, mark, render_report)
         self.recordings: Dict[str, Recording] = {}
@@ -10020,7 +9978,7 @@ class Recorder:
         recording.close_row(now)
         is_over = recording.is_over(now)
         is_due = is_over or now >= recording.diagnose_due
-        if self.diagnose and is_due and recording.judge(self.diagnose, view, now):
+        if is_due and recording.judge(self.diagnose, view, now):
             self.table.write_verdicts(recording.raw, recording.told_verdicts())
         if is_over:
             recording.finish(now)

@@ -242,11 +242,11 @@ class Looks(Work):
         self.addCleanup(table.__exit__, None, None, None)
         self.judged = []
         self.options = unittest.mock.Mock(record=self.folder)
-        self.recorder = master.Recorder(None, self.table, self.options, self.diagnose)
+        self.recorder = master.Recorder(None, self.table, self.options, self.judge)
         self.now = time.time()
         self.recorder.look(self.table.snapshot(), self.now)
 
-    def diagnose(self, evidence):
+    def judge(self, evidence):
         self.judged.append(evidence)
         if len(evidence.nodes) < 2:
             return []
@@ -270,6 +270,9 @@ class Looks(Work):
         self.recorder.row_due = 0.0
         self.table.beat(0, 32)
         self.recorder.look(self.table.snapshot(), self.now)
+
+    def tearDown(self):
+        self.assertTrue(self.recorder.writer.finish(support.PATIENCE))
 
     def record(self, job="4711"):
         self.assertTrue(self.recorder.writer.finish(support.PATIENCE))
