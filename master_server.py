@@ -8012,7 +8012,7 @@ def verdict_words(summary: Message) -> str:
     """The worst verdict on a job in a line."""
     words = SEVERITY_WORDS[severity_of(summary)]
     verdicts = summary["verdicts"] or []
-    if verdicts:
+    if verdicts and verdicts[0].get("what") != "fine":
         return "%s: %s" % (words, verdicts[0].get("what"))
     return words
 
@@ -8182,6 +8182,7 @@ def draw_verdicts(record: Record, summary: Message) -> Html:
     items = []
     for verdict in verdicts:
         severity = verdict.get("severity") or ""
+        what = verdict.get("what")
         proof = verdict.get("proof")
         cure = verdict.get("cure")
         items.append(
@@ -8189,7 +8190,7 @@ def draw_verdicts(record: Record, summary: Message) -> Html:
                 VERDICT_HTML,
                 severity=severity if severity in SEVERITIES else "",
                 word=SEVERITY_WORDS.get(severity, severity),
-                what=verdict.get("what"),
+                what="nothing is wrong" if what == "fine" else what,
                 proof=fill(PROOF_HTML, proof) if proof else None,
                 cure=fill(CURE_HTML, cure) if cure else None,
             )
@@ -8506,11 +8507,10 @@ def select_jobs(view: Snapshot, query: Query, site: Site) -> List[Message]:
     """The jobs that a query asks for, live and past, in its order."""
     jobs = {job["job"]: job for job in site.archive.list()}
     for facts in view.jobs:
-        live = Record(facts["job"])
-        live.facts = dict(facts)
-        summary = summarize(live)
-        before = jobs.get(facts["job"])
-        jobs[facts["job"]] = merge_summaries(before, summary) if before else summary
+        summary = jobs.get(facts["job"]) or summarize(Record(facts["job"]))
+        told = {key: facts[key] for key in JOB_KEYS if facts[key] is not None}
+        is_over = facts["state"] in ENDED_STATES
+        jobs[facts["job"]] = dict(summary, has_ended=is_over, **told)
     words = query.get("q", "").lower().split()
     found = []
     for job in jobs.values():
