@@ -22,12 +22,15 @@ Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP, 1 could not start, 2 bad usa
 #   Verdicts       what is known of a job -> what is wrong with it, or why it died: pure
 #   Notify         events and verdicts -> messages to chats, phones and mail: --notify
 #   Collector      agents' sockets -> wire -> table and alerts: a thread for each agent
+#   Records        a job's whole life -> a file of its own, and back
 #   The page       a copy of the table -> HTML, and nobody else knows HTML.  Nine rooms: Style
 #                  sheet, Script, Markup, Readings, Selection, Jobs, Headline, Columns, Pages
 #   For programs   a copy of the table -> JSON, CSV, text, Prometheus
+#   Reports        records -> HTML, JSON, CSV, text: whole jobs, of now and of the past
 #   Dashboard      browsers' sockets -> request -> pages: a thread for each connection
 #   Terminal       --tui: the log goes through a pipe, and test_reader.py shows screens above it
 #   Demo           invented jobs, for --demo: what their agents would send, by the clock
+#   Recorder       a copy of the table -> records, on a thread that may wait for a disk
 #   Supervisor     processes and signals: the only room that starts or ends a process of ours
 #   Command line   flags -> options, and the way from there to the supervisor
 
@@ -42,6 +45,7 @@ if __name__ == "__main__":
 import argparse
 import array
 import base64
+import bisect
 import collections
 import contextlib
 import csv
@@ -54,6 +58,7 @@ import heapq
 import hmac
 import html
 import io
+import itertools
 import json
 import logging
 import math
@@ -76,6 +81,7 @@ import threading
 import time
 import unicodedata
 import urllib.parse
+import zlib
 from http import HTTPStatus
 from typing import (
     Any,
@@ -2170,7 +2176,7 @@ class Check(NamedTuple):
 RUNNING = "running"
 ENDED = "ended"
 ANY = "any"
-LISTED_PARTS = ("ranks", "gpus")
+LISTED = ("ranks", "gpus")
 
 
 def diagnose(job: JobEvidence) -> List[Verdict]:
@@ -2221,7 +2227,7 @@ def judge_check(case: "Case", check: Check) -> List[Verdict]:
 def knows(case: "Case", node: NodeEvidence, check: Check) -> bool:
     """Whether all is known of a node that a check needs."""
     for need in check.needs:
-        if need in LISTED_PARTS:
+        if need in LISTED:
             if not getattr(node, need):
                 return False
         elif need not in node.sample:
@@ -4129,7 +4135,7 @@ def compose(notices: List[Notice], left_out: int = 0) -> Notification:
         lines[NOTIFY_LINES:] = ["and %d more lines like these" % more]
     if left_out:
         lines.append("and %d more that there was no room for" % left_out)
-    return Notification(title_of(notices), lines, notices)
+    return Notification(notification_title(notices), lines, notices)
 
 
 def storm_line(group: List[Notice]) -> str:
@@ -4146,7 +4152,7 @@ def storm_line(group: List[Notice]) -> str:
     )
 
 
-def title_of(notices: List[Notice]) -> str:
+def notification_title(notices: List[Notice]) -> str:
     """What a message is about, in a few words."""
     if len(notices) == 1:
         return "Cluster Sentinel: %s: %s" % (notices[0].kind, notices[0].subject())
@@ -4738,7 +4744,7 @@ REFUSAL_SECONDS = 10.0  # seconds for which refusals of one source are counted
 MAX_REFUSAL_SECONDS = 3600.0  # that long when it does not end: it doubles
 MAX_SOURCES = 8  # sources whose refusals are counted apart
 BEAT_SECONDS = 0.5  # between two heartbeats of the collector
-IDLE_SECONDS = 1.0  # between two of them without an agent
+IDLE_BEAT_SECONDS = 1.0  # between two of them without an agent
 PIN_CPU = 0.1  # of a core, from which on a collector is a busy one
 PIN_SECONDS = 5.0  # between two looks at where its threads are to run
 LINGER_SECONDS = 0.5  # for a peer to read why it is sent away
@@ -5160,7 +5166,7 @@ class Collector:
         self.pinning.look()
         if self.news:
             self.news.look(self.table)
-        return BEAT_SECONDS if self.slots else IDLE_SECONDS
+        return BEAT_SECONDS if self.slots else IDLE_BEAT_SECONDS
 
     def forget_lost(self) -> None:
         """Forget those who have been lost for so long that they are no more shown."""
@@ -5632,6 +5638,772 @@ def start_serving(
         waiting.remove(sock)
         return Shortage(str(error), "raise TasksMax or ulimit -u")
     return None
+
+
+# ============================================================================
+# Records: a job's whole life, in a file of JSON lines, and back
+# ============================================================================
+#
+# A record is only ever appended to, so that whoever is killed leaves all but half a line:
+#
+#     {"job": {"job": "4711", "state": "RUNNING", ...}, "time": 1700000000, "format": 1}
+#     {"nodes": {"c1": {"cpus": 64, ...}, "c2": {}}}         all so far: rows have their order
+#     {"row": 1700000010, "step": 10, "cpu": [0, 41.5, 83, 83, 0]}  least, mean, most, each node
+#     {"event": {"time": 1700000011, "kind": "lost", "node": "c2", "text": "..."}}
+#     {"verdicts": [{"severity": "advice", "what": ...}], "time": 1700000020}
+#     {"ranks": [{"node": "c1", "rank": 3, ...}], "time": 1700000020}
+#     {"gpus": {"c1 0": [97, 31e9, 250, 61]}, "time": 1700000020}   GPU_KEYS of each
+#     {"gap": 1700000100, "until": 1700000160}               nobody recorded in between
+#     {"end": {"time": 1700003600}}
+#
+# Later lines count more than earlier ones; a line that cannot be read counts for nothing.
+# Each master writes a file of its own, JOB.WRITER.jsonl: two that watch the same job need no
+# lock, and what they wrote is put together when it is read.  A job that has ended is packed:
+# JOB.WRITER.jsonl.gz, of which the first gzip member holds nothing but {"summary": ...}.
+
+RECORD_FORMAT = 1
+ROW_SECONDS = 10  # from one row to the next, as long as a job is young ...
+FINE_SECONDS = (
+    7200  # ... that long; then the rows get half as many, whenever its age doubles
+)
+MANY_NODES = 16  # of more nodes the rows get fewer after half that time
+KEEP_SECONDS = 365 * 86400  # how old a record may get ...
+KEEP_BYTES = 200 * 10**6  # ... and how large all of them together
+IDLE_SECONDS = 2 * 86400  # a file that nobody has written to for so long is packed, too
+MAX_RECORD = 64 * 2**20  # bytes of a file that are read
+MAX_HEAD = 65536  # bytes of its begin or its end that a summary is read from
+SUMMARY_VERDICTS = 3  # in a summary
+KEPT_RECORDS = 4  # that an archive has at hand
+ARCHIVE_SECONDS = 3.0  # that a disk may take to answer it
+RECORDED = (  # metrics with least, mean and most over the nodes
+    "cpu",
+    "job_cpu",
+    "ram",
+    "job_mem",
+    "job_ram",
+    "gpu",
+    "gpu_mem",
+    "load1",
+    "net_rx",
+    "net_tx",
+    "disk_read",
+    "disk_write",
+    "swap",
+    "psi_mem",
+    "psi_io",
+)
+BY_NODE = ("cpu", "job_cpu", "ram", "job_mem", "gpu", "gpu_mem")  # and of each node
+NODE_FACTS = ("cpus", "mem_total", "gpus", "job_cpus", "job_mem_limit")
+GPU_KEYS = ("gpu", "mem_used", "power", "temp")
+RECORD_NAME = re.compile(r"([A-Za-z0-9_%]+)\.([A-Za-z0-9_-]+)\.jsonl(\.gz)?")
+# A state of Slurm's is a death without any other evidence ...
+DEADLY_STATES = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL")
+
+
+class RecordError(Exception):
+    """A record cannot be had; the text says why."""
+
+
+class RecordRow(NamedTuple):
+    """A row of a record: what is unknown is None, and of a metric all or nothing is there."""
+
+    time: float  # at its end
+    step: float  # seconds that it stands for
+    names: List[str]  # the nodes, in the order of what follows
+    values: Dict[
+        str, List[Optional[float]]
+    ]  # metric -> [least, mean, most, each node...]
+
+
+# ---- lines
+
+
+def record_line(line: Message) -> bytes:
+    """A line of a record."""
+    text = json.dumps(line, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace") + b"\n"
+
+
+def short_number(value: Optional[float]) -> str:
+    """A number with four digits, as JSON has it; null if it is unknown."""
+    if value is None or not math.isfinite(value):
+        return "null"
+    return "%.4g" % value
+
+
+def row_line(row: RecordRow) -> bytes:
+    """A row's line: json.dumps() would write sixteen digits of every number."""
+    fields = ['"row":%.1f' % row.time, '"step":%g' % row.step]
+    for key, values in row.values.items():
+        fields.append('"%s":[%s]' % (key, ",".join(map(short_number, values))))
+    return ("{%s}\n" % ",".join(fields)).encode()
+
+
+def read_lines(data: bytes) -> Iterator[Message]:
+    """The lines of a record that are whole, wherever it was cut."""
+    for line in data.split(b"\n"):
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(message, dict):
+            yield message
+
+
+def step_of(age: float, nodes: int) -> int:
+    """The seconds between two rows of a job of that age."""
+    fine = FINE_SECONDS / 2 if nodes > MANY_NODES else FINE_SECONDS
+    step = ROW_SECONDS
+    while age >= fine:
+        step *= 2
+        fine *= 2
+    return step
+
+
+def merge_rows(rows: Sequence[RecordRow]) -> RecordRow:
+    """One row in place of several that follow each other; the last one has the most nodes."""
+    last = rows[-1]
+    width = {key: len(values) for row in rows for key, values in row.values.items()}
+    merged: Dict[str, List[Optional[float]]] = {}
+    for key, size in width.items():
+        columns = [row.values[key] for row in rows if key in row.values]
+        least = [values[0] for values in columns if values[0] is not None]
+        most = [values[2] for values in columns if values[2] is not None]
+        means = [
+            mean_known(values[place] for values in columns if place < len(values))
+            for place in range(size)
+        ]
+        means[0] = min(least) if least else None
+        means[2] = max(most) if most else None
+        merged[key] = means
+    step = last.time - rows[0].time + rows[0].step
+    return RecordRow(last.time, step, last.names, merged)
+
+
+def mean_known(values: Iterable[Optional[float]]) -> Optional[float]:
+    """The mean of those that are known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def halve(rows: Sequence[RecordRow]) -> List[RecordRow]:
+    """Half as many rows: two become one, unless there is a gap between them."""
+    halved = []
+    index = 0
+    while index < len(rows):
+        pair = rows[index : index + 2]
+        if len(pair) == 2 and is_gap(*pair):
+            pair = pair[:1]
+        halved.append(merge_rows(pair))
+        index += len(pair)
+    return halved
+
+
+def is_gap(before: RecordRow, after: RecordRow) -> bool:
+    """Whether something is missing between two rows."""
+    return after.time - before.time > 2.5 * max(before.step, after.step)
+
+
+def without_overlap(rows: Iterable[RecordRow]) -> List[RecordRow]:
+    """The rows by time; where several stand for the same time, the finest, then the widest."""
+    times: List[float] = []
+    steps: List[float] = []
+    kept: List[RecordRow] = []
+    for row in sorted(rows, key=lambda row: (row.step, -len(row.names), row.time)):
+        place = bisect.bisect_left(times, row.time)
+        is_told = any(
+            abs(times[index] - row.time) < 0.75 * steps[index]
+            for index in (place - 1, place)
+            if 0 <= index < len(times)
+        )
+        if not is_told:
+            times.insert(place, row.time)
+            steps.insert(place, row.step)
+            kept.insert(place, row)
+    return kept
+
+
+# ---- a record
+
+
+class Record:
+    """What is known of a job, put together from the lines of its files."""
+
+    def __init__(self, job: str) -> None:
+        self.job = job
+        self.facts: Message = dict.fromkeys(JOB_KEYS)
+        self.facts["job"] = job
+        self.nodes: Dict[str, Message] = {}
+        self.names: Dict[str, List[str]] = {}  # of each file: the nodes of its rows
+        self.rows: List[RecordRow] = []
+        self.events: List[Message] = []
+        self.verdicts: Optional[List[Message]] = None  # None: nobody has judged
+        self.ranks: List[Message] = []
+        self.gpus: Dict[str, List[Tuple[float, List[Optional[float]]]]] = {}
+        self.gaps: List[Tuple[float, float]] = []
+        self.end: Optional[Message] = None
+        self.begun = math.inf  # time of its first line
+        self.judged = self.ranked = self.told = -math.inf  # times of what is the newest
+
+    def add(self, lines: Iterable[Message], path: str = "") -> "Record":
+        """Add the lines of one file, or more of them."""
+        for line in lines:
+            try:
+                if "nodes" in line:
+                    self.names[path] = list(line["nodes"])
+                self.add_line(line, self.names.get(path, []))
+            except (AttributeError, KeyError, TypeError, ValueError):
+                continue  # it is no line of ours
+        return self
+
+    def add_line(self, line: Message, names: List[str]) -> None:
+        """Add a line: names are those of its file's last line of nodes."""
+        if "row" in line:
+            when = float(line["row"])
+            step = float(line["step"])
+            values = {key: value for key, value in line.items() if type(value) is list}
+            if all(len(value) >= 3 for value in values.values()):
+                self.rows.append(RecordRow(when, step, names, values))
+        elif "job" in line:
+            self.add_facts(line["job"], float(line["time"]))
+        elif "nodes" in line:
+            for name, facts in line["nodes"].items():
+                self.nodes.setdefault(name, {}).update(facts)
+        elif "event" in line:
+            event = dict(dict.fromkeys(EVENT_KEYS), **line["event"])
+            event["time"] = float(event["time"])
+            self.events.append(event)
+        elif "verdicts" in line:
+            if float(line["time"]) >= self.judged:
+                self.judged = float(line["time"])
+                self.verdicts = [dict(verdict) for verdict in line["verdicts"]]
+        elif "ranks" in line:
+            if float(line["time"]) >= self.ranked:
+                self.ranked = float(line["time"])
+                self.ranks = [dict(rank) for rank in line["ranks"]]
+        elif "gpus" in line:
+            when = float(line["time"])
+            for name, reading in line["gpus"].items():
+                self.gpus.setdefault(name, []).append((when, list(reading)))
+        elif "gap" in line:
+            self.gaps.append((float(line["gap"]), float(line["until"])))
+        elif "end" in line:
+            end = dict(line["end"], time=float(line["end"]["time"]))
+            if self.end is None or end["time"] >= self.end["time"]:
+                self.end = end
+
+    def add_facts(self, facts: Message, when: float) -> None:
+        """What Slurm says of the job: the newest word on each thing."""
+        self.begun = min(self.begun, when)
+        is_newest = when >= self.told
+        self.told = max(self.told, when)
+        for key in JOB_KEYS:
+            value = facts.get(key)
+            if value is not None and (is_newest or self.facts[key] is None):
+                self.facts[key] = value
+
+    def finish(self) -> "Record":
+        """Put in order what came from several files."""
+        self.put_nodes_in_order()
+        self.rows = without_overlap(self.rows)
+        events = {
+            (event["time"], event["kind"], event["node"]): event
+            for event in self.events
+        }
+        self.events = sorted(events.values(), key=operator.itemgetter("time"))
+        for readings in self.gpus.values():
+            readings.sort(key=operator.itemgetter(0))
+        if self.has_ended and self.facts["state"] not in ENDED_STATES:
+            self.facts["state"] = None  # its agents said goodbye, and Slurm nothing
+        return self
+
+    def put_nodes_in_order(self) -> None:
+        """Have the first nodes of this record in every row, in the same order."""
+        names = list(self.nodes)
+        is_in_order: Dict[int, bool] = {}
+        rows = []
+        for row in self.rows:
+            key = id(row.names)
+            if key not in is_in_order:
+                is_in_order[key] = names[: len(row.names)] == row.names
+            rows.append(row if is_in_order[key] else in_order_of(row, names))
+        self.rows = rows
+
+    def columns(self, key: str) -> List[Tuple[Optional[float], ...]]:
+        """For each node: its mean in each row of this metric; see ``rows_of``."""
+        means = [row.values[key][3:] for row in self.rows_of(key)]
+        return list(itertools.zip_longest(*means))
+
+    def rows_of(self, key: str) -> List[RecordRow]:
+        """The rows in which a metric is known."""
+        return [row for row in self.rows if key in row.values]
+
+    def copy(self) -> "Record":
+        """One to which lines can be added, while this one is looked at."""
+        other = Record(self.job)
+        for name, value in self.__dict__.items():
+            is_shared = not isinstance(value, (dict, list))
+            other.__dict__[name] = value if is_shared else value.copy()
+        other.gpus = {name: looks[:] for name, looks in self.gpus.items()}
+        other.nodes = {name: dict(facts) for name, facts in self.nodes.items()}
+        return other
+
+    @property
+    def span(self) -> Tuple[float, float]:
+        """The times between which there is something to tell."""
+        first = self.facts["start"] or self.begun
+        last = self.facts["start"] or 0.0
+        if self.rows:
+            first = min(first, self.rows[0].time - self.rows[0].step)
+            last = max(last, self.rows[-1].time)
+        if not math.isfinite(first):
+            first = last
+        if self.has_ended:
+            last = max(last, self.facts["end"] or 0.0)
+        return first, max(first + 1, last)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the job is over, by what Slurm or its agents said."""
+        return self.facts["state"] in ENDED_STATES or bool(
+            self.end and self.end["time"] >= self.told - ROW_SECONDS
+        )
+
+    def lines(self) -> List[bytes]:
+        """The whole record as the lines of one file."""
+        names = list(self.nodes)
+        lines = [job_line(self.facts, self.begun if self.rows else self.told)]
+        lines.append(record_line({"nodes": self.nodes}))
+        lines += [row_line(in_order_of(row, names)) for row in self.rows]
+        lines += [record_line({"event": event}) for event in self.events]
+        for gap, until in self.gaps:
+            lines.append(record_line({"gap": gap, "until": until}))
+        looks: Dict[float, Message] = {}
+        for name, readings in self.gpus.items():
+            for when, reading in readings:
+                looks.setdefault(when, {})[name] = reading
+        for when, gpus in looks.items():
+            lines.append(record_line({"gpus": gpus, "time": when}))
+        if self.ranks:
+            lines.append(record_line({"ranks": self.ranks, "time": self.ranked}))
+        if self.verdicts is not None:
+            line = {"verdicts": self.verdicts, "time": self.judged}
+            lines.append(record_line(line))
+        if self.end:
+            lines.append(record_line({"end": self.end}))
+        return lines
+
+
+def in_order_of(row: RecordRow, names: List[str]) -> RecordRow:
+    """The row with its nodes in another order."""
+    if row.names == names:
+        return row
+    places = {name: place for place, name in enumerate(row.names)}
+    values: Dict[str, List[Optional[float]]] = {}
+    for key, old in row.values.items():
+        values[key] = old[:3]
+        if len(old) > 3:
+            for name in names:
+                place = 3 + places.get(name, len(old))
+                values[key].append(old[place] if place < len(old) else None)
+    return RecordRow(row.time, row.step, names, values)
+
+
+def job_line(facts: Message, when: float) -> bytes:
+    """The line that tells what Slurm says of a job."""
+    known = {key: facts[key] for key in JOB_KEYS if facts.get(key) is not None}
+    return record_line({"job": known, "time": round(when, 1), "format": RECORD_FORMAT})
+
+
+def parse_record(job: str, data: bytes) -> Record:
+    """A record out of the bytes of one file."""
+    return Record(job).add(read_lines(data)).finish()
+
+
+def summarize(record: Record) -> Message:
+    """What a list of jobs tells of one: JOB_KEYS, and what it used; None if that is not known."""
+    summary = dict(record.facts)
+    first, last = record.span
+    summary["names"] = list(record.nodes)
+    summary["nodes"] = summary["nodes"] or len(record.nodes) or None
+    summary["time"] = last
+    summary["ran"] = last - first if record.rows or summary["start"] else None
+    summary["has_ended"] = record.has_ended
+    summary["weight"] = sum(row.step for row in record.rows)
+    key = "job_cpu" if any("job_cpu" in row.values for row in record.rows) else "cpu"
+    summary["cpu"] = weighted_mean(record.rows, key)
+    summary["gpu"] = weighted_mean(record.rows, "gpu")
+    summary["peak"] = largest(record.rows, "job_mem")
+    limits = [facts.get("job_mem_limit") for facts in record.nodes.values()]
+    summary["mem_limit"] = max((limit for limit in limits if limit), default=None)
+    cpus = [facts.get("job_cpus") for facts in record.nodes.values()]
+    summary["got_cpus"] = sum(filter(None, cpus)) or None
+    verdicts = record.verdicts
+    summary["verdicts"] = None if verdicts is None else verdicts[:SUMMARY_VERDICTS]
+    return summary
+
+
+def weighted_mean(rows: Sequence[RecordRow], key: str) -> Optional[float]:
+    """The mean of a metric over the job's life."""
+    total = weight = 0.0
+    for row in rows:
+        values = row.values.get(key)
+        if values and values[1] is not None:
+            total += row.step * values[1]
+            weight += row.step
+    return total / weight if weight else None
+
+
+def largest(rows: Sequence[RecordRow], key: str) -> Optional[float]:
+    """The largest reading of a metric on any node."""
+    most = [row.values[key][2] for row in rows if key in row.values]
+    return max((value for value in most if value is not None), default=None)
+
+
+def merge_summaries(one: Message, other: Message) -> Message:
+    """What two files say of one job: the newer one's facts, and what either has seen."""
+    old, new = sorted((one, other), key=lambda summary: summary["time"] or 0)
+    merged = {
+        key: old.get(key) if new.get(key) is None else new[key]
+        for key in {**old, **new}
+    }
+    for key in ("peak", "mem_limit", "got_cpus", "ran"):
+        known = [summary[key] for summary in (old, new) if summary.get(key) is not None]
+        merged[key] = max(known, default=None)
+    merged["names"] = list(dict.fromkeys(old["names"] + new["names"]))
+    for key in ("cpu", "gpu"):
+        known = [part for part in (old, new) if part.get(key) is not None]
+        weight = sum(part["weight"] for part in known)
+        if weight:
+            total = sum(part["weight"] * part[key] for part in known)
+            merged[key] = total / weight
+    merged["weight"] = old["weight"] + new["weight"]
+    merged["has_ended"] = old["has_ended"] or new["has_ended"]
+    return merged
+
+
+def severity_of(summary: Message) -> str:
+    """The worst of what was found: of SEVERITIES, or "" when nobody can tell."""
+    found = [verdict.get("severity") for verdict in summary["verdicts"] or ()]
+    if summary["state"] in DEADLY_STATES:
+        return "died"
+    for severity in SEVERITIES:
+        if severity in found:
+            return severity
+    return "" if summary["verdicts"] is None else "fine"
+
+
+# ---- files
+
+
+def safe_name(job: str) -> str:
+    """A job's id as the begin of a file's name: a peer chose it, and it may hold ../ and NUL."""
+    quoted = urllib.parse.quote(job, safe="", errors="replace")
+    return quoted.replace(".", "%2E").replace("-", "%2D").replace("~", "%7E")
+
+
+def writer_name(pid: int, start: int) -> str:
+    """What tells one master's files from all others', on all machines of a home."""
+    host = re.sub(r"[^A-Za-z0-9_]", "_", socket.gethostname())[:40]
+    return "%s-%d-%d" % (host, pid, start)
+
+
+def make_folder(folder: str) -> None:
+    """Make the folder of the records, for its owner alone, if it is not there."""
+    above = os.path.dirname(folder)
+    if above and not os.path.isdir(above):
+        make_folder(above)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder, 0o700)
+
+
+def append_lines(path: str, data: bytes) -> int:
+    """Append whole lines, after half a one at most that a killed writer left: the bytes taken.
+
+    What did not fit any more, as the disk is full, is to be given again: less is taken than
+    there is, up to the end of a line.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+    file = os.open(path, flags, 0o600)
+    try:
+        size = os.fstat(file).st_size
+        if size and os.pread(file, 1, size - 1) != b"\n":
+            os.write(file, b"\n")
+        written = os.write(file, data)
+    finally:
+        os.close(file)  # which is where a network filesystem tells of a quota
+    if written == len(data):
+        return written
+    return data.rfind(b"\n", 0, written) + 1
+
+
+def unpack(data: bytes) -> bytes:
+    """The content of a gzip file, as far as it is whole; of its first MAX_RECORD bytes."""
+    content = b""
+    while data and len(content) < MAX_RECORD:
+        member = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        try:
+            content += member.decompress(data, MAX_RECORD - len(content))
+        except zlib.error:
+            break
+        data = member.unused_data
+    return content
+
+
+def read_file(path: str) -> bytes:
+    """The content of a record's file, packed or not."""
+    with open(path, "rb") as file:
+        data = file.read(MAX_RECORD)
+    return unpack(data) if path.endswith(".gz") else data
+
+
+def write_file(path: str, data: bytes, mark: str) -> None:
+    """Write a whole file, or none: it gets its name when all of it is there."""
+    unfinished = "%s.%s.new" % (path, mark)
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        with os.fdopen(os.open(unfinished, flags, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(unfinished, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(unfinished)
+        raise
+
+
+def pack(path: str, job: str, mark: str) -> None:
+    """Pack a file that is not written to any more; what was packed before stays in it."""
+    data = read_file(path)
+    packed = path + ".gz"
+    with contextlib.suppress(FileNotFoundError):
+        before = read_file(packed)
+        if not before.endswith(data):
+            data = before + data
+    summary = summarize(parse_record(job, data))
+    head = gzip.compress(record_line({"summary": summary}), mtime=0)
+    lines = b"\n".join(
+        line for line in data.split(b"\n") if not line.startswith(b'{"summary"')
+    )
+    write_file(packed, head + gzip.compress(lines, mtime=0), mark)
+    os.unlink(path)
+
+
+class RecordFile(NamedTuple):
+    """A file in the folder of the records."""
+
+    job: str
+    path: str
+    size: int
+    changed: int  # in nanoseconds, as os.stat() has it
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether its job had ended when it was last written."""
+        return self.path.endswith(".gz")
+
+
+def list_files(folder: str) -> List[RecordFile]:
+    """The files of records; none if there is no such folder (OSError if it cannot be read)."""
+    files = []
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            match = RECORD_NAME.fullmatch(entry.name)
+            if not match:
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                stat = entry.stat()
+                job = urllib.parse.unquote(match.group(1))
+                file = RecordFile(job, entry.path, stat.st_size, stat.st_mtime_ns)
+                files.append(file)
+    return sorted(files)
+
+
+def read_record(folder: str, job: str) -> Optional[Record]:
+    """All that is recorded of a job; None if that is nothing."""
+    for _ in range(3):  # a file may be packed, and so have another name, just now
+        files = [file for file in list_files(folder) if file.job == job]
+        try:
+            contents = [read_file(file.path) for file in files]
+        except FileNotFoundError:
+            continue
+        record = Record(job)
+        for file, content in zip(files, contents):
+            record.add(read_lines(content), file.path)
+        return record.finish() if files else None
+    return None
+
+
+def read_summary(file: RecordFile) -> Message:
+    """A file's summary: a packed one begins with it, and of others it is made."""
+    if file.is_packed:
+        with open(file.path, "rb") as stream:
+            head = stream.read(MAX_HEAD)
+        with contextlib.suppress(zlib.error):
+            first = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, MAX_HEAD)
+            for line in read_lines(first):
+                if isinstance(line.get("summary"), dict):
+                    blank = summarize(Record(file.job))
+                    return dict(blank, **line["summary"])
+    return summarize(parse_record(file.job, read_file(file.path)))
+
+
+def prune(folder: str, now: float, mark: str) -> int:
+    """Remove the oldest records, and pack those that nobody writes to: how many are gone.
+
+    Nothing is removed of a job that is still recorded.
+    """
+    count = 0
+    jobs: Dict[str, List[RecordFile]] = {}
+    for file in list_files(folder):
+        if not file.is_packed and file.changed / 1e9 < now - IDLE_SECONDS:
+            pack(file.path, file.job, mark)
+        else:
+            jobs.setdefault(file.job, []).append(file)
+    ages = {
+        job: max(file.changed for file in files) / 1e9 for job, files in jobs.items()
+    }
+    sizes = {job: size_of_job(folder, files) for job, files in jobs.items()}
+    total = sum(sizes.values())
+    for job in sorted(jobs, key=lambda job: ages[job]):
+        is_old = ages[job] < now - KEEP_SECONDS
+        if not is_old and total <= KEEP_BYTES:
+            break
+        if all(file.is_packed for file in jobs[job]):
+            total -= sizes[job]
+            count += 1
+            for path in [file.path for file in jobs[job]] + [report_path(folder, job)]:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+    return count
+
+
+def size_of_job(folder: str, files: Sequence[RecordFile]) -> int:
+    """The bytes that a job's files take, its report among them."""
+    size = sum(file.size for file in files)
+    with contextlib.suppress(OSError):
+        size += os.stat(report_path(folder, files[0].job)).st_size
+    return size
+
+
+def report_path(folder: str, job: str) -> str:
+    """Where the report of a job is."""
+    return os.path.join(folder, safe_name(job) + ".html")
+
+
+class Archive:
+    """Reads records for those who must not wait for a disk: on a thread of its own."""
+
+    def __init__(self, folder: str, seconds: float = ARCHIVE_SECONDS) -> None:
+        self.folder = folder
+        self.seconds = seconds
+        self.questions: queue.Queue[Any] = queue.Queue(64)
+        self.summaries: Dict[str, Tuple[RecordFile, Message]] = {}
+        self.records: Dict[str, Tuple[List[RecordFile], Optional[Record]]] = {}
+        threading.Thread(target=self.run, name="archive", daemon=True).start()
+
+    def run(self) -> None:
+        """Answer questions, for ever."""
+        while True:
+            question, answer = self.questions.get()
+            try:
+                answer.put((question(), None))
+            except Exception as error:  # whoever has asked is told
+                answer.put((None, error))
+
+    def ask(self, question: Callable[[], Any]) -> Any:
+        """What the question returns, or RecordError when the disk does not answer in time."""
+        answer: queue.Queue[Any] = queue.Queue(1)
+        try:
+            self.questions.put_nowait((question, answer))
+            result, error = answer.get(timeout=self.seconds)
+        except (queue.Full, queue.Empty):
+            raise RecordError(
+                "%s does not answer: its disk hangs" % self.folder
+            ) from None
+        if isinstance(error, OSError):
+            text = "%s cannot be read: %s" % (self.folder, error.strerror)
+            raise RecordError(text) from error
+        if error:
+            raise error
+        return result
+
+    def files(self, jobs: Set[str]) -> List[RecordFile]:
+        """The files of some jobs, or of all if none is given."""
+        files: List[RecordFile] = self.ask(lambda: list_files(self.folder))
+        return [file for file in files if not jobs or file.job in jobs]
+
+    def list(self) -> List[Message]:
+        """The summaries of all jobs."""
+        summaries: List[Message] = self.ask(self.read_list)
+        return summaries
+
+    def record(self, job: str) -> Optional[Record]:
+        """The record of a job."""
+        record: Optional[Record] = self.ask(lambda: self.read(job))
+        return record
+
+    def read_list(self) -> List[Message]:
+        """The summaries; only files that have changed are read again."""
+        known: Dict[str, Tuple[RecordFile, Message]] = {}
+        for file in list_files(self.folder):
+            before = self.summaries.get(file.path)
+            if before and before[0] == file:
+                known[file.path] = before
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                known[file.path] = (file, read_summary(file))
+        self.summaries = known
+        return merge_by_job(known.values())
+
+    def read(self, job: str) -> Optional[Record]:
+        """The record of a job; the last few are kept, and of a file that grew the rest is read."""
+        files = [file for file in list_files(self.folder) if file.job == job]
+        before, record = self.records.pop(job, ([], None))
+        if record and before != files:
+            record = self.read_more(record, before, files)
+        if not record and files:
+            record = read_record(self.folder, job)
+        if record:
+            self.records[job] = (files, record)
+            while len(self.records) > KEPT_RECORDS:
+                del self.records[next(iter(self.records))]
+        return record
+
+    def read_more(
+        self, record: Record, before: List[RecordFile], files: List[RecordFile]
+    ) -> Optional[Record]:
+        """The record with what its files have got since; None if they are other files."""
+        if [file.path for file in before] != [file.path for file in files]:
+            return None
+        more = record.copy()
+        for old, new in zip(before, files):
+            if old == new:
+                continue
+            if new.is_packed or new.size < old.size:
+                return None
+            with open(new.path, "rb") as stream:
+                stream.seek(old.size)
+                added = stream.read(MAX_RECORD)
+            more.add(read_lines(added), new.path)
+        return more.finish()
+
+
+def merge_by_job(found: Iterable[Tuple[RecordFile, Message]]) -> List[Message]:
+    """One summary for each job."""
+    jobs: Dict[str, Message] = {}
+    for file, summary in found:
+        before = jobs.get(file.job)
+        jobs[file.job] = merge_summaries(before, summary) if before else summary
+    return list(jobs.values())
+
+
+def list_jobs(folder: str) -> List[Message]:
+    """The summaries of all jobs in a folder, the newest first (OSError)."""
+    files = list_files(folder)
+    jobs = merge_by_job((file, read_summary(file)) for file in files)
+    return sorted(jobs, key=lambda job: job["time"] or 0, reverse=True)
 
 
 # ============================================================================
@@ -7919,6 +8691,1374 @@ ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
 }
 
 # ============================================================================
+# Reports: records -> HTML, CSV, JSON and text: jobs of the past, and those that run
+# ============================================================================
+
+REPORT_STYLE = """\
+/* Reports: the charts of a whole job, the map of its nodes over time, verdicts; print */
+.charts {
+  display: grid;
+  grid-template-columns: repeat(auto-fill, minmax(min(30rem, 100%), 1fr));
+  gap: 0.6rem;
+  margin: 0 0 1rem;
+}
+.charts figure {
+  grid-column: auto;
+}
+.charts svg {
+  display: block;
+  width: 100%;
+  height: auto;
+}
+svg text {
+  fill: var(--dim);
+  font: 12px system-ui;
+}
+.grid {
+  stroke: var(--line);
+  stroke-width: 1;
+}
+.limit {
+  stroke: var(--bad);
+  stroke-dasharray: 6 4;
+}
+.mark {
+  stroke: var(--bad);
+  stroke-width: 1;
+  stroke-dasharray: 1 3;
+}
+.band {
+  fill: var(--cpu);
+  stroke: none;
+  opacity: 0.22;
+}
+.other {
+  stroke: var(--ram);
+  stroke-dasharray: 5 3;
+}
+.band.other {
+  fill: var(--ram);
+  stroke: none;
+}
+.cell {
+  fill: var(--cpu);
+  stroke: none;
+}
+.verdicts {
+  list-style: none;
+  margin: 0 0 1.4rem;
+  padding: 0;
+}
+.verdicts li {
+  background: var(--card);
+  border-left: 0.3rem solid var(--dim);
+  margin: 0 0 0.5rem;
+  padding: 0.4rem 0.8rem;
+  overflow-wrap: anywhere;
+}
+.verdicts .problem,
+.verdicts .died {
+  border-color: var(--bad);
+}
+.verdicts p {
+  margin: 0.2rem 0 0;
+}
+pre {
+  white-space: pre-wrap;
+  overflow-wrap: anywhere;
+}
+@media print {
+  @page {
+    size: A4;
+    margin: 12mm;
+  }
+  :root {
+    --bg: #fff;
+    --fg: #000;
+    --dim: #444;
+    --line: #ccc;
+    --card: #fff;
+    --cpu: #2563c9;
+    --ram: #0b8a70;
+    --bad: #b3261e;
+    font-size: 10px;
+  }
+  body {
+    padding: 0;
+  }
+  nav,
+  form {
+    display: none;
+  }
+  .charts {
+    grid-template-columns: 1fr 1fr;
+  }
+  figure,
+  li,
+  tr,
+  dl div {
+    break-inside: avoid;
+  }
+  .scroll {
+    overflow: visible;
+  }
+  th,
+  td {
+    white-space: normal;
+    overflow-wrap: anywhere;
+  }
+  .cell,
+  .band {
+    print-color-adjust: exact;
+  }
+}
+"""
+
+REPORT_HTML = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+  <meta charset="utf-8">
+  <title>{title} - Cluster Sentinel</title>
+  <meta name="viewport" content="width=device-width, initial-scale=1">
+  <link rel="icon" href="data:,">
+  <style>{style}</style>
+</head>
+<body>
+  <main>{nav}
+    <h1>{title}</h1>{parts}
+    <footer>{footer}</footer>
+  </main>
+</body>
+</html>
+"""
+REPORT_NAV_HTML = """
+    <nav aria-label="Pages"><a href="{root}./">Live</a> <a href="{root}jobs">Jobs</a></nav>"""
+PARAGRAPH_HTML = """
+    <p>{text}</p>"""
+SECTION_HTML = """
+    <section>
+      <h2>{heading}</h2>{parts}
+    </section>"""
+VERDICTS_HTML = """
+    <ul class="verdicts">{verdicts}
+    </ul>"""
+VERDICT_HTML = """
+      <li class="{severity}"><b>{word}:</b> {what}{proof}{cure}</li>"""
+PROOF_HTML = "<p><small>{}</small></p>"
+CURE_HTML = "<p>\u2192 <code>{}</code></p>"
+PASTE_HTML = """
+      <pre>{lines}</pre>
+      <p><small>{why}</small></p>"""
+CHARTS_HTML = """
+    <div class="charts">{charts}
+    </div>"""
+CHART_HTML = """
+      <figure>
+        <figcaption>{label} <b>{words}</b></figcaption>
+        <svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}: {words}">{drawn}</svg>
+      </figure>"""
+TEXT_SVG = '<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>'
+PATH_SVG = '<path class="{kind}" d="{path}"/>'
+SHADE_SVG = '<path class="cell" fill-opacity="{share}" d="{path}"/>'
+DOWNLOAD_HTML = (
+    '<a id="record" download="{name}" href="data:application/gzip;base64,{data}">'
+    "The record itself</a>, as JSON lines in gzip. "
+)
+JOBS_FORM_HTML = """
+    <form role="search" action="jobs">
+      <label>Filter <input type="search" name="q" value="{words}"></label>{selects}
+      <input type="hidden" name="sort" value="{sort}">
+      <button type="submit">Show</button>
+    </form>"""
+JOBS_LINKS_HTML = """
+    <p><a href="{csv}">CSV</a> <a href="{json}">JSON</a></p>"""
+COMPARE_FORM_HTML = """
+    <form action="{root}compare">
+      <input type="hidden" name="a" value="{job}">
+      <label>Compare with job <input name="b" value=""></label>
+      <button type="submit">Compare</button>
+    </form>"""
+
+MAX_REPORT = 2**20  # bytes of a report: the record in it gets thinner until it fits
+CHART_POINTS = 400  # of a curve over a whole job
+CHART_WIDTH = 600  # of a chart's box, in which ...
+CHART_HEIGHT = 170
+CHART_LEFT = 78  # ... the curve has this
+CHART_RIGHT = 588
+CHART_TOP = 10
+CHART_BOTTOM = 146
+MAP_COLUMNS = 120  # cells of the map for each node
+MAP_NODES = 128  # nodes in the map
+MAP_CELL = 14  # height of a cell, as long as there are few
+MAP_LEVELS = 10  # shades
+MAX_MARKS = 40  # events in a chart
+MAX_ROWS = 500  # of a table in a report
+JOBS_PAGE = 200  # jobs on a page
+MEMORY_MARGIN = 1.2  # of the peak, to ask for ...
+TIME_MARGIN = 1.5  # ... and of the time that one run took
+TIME_STEPS = (  # seconds between two marks of a time axis
+    (1, 2, 5, 10, 15, 30)
+    + tuple(60 * n for n in (1, 2, 5, 10, 15, 30))
+    + tuple(3600 * n for n in (1, 2, 3, 6, 12))
+    + tuple(86400 * n for n in (1, 2, 7, 14, 28, 91, 364))
+)
+CHARTED = ("job_cpu", "cpu", "job_mem", "ram", "gpu", "gpu_mem") + RECORDED[7:]
+SEVERITY_WORDS = {
+    "fine": "\u2713 Fine",
+    "advice": "\u2022 Advice",
+    "problem": "\u26a0 Problem",
+    "died": "\u2716 Died",
+    "": "Not judged",
+}
+EXPLAIN_CODES = {"fine": 0, "": 0, "advice": 1, "problem": 2, "died": 3}
+EXIT_UNKNOWN = 4  # of --explain: there is no record of such a job
+UNITS.update(
+    peak="B", mem_limit="B", ran="s", mean="s", most="s", power="W", temp="\u00b0C"
+)
+UNITS.update(peak_mem="B", read_total="B", write_total="B", rank_cpu="%", got="")
+
+# ---- axes and curves
+
+
+class Series(NamedTuple):
+    """Rows for a chart; kind: the class of its curve, shift: what makes its time the axis' own."""
+
+    rows: List[RecordRow]
+    kind: str = ""
+    shift: float = 0.0
+
+
+class Axis(NamedTuple):
+    """A time axis: of the clock, or since a job's start."""
+
+    first: float
+    last: float
+    is_clock: bool = True
+
+    def place(self, when: float) -> float:
+        """Where a time is, in a chart's box."""
+        share = (when - self.first) / (self.last - self.first)
+        return CHART_LEFT + (CHART_RIGHT - CHART_LEFT) * share
+
+    def marks(self) -> Iterator[Tuple[float, str]]:
+        """The times that are written below, at whole minutes or hours: (place, words)."""
+        span = self.last - self.first
+        step = next((step for step in TIME_STEPS if span / step <= 7), TIME_STEPS[-1])
+        offset = time.localtime(self.first).tm_gmtoff if self.is_clock else 0
+        when = -(-(self.first + offset) // step) * step - offset
+        if not self.is_clock:
+            when = 0.0
+        while when <= self.last:
+            yield self.place(when), self.words(when, step)
+            when += step
+
+    def words(self, when: float, step: float) -> str:
+        """How a time is written, as exactly as the step needs it."""
+        if not self.is_clock:
+            return render_value("ran", when) if when else "start"
+        moment = time.localtime(when)
+        if step >= 86400 or moment[3:6] == (0, 0, 0):
+            return time.strftime("%d %b", moment)
+        return time.strftime("%R" if step >= 60 else "%T", moment)
+
+
+def nice_top(key: str, most: float) -> Tuple[float, float]:
+    """A round end for a value axis, and the step between its marks."""
+    if UNITS.get(key) == "%":
+        return max(100.0, most), 50.0
+    unit = 1.0
+    for _, size in SCALES.get(UNITS.get(key, "").partition("/")[0], ()):
+        if most >= size:
+            unit = size
+    share = max(most / unit, 1e-9)
+    power = 10.0 ** math.floor(math.log10(share))
+    factor = next(
+        factor for factor in (1, 2, 2.5, 5, 10) if share <= factor * power * 1.001
+    )
+    top = factor * power * unit
+    return top, top / (2 if factor in (1, 2, 10) else 5 if factor == 2.5 else 5)
+
+
+class Band(NamedTuple):
+    """A point of a chart."""
+
+    time: float
+    step: float
+    least: float
+    mean: float
+    most: float
+
+
+def bands_of(rows: Sequence[RecordRow], key: str) -> List[List[Band]]:
+    """One metric of the rows, in pieces without a gap, and few enough for a chart."""
+    together = max(1, -(-len(rows) // CHART_POINTS))
+    bands: List[List[Band]] = []
+    for piece in pieces_of(rows, key):
+        groups = [
+            piece[place : place + together] for place in range(0, len(piece), together)
+        ]
+        bands.append([band_over(group, key) for group in groups])
+    return bands
+
+
+def pieces_of(rows: Sequence[RecordRow], key: str) -> List[List[RecordRow]]:
+    """The rows in which a metric is known, in pieces without a gap."""
+    pieces: List[List[RecordRow]] = []
+    for row in rows:
+        values = row.values.get(key)
+        if values is None or values[1] is None:
+            continue
+        if not pieces or is_gap(pieces[-1][-1], row):
+            pieces.append([])
+        pieces[-1].append(row)
+    return pieces
+
+
+def band_over(rows: List[RecordRow], key: str) -> Band:
+    """One point in place of several rows."""
+    last = rows[-1]
+    columns = [row.values[key] for row in rows]
+    least = min(values[0] or 0.0 for values in columns)
+    most = max(values[2] or 0.0 for values in columns)
+    middle = sum(values[1] or 0.0 for values in columns) / len(columns)
+    step = last.time - rows[0].time + rows[0].step
+    return Band(last.time, step, least, middle, most)
+
+
+def draw_chart(
+    key: str,
+    several: Sequence[Series],
+    axis: Axis,
+    limit: Optional[float] = None,
+    marks: Sequence[float] = (),
+) -> Optional[Html]:
+    """Least, mean and most of a metric over the time; None when nothing is known."""
+    curves = [(series, bands_of(series.rows, key)) for series in several]
+    points = [band for _, bands in curves for piece in bands for band in piece]
+    if not points:
+        return None
+    most = max(band.most for band in points)
+    is_near = limit is not None and most < limit < 3 * most
+    top, step = nice_top(key, float(limit or 0) if is_near else most)
+    drawn = [draw_axes(key, axis, top, step)]
+    for series, bands in curves:
+        drawn += [draw_band(series, piece, axis, top) for piece in bands]
+        drawn += [draw_mean(series, piece, axis, top) for piece in bands]
+    if limit is not None and limit <= top:
+        path = "M%d %.1fH%d" % (CHART_LEFT, height_of(limit, top), CHART_RIGHT)
+        drawn.append(fill(PATH_SVG, kind="limit", path=path))
+    for when in marks[:MAX_MARKS]:
+        path = "M%.1f %dV%d" % (axis.place(when), CHART_TOP, CHART_BOTTOM)
+        drawn.append(fill(PATH_SVG, kind="mark", path=path))
+    words = [band_words(key, bands) for _, bands in curves if bands]
+    return fill(
+        CHART_HTML,
+        label=NUMBERS[key].label,
+        words=" | ".join(words),
+        width=CHART_WIDTH,
+        height=CHART_HEIGHT,
+        drawn=drawn,
+    )
+
+
+def band_words(key: str, bands: Sequence[Sequence[Band]]) -> str:
+    """A curve in words: its least, mean and most."""
+    points = [band for piece in bands for band in piece]
+    weight = sum(band.step for band in points)
+    middle = sum(band.step * band.mean for band in points) / max(weight, 1e-9)
+    least = min(band.least for band in points)
+    most = max(band.most for band in points)
+    texts = [render_value(key, value) for value in (least, middle, most)]
+    return "%s to %s, mean %s" % (texts[0], texts[2], texts[1])
+
+
+def height_of(value: float, top: float) -> float:
+    """Where a value is, in a chart's box."""
+    share = min(max(value / top, 0.0), 1.0)
+    return CHART_BOTTOM - (CHART_BOTTOM - CHART_TOP) * share
+
+
+def draw_axes(key: str, axis: Axis, top: float, step: float) -> Html:
+    """The lines and words of both axes."""
+    parts: List[Html] = []
+    path = ""
+    value = 0.0
+    while value <= top * 1.001:
+        y = height_of(value, top)
+        path += "M%d %.1fH%d" % (CHART_LEFT, y, CHART_RIGHT)
+        text = render_value(key, value)
+        parts.append(
+            fill(
+                TEXT_SVG, x=CHART_LEFT - 6, y="%.0f" % (y + 4), anchor="end", text=text
+            )
+        )
+        value += step
+    parts += time_texts(axis, CHART_BOTTOM + 17)
+    for x, _ in axis.marks():
+        path += "M%.1f %dV%d" % (x, CHART_TOP, CHART_BOTTOM)
+    return Html(fill(PATH_SVG, kind="grid", path=path) + "".join(parts))
+
+
+def time_texts(axis: Axis, y: int) -> List[Html]:
+    """The words below a time axis."""
+    return [
+        fill(TEXT_SVG, x="%.0f" % x, y=y, anchor="middle", text=text)
+        for x, text in axis.marks()
+    ]
+
+
+def draw_band(series: Series, piece: List[Band], axis: Axis, top: float) -> Html:
+    """The area between least and most."""
+    there = []
+    back = []
+    for band in piece:
+        x = axis.place(band.time - series.shift)
+        there.append("%.1f %.1f" % (x, height_of(band.most, top)))
+        back.append("%.1f %.1f" % (x, height_of(band.least, top)))
+    path = "M%sZ" % "L".join(there + back[::-1])
+    return fill(PATH_SVG, kind=("band " + series.kind).rstrip(), path=path)
+
+
+def draw_mean(series: Series, piece: List[Band], axis: Axis, top: float) -> Html:
+    """The curve of the mean; a point alone is a short line."""
+    points = []
+    for band in piece:
+        x = axis.place(band.time - series.shift)
+        points.append("%.1f %.1f" % (x, height_of(band.mean, top)))
+    end = "h1" if len(points) == 1 else ""
+    return fill(PATH_SVG, kind=series.kind, path="M" + "L".join(points) + end)
+
+
+def draw_map(record: Record, key: str, axis: Axis) -> Optional[Html]:
+    """A row for each node, the darker the more: which one is not like the others?"""
+    columns = dict(zip(record.nodes, record.columns(key)))
+    names = sorted(columns, key=natural)[:MAP_NODES]
+    if len(names) < 2:
+        return None
+    slices = map_slices(record.rows_of(key), axis)
+    means = [map_means(columns[name], slices) for name in names]
+    top = 100.0
+    if UNITS.get(key) != "%":
+        top = max((value for cells in means for value in cells.values()), default=0.0)
+    paths = map_paths(means, top or 1.0)
+    cell = map_cell(len(names))
+    drawn = [
+        fill(SHADE_SVG, share="%.2f" % (0.04 + 0.96 * level / MAP_LEVELS), path=path)
+        for level, path in sorted(paths.items())
+    ]
+    every = max(1, -(-12 // cell))
+    for place in range(0, len(names), every):
+        y = CHART_TOP + cell * place + cell // 2 + 4
+        text = names[place][:11]
+        drawn.append(fill(TEXT_SVG, x=CHART_LEFT - 6, y=y, anchor="end", text=text))
+    bottom = CHART_TOP + cell * len(names)
+    drawn += time_texts(axis, bottom + 17)
+    words = "each node over time, from 0 (faint) to %s (strong)" % render_value(
+        key, top
+    )
+    return fill(
+        CHART_HTML,
+        label=NUMBERS[key].label,
+        words=words,
+        width=CHART_WIDTH,
+        height=bottom + 24,
+        drawn=drawn,
+    )
+
+
+def map_cell(nodes: int) -> int:
+    """How high a cell is."""
+    return MAP_CELL if nodes <= 32 else MAP_CELL // 2
+
+
+def map_slices(rows: Sequence[RecordRow], axis: Axis) -> List[Tuple[int, int, int]]:
+    """Which rows are in which column of the map: (column, first, last and one) of each."""
+    span = axis.last - axis.first
+    ends = [row.time for row in rows]
+    begins = [row.time - row.step for row in rows]
+    slices = []
+    for column in range(MAP_COLUMNS):
+        begin = axis.first + span * column / MAP_COLUMNS
+        end = axis.first + span * (column + 1) / MAP_COLUMNS
+        first = bisect.bisect_right(ends, begin + 0.01)
+        last = bisect.bisect_left(begins, end - 0.01)
+        if first < last:
+            slices.append((column, first, last))
+    return slices
+
+
+def map_means(
+    values: Sequence[Optional[float]], slices: Sequence[Tuple[int, int, int]]
+) -> Dict[int, float]:
+    """The mean of a node in each column in which it is known."""
+    means = {}
+    for column, first, last in slices:
+        mean_there = mean_known(values[first:last])
+        if mean_there is not None:
+            means[column] = mean_there
+    return means
+
+
+def map_paths(means: List[Dict[int, float]], top: float) -> Dict[int, str]:
+    """For each level of shade: the path around its cells."""
+    width = (CHART_RIGHT - CHART_LEFT) / MAP_COLUMNS
+    cell = map_cell(len(means))
+    paths: Dict[int, str] = {}
+    for node, cells in enumerate(means):
+        y = CHART_TOP + cell * node
+        levels = {
+            column: round(MAP_LEVELS * min(max(value / top, 0.0), 1.0))
+            for column, value in cells.items()
+        }
+        column = 0
+        while column < MAP_COLUMNS:
+            level = levels.get(column)
+            first = column
+            while column < MAP_COLUMNS and levels.get(column) == level:
+                column += 1
+            if level is not None:
+                x = CHART_LEFT + width * first
+                length = width * (column - first)
+                path = "M%.1f %dh%.1fv%dh-%.1fz" % (x, y, length, cell - 1, length)
+                paths[level] = paths.get(level, "") + path
+    return paths
+
+
+# ---- tables
+
+
+def draw_date(column: Column, row: Message, site: Site) -> Html:
+    """A day and a time."""
+    return fill(CELL_HTML, kind=column.align, content=render_date(row.get(column.key)))
+
+
+def render_date(when: Optional[float]) -> str:
+    """A day and a time for people."""
+    if not when:
+        return "-"
+    return time.strftime("%F %T", time.localtime(when))
+
+
+def draw_record(column: Column, row: Message, site: Site) -> Html:
+    """A job's id, a link to its report."""
+    href = "record/" + urllib.parse.quote(row["job"], "")
+    return fill(LINK_CELL_HTML, href=href, text=row["job"])
+
+
+def draw_worst(column: Column, row: Message, site: Site) -> Html:
+    """What is wrong with a job, or how it died."""
+    severity = severity_of(row)
+    kind = "bad" if severity in ("problem", "died") else ""
+    return fill(CELL_HTML, kind="w " + kind, content=verdict_words(row))
+
+
+def verdict_words(summary: Message) -> str:
+    """The worst verdict on a job in a line."""
+    words = SEVERITY_WORDS[severity_of(summary)]
+    verdicts = summary["verdicts"] or []
+    if verdicts and verdicts[0].get("what") != "fine":
+        return "%s: %s" % (words, verdicts[0].get("what"))
+    return words
+
+
+def draw_text_as(key: str) -> Draw:
+    """The reading of a column as another one is written."""
+
+    def draw(column: Column, row: Message, site: Site) -> Html:
+        text = render_value(key, row.get(column.key))
+        return fill(CELL_HTML, kind=column.align, content=text)
+
+    return draw
+
+
+AS_BYTES = draw_text_as("mem")
+AS_PERCENT = draw_text_as("cpu")
+AS_COUNT = draw_text_as("nodes")
+RECORD_COLUMNS = (
+    Column("job", "Job", LEFT, draw_record),
+    Column("job_name", "Name"),
+    Column("user", "User"),
+    Column("state", "State"),
+    Column("severity", "Verdict", WRAPPED, draw_worst),
+    Column("nodes", "Nodes", RIGHT),
+    Column("cpus", "CPUs", RIGHT, AS_COUNT),
+    Column("gpus", "GPUs", RIGHT, AS_COUNT),
+    Column("ran", "Ran", RIGHT),
+    Column("limit", "Time limit", RIGHT),
+    Column("cpu", "CPU", RIGHT, draw_percent),
+    Column("gpu", "GPU", RIGHT, draw_percent),
+    Column("peak", "Peak memory", RIGHT, AS_BYTES),
+    Column("mem", "Asked for", RIGHT),
+    Column("start", "Started", LEFT, draw_date),
+    Column("end", "Ended", LEFT, draw_date),
+)
+USE_COLUMNS = (
+    Column("what", ""),
+    Column("asked", "Asked for", RIGHT),
+    Column("got", "Got", RIGHT),
+    Column("used", "Used", RIGHT),
+)
+RUN_NODE_COLUMNS = (
+    Column("node", "Node"),
+    Column("job_cpus", "CPUs", RIGHT, AS_COUNT),
+    Column("cpu", "CPU, mean", RIGHT, AS_PERCENT),
+    Column("cpu_most", "CPU, most", RIGHT, AS_PERCENT),
+    Column("mem", "Memory, mean", RIGHT, AS_BYTES),
+    Column("mem_most", "Memory, most", RIGHT, AS_BYTES),
+    Column("gpu", "GPU, mean", RIGHT, AS_PERCENT),
+)
+RUN_RANK_COLUMNS = (
+    Column("rank", "Rank", RIGHT, AS_COUNT),
+    Column("node", "Node"),
+    Column("pid", "PID", RIGHT, AS_COUNT),
+    Column("program", "Program"),
+    Column("cpu", "CPU", RIGHT, AS_PERCENT),
+    Column("mem", "Memory", RIGHT, AS_BYTES),
+    Column("peak", "Peak", RIGHT, AS_BYTES),
+    Column("threads", "Threads", RIGHT, AS_COUNT),
+    Column("cpus", "Its CPUs", LEFT),
+    Column("state", "State"),
+    Column("read_total", "Read", RIGHT, AS_BYTES),
+    Column("write_total", "Written", RIGHT, AS_BYTES),
+)
+RUN_GPU_COLUMNS = (
+    Column("name", "GPU"),
+    Column("gpu", "Busy, mean", RIGHT, AS_PERCENT),
+    Column("most", "Busy, most", RIGHT, AS_PERCENT),
+    Column("mem", "Memory, most", RIGHT, AS_BYTES),
+    Column("power", "Power, most", RIGHT),
+    Column("temp", "Temperature, most", RIGHT),
+)
+RUN_EVENT_COLUMNS = (
+    Column("time", "Time", LEFT, draw_date),
+    KIND,
+    Column("node", "Node"),
+    WHAT,
+)
+COMPARE_COLUMNS = (
+    Column("what", ""),
+    Column("a", "A", RIGHT),
+    Column("b", "B", RIGHT),
+    Column("words", "B against A", WRAPPED),
+)
+
+
+def draw_table(
+    name: str,
+    caption: str,
+    columns: Sequence[Column],
+    rows: Sequence[Message],
+    headings: Optional[Sequence[Html]] = None,
+) -> Optional[Html]:
+    """A table of what is known; None without a row."""
+    if not rows:
+        return None
+    always = columns[0].key
+    known = [
+        place
+        for place, column in enumerate(columns)
+        if column.key in (always, "severity")
+        or any(row.get(column.key) is not None for row in rows)
+    ]
+    if headings is None:
+        headings = [
+            fill(HEADING_HTML, align=heading_align(column), label=column.heading)
+            for column in columns
+        ]
+    lines = []
+    for number, row in enumerate(rows[:MAX_ROWS]):
+        cells = [columns[place].draw(columns[place], row, None) for place in known]
+        lines.append(fill(ROW_HTML, id="%s_%d" % (name, number), cells=cells))
+    body = fill(BODY_HTML, id=name + "-all", heading=None, rows=lines)
+    return fill(
+        TABLE_HTML,
+        name=name,
+        caption=caption,
+        headings=[headings[place] for place in known],
+        bodies=body,
+        end=None,
+    )
+
+
+def heading_align(column: Column) -> str:
+    """The class of the cell above a column."""
+    return RIGHT if column.align == RIGHT else LEFT
+
+
+# ---- one job
+
+
+def how_it_went(summary: Message) -> str:
+    """A job's state in a sentence."""
+    state = summary["state"] or "UNKNOWN"
+    words = [state.capitalize().replace("_", " ")]
+    if not summary["state"]:
+        words = ["Its agents left" if summary["has_ended"] else "Seen"]
+    if summary["reason"] not in (None, "None"):
+        words.append("(%s)" % summary["reason"])
+    if summary["exit"] not in (None, "0:0"):
+        words.append("with exit code %s" % summary["exit"])
+    if summary["end"] and state in ENDED_STATES:
+        words.append("on %s" % render_date(summary["end"]))
+    if summary["ran"] is not None:
+        words.append("after %s" % render_value("ran", summary["ran"]))
+    if summary["limit"] is not None:
+        words.append("of %s" % render_value("limit", summary["limit"]))
+    return " ".join(words)
+
+
+def title_of(summary: Message) -> str:
+    """What a job is called."""
+    return " ".join(filter(None, ("Job", summary["job"], summary["job_name"])))
+
+
+def draw_verdicts(record: Record, summary: Message) -> Html:
+    """What was found, the worst first."""
+    verdicts = list(record.verdicts or ())
+    if summary["state"] in DEADLY_STATES and not any(
+        verdict.get("severity") == "died" for verdict in verdicts
+    ):
+        verdicts.insert(0, {"severity": "died", "what": how_it_went(summary)})
+    if not verdicts:
+        severity = severity_of(summary)
+        nothing = "nothing was found" if severity else "nobody has looked at it"
+        verdicts = [{"severity": severity, "what": nothing}]
+    items = []
+    for verdict in verdicts:
+        severity = verdict.get("severity") or ""
+        what = verdict.get("what")
+        proof = verdict.get("proof")
+        cure = verdict.get("cure")
+        items.append(
+            fill(
+                VERDICT_HTML,
+                severity=severity if severity in SEVERITIES else "",
+                word=SEVERITY_WORDS.get(severity, severity),
+                what="nothing is wrong" if what == "fine" else what,
+                proof=fill(PROOF_HTML, proof) if proof else None,
+                cure=fill(CURE_HTML, cure) if cure else None,
+            )
+        )
+    return fill(VERDICTS_HTML, verdicts=items)
+
+
+def use_rows(record: Record, summary: Message) -> List[Message]:
+    """What was asked for, what Slurm gave and what was used of it."""
+    busy = None
+    if summary["cpu"] is not None and summary["got_cpus"]:
+        busy = summary["cpu"] * summary["got_cpus"] / 100
+    peak = render_value("mem", summary["peak"])
+    if summary["peak"] is not None and summary["mem_limit"]:
+        peak += " (%.0f %%)" % (100 * summary["peak"] / summary["mem_limit"])
+    rows = (
+        ("Nodes", summary["nodes"], len(record.nodes) or None, None),
+        ("CPUs", summary["cpus"], summary["got_cpus"], busy),
+        (
+            "Memory of the node with the most",
+            render_value("mem", summary["mem"]),
+            render_value("mem", summary["mem_limit"]),
+            peak,
+        ),
+        ("GPUs", summary["gpus"], len(record.gpus) or None, None),
+        (
+            "Time",
+            render_value("limit", summary["limit"]),
+            None,
+            render_value("ran", summary["ran"]),
+        ),
+    )
+    texts = []
+    for what, asked, got, used in rows:
+        known = [show_amount(value) for value in (asked, got, used)]
+        if any(text != "-" for text in known):
+            texts.append(dict(zip(("what", "asked", "got", "used"), [what] + known)))
+    return texts
+
+
+def show_amount(value: Any) -> str:
+    """An amount of CPUs and the like for people; a text is one already."""
+    if isinstance(value, float) and not value.is_integer():
+        return "%.1f" % value
+    return render_value("nodes", value)
+
+
+def run_node_rows(record: Record) -> List[Message]:
+    """What each node did over the whole job."""
+    totals = {}  # mean and most, by node and metric
+    for key in BY_NODE:
+        steps = [row.step for row in record.rows_of(key)]
+        for name, values in zip(record.nodes, record.columns(key)):
+            known = [value for value in values if value is not None]
+            if len(known) == len(steps):
+                mean_there = sum(map(operator.mul, known, steps)) / sum(steps)
+                totals[name, key] = (mean_there, max(known))
+            elif known:
+                totals[name, key] = (sum(known) / len(known), max(known))
+    rows = []
+    for name in sorted(record.nodes, key=natural):
+        cpu = totals.get((name, "job_cpu")) or totals.get((name, "cpu"))
+        memory = totals.get((name, "job_mem"))
+        gpu = totals.get((name, "gpu"))
+        rows.append(
+            {
+                "node": name,
+                "job_cpus": record.nodes[name].get("job_cpus"),
+                "cpu": cpu and cpu[0],
+                "cpu_most": cpu and cpu[1],
+                "mem": memory and memory[0],
+                "mem_most": memory and memory[1],
+                "gpu": gpu and gpu[0],
+            }
+        )
+    return rows
+
+
+def gpu_rows(record: Record) -> List[Message]:
+    """What each GPU did."""
+    rows = []
+    for name in sorted(record.gpus, key=natural):
+        columns = list(zip(*(reading for _, reading in record.gpus[name])))
+        known = [[value for value in column if is_number(value)] for column in columns]
+        known += [[]] * (len(GPU_KEYS) - len(known))
+        busy, memory, power, temperature = known[: len(GPU_KEYS)]
+        rows.append(
+            {
+                "name": name,
+                "gpu": mean_known(busy),
+                "most": max(busy, default=None),
+                "mem": max(memory, default=None),
+                "power": max(power, default=None),
+                "temp": max(temperature, default=None),
+            }
+        )
+    return rows
+
+
+def suggestions(summary: Message) -> List[str]:
+    """The #SBATCH lines that this one run speaks for."""
+    lines = []
+    peak = summary["peak"]
+    state = summary["state"]
+    if state == "OUT_OF_MEMORY" and summary["mem_limit"]:
+        lines.append("#SBATCH --mem=%dG" % -(-1.5 * summary["mem_limit"] // GIB))
+    elif state == "COMPLETED" and peak:
+        wanted = memory_to_ask(peak)
+        if not summary["mem_limit"] or abs(wanted * GIB - summary["mem_limit"]) > GIB:
+            lines.append("#SBATCH --mem=%dG" % wanted)
+    if state == "TIMEOUT" and summary["limit"]:
+        lines.append("#SBATCH --time=%s" % slurm_time(2 * summary["limit"]))
+    elif state == "COMPLETED" and summary["ran"] and summary["limit"]:
+        wanted = TIME_MARGIN * summary["ran"]
+        if wanted < summary["limit"] / 2:
+            lines.append("#SBATCH --time=%s" % slurm_time(wanted))
+    return lines
+
+
+def memory_to_ask(peak: float) -> int:
+    """GiB to ask for, by a peak in bytes."""
+    return max(1, int(-(-MEMORY_MARGIN * peak // GIB)))
+
+
+def slurm_time(seconds: float) -> str:
+    """A time as sbatch takes it, in whole steps of ten minutes, or of one for a short job."""
+    step = 600 if seconds > 3600 else 60
+    minutes = int(-(-seconds // step)) * step // 60
+    days, minutes = divmod(minutes, 1440)
+    text = "%02d:%02d:00" % divmod(minutes, 60)
+    return "%d-%s" % (days, text) if days else text
+
+
+def draw_suggestions(summary: Message) -> Optional[Html]:
+    """The lines to paste, and what they rest upon."""
+    lines = suggestions(summary)
+    if not lines:
+        return None
+    why = (
+        "This rests on one run, of which a sample was taken every few seconds: a peak"
+        " between two of them may have been higher."
+    )
+    paste = fill(PASTE_HTML, lines="\n".join(lines), why=why)
+    return fill(SECTION_HTML, heading="To ask for next time", parts=paste)
+
+
+def job_parts(record: Record, summary: Message) -> List[Optional[Html]]:
+    """Everything that there is to show of a job."""
+    axis = Axis(*record.span)
+    marks = [
+        event["time"]
+        for event in record.events
+        if event["kind"] in ("lost", "alert") and axis.first < event["time"] < axis.last
+    ]
+    series = [Series(record.rows)]
+    charts = []
+    for key in CHARTED:
+        limit = summary["mem_limit"] if key == "job_mem" else None
+        charts.append(draw_chart(key, series, axis, limit, marks))
+    maps = [draw_map(record, key, axis) for key in map_keys(record)]
+    ranks = sorted(record.ranks, key=lambda rank: -(rank.get("mem") or 0.0))
+    events = [dict(event, text=event["text"]) for event in record.events]
+    return [
+        fill(PARAGRAPH_HTML, text=how_it_went(summary)),
+        draw_verdicts(record, summary),
+        draw_table("use", "Asked, got, used", USE_COLUMNS, use_rows(record, summary)),
+        draw_suggestions(summary),
+        draw_section("Over time", charts, span_words(record)),
+        draw_section("Node by node", maps),
+        draw_table("nodes", "Nodes", RUN_NODE_COLUMNS, run_node_rows(record)),
+        draw_table("ranks", "Ranks at the end", RUN_RANK_COLUMNS, ranks),
+        draw_table("gpus", "GPUs", RUN_GPU_COLUMNS, gpu_rows(record)),
+        draw_table("events", "Events", RUN_EVENT_COLUMNS, events),
+    ]
+
+
+def map_keys(record: Record) -> List[str]:
+    """The metrics of which there is a map."""
+    recorded = {key for row in record.rows for key in row.values}
+    cpu = "job_cpu" if "job_cpu" in recorded else "cpu"
+    return [key for key in (cpu, "job_mem", "gpu") if key in recorded]
+
+
+def draw_section(
+    heading: str, charts: List[Optional[Html]], words: str = ""
+) -> Optional[Html]:
+    """Charts under a heading."""
+    drawn = [chart for chart in charts if chart]
+    if not drawn:
+        return None
+    parts = [fill(PARAGRAPH_HTML, text=words)] if words else []
+    parts.append(fill(CHARTS_HTML, charts=drawn))
+    return fill(SECTION_HTML, heading=heading, parts=parts)
+
+
+def span_words(record: Record) -> str:
+    """The times of a record, and how fine it is."""
+    first, last = record.span
+    zone = time.strftime("%Z", time.localtime(last))
+    steps = sorted({round(row.step) for row in record.rows}) or [ROW_SECONDS]
+    fine = "%d" % steps[0] if len(steps) == 1 else "%d to %d" % (steps[0], steps[-1])
+    return (
+        "From %s to %s %s; a point stands for %s s, the area reaches from the least to the"
+        " most of all nodes." % (render_date(first), render_date(last), zone, fine)
+    )
+
+
+def render_document(
+    title: str, parts: Sequence[Optional[Html]], root: Optional[str], footer: object
+) -> str:
+    """A whole page; root leads to the pages of the master, None if there is none."""
+    nav = None if root is None else fill(REPORT_NAV_HTML, root=root)
+    return fill(
+        REPORT_HTML,
+        title=title,
+        style=Html(STYLE + REPORT_STYLE),
+        nav=nav,
+        parts=list(parts),
+        footer=footer,
+    )
+
+
+def render_report(record: Record) -> str:
+    """The report of a job as one file that needs nothing else, with the record in it."""
+    summary = summarize(record)
+    parts = job_parts(record, summary)
+    written = "Written on %s by Cluster Sentinel." % render_date(time.time())
+    page = render_document(title_of(summary), parts, None, "\0")
+    room = MAX_REPORT - len(page.encode("utf-8", "replace")) - 1000
+    data = pack_into(record, room)
+    name = safe_name(record.job) + ".jsonl.gz"
+    footer = fill("{} {}", fill(DOWNLOAD_HTML, name=name, data=data), written)
+    return page.replace("\0", footer)
+
+
+def pack_into(record: Record, room: int) -> str:
+    """The record in base64, as thin as it must be to have room."""
+    rows = record.rows
+    thin = record.copy()
+    while True:
+        thin.rows = rows
+        packed = gzip.compress(b"".join(thin.lines()), 6, mtime=0)
+        data = base64.b64encode(packed).decode()
+        if len(data) <= room or len(rows) < 2:
+            return data
+        for _ in range(max(1, int(math.log2(len(data) / max(1, room))))):
+            rows = halve(rows)
+
+
+def record_of_report(job: str, page: str) -> Record:
+    """The record that a report holds; RecordError if there is none in it."""
+    match = re.search(r'href="data:application/gzip;base64,([A-Za-z0-9+/=]*)"', page)
+    if not match:
+        raise RecordError("no record in this file")
+    return parse_record(job, unpack(base64.b64decode(match.group(1))))
+
+
+def record_as_json(record: Record) -> Message:
+    """A record for programs: JOB_KEYS, what it used, and all its curves."""
+    answer = summarize(record)
+    answer["severity"] = severity_of(answer) or None
+    answer["verdicts"] = record.verdicts
+    answer["nodes_seen"] = record.nodes
+    answer["ranks"] = record.ranks
+    answer["gpus_seen"] = gpu_rows(record)
+    answer["events"] = record.events
+    answer["gaps"] = record.gaps
+    answer["rows"] = [
+        dict(row.values, time=row.time, step=row.step) for row in record.rows
+    ]
+    return answer
+
+
+def is_past(view: Snapshot, job: str) -> bool:
+    """Whether the live page of a job has nothing to show, but the records may."""
+    live = find_job(view, job)
+    return live is None or live["state"] in ENDED_STATES
+
+
+def find_record(view: Optional[Snapshot], job: str, site: Site) -> Optional[Record]:
+    """What is known of a job, by the records and by Slurm just now."""
+    record: Optional[Record] = site.archive.record(job)
+    for facts in view.jobs if view else ():
+        if job in (facts["job"], facts["raw"]):
+            live = record.copy() if record else Record(facts["job"])
+            for key in JOB_KEYS:
+                if facts[key] is not None:
+                    live.facts[key] = facts[key]
+            return live
+    return record
+
+
+def render_record_page(view: Snapshot, query: Query, site: Site) -> str:
+    """The page of a job, live or past; "" if nothing is known of it."""
+    record = find_record(view, query["job"], site)
+    if record is None:
+        return ""
+    summary = summarize(record)
+    parts = job_parts(record, summary)
+    parts.append(fill(COMPARE_FORM_HTML, root="../", job=record.job))
+    return render_document(title_of(summary), parts, "../", "")
+
+
+def render_record_json(view: Snapshot, query: Query, site: Site) -> str:
+    """A job as JSON; "" if nothing is known of it."""
+    record = find_record(view, query["job"], site)
+    return "" if record is None else as_json(record_as_json(record))
+
+
+# ---- many jobs
+
+
+def select_jobs(view: Snapshot, query: Query, site: Site) -> List[Message]:
+    """The jobs that a query asks for, live and past, in its order."""
+    jobs = {job["job"]: job for job in site.archive.list()}
+    for facts in view.jobs:
+        summary = jobs.get(facts["job"]) or summarize(Record(facts["job"]))
+        told = {key: facts[key] for key in JOB_KEYS if facts[key] is not None}
+        is_over = facts["state"] in ENDED_STATES
+        jobs[facts["job"]] = dict(summary, has_ended=is_over, **told)
+    words = query.get("q", "").lower().split()
+    found = []
+    for job in jobs.values():
+        job["severity"] = severity_of(job) or None
+        if is_job_asked_for(job, query, words):
+            found.append(job)
+    return in_order(found, query.get("sort") or "-time")
+
+
+def is_job_asked_for(job: Message, query: Query, words: Sequence[str]) -> bool:
+    """Whether a job is of the query's state, user and verdict, and has every word somewhere."""
+    for key in ("state", "user", "severity"):
+        if query.get(key) and query[key] != (job[key] or ""):
+            return False
+    if not words:
+        return True
+    keys = ("job", "job_name", "user", "state", "partition", "reason", "nodelist")
+    text = "\n".join(str(job[key] or "") for key in keys)
+    text = (text + "\n" + verdict_words(job)).lower()
+    return all(word in text for word in words)
+
+
+def jobs_link(path: str, query: Query, **state: object) -> str:
+    """The address of the list of jobs in the query's state, but for what is given."""
+    state = dict(query, **state)
+    keys = ("q", "state", "user", "severity", "sort", "page")
+    fields = [(key, state[key]) for key in keys if state.get(key)]
+    return path + "?" + urllib.parse.urlencode(fields)
+
+
+def render_jobs_page(view: Snapshot, query: Query, site: Site) -> str:
+    """The page of all jobs, of today and of the past."""
+    jobs = select_jobs(view, query, site)
+    everything = select_jobs(view, {}, site)
+    last = max(1, -(-len(jobs) // JOBS_PAGE))
+    asked = query.get("page", "")
+    page = min(max(int(asked), 1), last) if asked.isdecimal() else 1
+    shown = jobs[JOBS_PAGE * (page - 1) : JOBS_PAGE * page]
+    counts = collections.Counter(job["state"] or "UNKNOWN" for job in everything)
+    words = ["%d %s" % (count, state.lower()) for state, count in counts.most_common()]
+    parts: List[Optional[Html]] = [
+        fill(PARAGRAPH_HTML, text=", ".join(words) or "No jobs yet"),
+        jobs_form(everything, query),
+        draw_table("jobs", "Jobs", RECORD_COLUMNS, shown, job_headings(query)),
+        page_list(query, page, last) if last > 1 else None,
+        fill(
+            JOBS_LINKS_HTML,
+            csv=jobs_link("jobs.csv", query),
+            json=jobs_link("jobs.json", query),
+        ),
+    ]
+    return render_document("Jobs", parts, "", "")
+
+
+def jobs_form(jobs: Sequence[Message], query: Query) -> Html:
+    """The filter of the list of jobs."""
+    selects = []
+    for key in ("state", "user", "severity"):
+        values = sorted({job[key] for job in jobs if job[key]}, key=natural)
+        options = [
+            fill(
+                CHOSEN_OPTION_HTML if query.get(key) == value else OPTION_HTML,
+                value=value,
+            )
+            for value in values
+        ]
+        label = "Verdict" if key == "severity" else key.capitalize()
+        if values:
+            selects.append(
+                fill(SELECT_HTML, label=label, key=key, first="all", options=options)
+            )
+    return fill(
+        JOBS_FORM_HTML,
+        words=query.get("q"),
+        selects=selects,
+        sort=query.get("sort"),
+    )
+
+
+def job_headings(query: Query) -> List[Html]:
+    """The cells above the list of jobs: links that sort it."""
+    sort = query.get("sort") or "-time"
+    cells = []
+    for column in RECORD_COLUMNS:
+        turned = "-" + column.key if sort == column.key else column.key
+        href = jobs_link("jobs", query, sort=turned, page="")
+        label = fill(LINK_HTML, href=href, text=column.heading)
+        align = heading_align(column)
+        if sort.lstrip("-") == column.key:
+            order = "descending" if sort.startswith("-") else "ascending"
+            cells.append(
+                fill(SORTED_HEADING_HTML, align=align, order=order, label=label)
+            )
+        else:
+            cells.append(fill(HEADING_HTML, align=align, label=label))
+    return cells
+
+
+def page_list(query: Query, page: int, last: int) -> Html:
+    """Links to the pages of the list."""
+    links = []
+    for number in range(1, last + 1):
+        template = THIS_PAGE_LINK_HTML if number == page else PAGE_LINK_HTML
+        href = jobs_link("jobs", query, page=number)
+        links.append(fill(template, href=href, number=number))
+    return fill(PAGES_HTML, links=links)
+
+
+JOBS_CSV_KEYS = (
+    *JOB_KEYS,
+    "ran",
+    "cpu",
+    "gpu",
+    "peak",
+    "mem_limit",
+    "got_cpus",
+    "severity",
+)
+
+
+def render_jobs_csv(view: Snapshot, query: Query, site: Site) -> str:
+    """The list of jobs as CSV; times in seconds since 1970, memory in bytes."""
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow([*JOBS_CSV_KEYS, "verdict"])
+    for job in select_jobs(view, query, site):
+        cells = [as_csv(job.get(key)) for key in JOBS_CSV_KEYS]
+        table.writerow([*cells, as_csv(verdict_words(job))])
+    return text.getvalue()
+
+
+def render_records_json(view: Snapshot, query: Query, site: Site) -> str:
+    """The list of jobs as JSON."""
+    jobs = select_jobs(view, query, site)
+    return as_json({"time": round(view.time, 3), "jobs": jobs})
+
+
+# ---- two jobs
+
+
+def render_compare_page(view: Snapshot, query: Query, site: Site) -> str:
+    """Two jobs on the same axes, and what is different, in words; "" if one is not known."""
+    records = [find_record(view, query.get(key, ""), site) for key in ("a", "b")]
+    if None in records:
+        return ""
+    one, other = (record for record in records if record)
+    first, second = summarize(one), summarize(other)
+    length = max(record.span[1] - record.span[0] for record in (one, other))
+    axis = Axis(0.0, length, is_clock=False)
+    series = [
+        Series(one.rows, "", one.span[0]),
+        Series(other.rows, "other", other.span[0]),
+    ]
+    charts = [draw_chart(key, series, axis) for key in CHARTED]
+    words = (
+        "A, job %s, is the full line; B, job %s, the broken one. Time since each start."
+        % (
+            one.job,
+            other.job,
+        )
+    )
+    parts = [
+        fill(PARAGRAPH_HTML, text="A: %s. %s" % (title_of(first), how_it_went(first))),
+        fill(
+            PARAGRAPH_HTML, text="B: %s. %s" % (title_of(second), how_it_went(second))
+        ),
+        draw_table(
+            "compare", "Differences", COMPARE_COLUMNS, compare_rows(first, second)
+        ),
+        draw_section("Over time", charts, words),
+    ]
+    title = "Jobs %s and %s" % (one.job, other.job)
+    return render_document(title, parts, "", "")
+
+
+COMPARED = (  # what is compared: a label, the key, and how it is written
+    ("State", "state", "state"),
+    ("Verdict", "severity", "severity"),
+    ("Nodes", "nodes", "nodes"),
+    ("CPUs", "cpus", "nodes"),
+    ("Ran", "ran", "ran"),
+    ("Time limit", "limit", "limit"),
+    ("CPU, mean", "cpu", "cpu"),
+    ("GPU, mean", "gpu", "gpu"),
+    ("Peak memory of a node", "peak", "mem"),
+    ("Memory limit of a node", "mem_limit", "mem"),
+)
+
+
+def compare_rows(one: Message, other: Message) -> List[Message]:
+    """What is known of either, side by side."""
+    rows = []
+    for label, key, written in COMPARED:
+        pair = [summary.get(key) for summary in (one, other)]
+        if key == "severity":
+            pair = [severity_of(summary) or None for summary in (one, other)]
+        if pair == [None, None]:
+            continue
+        texts = [render_value(written, value) for value in pair]
+        words = difference_words(*pair)
+        rows.append({"what": label, "a": texts[0], "b": texts[1], "words": words})
+    return rows
+
+
+def difference_words(one: Any, other: Any) -> str:
+    """How the second differs from the first."""
+    if one is None or other is None:
+        return "known of one only"
+    if not is_number(one) or not is_number(other):
+        return "the same" if one == other else "different"
+    if one == other or abs(other - one) < 0.02 * max(abs(one), abs(other)):
+        return "the same"
+    if not one:
+        return "more"
+    ratio = other / one
+    if ratio >= 2:
+        return "%.1f times as much" % ratio
+    return "%.0f %% %s" % (abs(ratio - 1) * 100, "more" if ratio > 1 else "less")
+
+
+# ---- text
+
+
+def render_jobs_text(jobs: Sequence[Message]) -> str:
+    """The list of jobs for a terminal."""
+    columns = [
+        column
+        for column in RECORD_COLUMNS
+        if column.key in ("job", "severity")
+        or any(job.get(column.key) is not None for job in jobs)
+    ]
+    table = [[column.heading for column in columns]]
+    for job in jobs:
+        table.append([job_cell(column, job) for column in columns])
+    widths = [max(map(text_width, texts)) for texts in zip(*table)]
+    lines = []
+    for texts in table:
+        lines.append("  ".join(map(align, columns, texts, widths)).rstrip())
+    return "".join(line + "\n" for line in lines)
+
+
+def job_cell(column: Column, job: Message) -> str:
+    """What a cell says."""
+    if column.key == "severity":
+        return verdict_words(job)
+    if column.draw is draw_date:
+        return render_date(job.get(column.key))
+    return render_value(column.key, job.get(column.key))
+
+
+def explain_text(record: Record) -> str:
+    """What became of a job, or will, for a terminal."""
+    summary = summarize(record)
+    lines = ["%s: %s" % (title_of(summary), how_it_went(summary))]
+    verdicts = record.verdicts or ()
+    for verdict in verdicts:
+        word = SEVERITY_WORDS.get(verdict.get("severity") or "", "")
+        lines.append("%s: %s" % (word, verdict.get("what")))
+        if verdict.get("proof"):
+            lines.append("    %s" % verdict["proof"])
+        if verdict.get("cure"):
+            lines.append("    -> %s" % verdict["cure"])
+    if not verdicts:
+        lines.append(SEVERITY_WORDS[severity_of(summary)])
+    for use in use_rows(record, summary):
+        lines.append(
+            "%s: asked for %s, got %s, used %s"
+            % (use["what"], use["asked"], use["got"], use["used"])
+        )
+    lines += suggestions(summary)
+    return "".join(clean_text(line) + "\n" for line in lines)
+
+
+def explain(folder: str, job: str, as_program: bool) -> Tuple[str, int]:
+    """What --explain prints of a job, and its exit code; RecordError without a record."""
+    try:
+        record = read_record(folder, job)
+    except OSError as error:
+        raise RecordError("%s cannot be read: %s" % (folder, error.strerror)) from None
+    if record is None:
+        raise RecordError(
+            "no record of job %s in %s; test_reader.py --jobs lists what there is"
+            % (clean_text(job), folder)
+        )
+    code = EXPLAIN_CODES[severity_of(summarize(record))]
+    if not as_program:
+        return explain_text(record), code
+    answer = record_as_json(record)
+    del answer["rows"]
+    return as_json(dict(answer, code=code)), code
+
+
+REPORT_ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
+    "/jobs": (HTML, render_jobs_page),
+    "/jobs.csv": (CSV, render_jobs_csv),
+    "/jobs.json": (JSON, render_records_json),
+    "/record/": (HTML, render_record_page),
+    "/api/record/": (JSON, render_record_json),
+    "/compare": (HTML, render_compare_page),
+}
+
+
+# ============================================================================
 # Dashboard: sockets -> request -> pages
 # ============================================================================
 
@@ -7933,6 +10073,7 @@ REQUEST = re.compile(
     rb"([A-Za-z]+) ([!-~]+) HTTP/1\.\d\r\n"
     rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n]*\r\n)*)\r\n"
 )
+MAX_REPORTS = 16  # pages of records that are kept, as long as these stay the same
 NUMERIC_HOST = re.compile(r"[\d.]+|\[[\da-f:.]+\]")  # 127.0.0.1, [::1]
 
 
@@ -7967,6 +10108,15 @@ HEADERS = {  # of every answer
 # -- requests ------------------------------------------------------------------
 
 Fields = Dict[str, str]  # headers: of a request by their names in lower case
+
+
+REPORT_POLICY = (
+    "default-src 'none'; img-src data:; form-action 'self'; base-uri 'none';"
+    " frame-ancestors 'none'; style-src 'sha256-%s'"
+    % base64.b64encode(
+        hashlib.sha256((STYLE + REPORT_STYLE).encode()).digest()
+    ).decode()
+)
 
 
 class HTTPError(Exception):
@@ -8061,7 +10211,13 @@ def parse_fields(lines: str) -> Fields:
 
 
 # What stands behind such a path, or in ?name=, is the value of that field of the query.
-NAMED_ROUTES = {"/node/": "node", "/api/job/": "job", "/job/": "job"}
+NAMED_ROUTES = {
+    "/node/": "node",
+    "/api/job/": "job",
+    "/job/": "job",
+    "/api/record/": "job",
+    "/record/": "job",
+}
 
 
 class Route(NamedTuple):
@@ -8084,10 +10240,11 @@ def find_route(path: str) -> Route:
     if not last:
         return Route("/", "")
     decoded = urllib.parse.unquote(path)
-    for route in ROUTES:
+    routes = [*ROUTES, *REPORT_ROUTES]
+    for route in routes:
         if route != "/" and decoded.endswith(route):
             return Route(route, "")
-    raise HTTPError(404, "no such page; there are " + " ".join(ROUTES))
+    raise HTTPError(404, "no such page; there are " + " ".join(routes))
 
 
 def render_head(status: int, headers: Fields, size: int) -> bytes:
@@ -8265,6 +10422,9 @@ class Dashboard:
             "localhost",
             *options.allow_host,
         }
+        self.archive: Optional[Archive] = None  # until it is asked for
+        # (path, query) -> files and facts that it was made of, body: a page of records
+        self.reports: Dict[Any, Tuple[Any, bytes]] = {}
 
     def run(self) -> None:
         """Answer until the supervisor is gone."""
@@ -8404,6 +10564,10 @@ class Dashboard:
             if token and "text/html" in (accept or ""):
                 raise to_overview(path, token)
             query[NAMED_ROUTES[path]] = name or query.get("name", "")
+        if path in ("/job/", "/api/job/") and is_past(self.fresh(), query["job"]):
+            path = path.replace("job", "record")
+        if path in REPORT_ROUTES:
+            return self.answer_report(path, query, request.fields, headers)
         kind, _ = ROUTES[path]
         is_zipped = "gzip" in request.fields.get("accept-encoding", "")
         body = self.body(path, query, is_zipped)
@@ -8411,6 +10575,38 @@ class Dashboard:
         headers["Vary"] = "Accept, Accept-Encoding"
         if is_zipped:
             headers["Content-Encoding"] = "gzip"
+        return body
+
+    def answer_report(
+        self, path: str, query: Query, fields: Fields, headers: Fields
+    ) -> bytes:
+        """The body of a page that is made of records, which may have to wait for a disk."""
+        self.asked = time.monotonic()
+        kind, render = REPORT_ROUTES[path]
+        with self.lock:
+            self.archive = self.archive or Archive(self.options.archive)
+        key = (path, tuple(sorted(query.items())))
+        view = self.fresh()
+        jobs = {query[name] for name in ("job", "a", "b") if name in query}
+        try:
+            files = self.archive.files(jobs)
+            facts = [job for job in view.jobs if not jobs or job["job"] in jobs]
+            made_of, body = self.reports.get(key, (None, b""))
+            if made_of != (files, facts):
+                body = render(view, query, self).encode("utf-8", "replace")
+                with self.lock:
+                    while len(self.reports) >= MAX_REPORTS:
+                        del self.reports[next(iter(self.reports))]
+                    self.reports[key] = ((files, facts), body)
+        except RecordError as error:
+            raise HTTPError(503, str(error)) from None
+        if not body:
+            raise HTTPError(404, "no such job; /jobs has a list of them")
+        headers.update({"Content-Type": kind, "Vary": "Accept-Encoding"})
+        headers["Content-Security-Policy"] = REPORT_POLICY
+        if "gzip" in fields.get("accept-encoding", ""):
+            headers["Content-Encoding"] = "gzip"
+            return gzip.compress(body, 1)
         return body
 
     def check_host(self, request: Request) -> None:
@@ -8926,6 +11122,787 @@ class Screens(subprocess.Popen):  # type: ignore[type-arg]
 
 
 # ============================================================================
+# Recorder: the table -> a record of each job, on a thread that may wait for a disk
+# ============================================================================
+
+LOOK_SECONDS = 2.0  # between two looks at the table ...
+MANY_SLOTS = 256  # ... with more nodes in jobs, it is ROW_SECONDS
+MAX_RECORDINGS = 1024  # jobs at once, and nodes of each: peers choose their names
+MAX_TRACES = 4096
+DIAGNOSE_SECONDS = 30.0  # between two verdicts on a job, at least ...
+DIAGNOSE_SHARE = 500  # ... and so many times of what one takes
+VERDICT_SECONDS = 300.0  # until figures that changed are worth another line
+TRACE_POINTS = 360  # of a node's curves, one a row: the last hour
+MAX_TRACED = 1024  # nodes with curves
+TAIL_ROWS = 60  # rows before a job's end that are kept as they were: ten minutes
+RANK_ROWS = 30  # rows of the record from one list of ranks to the next
+GPU_ROWS = 6  # and from one look at the GPUs to the next
+MAX_RANKS = 64  # in such a list ...
+MAX_LAST_RANKS = 256  # ... and in the last one
+MAX_JOB_EVENTS = 256  # of one job, that are kept as evidence
+LINGER_JOB_SECONDS = 60.0  # that nodes may send on after their job's end
+LEFT_SECONDS = 30.0  # after the last goodbye: a job that only agents know of is over
+MAX_BACKLOG = 8 * 2**20  # bytes that wait for a disk
+RETRY_SECONDS = 5.0  # until what failed is tried again
+HANG_SECONDS = 10.0  # of one call: the disk hangs
+FLUSH_SECONDS = 2.0  # for what waits, when the master ends
+PRUNE_SECONDS = 3600.0  # between two looks for what is too old
+JOB_AT = NODE_KEYS.index("job")
+NODE_AT = NODE_KEYS.index("node")
+PICK_RECORDED = operator.itemgetter(*map(NODE_KEYS.index, RECORDED))
+PICK_FACTS = operator.itemgetter(*map(NODE_KEYS.index, NODE_FACTS))
+RANK_KEYS = (
+    "rank",
+    "local_rank",
+    "step",
+    "pid",
+    "program",
+    "cpu",
+    "mem",
+    "peak",
+    "threads",
+    "cpus",
+    "on",
+    "state",
+    "wchan",
+    "read_total",
+    "write_total",
+    "gpu",
+)
+
+
+Diagnose = Callable[[JobEvidence], List[Verdict]]
+
+
+class Work(NamedTuple):
+    """Something that is to be done for a job's files."""
+
+    # "lines", "past" (lines, unless the job's end is recorded), "pack", "report", or
+    # "missing report"
+    kind: str
+    job: str
+    data: bytes = b""  # lines
+    head: bytes = b""  # what goes before them in a new file
+
+
+class RecordWriter:
+    """Writes records on a thread of its own; whoever posts never waits for a disk.
+
+    What fails is tried again until it passes, for each job by itself and in its order; that is
+    told in one line, and in another when it has passed.
+    """
+
+    def __init__(self, folder: str, mark: str, render: Callable[[Record], str]) -> None:
+        self.folder = folder
+        self.mark = mark
+        self.render = render
+        self.changed = threading.Condition()  # of what follows
+        self.waiting: Dict[str, Deque[Work]] = {}
+        self.size = 0
+        self.retry: Dict[str, float] = {}  # job -> time.monotonic() of the next try
+        self.busy_since: Optional[float] = None
+        self.is_in_trouble = False
+        self.hang_told = False
+        self.opened: Set[str] = set()  # paths that this process has written to
+        self.lost: Set[str] = set()  # jobs of which lines were forgotten
+        self.pruned = -math.inf
+        threading.Thread(target=self.run, name="records", daemon=True).start()
+
+    # ---- whoever posts
+
+    def post(self, work: Work) -> None:
+        """Have it done, after what else waits for that job; never blocks."""
+        with self.changed:
+            self.waiting.setdefault(work.job, collections.deque()).append(work)
+            self.size += len(work.data)
+            while self.size > MAX_BACKLOG:
+                self.drop()
+            self.changed.notify()
+
+    def drop(self) -> None:
+        """Forget the oldest lines of the job that has the most waiting."""
+        job = max(self.waiting, key=lambda job: len(self.waiting[job]))
+        self.size -= len(self.waiting[job].popleft().data)
+        self.lost.add(job)
+        if not self.waiting[job]:
+            del self.waiting[job]
+
+    def check(self) -> None:
+        """Tell when the disk hangs: the thread that waits for it cannot."""
+        since = self.busy_since
+        if since is None or time.monotonic() - since < HANG_SECONDS:
+            return
+        if not self.hang_told:
+            self.hang_told = True
+            self.tell_trouble("it does not answer")
+
+    def finish(self, seconds: float) -> bool:
+        """Wait until nothing waits any more, so many seconds at most."""
+        deadline = time.monotonic() + seconds
+        with self.changed:
+            while self.waiting or self.busy_since is not None:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                self.changed.wait(min(left, 0.1))
+        return True
+
+    # ---- the thread
+
+    def run(self) -> None:
+        """Do what is posted, for ever."""
+        while True:
+            work = self.take()
+            try:
+                rest = self.do(work)
+            except OSError as error:
+                self.put_back(work, work.data)
+                self.tell_trouble(error.strerror or str(error))
+                self.hang_told = False
+            except Exception:
+                log.exception("a defect, met while recording job %s", work.job)
+            else:
+                if rest:
+                    self.put_back(work, rest, seconds=0.0)
+                else:
+                    self.tell_passed(work.job)
+            finally:
+                with self.changed:
+                    self.busy_since = None
+                    self.changed.notify_all()
+
+    def take(self) -> Work:
+        """Wait for something to do."""
+        with self.changed:
+            while True:
+                now = time.monotonic()
+                for job, works in self.waiting.items():
+                    if now < self.retry.get(job, 0.0):
+                        continue
+                    work = works.popleft()
+                    if not works:
+                        del self.waiting[job]
+                    self.size -= len(work.data)
+                    self.busy_since = now
+                    return work
+                self.changed.wait(1.0 if self.waiting else None)
+
+    def put_back(self, work: Work, rest: bytes, seconds: float = RETRY_SECONDS) -> None:
+        """Try again later, before what came after it."""
+        with self.changed:
+            works = self.waiting.setdefault(work.job, collections.deque())
+            works.appendleft(work._replace(data=rest))
+            self.size += len(rest)
+            self.retry[work.job] = time.monotonic() + seconds
+
+    def tell_trouble(self, why: str) -> None:
+        """Tell that nothing can be written, once."""
+        if not self.is_in_trouble:
+            self.is_in_trouble = True
+            log.error(
+                "cannot record in %s for now: %s; what happens meanwhile is kept, at most"
+                " %d MiB of it",
+                self.folder,
+                why,
+                MAX_BACKLOG // 2**20,
+            )
+
+    def tell_passed(self, job: str) -> None:
+        """Tell that the trouble is over, once all of it is."""
+        self.retry.pop(job, None)
+        self.hang_told = False
+        if self.is_in_trouble and not self.retry:
+            self.is_in_trouble = False
+            log.info("recording in %s again", self.folder)
+
+    # ---- what is done
+
+    def do(self, work: Work) -> bytes:
+        """Do it: the rest of the lines, if not all of them found room (OSError)."""
+        path = self.path_of(work.job)
+        if work.kind == "report":
+            self.write_report(work.job)
+        elif work.kind == "missing report":
+            if not os.path.exists(report_path(self.folder, work.job)):
+                self.write_report(work.job)
+        elif work.kind == "pack":
+            if os.path.exists(path):
+                pack(path, work.job, self.mark)
+            self.opened.discard(path)
+        elif work.kind != "past" or self.is_news(work):
+            return self.append(path, work)
+        return b""
+
+    def path_of(self, job: str) -> str:
+        """This master's file for a job."""
+        name = "%s.%s.jsonl" % (safe_name(job), self.mark)
+        return os.path.join(self.folder, name)
+
+    def append(self, path: str, work: Work) -> bytes:
+        """Append lines, after what a new or an interrupted file needs: the rest of them."""
+        if self.opened and not os.path.isdir(self.folder):
+            self.opened.clear()
+            log.warning("%s was gone: made again", self.folder)
+        make_folder(self.folder)
+        before = b""
+        if not os.path.exists(path) or work.job in self.lost:
+            before = work.head
+            self.lost.discard(work.job)
+        elif path not in self.opened:
+            before = gap_line(path, work.data)
+        self.opened.add(path)
+        if before:
+            append_lines(path, before)
+        taken = append_lines(path, work.data)
+        return work.data[taken:]
+
+    def is_news(self, work: Work) -> bool:
+        """Whether a job that had ended before this process began is not recorded yet."""
+        record = read_record(self.folder, work.job)
+        return record is None or not record.has_ended
+
+    def write_report(self, job: str) -> None:
+        """Write the report of a job, by all that is recorded of it; then look for what is old."""
+        record = read_record(self.folder, job)
+        if record:
+            text = self.render(record).encode("utf-8", "replace")
+            write_file(report_path(self.folder, job), text, self.mark)
+        if time.monotonic() - self.pruned > PRUNE_SECONDS:
+            prune(self.folder, time.time(), self.mark)
+            self.pruned = time.monotonic()
+
+
+def gap_line(path: str, data: bytes) -> bytes:
+    """A line for the time between a file's last row and the first of data; b"" without these."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - MAX_HEAD))
+        tail = file.read(MAX_HEAD)
+    before = [line["row"] for line in read_lines(tail) if "row" in line]
+    after = [line["row"] for line in read_lines(data) if "row" in line]
+    if not before:
+        return b""
+    until = after[0] if after else time.time()
+    return record_line({"gap": before[-1], "until": round(until, 1)})
+
+
+class Curves:
+    """The last hour of a node."""
+
+    def __init__(self) -> None:
+        self.times = array.array("d")
+        self.readings = [array.array("f") for _ in GRAPHS]
+
+    def add(self, now: float, readings: Sequence[float]) -> None:
+        """Append the readings of GRAPHS."""
+        self.times.append(now)
+        for values, reading in zip(self.readings, readings):
+            values.append(reading)
+        if len(self.times) >= 2 * TRACE_POINTS:
+            del self.times[:TRACE_POINTS]
+            for values in self.readings:
+                del values[:TRACE_POINTS]
+
+    def known(self) -> Dict[str, Curve]:
+        """The curves of the metrics that are known."""
+        curves = {}
+        times = self.times[-TRACE_POINTS:]
+        for key, readings in zip(GRAPHS, self.readings):
+            last = readings[-TRACE_POINTS:]
+            curve = [point for point in zip(times, last) if point[1] == point[1]]
+            if curve:
+                curves[key] = curve
+        return curves
+
+
+class Trace:
+    """A node of a job: its newest sample, its curves, and what its next row is made of."""
+
+    def __init__(self, name: str, place: int) -> None:
+        self.name = name
+        self.place = place
+        self.sample: Row = ()
+        self.slot = -1
+        self.seen = -math.inf  # time.time() of the last look that found it
+        self.lost: Optional[float] = None
+        self.curves = Curves()
+        self.ranks: List[Message] = []
+        self.gpus: List[Message] = []
+        self.cores: Dict[int, float] = {}
+        self.cpus: Set[int] = set()
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a row."""
+        self.sums = [0.0] * len(RECORDED)
+        self.counts = [0] * len(RECORDED)
+
+    def take_parts(self, parts: Parts) -> None:
+        """Note a node's newest look: its ranks, GPUs and cores."""
+        self.ranks = list(parts.ranks)
+        self.gpus = list(parts.gpus)
+        self.cpus = parse_cpu_list(parts.look.get("cpus"))
+        self.cores = {
+            cpu: min(1.0, (tenths + 0.5) / 10)
+            for cpu, tenths in cpus_of(parts).items()
+            if tenths is not None
+        }
+
+    def evidence(self, view: Snapshot) -> NodeEvidence:
+        """What a verdict can rest upon."""
+        node = view.make_node(self.sample)
+        sample = {key: node[key] for key in INDEX}
+        return NodeEvidence(
+            self.name,
+            sample,
+            self.curves.known(),
+            self.ranks,
+            self.gpus,
+            self.cores,
+            self.cpus,
+            self.lost,
+        )
+
+
+class Recording:
+    """A job that is being recorded: what has been seen of it, and what its next lines say."""
+
+    def __init__(self, job: str, now: float) -> None:
+        self.job = job
+        self.begun = now
+        self.facts: Message = dict.fromkeys(JOB_KEYS)
+        self.facts["job"] = job
+        self.is_known = False  # whether Slurm says something of it
+        self.traces: Dict[str, Trace] = {}
+        self.nodes: Dict[str, Message] = {}  # as the last line of nodes has them
+        self.seen = now  # when one of its nodes was there
+        self.least = [math.inf] * len(RECORDED)
+        self.most = [-math.inf] * len(RECORDED)
+        self.fine: List[RecordRow] = []  # rows that are not written yet
+        self.tail: Deque[RecordRow] = collections.deque(maxlen=TAIL_ROWS)
+        self.written = 0  # rows
+        self.step = ROW_SECONDS
+        self.events: Deque[Message] = collections.deque(maxlen=MAX_JOB_EVENTS)
+        self.verdicts: Optional[List[Message]] = None
+        self.said: Any = None  # of the verdicts: those of the last line
+        self.said_at = -math.inf
+        self.diagnose_due = now + ROW_SECONDS
+        self.ended_at: Optional[float] = None
+        self.has_failed = False  # the verdicts' code
+        self.lines: List[bytes] = []
+
+    # ---- what comes
+
+    def take(self, name: str, row: Row, now: float) -> None:
+        """Note the newest sample of a node."""
+        trace = self.traces.get(name)
+        if trace is None:
+            if len(self.traces) >= MAX_TRACES:
+                return
+            trace = self.traces[name] = Trace(name, len(self.traces))
+        trace.sample = row
+        trace.slot = row[0]
+        trace.seen = self.seen = now
+        trace.lost = None
+        for place, value in enumerate(PICK_RECORDED(row)):
+            if value == value:
+                trace.sums[place] += value
+                trace.counts[place] += 1
+                if value < self.least[place]:
+                    self.least[place] = value
+                if value > self.most[place]:
+                    self.most[place] = value
+
+    def tell(self, facts: Message, now: float) -> None:
+        """Note what Slurm says."""
+        self.is_known = True
+        if any(facts[key] not in (None, self.facts[key]) for key in JOB_KEYS):
+            for key in JOB_KEYS:
+                if facts[key] is not None:
+                    self.facts[key] = facts[key]
+            self.lines.append(job_line(self.facts, now))
+        if self.facts["state"] in ENDED_STATES and self.ended_at is None:
+            self.ended_at = now
+
+    def guess(self, now: float) -> None:
+        """What the agents of a job say of it, when Slurm says nothing."""
+        sample = next(iter(self.traces.values())).sample
+        known = dict(zip(NODE_KEYS, map(from_field, sample)))
+        facts: Message = dict.fromkeys(JOB_KEYS)
+        facts.update(
+            job=self.job,
+            raw=known["job"],
+            job_name=known["job_name"],
+            user=known["user"],
+            state="RUNNING",
+            limit=known["job_time_limit"],
+        )
+        limit, left = known["job_time_limit"], known["job_time_left"]
+        if self.facts["start"] is None and limit and left is not None:
+            facts["start"] = round(now - float(limit) + float(left))
+        self.tell(facts, now)
+        self.is_known = False
+
+    def hear(self, event: Message) -> None:
+        """Note an event."""
+        kept = {key: event[key] for key in EVENT_KEYS if event[key] is not None}
+        self.events.append(event)
+        self.lines.append(record_line({"event": kept}))
+        trace = self.traces.get(name_of(event))
+        if trace and event["kind"] == "lost":
+            trace.lost = event["time"]
+
+    # ---- what is written
+
+    def close_row(self, now: float) -> None:
+        """End a row of ROW_SECONDS, and write it if it is time for one."""
+        self.name_nodes()
+        row = self.make_row(now)
+        if row is None:
+            return
+        if self.fine and is_gap(self.fine[-1], row):
+            self.write_rows()
+        self.fine.append(row)
+        self.tail.append(row)
+        age = now - (self.facts["start"] or self.begun)
+        self.step = step_of(age, len(self.traces))
+        if row.time - self.fine[0].time + ROW_SECONDS > self.step - ROW_SECONDS / 2:
+            self.write_rows()
+            self.write_parts()
+
+    def name_nodes(self) -> None:
+        """Name the nodes that are new, or that have other CPUs or memory than before."""
+        before = self.nodes
+        self.nodes = {}
+        for trace in self.traces.values():
+            values = map(from_field, PICK_FACTS(trace.sample))
+            known = zip(NODE_FACTS, values)
+            facts = {key: value for key, value in known if value is not None}
+            self.nodes[trace.name] = facts
+        if self.nodes != before:
+            self.lines.append(record_line({"nodes": self.nodes}))
+
+    def make_row(self, now: float) -> Optional[RecordRow]:
+        """What was seen since the last row; None if that is nothing."""
+        traces = list(self.traces.values())
+        values: Dict[str, List[Optional[float]]] = {}
+        for place, key in enumerate(RECORDED):
+            if not any(trace.counts[place] for trace in traces):
+                continue
+            means = [
+                trace.sums[place] / trace.counts[place] if trace.counts[place] else None
+                for trace in traces
+            ]
+            band = [self.least[place], mean_known(means), self.most[place]]
+            values[key] = band + means if key in BY_NODE else band
+        for trace in traces:
+            if trace.place < MAX_TRACED and any(trace.counts):
+                trace.curves.add(now, PICK_GRAPHS(trace.sample))
+            trace.clear()
+        self.least = [math.inf] * len(RECORDED)
+        self.most = [-math.inf] * len(RECORDED)
+        if not values:
+            return None
+        when = round(min(now, self.seen), 1)
+        step = float(ROW_SECONDS)
+        if self.tail:
+            step = min(step, when - self.tail[-1].time)
+        return RecordRow(when, round(step, 1), list(self.traces), values)
+
+    def write_rows(self) -> None:
+        """Write the rows that wait, as one."""
+        if self.fine:
+            self.lines.append(row_line(merge_rows(self.fine)))
+            self.fine = []
+            self.written += 1
+
+    def write_parts(self) -> None:
+        """Now and then: how the GPUs are, and the ranks."""
+        if self.written % GPU_ROWS == 1:
+            self.write_gpus()
+        if self.written % RANK_ROWS == 1:
+            self.write_ranks(MAX_RANKS)
+
+    def write_gpus(self) -> None:
+        """How each GPU is."""
+        gpus = {}
+        for trace in self.traces.values():
+            for gpu in trace.gpus:
+                name = "%s %s" % (trace.name, gpu.get("index"))
+                gpus[name] = [gpu.get(key) for key in GPU_KEYS]
+        if gpus:
+            when = round(self.seen, 1)
+            self.lines.append(record_line({"gpus": gpus, "time": when}))
+
+    def write_ranks(self, most: int) -> None:
+        """The ranks with the most memory, and those that work the least."""
+        ranks = []
+        for trace in self.traces.values():
+            for rank in trace.ranks:
+                kept = {key: rank[key] for key in RANK_KEYS if key in rank}
+                ranks.append(dict(kept, node=trace.name))
+        if not ranks:
+            return
+        ranks.sort(key=lambda rank: rank.get("cpu") or 0.0)
+        idlest = ranks[: most // 4]
+        rest = sorted(ranks[most // 4 :], key=lambda rank: -(rank.get("mem") or 0.0))
+        shown = rest[: most - len(idlest)] + idlest
+        shown.sort(key=lambda rank: -(rank.get("mem") or 0.0))
+        line = {"ranks": shown, "of": len(ranks), "time": round(self.seen, 1)}
+        self.lines.append(record_line(line))
+
+    # ---- verdicts, and the end
+
+    @property
+    def raw(self) -> str:
+        """The id that Slurm takes."""
+        return str(self.facts["raw"] or self.job)
+
+    def judge(self, diagnose: Diagnose, view: Snapshot, now: float) -> bool:
+        """Have the job judged, and write down what is new: whether there is something to tell."""
+        began = time.perf_counter()
+        nodes = [trace.evidence(view) for trace in self.traces.values()]
+        evidence = JobEvidence(self.facts, nodes, list(self.events), now)
+        try:
+            found = [dict(verdict._asdict()) for verdict in diagnose(evidence)]
+        except Exception:
+            if not self.has_failed:
+                log.exception("a defect, met while judging job %s", self.job)
+            self.has_failed = True
+            return False
+        spent = time.perf_counter() - began
+        self.diagnose_due = now + max(DIAGNOSE_SECONDS, DIAGNOSE_SHARE * spent)
+        was_told = bool(self.verdicts)
+        self.verdicts = found
+        words = [re.sub(r"[\d.]+", "", str(verdict)) for verdict in found]
+        is_old = now - self.said_at > VERDICT_SECONDS and found
+        if words != self.said or is_old:
+            self.write_verdicts(now)
+            self.said = words
+        return bool(found) or was_told
+
+    def told_verdicts(self) -> List[Message]:
+        """What the table is told; nothing is told by a word, too."""
+        nothing = dict.fromkeys(("proof", "cure", "rule"), "")
+        return self.verdicts or [
+            dict(nothing, severity="fine", what="Nothing is wrong")
+        ]
+
+    def write_verdicts(self, now: float) -> None:
+        """Write what was found last."""
+        if self.verdicts is not None:
+            line = {"verdicts": self.verdicts, "time": round(now, 1)}
+            self.lines.append(record_line(line))
+            self.said_at = now
+
+    def is_over(self, now: float) -> bool:
+        """Whether the job has ended, and all has been seen that there was to see."""
+        silent = now - self.seen
+        if self.ended_at is not None:
+            lingers = now - self.ended_at < LINGER_JOB_SECONDS
+            return silent > SILENT_SECONDS or not lingers
+        if self.is_known:
+            return False
+        said_goodbye = {
+            name_of(event): event["kind"] == "finished"
+            for event in self.events
+            if event["kind"] in ("finished", "lost")
+        }
+        all_did = bool(said_goodbye) and all(said_goodbye.values())
+        return silent > (LEFT_SECONDS if all_did else GONE_SECONDS)
+
+    def finish(self, now: float) -> None:
+        """Write the last lines."""
+        self.name_nodes()
+        fine = list(self.tail) if self.step > ROW_SECONDS else self.fine
+        self.write_rows()
+        self.lines += map(row_line, fine)
+        self.write_gpus()
+        self.write_ranks(MAX_LAST_RANKS)
+        self.write_verdicts(now)
+        end = {"time": round(now, 1), "seen": round(self.seen, 1)}
+        self.lines.append(record_line({"end": end}))
+
+    def head(self) -> bytes:
+        """What a new file begins with."""
+        first = job_line(self.facts, self.begun)
+        return first + record_line({"nodes": self.nodes})
+
+    def take_lines(self) -> bytes:
+        """The lines that are to be written now."""
+        lines = b"".join(self.lines)
+        self.lines = []
+        return lines
+
+
+class Recorder:
+    """The role that records jobs: it looks at the table, and its writer writes."""
+
+    def __init__(
+        self,
+        listener: Any,
+        table: Table,
+        options: argparse.Namespace,
+        judge: Diagnose = diagnose,
+    ) -> None:
+        self.table = table
+        self.diagnose = judge
+        mark = writer_name(table.pid, table.start)
+        self.writer = RecordWriter(options.record, mark, render_report)
+        self.recordings: Dict[str, Recording] = {}
+        self.done: Dict[str, Message] = {}  # job -> facts when it was over
+        self.told: Set[Any] = set()  # events that were there at the last look
+        self.has_looked = False
+        self.facts: Dict[str, Message] = {}  # by job and by raw id
+        self.row_due = 0.0  # time.monotonic()
+
+    def run(self) -> None:
+        """Look at the table until the supervisor is gone, or ends this."""
+        parent = multiprocessing.parent_process()
+        assert parent
+        ends: List[int] = []
+        wakeup, wakeup_end = os.pipe()
+        os.set_blocking(wakeup_end, False)
+        signal.set_wakeup_fd(wakeup_end)
+        signal.signal(signal.SIGTERM, lambda number, _: ends.append(number))
+        while not ends and parent.is_alive():
+            pause = float(ROW_SECONDS)
+            try:
+                pause = self.look(self.table.snapshot(), time.time())
+            except Exception:
+                log.exception("a defect, met while recording")
+            self.writer.check()
+            multiprocessing.connection.wait([parent.sentinel, wakeup], pause)
+        self.stop()
+
+    def stop(self) -> None:
+        """Write what was seen and is not written; the jobs go on."""
+        for recording in self.recordings.values():
+            recording.close_row(time.time())
+            recording.write_rows()
+            self.post(recording)
+        self.writer.finish(FLUSH_SECONDS)
+
+    def look(self, view: Snapshot, now: float) -> float:
+        """Take a look: the seconds until the next."""
+        is_due = time.monotonic() >= self.row_due - LOOK_SECONDS / 4
+        if is_due:
+            self.row_due = time.monotonic() + ROW_SECONDS
+            self.read_facts(view, now)
+        if view.beat < STALE_SECONDS:  # else what is in the table is old
+            self.take_samples(view, now)
+        self.take_events(view)
+        if is_due:
+            for recording in list(self.recordings.values()):
+                self.go_on(recording, view, now)
+        nodes = sum(len(recording.traces) for recording in self.recordings.values())
+        return LOOK_SECONDS if nodes <= MANY_SLOTS else float(ROW_SECONDS)
+
+    def recording(self, job: str, now: float) -> Recording:
+        """The recording of a job; a new one if there is none."""
+        if job not in self.recordings:
+            self.recordings[job] = Recording(job, now)
+        return self.recordings[job]
+
+    def read_facts(self, view: Snapshot, now: float) -> None:
+        """Note what Slurm says of the jobs."""
+        self.facts = {}
+        for facts in view.jobs:
+            job = facts["job"]
+            self.facts[job] = facts
+            if facts["raw"]:
+                self.facts[facts["raw"]] = facts
+            if job in self.recordings:
+                self.recordings[job].tell(facts, now)
+            elif facts["state"] in ENDED_STATES:
+                self.learn_more(facts, now)
+            elif facts["state"] not in (None, "PENDING"):
+                self.recording(job, now).tell(facts, now)
+        for job, recording in self.recordings.items():
+            if job not in self.facts:
+                recording.is_known = False
+        for job in [job for job in self.done if job not in self.facts]:
+            del self.done[job]
+
+    def learn_more(self, facts: Message, now: float) -> None:
+        """Record what is said of a job after its end, or by now of one that nobody watched."""
+        job = facts["job"]
+        before = self.done.get(job)
+        if before == facts:
+            return
+        self.done[job] = facts
+        end = {"time": round(now, 1)}
+        lines = job_line(facts, now) + record_line({"end": end})
+        is_news = before is not None
+        self.writer.post(Work("lines" if is_news else "past", job, lines))
+        self.writer.post(Work("pack", job))
+        self.writer.post(Work("report" if is_news else "missing report", job))
+
+    def take_samples(self, view: Snapshot, now: float) -> None:
+        """Note the newest sample of each node that is in a job."""
+        for row in view.rows():
+            known_as = from_field(row[JOB_AT])
+            if not known_as:
+                continue
+            facts = self.facts.get(str(known_as))
+            job = facts["job"] if facts else str(known_as)
+            if facts and facts["state"] in ENDED_STATES and job not in self.recordings:
+                continue  # it sends on after its job's end
+            name = row[NODE_AT].rstrip(b"\0").decode("utf-8", "ignore")
+            if not name:
+                name = name_of({"node": None, "address": from_field(row[1])})
+            if job in self.recordings or len(self.recordings) < MAX_RECORDINGS:
+                self.recording(job, now).take(name, row, now)
+
+    def take_events(self, view: Snapshot) -> None:
+        """Note the events that are new, each for its job."""
+        told = set()
+        for event in view.events:
+            key = (event["time"], event["kind"], event["node"], event["text"])
+            told.add(key)
+            is_new = self.has_looked and key not in self.told
+            facts = self.facts.get(event["job"] or "")
+            job = facts["job"] if facts else event["job"]
+            if is_new and job in self.recordings:
+                self.recordings[job].hear(event)
+        self.told = told
+        self.has_looked = True
+
+    def go_on(self, recording: Recording, view: Snapshot, now: float) -> None:
+        """Every ROW_SECONDS: a row, a verdict, or the end."""
+        if recording.traces and recording.job not in self.facts:
+            recording.guess(now)
+        self.take_parts(recording, view)
+        recording.close_row(now)
+        is_over = recording.is_over(now)
+        is_due = is_over or now >= recording.diagnose_due
+        if is_due and recording.judge(self.diagnose, view, now):
+            self.table.write_verdicts(recording.raw, recording.told_verdicts())
+        if is_over:
+            recording.finish(now)
+            self.done[recording.job] = self.facts.get(recording.job, recording.facts)
+            del self.recordings[recording.job]
+        self.post(recording)
+        if is_over:
+            self.writer.post(Work("pack", recording.job))
+            self.writer.post(Work("report", recording.job))
+
+    def take_parts(self, recording: Recording, view: Snapshot) -> None:
+        """Note the newest look of each node that is there."""
+        for trace in recording.traces.values():
+            if trace.seen == recording.seen:
+                parts = view.parts(trace.slot)
+                if parts.look:
+                    trace.take_parts(parts)
+
+    def post(self, recording: Recording) -> None:
+        """Have the new lines of a job written."""
+        lines = recording.take_lines()
+        if lines:
+            self.writer.post(Work("lines", recording.job, lines, recording.head()))
+
+
+# ============================================================================
 # Supervisor: processes and signals
 # ============================================================================
 
@@ -8969,6 +11946,11 @@ def always(options: argparse.Namespace) -> bool:
     return True
 
 
+def is_recorded(options: argparse.Namespace) -> bool:
+    """Of the role that records jobs."""
+    return bool(options.record)
+
+
 def is_demo(options: argparse.Namespace) -> bool:
     """Of the role that plays the agents of a demonstration."""
     return bool(options.demo)
@@ -8977,6 +11959,7 @@ def is_demo(options: argparse.Namespace) -> bool:
 ROLES = (
     Role("collector", Collector, always),
     Role("dashboard", Dashboard, always),
+    Role("recorder", Recorder, is_recorded),
     Role("demo", Demo, is_demo),
 )
 
@@ -9529,6 +12512,28 @@ def add_sources(add: Callable[..., Any]) -> None:
     )
 
 
+def add_records(add: Callable[..., Any]) -> None:
+    """What is kept of jobs, and what is told of it."""
+    add(
+        "--record",
+        metavar="DIR",
+        help="record each job in a file of this folder, for a year or 200 MB of them"
+        " (~/.sentinel/jobs, when jobs are watched)",
+    )
+    add(
+        "--no-record",
+        action="store_true",
+        help="record nothing; what there is can be read",
+    )
+    add(
+        "--explain",
+        metavar="JOB",
+        help="tell by its record what became of a job, and start nothing; exit codes: 0 fine,"
+        " 1 advice, 2 problem, 3 died, 4 no such record",
+    )
+    add("--json", action="store_true", help="with --explain: for programs")
+
+
 def add_talk(add: Callable[..., Any]) -> None:
     """What is told on the terminal."""
     add(
@@ -9546,6 +12551,7 @@ FLAG_GROUPS = (
     add_trust,
     add_table,
     add_sources,
+    add_records,
     add_talk,
 )
 
@@ -9561,6 +12567,15 @@ def main(argv: Optional[List[str]] = None) -> int:
     options.lost = "no-lost" not in options.alert
     options.rules = rules_of(options)
     setup_log(options.verbose)
+    options.archive = os.path.abspath(options.record or default_folder())
+    if options.record and options.no_record:
+        parser.error("argument --no-record: not allowed with argument --record")
+    if options.json and not options.explain:
+        parser.error("--json goes with --explain")
+    if options.explain:
+        return run_explain(options)
+    if options.record or watches_jobs(options) and not options.no_record:
+        options.record = options.archive
     try:
         return run_master(options)
     except ValueError as error:
@@ -9707,6 +12722,27 @@ def open_listeners(
     return listeners
 
 
+def default_folder() -> str:
+    """Where records are; ~/.sentinel may be a secret by now, which is no folder."""
+    home = os.path.expanduser("~")
+    folder = os.path.join(home, ".sentinel")
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        return os.path.join(home, ".sentinel-jobs")
+    return os.path.join(folder, "jobs")
+
+
+def run_explain(options: argparse.Namespace) -> int:
+    """Print what the record of a job says: the exit code for its worst verdict."""
+    try:
+        text, code = explain(options.archive, options.explain, options.json)
+    except RecordError as error:
+        print("error: %s" % error, file=sys.stderr)
+        return EXIT_UNKNOWN
+    encoding = sys.stdout.encoding or "utf-8"  # of a terminal that may have no arrows
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    return code
+
+
 def open_port(
     flag: str, host: str, given: Optional[int], usual: int, may_move: bool
 ) -> socket.socket:
@@ -9739,6 +12775,8 @@ def tell_addresses(options: argparse.Namespace) -> None:
     )
     if options.demo:
         log.warning("%s", DEMO_NOTICE)
+    if options.record:
+        log.info("recording jobs in %s", options.record)
     if options.host not in LOOPBACK and not options.secret:
         log.warning(
             "anybody who reaches port %d can send samples: --secret-file keeps"

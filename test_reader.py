@@ -9,8 +9,9 @@ table. It runs on the master's machine, with master_server.py beside it.
     python3 test_reader.py                  the table of the master on port 13579, once
     python3 test_reader.py --watch          again and again, until Ctrl-C
     python3 test_reader.py --tui            screens: jobs, their nodes, ranks and GPUs; q quits
+    python3 test_reader.py --jobs           the jobs that were recorded; this needs no master
 
-Exit codes: 0 done, 1 no master or no whole copy, 2 bad usage.
+Exit codes: 0 done, 1 no master, no whole copy or no records, 2 bad usage.
 """
 
 # The rooms of this file, in their order. All but the last two are pure.
@@ -1553,7 +1554,17 @@ def build_parser(master_server: Any) -> argparse.ArgumentParser:
         help="name of the shared memory (default: sentinel_PORT)",
     )
     parser.add_argument(
-        "--json", action="store_true", help="print what /api/nodes holds"
+        "--json", action="store_true", help="print what /api/nodes or /jobs.json holds"
+    )
+    parser.add_argument(
+        "--jobs",
+        action="store_true",
+        help="print the recorded jobs and how they ended, the newest first",
+    )
+    parser.add_argument(
+        "--record",
+        metavar="DIR",
+        help="where the records are (default: ~/.sentinel/jobs)",
     )
     parser.add_argument(
         "--watch",
@@ -1599,6 +1610,23 @@ def read_table(master_server: Any, options: argparse.Namespace) -> None:
             raise ReaderError("the master (pid %d) has ended" % table.pid)
 
 
+def read_records(master_server: Any, options: argparse.Namespace) -> None:
+    """Print the jobs that were recorded; a folder that is not there is an error."""
+    folder = options.record or master_server.default_folder()
+    if not os.path.isdir(folder):
+        raise ReaderError("no records in %s; --record DIR says where they are" % folder)
+    try:
+        jobs = master_server.list_jobs(folder)
+    except OSError as error:
+        raise ReaderError("%s cannot be read: %s" % (folder, error.strerror)) from error
+    if options.json:
+        show(
+            master_server.as_json({"time": round(time.time(), 3), "jobs": jobs}), False
+        )
+    else:
+        show(master_server.render_jobs_text(jobs), False)
+
+
 def run(argv: Optional[List[str]]) -> int:
     """Read the flags, then the table: the exit code."""
     master_server = load_master_server()
@@ -1606,7 +1634,10 @@ def run(argv: Optional[List[str]]) -> int:
     if master_server.cannot_run():
         return 1
     try:
-        read_table(master_server, options)
+        if options.jobs:
+            read_records(master_server, options)
+        else:
+            read_table(master_server, options)
     except master_server.TableError as error:
         raise ReaderError(str(error)) from error
     except BrokenPipeError:  # whoever reads our output has seen enough
