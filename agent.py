@@ -193,6 +193,15 @@ def parse_gpus(text: str) -> Reading:
         yield "gpu_mem", round(100.0 * sum(used) / sum(total), 1)
 
 
+def parse_duration(text: str) -> Optional[float]:
+    """Return the seconds of 1-02:03:04 or 5:00, squeue(1); None for UNLIMITED and the like."""
+    found = re.match(TIME_LEFT, text)
+    if not found:
+        return None
+    days, hours, minutes, seconds = [int(part or 0) for part in found.groups()]
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
 def parse_nfs(text: str) -> Tuple[int, int]:
     """Return (operations, ms of round trips) of all NFS mounts, nfsiostat(8) of mountstats.
 
@@ -212,15 +221,6 @@ def parse_nfs(text: str) -> Tuple[int, int]:
             operations += int(count)
             waited += int(milliseconds)
     return operations, waited
-
-
-def parse_duration(text: str) -> Optional[float]:
-    """Return the seconds of 1-02:03:04 or 5:00, squeue(1); None for UNLIMITED and the like."""
-    found = re.match(TIME_LEFT, text)
-    if not found:
-        return None
-    days, hours, minutes, seconds = [int(part or 0) for part in found.groups()]
-    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 def clip(text: str) -> str:
@@ -461,13 +461,13 @@ class Sampler:
             self.read_agent,
         ]
         self.slow_readers: List[Reader] = [
+            *[functools.partial(self.read_ports, *source) for source in PORT_COUNTERS],
             *[
                 functools.partial(self.read_filesystem, *source)
                 for source in FILESYSTEMS
             ],
             self.read_time_left,
             self.read_gpus,
-            *[functools.partial(self.read_ports, *source) for source in PORT_COUNTERS],
         ]
         self.wide_readers: List[Reader] = [
             self.read_job_io,
@@ -1176,11 +1176,6 @@ CAUGHT_SIGNALS = ENDING_SIGNALS + ("SIGUSR1", "SIGUSR2", "SIGCHLD")
 TYPED_SIGNALS = ("SIGINT", "SIGQUIT")  # a terminal sends them to the command as well
 
 
-def exit_status(code: int) -> int:
-    """Return what a shell makes of a process's code: 128 + n for signal n."""
-    return code if code >= 0 else 128 - code
-
-
 def ending_of(code: int) -> str:
     """Return how a process ended, from its code: exit 3, SIGKILL; signal 40 has no name."""
     if code >= 0:
@@ -1189,6 +1184,11 @@ def ending_of(code: int) -> str:
         return signal.Signals(-code).name
     except ValueError:
         return "signal %d" % -code
+
+
+def exit_status(code: int) -> int:
+    """Return what a shell makes of a process's code: 128 + n for signal n."""
+    return code if code >= 0 else 128 - code
 
 
 class Agent:
