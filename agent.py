@@ -191,6 +191,15 @@ def available_before_3_14(text: str) -> int:
     return number(text, "MemFree:") + cached - number_or(text, "Shmem:", 0)
 
 
+def parse_duration(text: str) -> Optional[float]:
+    """Return the seconds of 1-02:03:04 or 5:00, squeue(1); None for UNLIMITED and the like."""
+    found = re.match(TIME_LEFT, text)
+    if not found:
+        return None
+    days, hours, minutes, seconds = [int(part or 0) for part in found.groups()]
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
 def parse_nfs(text: str) -> Tuple[int, int]:
     """Return (operations, ms of round trips) of all NFS mounts, nfsiostat(8) of mountstats.
 
@@ -210,15 +219,6 @@ def parse_nfs(text: str) -> Tuple[int, int]:
             operations += int(count)
             waited += int(milliseconds)
     return operations, waited
-
-
-def parse_duration(text: str) -> Optional[float]:
-    """Return the seconds of 1-02:03:04 or 5:00, squeue(1); None for UNLIMITED and the like."""
-    found = re.match(TIME_LEFT, text)
-    if not found:
-        return None
-    days, hours, minutes, seconds = [int(part or 0) for part in found.groups()]
-    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 def clip(text: str) -> str:
@@ -971,12 +971,12 @@ class Sampler:
             self.read_gpus,
         ]
         self.slow_readers: List[Reader] = [
+            *[functools.partial(self.read_ports, *source) for source in PORT_COUNTERS],
             *[
                 functools.partial(self.read_filesystem, *source)
                 for source in FILESYSTEMS
             ],
             self.read_time_left,
-            *[functools.partial(self.read_ports, *source) for source in PORT_COUNTERS],
         ]
         self.wide_readers: List[Reader] = [
             self.read_job_io,
@@ -1400,6 +1400,7 @@ def apply_facts(sampler: Sampler, facts: Dict[str, Any]) -> None:
 PART_SECONDS = 10.0  # from one look to the next, and at least ...
 PART_SHARE = 0.0015  # ... so long that looks take no more than this of a core
 SECOND_LOOK_SECONDS = 2.0  # from the first look to the second
+LOOK_PATIENCE = 0.2  # seconds that the loop waits for a look
 MAX_RANKS = 64  # processes of a look
 TOP_RANKS = 24  # so many of the busiest are among them, and of the largest, ...
 IDLE_RANKS = 8  # ... and so many ranks that do the least
@@ -1680,6 +1681,32 @@ class Parts:
         self.known: Dict[int, Process] = {}
         self.looks = 0
         self.due = -math.inf  # monotonic
+        self.looking = False  # a thread is at it
+        self.ready: List[Sample] = []
+
+    def take(self) -> List[Sample]:
+        """Return a look that is ready; none between two, or while a process cannot be read.
+
+        The kernel may make a reader wait for a process that hangs itself (its memory's lock):
+        a thread looks, and the loop waits for it no longer than a moment.
+        """
+        if not self.looking and time.monotonic() >= self.due:
+            self.looking = True
+            thread = threading.Thread(target=self.look_aside, daemon=True)
+            thread.start()
+            thread.join(LOOK_PATIENCE)
+        look = self.ready
+        self.ready = []
+        return look
+
+    def look_aside(self) -> None:
+        """Look, on a thread."""
+        try:
+            self.ready = self.look()
+        except (OSError, ValueError, LookupError):
+            self.rest(0.0)  # the next time, perhaps
+        finally:
+            self.looking = False
 
     def look(self) -> List[Sample]:
         """Return the parts of one look, and set the time of the next."""
@@ -2225,6 +2252,9 @@ class Report(Dict[str, Tuple[float, float, float]]):
             yield "it had reached its memory limit; this kernel counts no kills"
         if "job_mem" in self and "job_mem_limit" in last:
             yield from self.advise_memory(last, kills)
+        if "job_mem_peak" in last:
+            counted = float(last["job_mem_peak"]) / GIB
+            yield "the kernel's peak, with page cache, %.3g GB" % counted
 
     def count_kills(self, now: Sample, last: Sample) -> int:
         """Return how many processes the kernel has killed since the start, as far as is known."""
@@ -2291,11 +2321,6 @@ CAUGHT_SIGNALS = ENDING_SIGNALS + ("SIGUSR1", "SIGUSR2", "SIGCHLD")
 TYPED_SIGNALS = ("SIGINT", "SIGQUIT")  # a terminal sends them to the command as well
 
 
-def exit_status(code: int) -> int:
-    """Return what a shell makes of a process's code: 128 + n for signal n."""
-    return code if code >= 0 else 128 - code
-
-
 def ending_of(code: int) -> str:
     """Return how a process ended, from its code: exit 3, SIGKILL; signal 40 has no name."""
     if code >= 0:
@@ -2304,6 +2329,11 @@ def ending_of(code: int) -> str:
         return signal.Signals(-code).name
     except ValueError:
         return "signal %d" % -code
+
+
+def exit_status(code: int) -> int:
+    """Return what a shell makes of a process's code: 128 + n for signal n."""
+    return code if code >= 0 else 128 - code
 
 
 def give_memory_back() -> None:
@@ -2402,9 +2432,9 @@ class Agent:
     def send_parts(self) -> None:
         """Send a look behind the sample, when it is time and somebody takes it."""
         if self.link.takes_parts:
-            if time.monotonic() >= self.parts.due:
-                with contextlib.suppress(OSError, ValueError, LookupError):
-                    self.link.send_look(self.parts.look())
+            look = self.parts.take()
+            if look:
+                self.link.send_look(look)
         else:
             self.sampler.gpus.details = False
 
