@@ -1149,6 +1149,7 @@ def apply_facts(sampler: Sampler, facts: Dict[str, Any]) -> None:
 PART_SECONDS = 10.0  # from one look to the next, and at least ...
 PART_SHARE = 0.0015  # ... so long that looks take no more than this of a core
 SECOND_LOOK_SECONDS = 2.0  # from the first look to the second
+LOOK_PATIENCE = 0.2  # seconds that the loop waits for a look
 MAX_RANKS = 64  # processes of a look
 TOP_RANKS = 24  # so many of the busiest are among them, and of the largest, ...
 IDLE_RANKS = 8  # ... and so many ranks that do the least
@@ -1429,6 +1430,32 @@ class Parts:
         self.known: Dict[int, Process] = {}
         self.looks = 0
         self.due = -math.inf  # monotonic
+        self.looking = False  # a thread is at it
+        self.ready: List[Sample] = []
+
+    def take(self) -> List[Sample]:
+        """Return a look that is ready; none between two, or while a process cannot be read.
+
+        The kernel may make a reader wait for a process that hangs itself (its memory's lock):
+        a thread looks, and the loop waits for it no longer than a moment.
+        """
+        if not self.looking and time.monotonic() >= self.due:
+            self.looking = True
+            thread = threading.Thread(target=self.look_aside, daemon=True)
+            thread.start()
+            thread.join(LOOK_PATIENCE)
+        look = self.ready
+        self.ready = []
+        return look
+
+    def look_aside(self) -> None:
+        """Look, on a thread."""
+        try:
+            self.ready = self.look()
+        except (OSError, ValueError, LookupError):
+            self.rest(0.0)  # the next time, perhaps
+        finally:
+            self.looking = False
 
     def look(self) -> List[Sample]:
         """Return the parts of one look, and set the time of the next."""
@@ -2017,9 +2044,9 @@ class Agent:
     def send_parts(self) -> None:
         """Send a look behind the sample, when it is time and somebody takes it."""
         if self.link.takes_parts:
-            if time.monotonic() >= self.parts.due:
-                with contextlib.suppress(OSError, ValueError, LookupError):
-                    self.link.send_look(self.parts.look())
+            look = self.parts.take()
+            if look:
+                self.link.send_look(look)
         else:
             self.sampler.gpus.details = False
 
