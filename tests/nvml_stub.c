@@ -2,6 +2,7 @@
  *
  * NVML_STUB holds words that change it:
  *   mig          GPU 0 is split into two MIG instances, and does not tell its utilisation
+ *   mighidden    GPU 0 is split, and this process may use no instance of it
  *   unsupported  GPU 1 supports neither utilisation nor power
  *   lost         GPU 2 has fallen off the bus
  *   falls        GPU 2 does so once the file NVML_STUB_FILE exists
@@ -94,7 +95,7 @@ int nvmlDeviceGetMigMode(Device *d, unsigned *current, unsigned *pending) {
     CHECK(d);
     if (has("old")) return NO_FUNCTION;
     if (d->index > 3) return NOT_SUPPORTED;
-    *current = *pending = has("mig") && d->index == 0;
+    *current = *pending = (has("mig") || has("mighidden")) && d->index == 0;
     return SUCCESS;
 }
 
@@ -106,7 +107,7 @@ int nvmlDeviceGetMaxMigDeviceCount(Device *d, unsigned *count) {
 
 int nvmlDeviceGetMigDeviceHandleByIndex(Device *d, unsigned index, Device **device) {
     CHECK(d);
-    if (index != 1 && index != 3) return NOT_FOUND;     /* the slots may have holes */
+    if (has("mighidden") || (index != 1 && index != 3)) return NOT_FOUND;     /* the slots may have holes */
     *device = &instances[index / 2];
     return SUCCESS;
 }

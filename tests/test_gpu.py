@@ -363,6 +363,13 @@ class Library(WithStub):
             {"gpus": 1, "gpu_mem": 10},
         )
 
+    def test_a_split_card_of_which_no_instance_can_be_used_does_not_pass_for_the_jobs(
+        self,
+    ):
+        part = self.read("mighidden").parts[0]
+        self.assertEqual(part["mig"], "on")
+        self.assertNotIn("mem_used", part)
+
     def test_what_a_gpu_does_not_support_has_no_key(self):
         parts = self.read("unsupported").parts
         self.assertFalse({"gpu", "power"} & set(parts[1]))

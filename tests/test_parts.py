@@ -475,6 +475,44 @@ class Looks(unittest.TestCase):
         self.assertAlmostEqual(parts.due - time.monotonic(), 40, delta=1)
 
 
+class Hanging(unittest.TestCase):
+    """A process whose files cannot be read: a FIFO makes the reader wait as the kernel does."""
+
+    def setUp(self):
+        self.tree = Tree(self)
+        self.tree.process(50)
+        os.unlink(self.tree.path("proc/50/environ"))
+        os.mkfifo(self.tree.path("proc/50/environ"))
+
+    def test_it_holds_up_its_look_and_nothing_else(self):
+        parts = self.tree.parts()
+        began = time.monotonic()
+        self.assertEqual([parts.take() for _ in range(5)], [[]] * 5)
+        self.assertLess(time.monotonic() - began, 1)
+        with open(self.tree.path("proc/50/environ"), "w") as file:
+            file.write("SLURM_PROCID=3\0")
+        look = eventually(parts.take)
+        self.assertEqual(ranks(look)[50]["rank"], 3)
+
+    def test_samples_go_on_and_the_end_is_at_once(self):
+        tool = start_agent(
+            "--stdout",
+            "--interval",
+            "0.1",
+            "--procfs",
+            self.tree.path("proc"),
+            "--sysfs",
+            self.tree.path("sys"),
+            env={"SLURM_JOB_ID": "7"},
+        )
+        self.addCleanup(tool.stop)
+        eventually(lambda: tool.out.count('"ram"') > 20)
+        self.assertNotIn('"part"', tool.out)
+        began = time.monotonic()
+        self.assertEqual(tool.stop(), 0)
+        self.assertLess(time.monotonic() - began, 2)
+
+
 class Way(unittest.TestCase):
     """From the agent to a master that takes them."""
 
@@ -503,7 +541,7 @@ class Way(unittest.TestCase):
 
     def test_an_older_master_gets_none_and_nothing_is_read_for_it(self):
         with DummyServer(answer=b"ok\n") as server:
-            patch = "agent.Parts.look = None"
+            patch = "agent.Parts.take = None"
             tool = start_agent("--port", server.port, "--interval", "0.1", patch=patch)
             self.addCleanup(tool.stop)
             eventually(lambda: len(server.dicts) > 10)
