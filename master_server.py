@@ -4228,7 +4228,8 @@ class Dashboard:
         if path == "/" and accept is not None and "text/html" not in accept:
             path = "/nodes.txt"  # curl
         if path in NAMED_ROUTES:
-            if token and "text/html" in (accept or ""):
+            if token and "Set-Cookie" in headers and "text/html" in (accept or ""):
+                del headers["Set-Cookie"]  # the overview sets it, for all pages
                 raise to_overview(path, token)
             query[NAMED_ROUTES[path]] = name or query.get("name", "")
         kind, _ = ROUTES[path]
