@@ -10553,16 +10553,12 @@ class Dashboard:
     def answer(self, request: Request, headers: Fields) -> bytes:
         """The body of an answer; what is to be said of it goes to headers; HTTPError."""
         self.check_host(request)
-        token = request.query.get("token", "")
         self.check_token(request, headers)
         path, name = find_route(request.path)
         query = request.query
-        accept = request.fields.get("accept")
-        if path == "/" and accept is not None and "text/html" not in accept:
+        if path == "/" and "text/html" not in request.fields.get("accept", "text/html"):
             path = "/nodes.txt"  # curl
         if path in NAMED_ROUTES:
-            if token and "text/html" in (accept or ""):
-                raise to_overview(path, token)
             query[NAMED_ROUTES[path]] = name or query.get("name", "")
         if path in ("/job/", "/api/job/") and is_past(self.fresh(), query["job"]):
             path = path.replace("job", "record")
@@ -10627,9 +10623,12 @@ class Dashboard:
             return
         key = hashlib.sha256(token.encode()).hexdigest()
         cookie = "sentinel_%d=%s" % (self.options.dashboard_port, key)
+        is_in_query = "token" in request.query
         bearer = request.fields.get("authorization", "")[len("Bearer ") :]
         offer = request.query.pop("token", bearer)
         if hmac.compare_digest(hashlib.sha256(offer.encode()).hexdigest(), key):
+            if is_in_query and "text/html" in request.fields.get("accept", ""):
+                go_to_overview(request, offer)
             # Without a Path it is for the folder that the browser asked for (RFC 6265,
             # 5.1.4): ours, and not the other tools of the proxy that it goes through.
             headers["Set-Cookie"] = cookie + "; HttpOnly; SameSite=Strict"
@@ -10664,11 +10663,13 @@ class Dashboard:
         return gzip.compress(body, 1) if is_zipped else body
 
 
-def to_overview(path: str, token: str) -> HTTPError:
-    """The way from a page in a folder to the overview, whose cookie is for all pages."""
-    root = "../" * (path.count("/") - 1)
-    location = root + "?" + urllib.parse.urlencode({"token": token})
-    return HTTPError(303, "open the overview first", {"Location": location})
+def go_to_overview(request: Request, token: str) -> None:
+    """HTTPError for a page in a folder of its own: the cookie of the overview is for all pages."""
+    path, _ = find_route(request.path)
+    if path in NAMED_ROUTES:
+        root = "../" * (path.count("/") - 1)
+        location = root + "?" + urllib.parse.urlencode({"token": token})
+        raise HTTPError(303, "open the overview first", {"Location": location})
 
 
 def has_cookie(request: Request, cookie: str) -> bool:

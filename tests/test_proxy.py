@@ -297,5 +297,26 @@ class InBrowser(Behind):
         self.assertEqual(self.browser.messages(), [])
 
 
+@requires("nginx", "chromium", "chromedriver")
+class InBrowserWithToken(InBrowser):
+    """The cookie under a prefix, as a real browser keeps it."""
+
+    flags = ("--allow-host", "localhost", "--dashboard-token", TOKEN)
+
+    def test_all_of_the_page_works_under_the_prefix(self):
+        home = "http://%s:%d%s" % (HOST, self.nginx.port, self.prefix)
+        query = "?" + urllib.parse.urlencode({"token": TOKEN})
+        self.browser.open(home + "node/c1" + query)  # leads to the overview
+        self.path_is("")
+        self.agents[0].send({"cpu": 77.5, "ram": 40.0, "node": "c1"})
+        eventually(lambda: "77.5 %" in self.browser.text("#nodes"), what="live")
+        self.browser.open(home + "node/c1")
+        self.assertEqual(self.browser.text("h1"), "c1")
+        (cookie,) = self.browser.command("GET", "/cookie")
+        self.assertEqual(cookie["path"] + "/", self.prefix)
+        self.browser.open("http://%s:%d/stripped/" % (HOST, self.nginx.port))
+        self.assertIn("a token is needed", self.browser.text())
+
+
 if __name__ == "__main__":
     unittest.main()
