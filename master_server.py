@@ -3346,7 +3346,9 @@ def find_failed_step(
     elif case.facts.get("failed_step"):
         words.append(str(case.facts["failed_step"]))
     elif derived and derived != (0, 0):
-        words.append("a step ended with %d:%d" % derived)
+        is_memory = derived == (0, 125)
+        code = "a step ended with %d:%d" % derived
+        words.append("a step was out of memory" if is_memory else code)
     if words and (case.is_running or case.state == "COMPLETED"):
         yield {
             "words": words[0],

@@ -76,7 +76,7 @@ elif what == "fill":
     fill(int(words[0]), *words[1:])
 elif what == "fill-rank":              # this rank alone, after a while
     time.sleep(words[1])
-    fill(int(words[2])) if rank == words[0] else time.sleep(600)
+    fill(int(words[2])) if rank == words[0] else time.sleep(20)
 elif what == "burst":
     for _ in range(int(words[0])):
         spin(words[1])
@@ -227,6 +227,8 @@ class Watch:
             # what was told once is kept, as a record keeps it
             told = {key: value for key, value in facts.items() if value is not None}
             self.facts[facts["raw"]].update(told)
+            if told["state"] in master_server.ENDED_STATES:
+                self.ask_end(facts["raw"])
         for row in known["nodes"]["nodes"]:
             if row["job"] and row["node"]:
                 samples = self.seen[row["job"]].setdefault(row["node"], [])
@@ -237,6 +239,14 @@ class Watch:
             self.told[job].append(
                 (self.now, master_server.diagnose(self.evidence(job)))
             )
+
+    def ask_end(self, job):
+        """What the herd would ask: Slurm's exit code of the job, and that of its worst step."""
+        if "derived_exit" not in self.facts[job]:
+            told = LAB.run("login", "scontrol", "-d", "show", "job", job)
+            for key, word in ("exit", " ExitCode"), ("derived_exit", "DerivedExitCode"):
+                found = re.search(r"%s=(\S+)" % word, told)
+                self.facts[job][key] = found.group(1)
 
     def look_from_outside(self, job):
         if job in self.hurried:

@@ -375,6 +375,11 @@ SICK = {
         "failed_step",
         r"! a step ended with 2:0, and Slurm says COMPLETED",
     ),
+    "a step out of memory, and the script went on": (
+        ended("COMPLETED", node(), derived_exit="0:125"),
+        "failed_step",
+        r"! a step was out of memory, and Slurm says COMPLETED",
+    ),
     "one of two wrapped commands ended badly": (
         job(node("c1"), node("c2"), events=[left("SIGSEGV", "c2")]),
         "failed_step",
