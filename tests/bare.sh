@@ -71,15 +71,20 @@ inside() {                                  # inside ROOT COMMAND
     unshare --mount --propagation private --pid --fork --kill-child bash -c "$INSIDE" inside "$1" "$2"
 }
 
+node_packages() {                           # node_packages ROOT: what is installed of nodejs and npm
+    chroot "$1" dpkg-query -W -f '${db:Status-Abbrev} ${Package} ${Version}\n' nodejs npm 2>/dev/null |
+        grep '^ii'
+}
+
 trial() {                                   # trial ROOT SUITE NODE
     local root=$1 status=0 before after
     bootstrap "$2" "$root" || return 1
     [ -z "$3" ] || foreign_node "$root" || return 1
     git clone --quiet "$REPOSITORY" "$root/srv/sentinel" || return 1
-    before=$(chroot "$root" dpkg-query -W -f '${Package}\n' 'node*' npm 2>/dev/null)
+    before=$(node_packages "$root")
     printf '\n=== %s %s: bash .ci/run install\n' "$2" "$3"
     inside "$root" "bash .ci/run install" || { echo "install: exit $?"; return 1; }
-    after=$(chroot "$root" dpkg-query -W -f '${Package}\n' 'node*' npm 2>/dev/null)
+    after=$(node_packages "$root")
     if [ -n "$3" ] && [ "$before" != "$after" ]; then
         echo "the foreign Node.js was touched: $after"
         status=1

@@ -6,6 +6,7 @@ import sys
 import tempfile
 import unittest
 
+import slowest
 import support
 
 PLAIN = """
@@ -188,6 +189,31 @@ class Told(unittest.TestCase):
         run.send_signal(support.signal.SIGTERM)
         self.assertNotEqual(run.wait(), 0)
         self.assertFalse(any(map(support.alive, family)), "it waits for them")
+
+
+class Slowest(unittest.TestCase):
+    def test_what_took_the_time_comes_first_and_classes_are_summed(self):
+        took = {
+            "test_a.One.test_x": 2.0,
+            "test_a.One.test_y": 2.5,
+            "test_b.Two.test_z": 3,
+        }
+        lines = slowest.render(took).splitlines()
+        self.assertEqual(
+            [line.split() for line in lines if line.startswith(" ")],
+            [
+                ["4.5", "test_a.One"],
+                ["3.0", "test_b.Two"],
+                ["3.0", "test_b.Two.test_z"],
+                ["2.5", "test_a.One.test_y"],
+                ["2.0", "test_a.One.test_x"],
+            ],
+        )
+
+    def test_it_runs_what_is_named_and_tells_whether_it_failed(self):
+        done = support.run("tests/slowest.py", "test_wire.Decoder", "no_such_test")
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stdout, r"(?m)^ +[\d.]+  test_wire\.Decoder$")
 
 
 if __name__ == "__main__":
