@@ -323,7 +323,8 @@ def group_jobs(master_server: Any, snapshot: Any) -> List[Group]:
         lost = lost_of.get(key, [])
         row = row_of_nodes(key, nodes or lost)
         groups.append(make_group(row, nodes, lost, verdicts_of(snapshot, [key])))
-    return sorted(groups, key=urgency)
+    ended = master_server.ENDED_STATES
+    return sorted(groups, key=lambda group: urgency(group, ended))
 
 
 def main_state(tasks: List[Message]) -> Optional[str]:
@@ -442,9 +443,16 @@ def mean_of(nodes: List[Message], *keys: str) -> Optional[float]:
     return sum(values) / len(values) if values else None
 
 
-def urgency(group: Group) -> Tuple[int, int]:
-    """A key to sort jobs by: the worst first, and nodes outside of jobs last among equals."""
-    return SEVERITIES.index(group.row["severity"]), int(group.key == OUTSIDE)
+def urgency(group: Group, ended_states: Sequence[str]) -> Tuple[int, int]:
+    """A key to sort jobs by: the worst first; then those that run, wait, and have ended."""
+    state = group.row["state"]
+    if state == "RUNNING":
+        place = 0
+    elif group.key == OUTSIDE:
+        place = 1
+    else:
+        place = 3 if state in ended_states else 2
+    return SEVERITIES.index(group.row["severity"]), place
 
 
 # ============================================================================

@@ -190,9 +190,9 @@ class Screens(unittest.TestCase):
         lines = lines_of(screens(some_jobs()))
         self.assertRegex(lines[0], r"^3 jobs, 4 nodes +\d\d:\d\d:\d\d, live$")
         self.assertRegex(lines[2], r"^>\* 7 +md +.* 3 .* 61 % +20 % +c3 idle$")
-        self.assertRegex(lines[3], r"^   8 +next +.*PENDING +- .* - +- +Priority")
-        self.assertRegex(lines[4], r"^   6 +old +.*FAILED .* exit code 3:0")
-        self.assertRegex(lines[5], r"^   \(no job\) .* 1 .* 10 % +20 %$")
+        self.assertRegex(lines[4], r"^   8 +next +.*PENDING +- .* - +- +Priority")
+        self.assertRegex(lines[5], r"^   6 +old +.*FAILED .* exit code 3:0")
+        self.assertRegex(lines[3], r"^   \(no job\) .* 1 .* 10 % +20 %$")
 
     def test_a_wide_screen_has_the_time_too(self):
         lines = lines_of(screens(some_jobs()), 120)
