@@ -20,8 +20,8 @@ Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP, 1 could not start, 2 bad usa
 #   Table          shared memory: the only room that knows offsets, lock and sequence number
 #   Alerts         rules -> what fires and what is resolved; the runner of --alert-command
 #   Collector      agents' sockets -> wire -> table and alerts: a thread for each agent
-#   The page       a copy of the table -> HTML, and nobody else knows HTML.  Eight rooms: Style
-#                  sheet, Script, Markup, Readings, Selection, Jobs, Columns, Pages
+#   The page       a copy of the table -> HTML, and nobody else knows HTML.  Nine rooms: Style
+#                  sheet, Script, Markup, Readings, Selection, Jobs, Headline, Columns, Pages
 #   For programs   a copy of the table -> JSON, CSV, text, Prometheus
 #   Dashboard      browsers' sockets -> request -> pages: a thread for each connection
 #   Terminal       --tui: the log goes through a pipe, and test_reader.py shows screens above it
@@ -62,6 +62,7 @@ import re
 import secrets
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import threading
@@ -108,6 +109,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 Message = Dict[str, Any]  # a decoded dict, or a node of a snapshot
 Row = Tuple[Any, ...]  # a sample, as METRICS has it: floats, UTF-8; see UNKNOWN
+PartRow = Tuple[str, Row]  # a kind of PART_FIELDS, and what it has
 Address = Tuple[Any, ...]  # a peer's, as accept() has it: host, port, ...
 Serve = Callable[[socket.socket, Address], None]  # what a thread does with a connection
 log = logging.getLogger("sentinel")
@@ -209,6 +211,63 @@ JOB_FACTS = (
 )
 JOB_KEYS = tuple(key for key, _ in JOB_FACTS)
 WHOLE_FACTS = ("nodes", "cpus", "gpus", "mem")  # counts and bytes, as WHOLE
+
+# What an agent tells of a job's processes, CPUs and GPUs on its node, a dict each: {"part": "rank",
+# ...}.  All dicts of one instant are a look, which begins with {"part": "look", ...}.
+# The kinds, and of each: key, struct code
+PART_FIELDS = {
+    "look": (
+        ("look", "d"),  # counts the looks of an agent
+        ("processes", "d"),  # of the job on this node
+        ("shown", "d"),  # of them, as ranks
+        ("cpus", "255s"),  # that the job may use: 0-3,8
+    ),
+    "core": (
+        ("first", "d"),  # the CPU of the first character
+        ("busy", "240s"),  # a character a CPU: 0 to 9 tenths, - unknown
+    ),
+    "rank": (
+        ("pid", "d"),
+        ("rank", "d"),  # of all in the job or step
+        ("local_rank", "d"),  # of those on the node
+        ("step", "12s"),
+        ("program", "32s"),
+        ("cpu", "d"),  # % of one core
+        ("mem", "d"),  # bytes
+        ("peak", "d"),
+        ("threads", "d"),
+        ("running", "d"),  # threads that can run
+        ("cpus", "96s"),  # that it may use
+        ("on", "48s"),  # where its threads ran last
+        ("state", "4s"),  # R, S, D ...: proc(5)
+        ("wchan", "32s"),  # what it waits in
+        ("read", "d"),  # bytes per second
+        ("write", "d"),
+        ("read_total", "d"),  # bytes
+        ("write_total", "d"),
+        ("gpu", "32s"),  # indices of the GPUs that it uses
+    ),
+    "gpu": (
+        ("index", "d"),
+        ("uuid", "48s"),
+        ("name", "48s"),
+        ("gpu", "d"),  # % busy
+        ("mem_used", "d"),  # bytes
+        ("mem_total", "d"),
+        ("power", "d"),  # watts
+        ("power_limit", "d"),
+        ("temp", "d"),  # degrees Celsius
+        ("throttle", "48s"),  # why it is slowed
+        ("mig", "48s"),
+        ("processes", "d"),
+        ("error", "64s"),  # why it cannot be read
+    ),
+}
+PART_KINDS = tuple(PART_FIELDS)
+WHOLE_PARTS = (  # counts and bytes, as WHOLE
+    "look processes shown first pid rank local_rank mem peak threads running"
+    " read_total write_total index mem_used mem_total"
+).split()
 ENDED_STATES = (
     "COMPLETED",
     "FAILED",
@@ -670,6 +729,23 @@ def check_job(message: Message) -> Row:
     return tuple(row)
 
 
+def check_part(message: Message) -> Optional[PartRow]:
+    """The row of a message {"part": KIND, ...}, wrong types unknown; None for a kind of later."""
+    kind = message["part"]
+    if kind not in PART_FIELDS:
+        return None
+    row: List[Any] = []
+    for key, code in PART_FIELDS[kind]:
+        value = message.get(key)
+        if code == "d":
+            row.append(float(value) if is_number(value) else math.nan)  # type: ignore[arg-type]
+        elif type(value) is str:
+            row.append(clean_text(value).encode())
+        else:
+            row.append(b"")
+    return kind, tuple(row)
+
+
 def check_auth(message: Message, secret: bytes, nonce: str) -> None:
     """WireError unless the message is {"auth": HMAC-SHA256 of the nonce in hex} (RFC 2104)."""
     answer = message.get("auth")
@@ -685,7 +761,10 @@ def check_auth(message: Message, secret: bytes, nonce: str) -> None:
 # ============================================================================
 
 EVENTS = 128  # events kept in the ring
-JOBS = 512  # jobs that are remembered
+JOBS = 512  # jobs that are remembered, and whose verdicts are
+PARTS = 4096  # processes, GPUs and strips of CPUs of all nodes together
+VERDICT_BYTES = 1536  # of a job's verdicts as JSON
+LOOK_PARTS = 128  # of them at most in one look of an agent
 JOB_SECONDS = (
     900.0  # after which a job that has not ended and is not told of is forgotten
 )
@@ -697,12 +776,21 @@ PAGE = 16384  # the largest page of a common system, in bytes
 FOLDER = "/dev/shm/"  # where Linux shows segments as files
 
 MAGIC = b"SENTINEL"
-LAYOUT = 3  # to be changed with any of these structs; see the docstring of Table
+LAYOUT = 4  # to be changed with any of these structs; see the docstring of Table
 SLOT = struct.Struct("i64sff")  # native, as the plan has it: 76 bytes, no padding
 DETAIL = struct.Struct("=dd64s" + "".join(m.code for m in DETAILS))
 EVENT = struct.Struct("=d12s64s24s32s64sdd256s")
 JOB = struct.Struct("=d" + "".join(code for _, code in JOB_FACTS))
-NOTES = struct.Struct("=QQQQ128s")
+VERDICT = struct.Struct(
+    "=24sd12s%ds" % VERDICT_BYTES
+)  # raw job id, time, severity, JSON
+PART_HEAD = struct.Struct("=iBd")  # slot, kind + 1 (0: free), seen
+PART_BODIES = {
+    kind: struct.Struct("=" + "".join(code for _, code in fields))
+    for kind, fields in PART_FIELDS.items()
+}
+PART_SIZE = PART_HEAD.size + max(body.size for body in PART_BODIES.values())
+NOTES = struct.Struct("=QQQQ128sQQQ")
 HEADER = struct.Struct("=8sIIqq")
 SEQUENCE = struct.Struct("=Q")
 COUNTS = struct.Struct("=QQdQ")
@@ -715,6 +803,17 @@ NODE_KEYS = ("slot", "address", "cpu", "ram", "age", "since", "alerts") + tuple(
 EVENT_KEYS = ("time", "kind", "node", "job", "user", "address", "cpu", "ram", "text")
 JOB_RAW = 1 + JOB_KEYS.index("raw")  # in a row of JOB, which begins with the time seen
 JOB_STATE = 1 + JOB_KEYS.index("state")
+
+# The newest look of a node: a dict, and lists of dicts, with the keys of PART_FIELDS
+Parts = NamedTuple(
+    "Parts",
+    [
+        ("look", Message),
+        ("cores", List[Message]),
+        ("ranks", List[Message]),
+        ("gpus", List[Message]),
+    ],
+)
 
 
 class TableError(Exception):
@@ -871,6 +970,8 @@ class Copy(NamedTuple):
     details: bytes
     events: bytes
     jobs: bytes
+    verdicts: bytes
+    parts: bytes
     notes: bytes
     counts: Counts
 
@@ -892,13 +993,19 @@ class Snapshot:
         self.slots = copy.slots
         self.details = copy.details
         self.job_rows = copy.jobs
+        self.verdict_rows = copy.verdicts
+        self.part_rows = copy.parts
+        self.looks: Optional[Dict[int, Parts]] = None  # once they were asked for
         self.dicts: Optional[List[Message]] = None  # nodes, once they were asked for
+        self.made: Dict[str, Any] = {}  # what pages have made of it, to be made once
         self.samples = copy.counts.samples
         self.beat = self.copied - copy.counts.beat
         self.events = read_ring(copy.events, copy.counts.events)
         self.left = self.events
-        _, left_out, turned_away, lately, why = NOTES.unpack(copy.notes)
+        notes = NOTES.unpack(copy.notes)
+        _, left_out, turned_away, lately, why, _, parts_left_out, _ = notes
         self.jobs_left_out = left_out
+        self.parts_left_out = parts_left_out  # looks that there was no room for
         self.turned_away = turned_away
         self.turned_away_lately = lately
         self.turned_away_why = from_field(why) or ""
@@ -944,6 +1051,45 @@ class Snapshot:
             jobs.append(job)
         return jobs
 
+    def parts(self, slot: int) -> Parts:
+        """The newest look of the node in a slot; empty when there is none."""
+        if self.looks is None:
+            self.looks = read_parts(self.part_rows)
+        return self.looks.get(slot) or Parts({}, [], [], [])
+
+    @property
+    def verdicts(self) -> Dict[str, List[Message]]:
+        """What is judged of each job, by its raw id, the worst first: see Verdict."""
+        judged = {}
+        for raw, _, severity, text in VERDICT.iter_unpack(self.verdict_rows):
+            if severity.strip(b"\0"):
+                judged[str(from_field(raw))] = json.loads(text.rstrip(b"\0"))
+        return judged
+
+
+def read_parts(rows: bytes) -> Dict[int, Parts]:
+    """The looks by slot."""
+    looks: Dict[int, Parts] = {}
+    for at in range(0, len(rows), PART_SIZE):
+        slot, number, seen = PART_HEAD.unpack_from(rows, at)
+        if not number:
+            continue
+        kind = PART_KINDS[number - 1]
+        body = PART_BODIES[kind].unpack_from(rows, at + PART_HEAD.size)
+        part: Message = {}
+        for (key, _), value in zip(PART_FIELDS[kind], map(from_field, body)):
+            if key in WHOLE_PARTS and value is not None and value.is_integer():  # type: ignore[union-attr]
+                value = int(value)
+            part[key] = value
+        look = looks.setdefault(slot, Parts({}, [], [], []))
+        if kind == "look":
+            look.look.update(part, time=seen)
+        else:
+            {"core": look.cores, "rank": look.ranks, "gpu": look.gpus}[kind].append(
+                part
+            )
+    return looks
+
 
 def read_ring(ring: bytes, count: int) -> List[Message]:
     """The events in the ring as dicts, oldest first; count: those that there have been, ever."""
@@ -969,8 +1115,11 @@ class Table:
                     details   capacity x DETAIL   seen, since, alerts, then DETAILS in their order
                     events    EVENTS x EVENT      a ring: event n is in row n % EVENTS
                     jobs      JOBS x JOB          seen, then JOB_FACTS in their order
-        size - 232  NOTES     1 once the table has moved, jobs there was no room for,
-                              agents turned away, lately, and why
+                    verdicts  JOBS x VERDICT      of each job that was judged, anywhere
+                    parts     PARTS x PART_SIZE   PART_HEAD, then PART_FIELDS of its kind
+        size - 256  NOTES     1 once the table has moved, jobs there was no room for,
+                              agents turned away, lately, and why; part rows to look at,
+                              looks there was no room for, changes of verdicts so far
         size - 72   HEADER    magic, layout, capacity, the master's pid and its start time
         size - 40   SEQUENCE  odd while a write is under way
         size - 32   COUNTS    events and samples so far, the collector's heartbeat, slots to look at
@@ -1006,16 +1155,22 @@ class Table:
         self.details_at = self.capacity * SLOT.size
         self.events_at = self.details_at + self.capacity * DETAIL.size
         self.jobs_at = self.events_at + EVENTS * EVENT.size
-        self.jobs_end = self.jobs_at + JOBS * JOB.size
+        self.verdicts_at = self.jobs_at + JOBS * JOB.size
+        self.parts_at = self.verdicts_at + JOBS * VERDICT.size
+        self.parts_end = self.parts_at + PARTS * PART_SIZE
         (self.sequence,) = SEQUENCE.unpack_from(self.buf, self.sequence_at)
         (self.events,) = FIRST.unpack_from(self.buf, self.counts_at)
-        self.jobs_left_out = NOTES.unpack_from(self.buf, self.notes_at)[1]
+        notes = NOTES.unpack_from(self.buf, self.notes_at)
+        self.jobs_left_out = notes[1]
+        self.parts_used, self.parts_left_out = notes[5:7]
+        self.free_parts = list(range(PARTS))  # a heap
 
     @staticmethod
     def size_for(capacity: int) -> int:
         """The bytes of a segment for so many slots, in whole pages."""
         size = capacity * (SLOT.size + DETAIL.size)
-        size += EVENTS * EVENT.size + JOBS * JOB.size
+        size += EVENTS * EVENT.size + JOBS * (JOB.size + VERDICT.size)
+        size += PARTS * PART_SIZE
         size += NOTES.size + HEADER.size + SEQUENCE.size + COUNTS.size
         return size + -size % PAGE
 
@@ -1060,7 +1215,7 @@ class Table:
                 " user, with this --port or --shm-name?" % name
             ) from None
         is_known = table.magic == MAGIC and table.layout == LAYOUT
-        if not is_known or table.jobs_end > table.notes_at:
+        if not is_known or table.parts_end > table.notes_at:
             raise TableError("shared memory %s is of no master of this version" % name)
         if not table.owner_lives():
             raise TableError(
@@ -1115,8 +1270,10 @@ class Table:
             self.shm.close()
 
     def reset(self) -> None:
-        """Empty the slots and end a broken write: for who knows that nobody else writes."""
+        """Empty slots and parts and end a broken write: for who knows that nobody else writes."""
         self.buf[: self.details_at] = bytes(self.details_at)
+        self.buf[self.parts_at : self.parts_end] = bytes(PARTS * PART_SIZE)
+        (self.sequence,) = SEQUENCE.unpack_from(self.buf, self.sequence_at)
         self.sequence += self.sequence % 2
         SEQUENCE.pack_into(self.buf, self.sequence_at, self.sequence)
 
@@ -1210,14 +1367,18 @@ class Table:
                 os._exit(EXIT_LOCK)
 
     def __enter__(self) -> None:
-        """Begin to write: hold the lock and keep the sequence number odd."""
+        """Begin to write: hold the lock and keep the sequence number odd.
+
+        It is read each time, as two processes write: the collector and the recorder.
+        """
         self.acquire()
-        SEQUENCE.pack_into(self.buf, self.sequence_at, self.sequence + 1)
+        self.sequence = SEQUENCE.unpack_from(self.buf, self.sequence_at)[0] | 1
+        SEQUENCE.pack_into(self.buf, self.sequence_at, self.sequence)
 
     def __exit__(self, kind: Any, *error: Any) -> None:
         """End it; after an error the number stays odd until the next write ends."""
         if kind is None:
-            self.sequence += 2
+            self.sequence += 1
             SEQUENCE.pack_into(self.buf, self.sequence_at, self.sequence)
         self.lock.release()
 
@@ -1253,7 +1414,9 @@ class Table:
         refused = (turned_away, turned_away_lately, why.encode())
         with self:
             COUNTS.pack_into(self.buf, self.counts_at, self.events, samples, now, used)
-            notes = (0, self.jobs_left_out) + refused
+            changes = NOTES.unpack_from(self.buf, self.notes_at)[-1]
+            parts = (self.parts_used, self.parts_left_out, changes)
+            notes = (0, self.jobs_left_out) + refused + parts
             NOTES.pack_into(self.buf, self.notes_at, *notes)
 
     def write_job(self, row: Row) -> None:
@@ -1263,7 +1426,7 @@ class Table:
         """
         self.acquire()
         try:
-            jobs = bytes(self.buf[self.jobs_at : self.jobs_end])
+            jobs = bytes(self.buf[self.jobs_at : self.verdicts_at])
         finally:
             self.lock.release()
         now = time.time()
@@ -1274,6 +1437,75 @@ class Table:
                 self.jobs_left_out += 1
             else:
                 JOB.pack_into(self.buf, self.jobs_at + place * JOB.size, now, *row)
+
+    def write_parts(self, index: int, look: List[PartRow], places: List[int]) -> None:
+        """Put a look of the node in a slot into the places, which are made as many as it needs.
+
+        Without room for all of it, the look is left out.  For the collector; under a lock of its
+        own, as it has many threads.
+        """
+        missing = len(look) - len(places)
+        if missing > len(self.free_parts):
+            self.parts_left_out += 1
+            return
+        for _ in range(missing):
+            places.append(heapq.heappop(self.free_parts))
+        now = time.time()
+        rows = [self.pack_part(index, part, now) for part in look]
+        self.parts_used = max(self.parts_used, max(places) + 1)
+        with self:
+            for place, row in zip(places, rows):
+                self.put_part(place, row)
+            for place in places[len(rows) :]:
+                self.put_part(place, bytes(PART_HEAD.size))
+        for place in places[len(rows) :]:
+            heapq.heappush(self.free_parts, place)
+        del places[len(rows) :]
+
+    def pack_part(self, index: int, part: PartRow, now: float) -> bytes:
+        """The bytes of a row of the parts."""
+        kind, row = part
+        head = PART_HEAD.pack(index + 1, PART_KINDS.index(kind) + 1, now)
+        return head + PART_BODIES[kind].pack(*row)
+
+    def put_part(self, place: int, row: bytes) -> None:
+        """Write a row of the parts, or the begin of one."""
+        at = self.parts_at + place * PART_SIZE
+        self.buf[at : at + len(row)] = row
+
+    def write_verdicts(self, raw: str, verdicts: List[Message]) -> None:
+        """Put what is judged of a job in its place, or in that of the one judged longest ago.
+
+        verdicts: dicts with the fields of a Verdict, the worst first; of too many the last are
+        left out.  For the recorder alone.
+        """
+        severity = verdicts[0]["severity"]
+        text = json.dumps(verdicts)
+        while len(text) > VERDICT_BYTES:
+            verdicts = verdicts[:-1]
+            text = json.dumps(verdicts)
+        self.acquire()
+        try:
+            rows = bytes(self.buf[self.verdicts_at : self.parts_at])
+        finally:
+            self.lock.release()
+        job = raw.encode()[:24].ljust(24, b"\0")
+        best = (True, math.inf, -1)  # not its own, when, place
+        for place, (owner, when, _, _) in enumerate(VERDICT.iter_unpack(rows)):
+            best = min(best, (owner != job, when, place))
+        place = best[2]
+        row = (job, time.time(), severity.encode(), text.encode())
+        with self:
+            at = self.verdicts_at + place * VERDICT.size
+            VERDICT.pack_into(self.buf, at, *row)
+            notes = list(NOTES.unpack_from(self.buf, self.notes_at))
+            notes[-1] += 1
+            NOTES.pack_into(self.buf, self.notes_at, *notes)
+
+    def verdict_changes(self) -> int:
+        """How often verdicts have been written: a look at the copy is worth it when it grows."""
+        changes: int = NOTES.unpack_from(self.buf, self.notes_at)[-1]
+        return changes
 
     def add_event(
         self, kind: str, text: str, node: str, row: Row = UNKNOWN, address: str = ""
@@ -1332,11 +1564,14 @@ class Table:
         counts = Counts(*COUNTS.unpack_from(self.buf, self.counts_at))
         used = min(counts.used, self.capacity)
         details_end = self.details_at + used * DETAIL.size
+        parts_used = min(NOTES.unpack_from(self.buf, self.notes_at)[5], PARTS)
         return Copy(
             bytes(self.buf[: used * SLOT.size]),
             bytes(self.buf[self.details_at : details_end]),
             bytes(self.buf[self.events_at : self.jobs_at]),
-            bytes(self.buf[self.jobs_at : self.jobs_end]),
+            bytes(self.buf[self.jobs_at : self.verdicts_at]),
+            bytes(self.buf[self.verdicts_at : self.parts_at]),
+            bytes(self.buf[self.parts_at : self.parts_at + parts_used * PART_SIZE]),
             bytes(self.buf[self.notes_at : self.header_at]),
             counts,
         )
@@ -1735,6 +1970,8 @@ class Peer:
         "row",
         "state",
         "alerts",
+        "look",
+        "places",
     )
 
     def __init__(self, sock: socket.socket, address: Address, timeout: float) -> None:
@@ -1746,6 +1983,8 @@ class Peer:
         self.shape: Optional[Shape] = None
         self.row, self.ack = UNKNOWN, False
         self.state: Dict[Rule, Optional[float]] = {}
+        self.look: List[PartRow] = []  # parts that came since the last sample
+        self.places: List[int] = []  # of its last look in the table
 
     def text(self, key: str) -> str:
         """A text of the last sample."""
@@ -1937,6 +2176,8 @@ class Collector:
                 row = check_job(message)
                 with self.lock:
                     self.table.write_job(row)
+            elif "part" in message:
+                add_part(peer, message)
             elif "bye" in message:
                 return "finished", "; ".join(
                     clean_text(message[key])
@@ -1963,6 +2204,9 @@ class Collector:
                 if since is None
             )
         self.table.write(peer.slot, peer.address, row, peer.since, peer.alerts)
+        if peer.look:
+            self.write_look(peer, peer.look)
+            peer.look = []
         if new:
             self.welcome(peer)
         for kind, rule, value in changes:
@@ -1974,7 +2218,8 @@ class Collector:
                 value,
             )
         if peer.ack:
-            peer.say(b"ok\n")
+            takes_parts = new and peer.text("version")
+            peer.say(b"ok parts\nok\n" if takes_parts else b"ok\n")
         if self.options.verbose:
             log.debug(
                 "%s sent %s",
@@ -2019,9 +2264,16 @@ class Collector:
             away = time.monotonic() - since
             self.tell("resolved", peer, "lost: back after %.0f s" % away)
 
+    def write_look(self, peer: Peer, look: List[PartRow]) -> None:
+        """Show a look of a node: it is whole when the next sample comes."""
+        with self.lock:
+            self.table.write_parts(peer.slot, look, peer.places)
+
     def leave(self, peer: Peer, kind: str, text: str) -> None:
         """Free the peer's slot and tell how it ended."""
         self.table.clear(peer.slot)
+        if peer.places:
+            self.write_look(peer, [])
         with self.lock:
             heapq.heappush(self.free, peer.slot)
             self.slots[peer.source] -= 1
@@ -2120,6 +2372,20 @@ class Collector:
         """One event for one or many refusals of a source."""
         log.warning("refused %s: %s", source, reason)
         self.table.add_event("refused", reason, source)
+
+
+def add_part(peer: Peer, message: Message) -> None:
+    """Keep a part until its look is whole; WireError when there are too many."""
+    part = check_part(message)
+    if part is None or peer.slot < 0:
+        return
+    if part[0] == "look":
+        peer.look = []
+    elif not peer.look:
+        raise WireError("a part %s before its look" % part[0])
+    if len(peer.look) >= LOOK_PARTS:
+        raise WireError("more than %d parts in a look" % LOOK_PARTS)
+    peer.look.append(part)
 
 
 def pin_threads(busy: bool) -> None:
@@ -2395,6 +2661,31 @@ section {
 #jobs {
   margin-top: 1rem;
 }
+#jobs .w {
+  width: 34%;
+}
+@media (max-width: 700px) {
+  /* a job is a card: what is said of it matters most, and must not be outside of the screen */
+  #jobs thead {
+    display: none;
+  }
+  #jobs tr {
+    display: flex;
+    flex-wrap: wrap;
+    padding: 0.3rem 0;
+    border-bottom: 1px solid var(--line);
+  }
+  #jobs td {
+    border: 0;
+    min-width: 0;
+  }
+  #jobs .w {
+    width: 100%;
+  }
+  #jobs .u {
+    display: none;
+  }
+}
 table {
   border-collapse: collapse;
   width: 100%;
@@ -2471,19 +2762,58 @@ path.ram {
   grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr));
   margin: 0 0 1rem;
 }
+.plot {
+  display: grid;
+  grid-template-columns: auto 1fr;
+  gap: 0 0.5rem;
+}
 figure .line {
-  display: block;
   width: 100%;
   height: 6rem;
+}
+figure .line:hover {
+  cursor: crosshair;
+}
+figcaption output {
+  float: right;
 }
 .axis {
   display: flex;
   justify-content: space-between;
 }
+.axis.y {
+  flex-direction: column;
+  text-align: right;
+}
+.axis.x {
+  grid-column: 2;
+}
 @media (min-width: 700px) {
-  figure:nth-child(-n+2) {
+  figure.large {
     grid-column: span 2;
   }
+  figure.large .line {
+    height: 9rem;
+  }
+}
+
+/* The strip of a node's CPUs */
+.strip {
+  width: 100%;
+  min-width: 12rem;
+  height: 1rem;
+  vertical-align: middle;
+}
+.strip path {
+  stroke-linecap: butt;
+  stroke-width: 0.9rem;
+}
+.strip .idle {
+  stroke: var(--tile);
+  opacity: 0.35;
+}
+.strip .other {
+  stroke: var(--line);
 }
 
 /* The map: a tile is filled up to --v and shows its label when it is pointed at */
@@ -2601,6 +2931,7 @@ function show(page) {
     const ends = [anchorNode, anchorOffset, focusNode, focusOffset];
     if (!isCollapsed) selection.setBaseAndExtent(...ends);
   } catch (error) { /* that text is gone */ }
+  tell();
   document.title = page.title;
   answered = new Date();
   notice.hidden = true;
@@ -2632,6 +2963,41 @@ function go(how, url) {
 }
 addEventListener("popstate", update);
 document.addEventListener("visibilitychange", () => document.hidden || update());
+// A value of a graph: under the pointer, or where the arrow keys have moved to.
+let pointed = null;
+
+function tell() {
+  const figure = pointed && document.getElementById(pointed.id);
+  if (!figure) return;
+  const values = figure.dataset.values.split(" ");
+  const last = values.length - 1;
+  const at = pointed.at = Math.max(0, Math.min(last, pointed.at));
+  const value = values[at];
+  const time = new Date(1000 * (figure.dataset.end - (last - at) * figure.dataset.step));
+  const unit = figure.dataset.unit;
+  const words = value === "" ? "unknown" : (value / figure.dataset.size).toFixed(1) + unit;
+  figure.querySelector("output").textContent = time.toTimeString().slice(0, 8) + " " + words;
+}
+document.addEventListener("pointermove", event => {
+  const figure = event.target.closest("figure");
+  const line = figure && figure.querySelector(".line");
+  if (!line) return;
+  const box = line.getBoundingClientRect();
+  const share = (event.clientX - box.left) / box.width;
+  const last = figure.dataset.values.split(" ").length - 1;
+  pointed = {id: figure.id, at: Math.round(share * last)};
+  tell();
+});
+document.addEventListener("keydown", event => {
+  const step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+  const figure = event.target.closest("figure");
+  if (!step || !figure) return;
+  const last = figure.dataset.values.split(" ").length;
+  if (!pointed || pointed.id !== figure.id) pointed = {id: figure.id, at: last};
+  pointed.at += step;
+  tell();
+  event.preventDefault();
+});
 document.addEventListener("input", event => {
   const fields = [...new FormData(event.target.form)];
   const filled = fields.filter(([key, value]) => value);
@@ -2745,6 +3111,7 @@ ROW_HTML = """
           <tr id="{id}">{cells}</tr>"""
 CELL_HTML = '<td class="{kind}">{content}</td>'
 CURVES_CELL_HTML = "<td>{curves}</td>"
+BAD_CELL_HTML = '<td><b class="bad">\u26a0\xa0{severity}</b></td>'
 LINK_CELL_HTML = '<td><a href="{href}">{text}</a></td>'
 NODE_CELL_HTML = (
     '<th scope="row" class="w"><a href="{href}">{name}</a>{marks}</th>'  # of its row
@@ -2771,16 +3138,21 @@ CURVES_HTML = (
     ' aria-hidden="true">{paths}</svg>'
 )
 PATH_HTML = '<path class="{key}" d="{path}"/>'
+STRIP_CELL_HTML = (
+    '<td class="w"><svg class="strip" viewBox="0 0 {last} 2" preserveAspectRatio="none"'
+    ' role="img" aria-label="{label}">{paths}</svg></td>'
+)
 GRAPHS_HTML = """
     <div class="graphs">{graphs}
     </div>"""
 GRAPH_HTML = """
-      <figure>
-        <figcaption>{label} <b>{now}</b></figcaption>
-        {curve}
-        <div class="axis">
-          <span>10 min ago</span>
-          <span>{least} to {most}</span>
+      <figure id="{id}" class="{kind}" tabindex="0" aria-label="{label}" data-values="{values}"
+       data-end="{end}" data-step="{step}" data-size="{size}" data-unit="{unit}">
+        <figcaption>{label} <b>{now}</b> <output></output></figcaption>
+        <div class="plot">
+          <div class="axis y"><span>{top}</span><span>0</span></div>
+          {curve}
+          <div class="axis x"><span>{from_time}</span><span>{to_time}</span></div>
         </div>
       </figure>"""
 ASIDE_HTML = """
@@ -2819,7 +3191,11 @@ def fill(template: str, *values: object, **named: object) -> Html:
 # ============================================================================
 
 UNITS = {metric.key: metric.unit for metric in METRICS}
-UNITS.update(age="s", ran="s", limit="s", mem="B")  # of columns that are no metrics
+UNITS.update(age="s", ran="s", limit="s")  # of columns that are no metrics
+UNITS.update(
+    mem="B", peak="B", read="B/s", write="B/s", read_total="B", write_total="B"
+)
+UNITS.update(mem_used="B", mem_total="B", power="W", power_limit="W", temp="\u00b0C")
 SCALES = {  # larger units of a unit, the smallest first
     "s": (("min", 60), ("h", 3600), ("d", 86400)),
     "B": (("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30), ("TiB", 2**40)),
@@ -2836,17 +3212,23 @@ def render_value(key: str, value: Any) -> str:
         return value
     if key == "time":
         return time.strftime("%T", time.localtime(value))
+    size, unit = scale_of(key, value)
+    digits = 1 if unit or key in FRACTIONS else 0
+    number = "%.*f" % (digits, value / size)
+    if len(number) > MAX_DIGITS:
+        number = "%.0e" % value
+    return ("%s %s" % (number, unit)).rstrip()
+
+
+def scale_of(key: str, value: float) -> Tuple[int, str]:
+    """The unit that suits a reading, and how many of the reading's own units it is."""
     unit, slash, per = UNITS.get(key, "").partition("/")
     size = 1
     for larger_unit, larger_size in SCALES.get(unit, ()):
         if abs(value) >= larger_size:
             size = larger_size
             unit = larger_unit
-    digits = 1 if unit or key in FRACTIONS else 0
-    number = "%.*f" % (digits, value / size)
-    if len(number) > MAX_DIGITS:
-        number = "%.0e" % value
-    return ("%s %s%s%s" % (number, unit, slash, per)).rstrip()
+    return size, unit + slash + per
 
 
 def name_of(row: Message) -> str:
@@ -2960,6 +3342,341 @@ def gone(view: Snapshot, kind: str) -> List[Message]:
     return left[::-1]
 
 
+# ============================================================================
+# Jobs: what Slurm says of them, in the order and the words of the page
+# ============================================================================
+
+NEEDS = (
+    "died",
+    "problem",
+    "advice",
+)  # verdicts that need the job's user, the worst first
+BAD_ENDS = (
+    "FAILED",
+    "TIMEOUT",
+    "OUT_OF_MEMORY",
+    "NODE_FAIL",
+    "BOOT_FAIL",
+    "DEADLINE",
+)
+SHOWN_GPUS = 8  # of a job, each by itself
+# A process is odd when a reading is further from the median of the job than so many times the
+# median of these distances, and than so much
+ODD_SPREADS = 5.0
+ODD_CPU = 20.0  # % of a core
+ODD_BYTES = 64.0 * 2**20
+CPU_RANGE = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
+MAX_CPUS = 8192  # as CONFIG_NR_CPUS has it at most on x86
+
+
+def all_jobs(view: Snapshot) -> List[Message]:
+    """The jobs that Slurm says something of, and those that only agents tell of."""
+    jobs = view.jobs
+    known = {name for job in jobs for name in (job["job"], job["raw"])}
+    nodes: Dict[str, List[Message]] = {}
+    for node in view.nodes:
+        if node["job"] and node["job"] not in known:
+            nodes.setdefault(node["job"], []).append(node)
+    return jobs + [job_of_nodes(name, rows) for name, rows in nodes.items()]
+
+
+def job_of_nodes(name: str, rows: List[Message]) -> Message:
+    """A job that only agents tell of: what they do not know is None."""
+    job: Message = dict.fromkeys(JOB_KEYS)
+    job.update(job=name, raw=name, state="RUNNING", nodes=len(rows))
+    for key in ("job_name", "user"):
+        job[key] = rows[0][key]
+    left = rows[0]["job_time_left"]
+    limit = rows[0]["job_time_limit"]
+    if left is not None and limit is not None:
+        job.update(limit=limit, start=rows[0]["since"] - (limit - left))
+    return job
+
+
+def jobs_in_order(view: Snapshot) -> List[Message]:
+    """The jobs that Slurm says something of, those that have not ended first, by their ids."""
+    return sorted(
+        view.jobs,
+        key=lambda job: (job["state"] in ENDED_STATES, natural(job["job"])),
+    )
+
+
+def job_rows(view: Snapshot) -> List[Message]:
+    """A row for each job, the tasks of an array in one; what needs its user comes first."""
+    if "jobs" not in view.made:
+        view.made["jobs"] = make_job_rows(view)
+    rows: List[Message] = view.made["jobs"]
+    return rows
+
+
+def make_job_rows(view: Snapshot) -> List[Message]:
+    """The rows of ``job_rows``."""
+    arrays: Dict[Any, List[Message]] = {}
+    for job in all_jobs(view):
+        arrays.setdefault(job["array"] or job["raw"], []).append(job)
+    nodes: Dict[str, List[Message]] = {}
+    for node in view.nodes:
+        if node["job"]:
+            nodes.setdefault(node["job"], []).append(node)
+    rows = []
+    for tasks in arrays.values():
+        theirs = []
+        for task in tasks:
+            for name in {task["job"], task["raw"]}:
+                theirs += nodes.get(name, [])
+        rows.append(job_row(view, tasks, theirs))
+    return sorted(rows, key=job_order)
+
+
+def job_order(row: Message) -> Tuple[Any, ...]:
+    """A key to sort jobs by: the worst verdict, then running, pending, ended; then the id."""
+    severity = row["severity"]
+    need = NEEDS.index(severity) if severity in NEEDS else len(NEEDS)
+    states = ("running", "pending", "ended")
+    return need, states.index(row["phase"]), natural(row["job"])
+
+
+def job_row(view: Snapshot, tasks: List[Message], nodes: List[Message]) -> Message:
+    """The row of a job, or of all tasks of an array, with what its nodes use.
+
+    To what is known of the first task come: severity and text, which are its verdict or what
+    Slurm says; phase; clock, cpu, memory and gpu with what is used of what was asked for, as
+    text, and clock_share and memory_share in percent.
+    """
+    job = tasks[0]
+    severity, text = judge_job(view, tasks)
+    row = dict(job, slot=job["raw"], severity=severity, text=text, tasks=len(tasks))
+    row["phase"] = phase_of(tasks)
+    ran = run_time(job, view.time)
+    row.update(clock=None, clock_share=None)
+    if len(tasks) > 1:
+        states = collections.Counter(task["state"] or "UNKNOWN" for task in tasks)
+        counts = ["%d %s" % (count, state.lower()) for state, count in states.items()]
+        row.update(job=job["array"], state=", ".join(counts), nodes=None)
+    elif ran is not None:
+        row["clock"] = render_clock(ran)
+        if job["limit"]:
+            row["clock"] += " of " + render_clock(job["limit"])
+            row["clock_share"] = 100 * ran / job["limit"]
+    row["cpu"] = mean_of_known(nodes, "job_cpu", "cpu")
+    row.update(memory_of_job(nodes))
+    row["gpu"] = render_gpus(view, nodes)
+    return row
+
+
+def verdicts_of(view: Snapshot) -> Dict[str, List[Message]]:
+    """What is judged of each job, read once for a copy of the table."""
+    if "verdicts" not in view.made:
+        view.made["verdicts"] = view.verdicts
+    verdicts: Dict[str, List[Message]] = view.made["verdicts"]
+    return verdicts
+
+
+def judge_job(
+    view: Snapshot, tasks: List[Message]
+) -> Tuple[Optional[str], Optional[str]]:
+    """(severity, what) of a job or of the tasks of an array: the worst there is.
+
+    Without a verdict it is what Slurm says; how many tasks ended badly is told with it.
+    """
+    judged = verdicts_of(view)
+    found = []
+    for task in tasks:
+        for verdict in judged.get(task["raw"], [])[:1]:
+            found.append((verdict["severity"], verdict["what"]))
+        if task["raw"] not in judged and task["state"] in BAD_ENDS:
+            words = [task["state"].lower().replace("_", " ")] + remarks(task)
+            found.append(("died", ", ".join(words)))
+    order = (*NEEDS, "fine")
+    found.sort(
+        key=lambda verdict: order.index(verdict[0]) if verdict[0] in order else 9
+    )
+    if found and found[0][0] in NEEDS:
+        severity, what = found[0]
+        count = sum(verdict[0] == severity for verdict in found)
+        return severity, what if count == 1 else "%s (tasks: %d)" % (what, count)
+    said = ", ".join(remarks(tasks[0])) if len(tasks) == 1 else ""
+    if found and not said:
+        return "fine", found[0][1]
+    return (found[0][0] if found else None), said or None
+
+
+def phase_of(tasks: List[Message]) -> str:
+    """Whether a job is running, pending or ended: an array is what is most alive in it."""
+    states = {task["state"] for task in tasks}
+    if not states.difference(ENDED_STATES):
+        return "ended"
+    return "pending" if states.issubset({"PENDING", *ENDED_STATES}) else "running"
+
+
+def render_clock(seconds: float) -> str:
+    """A time as Slurm writes it, without its seconds where there are hours: 1-02:03, 2:13, 0:05."""
+    minutes = int(seconds) // 60
+    days, hours = divmod(minutes // 60, 24)
+    if days:
+        return "%d-%02d:%02d" % (days, hours, minutes % 60)
+    return "%d:%02d h" % (hours, minutes % 60) if hours else "%d min" % minutes
+
+
+def mean_of_known(rows: List[Message], *keys: str) -> Optional[float]:
+    """The mean of the first of these readings that some row has."""
+    for key in keys:
+        known = [row[key] for row in rows if row[key] is not None]
+        if known:
+            return float(sum(known) / len(known))
+    return None
+
+
+def memory_of_job(nodes: List[Message]) -> Message:
+    """The memory of a job on the node that is nearest to its limit there."""
+    known = [node for node in nodes if node["job_ram"] is not None]
+    if not known:
+        return {"memory": None, "memory_share": None}
+    worst = max(known, key=lambda node: node["job_ram"])
+    text = "%.0f %%" % worst["job_ram"]
+    if worst["job_mem_limit"]:
+        text += " of " + render_value("job_mem_limit", worst["job_mem_limit"])
+    return {"memory": text, "memory_share": worst["job_ram"]}
+
+
+def render_gpus(view: Snapshot, nodes: List[Message]) -> Optional[str]:
+    """How busy each GPU of a job is, in percent; of many the least, the mean and the most."""
+    busy: List[float] = []
+    for node in nodes:
+        gpus = [gpu["gpu"] for gpu in view.parts(node["slot"]).gpus]
+        known = [value for value in gpus if value is not None]
+        if not known and node["gpu"] is not None:
+            known = [node["gpu"]]
+        busy += known
+    if not busy:
+        return None
+    if len(busy) <= SHOWN_GPUS:
+        return " ".join("%.0f" % value for value in busy)
+    total = sum(busy) / len(busy)
+    return "%.0f to %.0f, mean %.0f (%d)" % (min(busy), max(busy), total, len(busy))
+
+
+def run_time(job: Message, now: float) -> Optional[float]:
+    """For how many seconds a job has run or ran; None before it starts."""
+    if not job["start"] or job["state"] == "PENDING":
+        return None
+    has_ended = job["state"] in ENDED_STATES and job["end"]
+    end: float = job["end"] if has_ended else now
+    return max(0.0, end - float(job["start"]))
+
+
+def remarks(job: Message) -> List[str]:
+    """What else there is to say: why it waits or ended, and when it is expected to start."""
+    words = []
+    if job["reason"]:
+        words.append(job["reason"])
+    if job["exit"] not in (None, "0:0"):
+        words.append("exit code " + job["exit"])
+    if job["state"] == "PENDING" and job["start"]:
+        is_soon = job["start"] - time.time() < 12 * 3600
+        form = "%R" if is_soon else "%F %R"
+        start = time.strftime(form, time.localtime(job["start"]))
+        words.append("expected " + start)
+    return words
+
+
+def find_job(view: Snapshot, name: str) -> Optional[Message]:
+    """What is known of a job, by its id as Slurm or as an agent says it; None for no such job.
+
+    Of a job that only agents tell of, most is None.
+    """
+    for job in view.jobs:
+        if name in (job["job"], job["raw"]):
+            return job
+    rows = [node for node in view.nodes if node["job"] == name]
+    return job_of_nodes(name, rows) if rows and name else None
+
+
+def nodes_of_job(view: Snapshot, job: Message) -> List[Message]:
+    """The nodes on which an agent watches the job, in their order."""
+    names = (job["job"], job["raw"])
+    rows = [with_marks(node) for node in view.nodes if node["job"] in names]
+    if len(rows) > 1:
+        mark_idle(rows)
+    return in_order(rows, "node")
+
+
+def ranks_of_job(view: Snapshot, rows: List[Message]) -> List[Message]:
+    """The job's processes on all its nodes, odd ones first, then by rank.
+
+    Each has its node and its slot, a name of its own on the page.
+    """
+    ranks = []
+    for row in rows:
+        for rank in view.parts(row["slot"]).ranks:
+            rank = dict(rank, node=name_of(row), address=row["address"])
+            rank["slot"] = "%d-%s" % (row["slot"], rank["pid"])
+            ranks.append(rank)
+    for key, least in (("cpu", ODD_CPU), ("mem", ODD_BYTES)):
+        mark_odd(ranks, key, least)
+    return sorted(ranks, key=rank_order)
+
+
+def mark_odd(ranks: List[Message], key: str, least: float) -> None:
+    """Note of each process whether a reading of it is unlike that of the most."""
+    known = [rank[key] for rank in ranks if rank[key] is not None]
+    if len(known) < 3:
+        return
+    middle = statistics.median(known)
+    spread = statistics.median(abs(value - middle) for value in known)
+    for rank in ranks:
+        if rank[key] is not None:
+            away = abs(rank[key] - middle)
+            if away > least and away > ODD_SPREADS * spread:
+                rank["odd"] = True
+
+
+def rank_order(rank: Message) -> Tuple[Any, ...]:
+    """A key to sort processes by."""
+    number = math.inf if rank["rank"] is None else rank["rank"]
+    return not rank.get("odd"), number, natural(rank["node"]), -(rank["cpu"] or 0)
+
+
+def gpus_of_job(view: Snapshot, rows: List[Message]) -> List[Message]:
+    """The job's GPUs on all its nodes."""
+    gpus = []
+    for row in rows:
+        for gpu in view.parts(row["slot"]).gpus:
+            gpu = dict(gpu, node=name_of(row), address=row["address"])
+            gpu["slot"] = "%d-%s" % (row["slot"], gpu["uuid"] or gpu["index"])
+            gpus.append(gpu)
+    return gpus
+
+
+def cpus_of(parts: Parts) -> Dict[int, Optional[int]]:
+    """How busy each CPU of a node is, in tenths; None is unknown."""
+    busy: Dict[int, Optional[int]] = {}
+    for core in parts.cores:
+        for number, char in enumerate(core["busy"] or "", int(core["first"] or 0)):
+            busy[number] = int(char) if char.isdigit() else None
+    return busy
+
+
+def parse_cpu_list(text: Optional[str]) -> Set[int]:
+    """The numbers of a list as the kernel writes it, cpuset(7): 0-3,8; empty when it is odd."""
+    numbers: Set[int] = set()
+    for part in (text or "").split(","):
+        match = CPU_RANGE.fullmatch(part.strip())
+        if not match:
+            return set()
+        first = int(match.group(1))
+        last = int(match.group(2) or first)
+        if last >= MAX_CPUS:
+            return set()
+        numbers.update(range(first, last + 1))
+    return numbers
+
+
+# ============================================================================
+# Headline: what matters of it all, in a line and a few figures
+# ============================================================================
+
+
 def render_turned_away(view: Snapshot) -> str:
     """How many agents found no room lately, and why."""
     count = view.turned_away_lately
@@ -2979,10 +3696,26 @@ def trouble_of(view: Snapshot, rows: List[Message]) -> str:
         ("lost", len(gone(view, "lost"))),
     )
     kinds = ["%s: %d" % (kind, count) for kind, count in counts if count]
-    trouble = [", ".join(kinds).capitalize()] if kinds else []
+    trouble = trouble_of_jobs(view)
+    if kinds:
+        trouble.append(", ".join(kinds).capitalize())
     if view.turned_away_lately:
         trouble.append(render_turned_away(view))
     return "; ".join(trouble)
+
+
+def trouble_of_jobs(view: Snapshot) -> List[str]:
+    """How many jobs died or have a problem: a list of one line, or none."""
+    severities = [job["severity"] for job in job_rows(view)]
+    counts = []
+    for severity, words in (("died", "died"), ("problem", "with a problem")):
+        count = severities.count(severity)
+        if count:
+            counts.append("%d %s" % (count, words))
+    if not counts:
+        return []
+    jobs = "1 job" if len(severities) == 1 else "%d jobs" % len(severities)
+    return ["%s: %s" % (jobs, ", ".join(counts))]
 
 
 def headline(view: Snapshot, rows: List[Message]) -> str:
@@ -3019,68 +3752,13 @@ def figures(view: Snapshot, rows: List[Message]) -> Tuple[str, List[Card]]:
 
 
 # ============================================================================
-# Jobs: what Slurm says of them, in the order and the words of the page
-# ============================================================================
-
-
-def jobs_in_order(view: Snapshot) -> List[Message]:
-    """The jobs, those that have not ended first, by their ids."""
-    return sorted(
-        view.jobs,
-        key=lambda job: (job["state"] in ENDED_STATES, natural(job["job"])),
-    )
-
-
-def fold_arrays(jobs: Iterable[Message]) -> Iterator[List[Message]]:
-    """The jobs, each in a list; the tasks of an array in one, where its first task is."""
-    arrays: Dict[Any, List[Message]] = {}
-    for job in jobs:
-        arrays.setdefault(job["array"] or job["raw"], []).append(job)
-    return iter(arrays.values())
-
-
-def job_row(tasks: List[Message], now: float) -> Message:
-    """A row of the page's table of jobs, for a job or all tasks of an array."""
-    job = tasks[0]
-    row = dict(job, slot=job["raw"])
-    if len(tasks) > 1:
-        states = collections.Counter(task["state"] or "UNKNOWN" for task in tasks)
-        counts = ["%d %s" % (count, state.lower()) for state, count in states.items()]
-        row.update(job=job["array"], state=", ".join(counts), ran=None, text=None)
-        return row
-    row.update(ran=run_time(job, now), text=", ".join(remarks(job)) or None)
-    return row
-
-
-def run_time(job: Message, now: float) -> Optional[float]:
-    """For how many seconds a job has run or ran; None before it starts."""
-    if not job["start"] or job["state"] == "PENDING":
-        return None
-    has_ended = job["state"] in ENDED_STATES and job["end"]
-    end: float = job["end"] if has_ended else now
-    return max(0.0, end - float(job["start"]))
-
-
-def remarks(job: Message) -> List[str]:
-    """What else there is to say: why it waits or ended, and when it is expected to start."""
-    words = []
-    if job["reason"]:
-        words.append(job["reason"])
-    if job["exit"] not in (None, "0:0"):
-        words.append("exit code " + job["exit"])
-    if job["state"] == "PENDING" and job["start"]:
-        start = time.strftime("%F %R", time.localtime(job["start"]))
-        words.append("expected " + start)
-    return words
-
-
-# ============================================================================
 # Columns: a table is a list of them; a new column is one line in such a list
 # ============================================================================
 
 LEFT = ""  # classes of the style sheet
 RIGHT = "n"
 WRAPPED = "w"
+UNKNOWN_CELL = "n u"
 RECENT_POINTS = 30  # of a curve in a table
 RECENT_STEP = 5  # every fifth tick: the last five minutes
 MOVE = "M%d %dh0"  # a path begins anew with a dot, should no line follow
@@ -3102,7 +3780,8 @@ def link(query: Query, **state: object) -> str:
 def draw_text(column: "Column", row: Message, site: Site) -> Html:
     """The reading and nothing more."""
     text = render_value(column.key, row.get(column.key))
-    return fill(CELL_HTML, kind=column.align, content=text)
+    kind = UNKNOWN_CELL if text == "-" else column.align
+    return fill(CELL_HTML, kind=kind, content=text)
 
 
 def draw_percent(column: "Column", row: Message, site: Site) -> Html:
@@ -3132,6 +3811,57 @@ def draw_job(column: "Column", row: Message, site: Site) -> Html:
     return fill(LINK_CELL_HTML, href=link({}, job=job), text=job)
 
 
+def draw_job_page(column: "Column", row: Message, site: Site) -> Html:
+    """The job's id, a link to its page; to the nodes of an array's tasks."""
+    job = row.get("job")
+    if not job:
+        return draw_text(column, row, site)
+    return fill(LINK_CELL_HTML, href="/job/" + urllib.parse.quote(job, ""), text=job)
+
+
+def draw_severity(column: "Column", row: Message, site: Site) -> Html:
+    """A verdict in a word, with a sign when it needs the user."""
+    severity = row.get("severity") or ""
+    if severity in ("died", "problem"):
+        return fill(BAD_CELL_HTML, severity=severity)
+    return fill(CELL_HTML, kind=severity or UNKNOWN_CELL, content=severity or "-")
+
+
+def draw_share(column: "Column", row: Message, site: Site) -> Html:
+    """A text with a bar behind it, for a share in percent."""
+    share = row.get(column.key + "_share")
+    if share is None:
+        return draw_text(column, row, site)
+    return fill(
+        PERCENT_CELL_HTML,
+        text=row[column.key],
+        key=column.key,
+        width="%.1f" % min(max(share, 0), 100),
+    )
+
+
+def draw_strip(column: "Column", row: Message, site: Site) -> Html:
+    """A node's CPUs in a row: those of the job that are busy, those that idle, and the others."""
+    busy: Dict[int, Optional[int]] = row["busy"]
+    paths = dict.fromkeys(("busy", "idle", "other"), "")
+    counts = dict.fromkeys(paths, 0)
+    for place, (cpu, tenths) in enumerate(sorted(busy.items())):
+        kind = "busy" if (tenths or 0) >= 5 else "idle"
+        if row["job_cpus"] and cpu not in row["job_cpus"]:
+            kind = "other"
+        paths[kind] += "M%d 1h.8" % place
+        counts[kind] += 1
+    label = "%d of the job's CPUs busy, %d idle, %d not of the job" % (
+        counts["busy"],
+        counts["idle"],
+        counts["other"],
+    )
+    drawn = [
+        fill(PATH_HTML, key=kind, path=path) for kind, path in paths.items() if path
+    ]
+    return fill(STRIP_CELL_HTML, last=len(busy), label=label, paths=drawn)
+
+
 def draw_kind(column: "Column", row: Message, site: Site) -> Html:
     """What kind of event it is, which is the cell's class, too."""
     return fill(CELL_HTML, kind=row["kind"], content=row["kind"])
@@ -3139,10 +3869,26 @@ def draw_kind(column: "Column", row: Message, site: Site) -> Html:
 
 def draw_recent(column: "Column", row: Message, site: Site) -> Html:
     """The last five minutes of CPU and RAM."""
-    series = {
-        key: site.series(row, key, RECENT_POINTS, RECENT_STEP) for key in ("cpu", "ram")
-    }
-    return fill(CURVES_CELL_HTML, curves=draw_curves(series, RECENT_POINTS, 100))
+    series = {}
+    for key in ("cpu", "ram"):
+        values = from_first_known(site.series(row, key, RECENT_POINTS, RECENT_STEP))
+        if len(values) < 3:  # a young node: every reading of it
+            values = from_first_known(site.series(row, key, RECENT_POINTS, 1))
+        series[key] = values
+    points = max(2, *map(len, series.values()))
+    return fill(CURVES_CELL_HTML, curves=draw_curves(series, points, 100))
+
+
+def from_first_known(values: List[float]) -> List[float]:
+    """The readings from the first that is known on: a curve begins at its left.
+
+    One beyond a float is unknown, too: NaN.
+    """
+    finite = [value if math.isfinite(value) else math.nan for value in values]
+    for index, value in enumerate(finite):
+        if value == value:
+            return finite[index:]
+    return []
 
 
 def draw_curves(series: Dict[str, List[float]], points: int, top: float) -> Html:
@@ -3223,15 +3969,64 @@ READING_COLUMNS = (
     Column("now", "Now"),
     Column("meaning", "Meaning"),
 )
+RANK_COLUMNS = (
+    NODE,
+    Column("rank", "Rank", RIGHT),
+    Column("pid", "PID", RIGHT),
+    Column("program", "Program"),
+    Column("step", "Step"),
+    Column("cpu", "CPU (of one core)", RIGHT, draw_percent),
+    Column("mem", "Memory", RIGHT),
+    Column("peak", "Peak", RIGHT),
+    Column("threads", "Threads", RIGHT),
+    Column("running", "Can run", RIGHT),
+    Column("cpus", "May use CPUs"),
+    Column("on", "Ran on CPUs"),
+    Column("state", "State"),
+    Column("wchan", "Waits in"),
+    Column("read", "Reads", RIGHT),
+    Column("write", "Writes", RIGHT),
+    Column("read_total", "Read", RIGHT),
+    Column("write_total", "Written", RIGHT),
+    Column("gpu", "GPU"),
+)
+GPU_COLUMNS = (
+    NODE,
+    Column("index", "GPU", RIGHT),
+    Column("name", "Model"),
+    Column("gpu", "Busy", RIGHT, draw_percent),
+    Column("mem_used", "Memory used", RIGHT),
+    Column("mem_total", "Memory", RIGHT),
+    Column("power", "Power", RIGHT),
+    Column("power_limit", "Power limit", RIGHT),
+    Column("temp", "Temperature", RIGHT),
+    Column("throttle", "Slowed by"),
+    Column("processes", "Processes", RIGHT),
+    Column("mig", "MIG"),
+    Column("error", "Error", WRAPPED),
+)
+CPU_COLUMNS = (
+    NODE,
+    Column("cpus", "The job's CPUs"),
+    Column("busy", "Busy, idle, not of the job", LEFT, draw_strip),
+)
+VERDICT_COLUMNS = (
+    Column("severity", "Verdict"),
+    Column("what", "What", WRAPPED),
+    Column("proof", "Proof", WRAPPED),
+    Column("cure", "What to do", WRAPPED),
+)
 JOB_COLUMNS = (
-    JOB_ID,
+    Column("severity", "Verdict", LEFT, draw_severity),
+    Column("job", "Job", LEFT, draw_job_page),
     of_metric("job_name"),
+    of_metric("user"),
     Column("state", "State"),
     Column("nodes", "Nodes", RIGHT),
-    of_metric("cpus"),
-    Column("mem", "Memory asked for", RIGHT),
-    Column("ran", "Ran", RIGHT),
-    Column("limit", "Time limit", RIGHT),
+    Column("clock", "Time", RIGHT, draw_share),
+    Column("cpu", "CPU", RIGHT, draw_percent),
+    Column("memory", "Memory", RIGHT, draw_share),
+    Column("gpu", "GPU %"),
     WHAT,
 )
 
@@ -3258,6 +4053,16 @@ NO_GRAPHS = (  # numbers that hardly ever change, or that another graph shows
 )
 GRAPHS = tuple(key for key in NUMBERS if key not in NO_GRAPHS)
 FINE_GRAPHS = GRAPHS[:2]  # CPU and RAM
+LARGE_GRAPHS = (
+    "job_cpu",
+    "cpu",
+    "job_ram",
+    "ram",
+    "gpu",
+)  # what matters most, in this order
+LAST_GRAPHS = ("agent_cpu", "agent_rss")
+TICK_SECONDS = 2.0  # between two looks at the table, for the graphs
+SCALED_NODES = 64  # of a job: more of them do not share a scale
 
 # rows of a table, under a heading of their own or none
 Body = NamedTuple("Body", [("heading", Optional[Html]), ("rows", List[Message])])
@@ -3273,6 +4078,7 @@ class Page:
         self.query = query
         self.site = site
         self.rows = select(view, query)
+        self.job_rows = job_rows(view)
 
     def all_nodes(self) -> str:
         """The page: what matters, every live node, what has gone and what happened."""
@@ -3284,6 +4090,7 @@ class Page:
             self.form() if self.view.nodes else self.empty(),
             self.node_map() if len(self.rows) >= MAP_FROM else None,
             self.nodes() if self.rows else None,
+            self.ended_jobs(),
             self.aside(),
         )
 
@@ -3302,6 +4109,58 @@ class Page:
             self.table("events", "Events", NODE_EVENT_COLUMNS, [Body(None, events)])
         )
         return self.whole(name, *parts)
+
+    def one_job(self) -> str:
+        """The page of a job: what is asked for, its nodes, CPUs, processes, GPUs and events."""
+        job = find_job(self.view, self.query["job"])
+        if not job:
+            return ""
+        rows = nodes_of_job(self.view, job)
+        names = (job["job"], job["raw"])
+        events = [event for event in self.view.events if event["job"] in names][::-1]
+        judged = verdicts_of(self.view).get(job["raw"], [])
+        verdicts = [dict(row, slot=number) for number, row in enumerate(judged, 1)]
+        row = job_row(self.view, [job], rows)
+        title = "Job %s %s" % (job["job"], job["job_name"] or "")
+        return self.whole(
+            title.strip(),
+            fill(ALL_NODES_LINK_HTML),
+            self.known_table("jobs", "Job", JOB_COLUMNS, [row]),
+            self.known_table("verdicts", "Verdicts", VERDICT_COLUMNS, verdicts),
+            self.known_table("nodes", "Nodes", COLUMNS, rows),
+            self.known_table("cores", "CPUs", CPU_COLUMNS, self.cpu_rows(rows)),
+            self.known_table(
+                "ranks", "Processes", RANK_COLUMNS, ranks_of_job(self.view, rows)
+            ),
+            self.known_table("gpus", "GPUs", GPU_COLUMNS, gpus_of_job(self.view, rows)),
+            self.known_table("events", "Events", NODE_EVENT_COLUMNS, events),
+        )
+
+    def cpu_rows(self, rows: List[Message]) -> List[Message]:
+        """A row for each node that tells of its CPUs."""
+        found = []
+        for row in rows:
+            parts = self.view.parts(row["slot"])
+            busy = cpus_of(parts)
+            if busy:
+                cpus = parts.look.get("cpus")
+                found.append(
+                    dict(row, cpus=cpus, busy=busy, job_cpus=parse_cpu_list(cpus))
+                )
+        return found
+
+    def known_table(
+        self, name: str, caption: str, columns: Sequence[Column], rows: List[Message]
+    ) -> Optional[Html]:
+        """A table with the columns that have something to tell; None without rows."""
+        known = [
+            column
+            for column in columns
+            if column.draw is draw_recent or has_any(rows, column)
+        ]
+        if not rows:
+            return None
+        return self.table(name, caption, known, [Body(None, rows)])
 
     def whole(self, title: str, *parts: Optional[Html]) -> str:
         """A page around its parts."""
@@ -3371,12 +4230,38 @@ class Page:
         )
 
     def jobs(self) -> Optional[Html]:
-        """The table of jobs, when a watcher tells of any."""
-        folded = fold_arrays(jobs_in_order(self.view))
-        rows = [job_row(tasks, self.view.time) for tasks in folded]
+        """The table of jobs, but for those that ended well."""
+        rows = [
+            row
+            for row in self.job_rows
+            if row["phase"] != "ended" or row["severity"] in NEEDS
+        ]
         if not rows:
             return None
-        return self.table("jobs", "Jobs", JOB_COLUMNS, [Body(None, rows)])
+        return self.table("jobs", "Jobs", self.job_columns(rows), [Body(None, rows)])
+
+    def ended_jobs(self) -> Optional[Html]:
+        """The table of jobs that ended, and that need nobody."""
+        rows = [
+            row
+            for row in self.job_rows
+            if row["phase"] == "ended" and row["severity"] not in NEEDS
+        ]
+        if not rows:
+            return None
+        columns = self.job_columns(rows)
+        return self.table("ended", "Ended jobs", columns, [Body(None, rows)])
+
+    def job_columns(self, rows: List[Message]) -> List[Column]:
+        """The columns that have something to tell; the user's when there are several."""
+        users = {row["user"] for row in rows}
+        columns = []
+        for column in JOB_COLUMNS:
+            if column.key == "user" and len(users) < 2:
+                continue
+            if column.key in ("job", "state") or has_any(rows, column):
+                columns.append(column)
+        return columns
 
     def node_map(self) -> Html:
         """A tile for each node, filled as high as its reading."""
@@ -3496,26 +4381,53 @@ class Page:
         return self.table("nodes", "Last known", columns, [Body(None, rows)])
 
     def graphs(self, row: Message) -> Html:
-        """A graph for each metric of which the last ten minutes are known."""
-        graphs = [self.graph(row, NUMBERS[key]) for key in GRAPHS]
+        """A graph for each metric of which some reading of the last ten minutes is known."""
+        small = [key for key in GRAPHS if key not in LARGE_GRAPHS + LAST_GRAPHS]
+        order = [*LARGE_GRAPHS, *small, *LAST_GRAPHS]
+        graphs = [self.graph(row, NUMBERS[key]) for key in order if key in GRAPHS]
         return fill(GRAPHS_HTML, graphs=graphs)
 
     def graph(self, row: Message, metric: Metric) -> Optional[Html]:
-        """The last ten minutes of a metric; None if they are unknown."""
-        points = FINE if metric.key in FINE_GRAPHS else COARSE
-        values = self.site.series(row, metric.key, points, 1)
-        known = [value for value in values if math.isfinite(value)]
-        if not known:
+        """What is known of a metric's last ten minutes; None if nothing is."""
+        key = metric.key
+        is_fine = key in FINE_GRAPHS
+        points = FINE if is_fine else COARSE
+        step = TICK_SECONDS if is_fine else FIFTH * TICK_SECONDS
+        values = from_first_known(self.site.series(row, key, points, 1))
+        if not values:
             return None
-        top = 100 if metric.unit == "%" else max(known + [1])
+        top = 100.0 if metric.unit == "%" else self.top_of(row, key, points)
+        size, unit = scale_of(key, top)
+        end = row.get("time") or self.view.time
+        span = step * (len(values) - 1)
         return fill(
             GRAPH_HTML,
+            id="graph-%s-%s" % (key, row.get("slot", 0)),
+            kind="large" if key in LARGE_GRAPHS else "",
             label=metric.label,
-            now=render_value(metric.key, row.get(metric.key)),
-            curve=draw_curves({metric.key: values}, points, top),
-            least=render_value(metric.key, min(known)),
-            most=render_value(metric.key, max(known)),
+            now=render_value(key, row.get(key)),
+            curve=draw_curves({key: values}, max(2, len(values)), top),
+            values=" ".join(
+                "" if value != value else "%.4g" % value for value in values
+            ),
+            end=int(end),
+            step="%g" % step,
+            size=size,
+            unit=" " + unit if unit else "",
+            top=render_value(key, top),
+            from_time=render_value("time", end - span),
+            to_time=render_value("time", end),
         )
+
+    def top_of(self, row: Message, key: str, points: int) -> float:
+        """The upper end of a graph: the same for all nodes of a job, unless they are many."""
+        rows = [other for other in self.view.nodes if other["job"] == row["job"]]
+        if not row["job"] or len(rows) > SCALED_NODES:
+            rows = [row]
+        known = [1.0]
+        for other in rows:
+            known += self.site.series(other, key, points, 1)
+        return max(value for value in known if value == value)
 
     def readings(self, number: int, row: Message) -> Html:
         """Every reading that a row has, and what it means."""
@@ -3595,6 +4507,11 @@ def render_page(view: Snapshot, query: Query, site: Site) -> str:
     return Page(view, query, site).all_nodes()
 
 
+def render_job_page(view: Snapshot, query: Query, site: Site) -> str:
+    """The page of the job that the query names; "" if it is not known."""
+    return Page(view, query, site).one_job()
+
+
 def render_node_page(view: Snapshot, query: Query, site: Site) -> str:
     """The page of the node that the query names; "" if it is not known."""
     return Page(view, query, site).one_node()
@@ -3622,10 +4539,30 @@ def render_nodes_json(view: Snapshot, query: Query, site: Site = None) -> str:
 
 def render_jobs_json(view: Snapshot, query: Query, site: Site = None) -> str:
     """The jobs as JSON: what Slurm says of each; times in seconds since 1970, mem in bytes."""
-    jobs = jobs_in_order(view)
+    judged = verdicts_of(view)
+    jobs = [
+        dict(job, verdicts=judged.get(job["raw"], [])) for job in jobs_in_order(view)
+    ]
     return as_json(
         {"time": round(view.time, 3), "left_out": view.jobs_left_out, "jobs": jobs}
     )
+
+
+def render_job_json(view: Snapshot, query: Query, site: Site = None) -> str:
+    """One job as JSON with its nodes, and of each its CPUs, ranks and GPUs; "" for no such job."""
+    job = find_job(view, query["job"])
+    if not job:
+        return ""
+    nodes = []
+    for row in nodes_of_job(view, job):
+        parts = view.parts(row["slot"])
+        node = {key: row[key] for key in NODE_KEYS}
+        node.update(
+            look=parts.look, cores=parts.cores, ranks=parts.ranks, gpus=parts.gpus
+        )
+        nodes.append(node)
+    answer = dict(job, verdicts=verdicts_of(view).get(job["raw"], []), nodes=nodes)
+    return as_json({"time": round(view.time, 3), "job": answer})
 
 
 def render_events_json(view: Snapshot, query: Query, site: Site = None) -> str:
@@ -3657,33 +4594,37 @@ def render_nodes_text(view: Snapshot, query: Query, site: Site = None) -> str:
     nodes = select(view, query)
     title, cards = figures(view, nodes)
     lines = [" | ".join([title] + [" ".join(card) for card in cards])]
-    lines += text_table(nodes)
+    jobs = job_rows(view)
+    if view.jobs or verdicts_of(view):  # of others the nodes tell as much
+        lines += text_table(jobs, JOB_COLUMNS) + [""]
+    lines += text_table(nodes, COLUMNS)
     width = query.get("width", "")
     cut = int(width) if width.isdecimal() else None
     return "".join(line[:cut] + "\n" for line in lines)
 
 
-def text_table(nodes: List[Message]) -> List[str]:
-    """The lines of the table of nodes, its heading first."""
+def text_table(rows: List[Message], columns: Sequence[Column]) -> List[str]:
+    """The lines of a table with the columns that have something to tell, its heading first."""
     always = ("node", "cpu", "ram")
-    columns = [
-        column for column in COLUMNS if column.key in always or has_any(nodes, column)
+    known = [
+        column for column in columns if column.key in always or has_any(rows, column)
     ]
-    table = [[column.heading for column in columns]]
-    table += [[text_cell(column, node) for column in columns] for node in nodes]
+    table = [[column.heading for column in known]]
+    table += [[text_cell(column, row) for column in known] for row in rows]
     widths = [max(map(text_width, texts)) for texts in zip(*table)]
     lines = []
     for texts in table:
-        cells = map(align, columns, texts, widths)
+        cells = map(align, known, texts, widths)
         lines.append("  ".join(cells).rstrip())
     return lines
 
 
-def text_cell(column: Column, node: Message) -> str:
-    """What a cell says; a node's name is whole, as it is what one acts upon."""
+def text_cell(column: Column, row: Message) -> str:
+    """What a cell says; what one acts upon or has to read is whole."""
     if column.key == "node":
-        return name_of(node)
-    return render_value(column.key, node[column.key])[:MAX_CELL]
+        return name_of(row)
+    text = render_value(column.key, row.get(column.key))
+    return text if column.align == WRAPPED else text[:MAX_CELL]
 
 
 def text_width(text: str) -> int:
@@ -3823,6 +4764,8 @@ ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
     "/node/": (HTML, render_node_page),
     "/api/nodes": (JSON, render_nodes_json),
     "/api/jobs": (JSON, render_jobs_json),
+    "/job/": (HTML, render_job_page),
+    "/api/job/": (JSON, render_job_json),
     "/api/events": (JSON, render_events_json),
     "/nodes.csv": (CSV, render_csv),
     "/nodes.txt": (TEXT, render_nodes_text),
@@ -3850,7 +4793,6 @@ PICK_GRAPHS = operator.itemgetter(*map(NODE_KEYS.index, GRAPHS))
 GAP = (math.nan,) * len(GRAPHS)
 BLANK = array.array("f", GAP[:2] * FINE + GAP[2:] * COARSE)
 MAX_LEFT = 1024  # who left, to be remembered
-TICK_SECONDS = 2.0  # between two looks at the table, for the graphs
 WATCHED_SECONDS = 60.0  # without a request: only every fifth tick has a look
 HEADERS = {
     "Content-Type": TEXT,
@@ -4159,8 +5101,13 @@ class Dashboard:
         self.admit(query, fields, headers)
         if path == "/" and "text/html" not in fields.get("accept", "text/html"):
             path = "/nodes.txt"  # curl
-        if path.startswith("/node/"):
-            path, query["node"] = "/node/", path[len("/node/") :]
+        for prefix, field in (
+            ("/node/", "node"),
+            ("/job/", "job"),
+            ("/api/job/", "job"),
+        ):
+            if path.startswith(prefix):
+                path, query[field] = prefix, path[len(prefix) :]
         if path not in ROUTES:
             raise HTTPError(404, "no such page; there are " + " ".join(ROUTES))
         self.asked, view, (kind, render) = time.monotonic(), self.fresh(), ROUTES[path]
@@ -4173,7 +5120,9 @@ class Dashboard:
             if body is None:
                 body = render(view, query, self).encode("utf-8", "replace")
                 if not body:
-                    raise HTTPError(404, "no such node; it may have left long ago")
+                    raise HTTPError(
+                        404, "no such node or job; it may have left long ago"
+                    )
                 body = self.bodies[key] = gzip.compress(body, 1) if zipped else body
         headers.update({"Content-Type": kind, "Vary": "Accept, Accept-Encoding"})
         headers.update({"Content-Encoding": "gzip"} if zipped else {})

@@ -248,10 +248,38 @@ class FortyNodes(InBrowser):
                 lambda label=label: label in self.browser.text(".graphs"), 15, label
             )
         self.assertTrue(self.browser.count("figure path[d*=L]"))
+        self.check_values_of_a_graph()
         self.assertIn("Memory that is not available", self.browser.text("body"))
         self.assertIn("connected", self.browser.text("#events"))
         self.browser.back()
         eventually(lambda: self.browser.path == "/" and len(self.names()) == 40)
+
+    def check_values_of_a_graph(self):
+        """A value is told by the arrow keys and under the pointer, with its time and unit."""
+        figure = "figure[id^=graph-cpu]"
+        eventually(
+            lambda: self.browser.run(
+                "const f = document.querySelector(arguments[0]);"
+                "return f.dataset.values.split(' ').length > 1",
+                figure,
+            )
+        )
+        self.browser.run("document.querySelector(arguments[0]).focus()", figure)
+        self.browser.press("\ue012")  # left
+        known = r"\A\d\d:\d\d:\d\d (\d+\.\d %|unknown)\Z"
+        self.assertRegex(self.browser.text(figure + " output"), known)
+        shown, axis = self.browser.run(
+            "const figure = document.querySelector(arguments[0]);"
+            "const line = figure.querySelector('.line');"
+            "const clientX = line.getBoundingClientRect().left;"
+            "line.dispatchEvent("
+            "  new PointerEvent('pointermove', {bubbles: true, clientX}));"
+            "return [figure.querySelector('output').textContent,"
+            "  figure.querySelector('.axis.x span').textContent];",
+            figure,
+        )
+        self.assertRegex(shown, known)
+        self.assertEqual(shown.split()[0], axis)
 
     def test_numbers_change_without_a_reload(self):
         self.stamp()

@@ -52,7 +52,7 @@ class Jobs(MasterTest):
         self.assertIs(type(job["mem"]), int)
         self.assertIsNone(job["reason"])
         self.assertIsNone(job["gpus"])
-        self.assertEqual(set(job), set(master_server.JOB_KEYS))
+        self.assertEqual(set(job), {*master_server.JOB_KEYS, "verdicts"})
 
     def test_what_is_told_again_takes_the_place_of_what_was_told_before(self):
         self.tell(facts("2"), facts("2", state="FAILED", exit="3:0"))

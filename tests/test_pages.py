@@ -89,7 +89,7 @@ def job(number, **known):
     return facts
 
 
-def view(nodes=(), events=(), beat=0.2, jobs=(), turned_away=0, why=""):
+def view(nodes=(), events=(), beat=0.2, jobs=(), turned_away=0, why="", verdicts=None):
     nodes, events = list(nodes), list(events)
     return types.SimpleNamespace(
         time=NOW,
@@ -104,6 +104,9 @@ def view(nodes=(), events=(), beat=0.2, jobs=(), turned_away=0, why=""):
         turned_away=turned_away,
         turned_away_lately=turned_away,
         turned_away_why=why,
+        made={},
+        verdicts=verdicts or {},
+        parts=lambda slot: master.Parts({}, [], [], []),
         rows=lambda: map(tuple, map(fields, nodes)),
     )
 
@@ -489,7 +492,7 @@ class Html(unittest.TestCase):
         self.assertNotIn("Nodes", words(page))
 
     def test_the_script_is_short(self):
-        self.assertLess(len(master.SCRIPT.splitlines()), 100)
+        self.assertLess(len(master.SCRIPT), 8192)
 
     def test_a_filter_that_finds_nothing_keeps_its_form(self):
         page = render("/", view([node(1, node="c1")]), q="nothing")
@@ -645,10 +648,35 @@ class NodePage(unittest.TestCase):
         page = master.ROUTES["/node/"][1](
             view([node(1, node="c1", net_rx=4096.0)]), {"node": "c1"}, about
         )
-        self.assertIn('<path class="cpu" d="M1 100h0L2 0M4 50h0"/>', page)
+        self.assertIn('<path class="cpu" d="M0 100h0L1 0M3 50h0"/>', page)
         self.assertIn('<path class="net_rx" d="M0 100h0L1 0"/>', page)
-        self.assertIn("0.0 B/s to 4.0 KiB/s", words(page))
-        self.assertEqual(page.count("<figure>"), 2)
+        begin, end = (master.render_value("time", NOW - ago) for ago in (10, 0))
+        self.assertIn("4.0 KiB/s 0 %s %s" % (begin, end), words(page))
+        self.assertIn('data-values="0 100  50"', page)
+        self.assertEqual(page.count("<figure "), 2)
+
+    def test_the_nodes_of_a_job_have_one_scale_and_what_matters_comes_first(self):
+        rows = [node(number, node="c%d" % number, job="7") for number in (1, 2)]
+        most = {"c1": 1024.0, "c2": 4096.0}
+        about = site()
+        about.series = lambda row, metric, points, step: (
+            {"net_rx": [0.0, most[row["node"]]]}.get(metric) or [50.0, 60.0]
+        )
+        page = master.ROUTES["/node/"][1](view(rows), {"node": "c1"}, about)
+        self.assertIn('d="M0 100h0L1 75"', page)
+        order = re.findall(r'id="graph-(\w+)-1" class="(\w*)"', page)
+        self.assertEqual([key for key, kind in order if kind], [*master.LARGE_GRAPHS])
+        self.assertEqual([key for key, _ in order[:5]], [*master.LARGE_GRAPHS])
+        self.assertEqual([key for key, _ in order[-2:]], ["agent_cpu", "agent_rss"])
+
+    def test_a_young_node_has_a_curve_from_its_second_sample_on(self):
+        about = site()
+        about.series = lambda row, metric, points, step: (
+            [math.nan] * (points - 2) + [10.0, 20.0] if step == 1 else [math.nan] * 30
+        )
+        page = master.ROUTES["/"][1](view([node(1)]), {}, about)
+        self.assertIn('viewBox="0 0 1 100"', page)
+        self.assertIn('d="M0 90h0L1 80"', page)
 
 
 class Past(unittest.TestCase):
@@ -744,6 +772,71 @@ class Past(unittest.TestCase):
             types.SimpleNamespace(options=None, cost={}, series=history.series),
         )
         self.assertNotIn("inf", page)
+
+
+class JobsFirst(unittest.TestCase):
+    """The overview leads with jobs, and of these with those that need their user."""
+
+    def judged(self, severity, what):
+        return [{"severity": severity, "what": what, "proof": "p", "cure": "c"}]
+
+    def setUp(self):
+        jobs = [
+            job(1, job_name="calm", start=NOW - 8000, limit=43200.0),
+            job(2, state="PENDING", reason="Priority"),
+            job(3, job_name="sick", start=NOW - 60, limit=600.0),
+            job(4, state="OUT_OF_MEMORY", exit="0:125", end=NOW - 5, start=NOW - 50),
+            job(5, state="COMPLETED", exit="0:0", end=NOW - 5, start=NOW - 50),
+            job(6, job="6_1", array="6", start=NOW - 5),
+            job(7, job="6_2", array="6", state="COMPLETED", end=NOW, start=NOW - 5),
+        ]
+        verdicts = {
+            "1": self.judged("fine", "nothing is wrong"),
+            "3": self.judged("problem", "3 of 4 CPUs of c1 idle"),
+        }
+        nodes = [
+            dict(node(1, job="1"), job_cpu=77.0, job_ram=66.0, job_mem_limit=2.0**37),
+            dict(node(2, job="1"), job_cpu=79.0, job_ram=30.0, gpu=94.0),
+            node(3, job="3"),
+        ]
+        self.view = view(nodes, jobs=jobs, verdicts=verdicts)
+
+    def test_what_needs_its_user_comes_first_and_what_ended_well_has_a_table_below(
+        self,
+    ):
+        rows = master.job_rows(self.view)
+        order = [row["job"] for row in rows]
+        self.assertEqual(order, ["4", "3", "1", "6", "2", "5"])
+        text = render("/", self.view)
+        self.assertLess(text.index('id="jobs_3"'), text.index('id="nodes"'))
+        self.assertLess(text.index('id="nodes"'), text.index('id="ended_5"'))
+        self.assertNotIn('id="ended_4"', text)
+
+    def test_a_row_says_what_is_used_of_what_was_asked_for(self):
+        row = {row["job"]: row for row in master.job_rows(self.view)}["1"]
+        self.assertEqual(row["clock"], "2:13 h of 12:00 h")
+        self.assertAlmostEqual(row["clock_share"], 18.5, places=1)
+        self.assertEqual((row["cpu"], row["gpu"]), (78.0, "94"))
+        self.assertEqual(row["memory"], "66 % of 128.0 GiB")
+
+    def test_the_headline_counts_those_that_died_and_those_with_a_problem(self):
+        title = master.figures(self.view, master.select(self.view, {}))[0]
+        self.assertEqual(title, "\u26a0 6 jobs: 1 died, 1 with a problem")
+
+    def test_page_text_and_json_have_the_same_words(self):
+        for path in ("/", "/nodes.txt", "/api/jobs"):
+            self.assertIn("3 of 4 CPUs of c1 idle", render(path, self.view))
+        self.assertIn("out of memory, exit code 0:125", render("/nodes.txt", self.view))
+
+    def test_the_tasks_of_an_array_are_one_row(self):
+        row = {row["job"]: row for row in master.job_rows(self.view)}["6"]
+        self.assertEqual(row["state"], "1 running, 1 completed")
+        self.assertEqual(row["phase"], "running")
+
+    def test_a_job_that_only_agents_tell_of_is_one_as_well(self):
+        snapshot = view([node(1, job="9"), node(2, job="9"), node(3)])
+        (row,) = master.job_rows(snapshot)
+        self.assertEqual((row["job"], row["nodes"], row["severity"]), ("9", 2, None))
 
 
 class TurnedAway(unittest.TestCase):
