@@ -204,7 +204,8 @@ NODE_NUMBERS = (
 TEXTS_KEPT = 16384  # that are decoded once: they are the same in the next snapshot
 MARKS = {"died": "X", "problem": "!", "advice": "*", "fine": " "}
 LOOKS = {"died": PROBLEM, "problem": PROBLEM, "advice": ADVICE, "fine": PLAIN}
-SEVERITIES = tuple(MARKS)  # the worst first
+SEVERITIES = tuple(MARKS)  # the worst first, ...
+NEEDS = SEVERITIES[:-1]  # ... of which these need the job's user
 
 
 class Group(NamedTuple):
@@ -216,33 +217,14 @@ class Group(NamedTuple):
     verdicts: List[Any]  # the worst first
 
 
-class Parts(NamedTuple):
-    """What a node tells in parts of its own; see the agent."""
-
-    look: Message
-    cores: List[Message]
-    ranks: List[Message]
-    gpus: List[Message]
-
-
-NO_PARTS = Parts({}, [], [], [])
-
-
-def parts_of(snapshot: Any, slot: Optional[int]) -> Any:
-    """The ranks, GPUs and CPUs of a slot; none from a master that keeps none."""
-    read: Any = getattr(snapshot, "parts", None)
-    if read is None or slot is None:
-        return NO_PARTS
-    return read(slot) or NO_PARTS
-
-
-def verdicts_of(snapshot: Any, keys: Iterable[str]) -> List[Any]:
-    """The verdicts on a job that goes by one of these ids; none from a master without them."""
-    read: Any = getattr(snapshot, "verdicts", None)
-    found: List[Any] = []
-    for key in keys if read else ():
-        found += read(key) or []
-    return [verdict for verdict in found if verdict.severity != "fine"]
+def verdicts_of(snapshot: Any, tasks: List[Message]) -> List[Message]:
+    """The verdicts on a job or the tasks of an array that need its user, the worst first."""
+    judged = snapshot.verdicts
+    found: List[Message] = []
+    for task in tasks:
+        found += judged.get(task["raw"], [])
+    found = [verdict for verdict in found if verdict["severity"] in NEEDS]
+    return sorted(found, key=lambda verdict: NEEDS.index(verdict["severity"]))
 
 
 @functools.lru_cache(maxsize=TEXTS_KEPT)
@@ -304,27 +286,46 @@ def group_jobs(master_server: Any, snapshot: Any) -> List[Group]:
             master_server.mark_idle(nodes)
     lost_of = by_job(lost_nodes(master_server, snapshot))
     groups = []
-    jobs = master_server.jobs_in_order(snapshot)
-    for tasks in master_server.fold_arrays(jobs):
+    for tasks in fold_arrays(master_server.jobs_in_order(snapshot)):
         keys = {task[key] for task in tasks for key in ("job", "raw", "array")}
         keys.discard(None)
-        row = master_server.job_row(tasks, snapshot.time)
-        if len(tasks) > 1:
-            row["text"] = row["state"]  # how many are in which
-            row["state"] = main_state(tasks)
-            row["nodes"] = None
-        if row["ran"] is not None and row["state"] in master_server.ENDED_STATES:
+        row = row_of_tasks(master_server, snapshot, tasks)
+        if row["state"] in master_server.ENDED_STATES:
             lost = []  # its nodes left with it
         else:
             lost = take_all(lost_of, keys)
-        verdicts = verdicts_of(snapshot, sorted(keys))
-        groups.append(make_group(row, take_all(nodes_of, keys), lost, verdicts))
+        nodes = take_all(nodes_of, keys)
+        groups.append(make_group(row, nodes, lost, verdicts_of(snapshot, tasks)))
     for key in sorted(set(nodes_of) | set(lost_of), key=master_server.natural):
         nodes = nodes_of.get(key, [])
         lost = lost_of.get(key, [])
         row = row_of_nodes(key, nodes or lost)
-        groups.append(make_group(row, nodes, lost, verdicts_of(snapshot, [key])))
-    return sorted(groups, key=urgency)
+        verdicts = verdicts_of(snapshot, [{"raw": key}])
+        groups.append(make_group(row, nodes, lost, verdicts))
+    ended = master_server.ENDED_STATES
+    return sorted(groups, key=lambda group: urgency(group, ended))
+
+
+def fold_arrays(jobs: Iterable[Message]) -> Iterable[List[Message]]:
+    """The jobs, each in a list; the tasks of an array in one, where its first task is."""
+    arrays: Dict[Any, List[Message]] = {}
+    for job in jobs:
+        arrays.setdefault(job["array"] or job["raw"], []).append(job)
+    return arrays.values()
+
+
+def row_of_tasks(master_server: Any, snapshot: Any, tasks: List[Message]) -> Message:
+    """A row for a job, or for all tasks of an array: what Slurm says, and the judgement."""
+    job = tasks[0]
+    severity, text = master_server.judge_job(snapshot, tasks)
+    row = dict(job, slot=job["raw"], severity=severity, text=text)
+    row["ran"] = master_server.run_time(job, snapshot.time)
+    if len(tasks) > 1:
+        counts = collections.Counter(task["state"] or "UNKNOWN" for task in tasks)
+        words = ["%d %s" % (count, state.lower()) for state, count in counts.items()]
+        row.update(job=job["array"], state=main_state(tasks), nodes=None, ran=None)
+        row["text"] = "; ".join(([text] if text else []) + [", ".join(words)])
+    return row
 
 
 def main_state(tasks: List[Message]) -> Optional[str]:
@@ -367,6 +368,7 @@ def row_of_nodes(key: str, nodes: List[Message]) -> Message:
         "nodes": None,
         "ran": limit - left if is_known else None,
         "limit": limit,
+        "severity": None,
         "text": None,
     }
 
@@ -380,10 +382,12 @@ def make_group(
         if node["alerts"] or node["slot"] is None:
             node["severity"] = "problem"
         node["what"] = ", ".join(node["marks"]) or node["what"]
-    severity = severity_of(nodes, lost, verdicts)
-    words = [verdict.what for verdict in verdicts[:1]] or sum_up(nodes, lost)
-    if row["text"]:
-        words.append(row["text"])
+    found = [row["severity"]] + [verdict["severity"] for verdict in verdicts]
+    severity = worst_of(found, nodes, lost)
+    words = [row["text"]] if row["text"] else []
+    if not words and verdicts:
+        words = [verdicts[0]["what"]]
+    words += sum_up(nodes, lost)
     time_used = "-"
     if row["ran"] is not None:
         time_used = clock(row["ran"])
@@ -404,13 +408,13 @@ def make_group(
     return Group(row["key"], row, nodes + lost, verdicts)
 
 
-def severity_of(nodes: List[Message], lost: List[Message], verdicts: List[Any]) -> str:
-    """How bad it is, by the worst verdict, or by alerts, lost and idle nodes."""
-    found = {verdict.severity for verdict in verdicts}
+def worst_of(found: List[Any], nodes: List[Message], lost: List[Message]) -> str:
+    """The worst of what is judged, and of alerts, lost and idle nodes."""
+    found = list(found)
     if lost or any(node["alerts"] for node in nodes):
-        found.add("problem")
+        found.append("problem")
     if any("idle" in node["marks"] for node in nodes):
-        found.add("advice")
+        found.append("advice")
     for severity in SEVERITIES:
         if severity in found:
             return severity
@@ -443,9 +447,16 @@ def mean_of(nodes: List[Message], *keys: str) -> Optional[float]:
     return sum(values) / len(values) if values else None
 
 
-def urgency(group: Group) -> Tuple[int, int]:
-    """A key to sort jobs by: the worst first, and nodes outside of jobs last among equals."""
-    return SEVERITIES.index(group.row["severity"]), int(group.key == OUTSIDE)
+def urgency(group: Group, ended_states: Sequence[str]) -> Tuple[int, int]:
+    """A key to sort jobs by: the worst first; then those that run, wait, and have ended."""
+    state = group.row["state"]
+    if state == "RUNNING":
+        place = 0
+    elif group.key == OUTSIDE:
+        place = 1
+    else:
+        place = 3 if state in ended_states else 2
+    return SEVERITIES.index(group.row["severity"]), place
 
 
 # ============================================================================
@@ -885,12 +896,12 @@ class View:
         nodes = sum(
             node["slot"] is not None for group in self.groups for node in group.nodes
         )
-        worst = sum(
-            group.row["severity"] in ("died", "problem") for group in self.groups
-        )
+        severities = [group.row["severity"] for group in self.groups]
         words = "%s, %s" % (counted(len(jobs), "job"), counted(nodes, "node"))
-        if worst:
-            words += " - %d with a problem" % worst
+        for severity, what in (("died", "died"), ("problem", "with a problem")):
+            count = severities.count(severity)
+            if count:
+                words += " - %d %s" % (count, what)
         if self.snapshot.turned_away_lately:
             words += " - " + self.master_server.render_turned_away(self.snapshot)
         return self.letters.clean(words)
@@ -914,14 +925,15 @@ class View:
         group = self.group()
         groups = [group] if group else self.groups
         found = [(verdict, group) for group in groups for verdict in group.verdicts]
-        found.sort(key=lambda pair: SEVERITIES.index(pair[0].severity))
+        found.sort(key=lambda pair: SEVERITIES.index(pair[0]["severity"]))
         lines = []
         for verdict, group in found[:room]:
-            words = [verdict.what, verdict.proof, verdict.cure]
-            text = " - ".join(word for word in words if word)
+            words = [verdict.get(key) for key in ("what", "proof", "cure")]
+            text = " - ".join(str(word) for word in words if word)
             name = "" if self.depth else "%s: " % group.row["job"]
-            text = "%s %s%s" % (MARKS[verdict.severity], name, text)
-            lines.append([(self.letters.clean(text), LOOKS[verdict.severity])])
+            severity = verdict["severity"]
+            text = "%s %s%s" % (MARKS[severity], name, text)
+            lines.append([(self.letters.clean(text), LOOKS[severity])])
         if len(found) > room and lines:
             lines[-1].append((" (%d more)" % (len(found) - room), DIM))
         return lines
@@ -1022,7 +1034,7 @@ class View:
             what = node["what"] if node else "it left"
             return [[(self.letters.clean(" not there any more: %s" % what), PROBLEM)]]
         lines = self.node_head(node)
-        parts = parts_of(self.snapshot, node["slot"])
+        parts = self.snapshot.parts(node["slot"])
         lines += self.core_lines(parts, width)
         for name, columns, rows, bar_key in (
             ("GPUs", GPU_COLUMNS, parts.gpus, "gpu"),
@@ -1049,7 +1061,8 @@ class View:
 
     def core_lines(self, parts: Any, width: int) -> List[Line]:
         """How busy each CPU is, a letter for each."""
-        tenths = "".join(str(part.get("busy") or "") for part in parts.cores)
+        cores = sorted(parts.cores, key=lambda part: part["first"] or 0)
+        tenths = "".join(str(part["busy"] or "") for part in cores)
         if not tenths:
             return []
         cpus = parts.look.get("cpus")

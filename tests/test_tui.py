@@ -6,6 +6,7 @@ without screens is in test_terminal.py.
 
 import contextlib
 import functools
+import json
 import os
 import re
 import shutil
@@ -16,13 +17,13 @@ import tempfile
 import termios
 import time
 import unittest
-from collections import namedtuple
 from fcntl import ioctl
 
 import support
 from support import MasterTest, eventually, nodes, requires, start_master
 import test_herd
 from test_jobs import facts
+from test_lines import LineAgent
 from test_pages import HOSTILE, event, job, node, view
 from test_terminal import open_terminal
 
@@ -32,7 +33,6 @@ master = test_reader.load_master_server()
 
 UTF8 = test_reader.Letters("utf-8")
 ASCII = test_reader.Letters("ANSI_X3.4-1968")  # as nl_langinfo() has it for LC_ALL=C
-Verdict = namedtuple("Verdict", "severity what proof cure rule")
 WIDTH, HEIGHT = 80, 24
 
 
@@ -43,11 +43,15 @@ def snapshot(*rows, parts=None, verdicts=None, **more):
     snap.make_node = lambda row: dict(
         zip(master.NODE_KEYS, map(master.from_field, row))
     )
-    if parts is not None:
-        snap.parts = parts.get
-    if verdicts is not None:
-        snap.verdicts = verdicts.get
+    if parts:
+        snap.parts = lambda slot: parts.get(slot) or master.Parts({}, [], [], [])
+    snap.verdicts = verdicts or {}
     return snap
+
+
+def verdict(*words):
+    """A verdict, as a snapshot has it."""
+    return dict(zip(("severity", "what", "proof", "cure", "rule"), words))
 
 
 def screens(snap, letters=UTF8):
@@ -188,15 +192,15 @@ class Screens(unittest.TestCase):
 
     def test_the_job_that_needs_the_user_is_first_and_says_why(self):
         lines = lines_of(screens(some_jobs()))
-        self.assertRegex(lines[0], r"^3 jobs, 4 nodes +\d\d:\d\d:\d\d, live$")
-        self.assertRegex(lines[2], r"^>\* 7 +md +.* 3 .* 61 % +20 % +c3 idle$")
-        self.assertRegex(lines[3], r"^   8 +next +.*PENDING +- .* - +- +Priority")
-        self.assertRegex(lines[4], r"^   6 +old +.*FAILED .* exit code 3:0")
-        self.assertRegex(lines[5], r"^   \(no job\) .* 1 .* 10 % +20 %$")
+        self.assertRegex(lines[0], r"^3 jobs, 4 nodes - 1 died +\d\d:\d\d:\d\d, live$")
+        self.assertRegex(lines[2], r"^>X 6 +old .*FAILED .* failed, exit code 3:")
+        self.assertRegex(lines[3], r"^ \* 7 +md +.* 3 .* 61 % +20 % +c3 idle$")
+        self.assertRegex(lines[5], r"^   8 +next +.*PENDING +- .* - +- +Priority")
+        self.assertRegex(lines[4], r"^   \(no job\) .* 1 .* 10 % +20 %$")
 
     def test_a_wide_screen_has_the_time_too(self):
         lines = lines_of(screens(some_jobs()), 120)
-        self.assertRegex(lines[2], r" 3 2:13/12:00 +\S+ +61 %")
+        self.assertRegex(lines[3], r" 3 2:13/12:00 +\S+ +61 %")
 
     def test_the_tasks_of_an_array_are_one_row(self):
         tasks = [job(n, job="5_%d" % n, array="5", job_name="fit") for n in range(5)]
@@ -261,11 +265,11 @@ class Verdicts(unittest.TestCase):
     def test_they_are_on_top_and_in_the_row_the_worst_first(self):
         told = {
             "7": [
-                Verdict("problem", "GPU 3 of c3 idle", "0 % for 14 min", "--gres", "r"),
-                Verdict("fine", "all is well", "", "", "r"),
+                verdict("problem", "GPU 3 of c3 idle", "0 % for 14 min", "--gres", "r"),
+                verdict("fine", "all is well", "", "", "r"),
             ],
-            "8": [Verdict("died", "out of memory", "c9", "--mem=6G", "r")],
-            "9": [Verdict("advice", "hint %d" % n, "", "", "r") for n in range(5)],
+            "8": [verdict("died", "out of memory", "c9", "--mem=6G", "r")],
+            "9": [verdict("advice", "hint %d" % n, "", "", "r") for n in range(5)],
         }
         jobs = [job(number) for number in (7, 8, 9)]
         shown = screens(snapshot(jobs=jobs, verdicts=told))
@@ -275,20 +279,20 @@ class Verdicts(unittest.TestCase):
         self.assertEqual(lines[3], "* 9: hint 0 (4 more)")
         rows = [line[:5] for line in lines[5:8]]
         self.assertEqual(rows, [">X 8 ", " ! 7 ", " * 9 "])
-        self.assertIn("2 with a problem", lines[0])
+        self.assertIn(" - 1 died - 1 with a problem", lines[0])
         press(shown, "down", "enter")
         self.assertEqual(lines_of(shown)[1].partition(" - ")[0], "! GPU 3 of c3 idle")
         self.assertNotIn("out of memory", "\n".join(lines_of(shown)))
 
     def test_a_job_without_any_has_none(self):
-        for told in ({}, None):
+        for told in ({}, {"2": [verdict("died", "of old age")]}):
             shown = screens(snapshot(jobs=[job(1)], verdicts=told))
             self.assertTrue(lines_of(shown)[2].startswith(">  1 "))
 
 
 class Parts(unittest.TestCase):
     def screen(self, letters, width=WIDTH):
-        told = test_reader.Parts(
+        told = master.Parts(
             {"part": "look", "cpus": "0-3,8"},
             [{"first": 0, "busy": "0950"}, {"first": 4, "busy": "-9"}],
             [
@@ -450,6 +454,13 @@ TEXTS = (  # the keys of a node's row that are shown, and their columns' metrics
     "load1",
     "net_rx",
 )
+PARTS = (
+    {"part": "look", "look": 1, "cpus": "0-3", "processes": 2, "shown": 2},
+    {"part": "core", "look": 1, "first": 0, "busy": "0950-9"},
+    {"part": "rank", "look": 1, "pid": 4411, "rank": 0, "cpu": 99.5, "mem": 2.0**31},
+    {"part": "rank", "look": 1, "pid": 4412, "rank": 1, "cpu": 3.5, "program": "sh"},
+    {"part": "gpu", "look": 1, "index": 3, "gpu": 95.5, "mem_used": 2.0**35},
+)
 CLEAN = {"LC_ALL": "C.UTF-8", "TERM": "xterm-256color", "NO_COLOR": None}
 
 
@@ -521,7 +532,7 @@ class Shown(MasterTest):
     def setUpClass(cls):
         super().setUpClass()
         cls.folder = tempfile.mkdtemp()
-        cls.agents = [support.PlainAgent(cls.master.port) for _ in range(4)]
+        cls.agents = [LineAgent(cls.master.port) for _ in range(4)]
         for number, agent in enumerate(cls.agents):
             sample = {
                 "cpu": 90.5 + number,
@@ -535,6 +546,10 @@ class Shown(MasterTest):
                 "interval": 60,
             }
             agent.send(sample)
+            if number == 2:
+                for part in PARTS:
+                    agent.send(part)
+                agent.send(sample)  # which ends the look
         with support.PlainAgent(cls.master.port) as relay:
             relay.send(facts("4711", job_name="train\x1b[2J"))
             relay.send(facts("4712", state="PENDING", reason="Priority", start=None))
@@ -712,9 +727,24 @@ class Tmux(Shown):
             label = master.NUMBERS[key].label
             figure = "%s %s" % (label, master.render_value(key, row[key]))
             self.assertIn(" " + figure + " ", text.replace("\n", " \n"))
+        self.check_parts(text)
         self.tmux("send-keys", "Left")
-        self.assertRegex(self.see(r"(?m)^>c2 "), r"(?m)^>c2 ")
+        self.see(r"(?m)^>c2 ")
         return text
+
+    def check_parts(self, text):
+        """The figures of c2's ranks and GPUs are those of /api/job/4711."""
+        job = json.loads(support.get(self.master.page, "/api/job/4711").text)["job"]
+        (found,) = [node for node in job["nodes"] if node["node"] == "c2"]
+        self.assertEqual((len(found["ranks"]), len(found["gpus"])), (2, 1))
+        for rank in found["ranks"]:
+            cpu = master.render_value("cpu", rank["cpu"])
+            line = r"(?m)^ +%d +%d .*%s" % (rank["rank"], rank["pid"], cpu)
+            self.assertRegex(text, line)
+        for gpu in found["gpus"]:
+            used = master.render_value("mem_used", gpu["mem_used"])
+            busy = master.render_value("gpu", gpu["gpu"])
+            self.assertRegex(text, r"(?m)^ +%d .*%s +%s" % (gpu["index"], busy, used))
 
     def test_80x24(self):
         self.start(80, 24)
