@@ -821,16 +821,15 @@ SLOT = struct.Struct("i64sff")  # native, as the plan has it: 76 bytes, no paddi
 DETAIL = struct.Struct("=dd64s" + "".join(m.code for m in DETAILS))
 EVENT = struct.Struct("=d12s64s24s32s64sdd256s")
 JOB = struct.Struct("=d" + "".join(code for _, code in JOB_FACTS))
-VERDICT = struct.Struct(
-    "=24sd12s%ds" % VERDICT_BYTES
-)  # raw job id, time, severity, JSON
+# raw job id, time, number of the change that wrote it, severity, JSON
+VERDICT = struct.Struct("=24sdQ12s%ds" % VERDICT_BYTES)
 PART_HEAD = struct.Struct("=iBd")  # slot, kind + 1 (0: free), seen
 PART_BODIES = {
     kind: struct.Struct("=" + "".join(code for _, code in fields))
     for kind, fields in PART_FIELDS.items()
 }
 PART_SIZE = PART_HEAD.size + max(body.size for body in PART_BODIES.values())
-NOTES = struct.Struct("=QQQQ128sQQQ")
+NOTES = struct.Struct("=QQQQ128sQQQQ")
 HEADER = struct.Struct("=8sIIqq")
 SEQUENCE = struct.Struct("=Q")
 COUNTS = struct.Struct("=QQdQ")
@@ -1043,7 +1042,7 @@ class Snapshot:
         self.events = read_ring(copy.events, copy.counts.events)
         self.left = self.events
         notes = NOTES.unpack(copy.notes)
-        _, left_out, turned_away, lately, why, _, parts_left_out, _ = notes
+        _, left_out, turned_away, lately, why, _, parts_left_out, _, _ = notes
         self.jobs_left_out = left_out
         self.parts_left_out = parts_left_out  # looks that there was no room for
         self.turned_away = turned_away
@@ -1101,7 +1100,7 @@ class Snapshot:
     def verdicts(self) -> Dict[str, List[Message]]:
         """What is judged of each job, by its raw id, the worst first: see Verdict."""
         judged = {}
-        for raw, _, severity, text in VERDICT.iter_unpack(self.verdict_rows):
+        for raw, _, _, severity, text in VERDICT.iter_unpack(self.verdict_rows):
             if severity.strip(b"\0"):
                 judged[str(from_field(raw))] = json.loads(text.rstrip(b"\0"))
         return judged
@@ -1157,9 +1156,10 @@ class Table:
                     jobs      JOBS x JOB          seen, then JOB_FACTS in their order
                     verdicts  JOBS x VERDICT      of each job that was judged, anywhere
                     parts     PARTS x PART_SIZE   PART_HEAD, then PART_FIELDS of its kind
-        size - 256  NOTES     1 once the table has moved, jobs there was no room for,
+        size - 264  NOTES     1 once the table has moved, jobs there was no room for,
                               agents turned away, lately, and why; part rows to look at,
-                              looks there was no room for, changes of verdicts so far
+                              looks there was no room for, changes of verdicts so far,
+                              and of these those that were told
         size - 72   HEADER    magic, layout, capacity, the master's pid and its start time
         size - 40   SEQUENCE  odd while a write is under way
         size - 32   COUNTS    events and samples so far, the collector's heartbeat, slots to look at
@@ -1454,8 +1454,8 @@ class Table:
         refused = (turned_away, turned_away_lately, why.encode())
         with self:
             COUNTS.pack_into(self.buf, self.counts_at, self.events, samples, now, used)
-            changes = NOTES.unpack_from(self.buf, self.notes_at)[-1]
-            parts = (self.parts_used, self.parts_left_out, changes)
+            changes, told = NOTES.unpack_from(self.buf, self.notes_at)[-2:]
+            parts = (self.parts_used, self.parts_left_out, changes, told)
             notes = (0, self.jobs_left_out) + refused + parts
             NOTES.pack_into(self.buf, self.notes_at, *notes)
 
@@ -1531,21 +1531,33 @@ class Table:
             self.lock.release()
         job = raw.encode()[:24].ljust(24, b"\0")
         best = (True, math.inf, -1)  # not its own, when, place
-        for place, (owner, when, _, _) in enumerate(VERDICT.iter_unpack(rows)):
+        for place, (owner, when, _, _, _) in enumerate(VERDICT.iter_unpack(rows)):
             best = min(best, (owner != job, when, place))
         place = best[2]
-        row = (job, time.time(), severity.encode(), text.encode())
         with self:
+            notes = list(NOTES.unpack_from(self.buf, self.notes_at))
+            notes[-2] += 1
+            NOTES.pack_into(self.buf, self.notes_at, *notes)
+            row = (job, time.time(), notes[-2], severity.encode(), text.encode())
             at = self.verdicts_at + place * VERDICT.size
             VERDICT.pack_into(self.buf, at, *row)
-            notes = list(NOTES.unpack_from(self.buf, self.notes_at))
-            notes[-1] += 1
-            NOTES.pack_into(self.buf, self.notes_at, *notes)
 
     def verdict_changes(self) -> int:
         """How often verdicts have been written: a look at the copy is worth it when it grows."""
-        changes: int = NOTES.unpack_from(self.buf, self.notes_at)[-1]
+        changes: int = NOTES.unpack_from(self.buf, self.notes_at)[-2]
         return changes
+
+    def verdicts_told(self) -> int:
+        """The last change of verdicts that the collector has told of."""
+        told: int = NOTES.unpack_from(self.buf, self.notes_at)[-1]
+        return told
+
+    def note_told(self, changes: int) -> None:
+        """Note up to which change of verdicts all has been told: for the collector."""
+        with self:
+            notes = list(NOTES.unpack_from(self.buf, self.notes_at))
+            notes[-1] = changes
+            NOTES.pack_into(self.buf, self.notes_at, *notes)
 
     def add_event(
         self, kind: str, text: str, node: str, row: Row = UNKNOWN, address: str = ""
@@ -1647,12 +1659,13 @@ RULE = re.compile(
 class Alert(NamedTuple):
     """What --alert-command is told, as SENTINEL_EVENT and so on."""
 
-    event: str  # alert or lost
+    event: str  # alert, lost, problem or died
     node: str
     job: str
     metric: str
     value: Union[float, str]
     threshold: Union[float, str]
+    text: str  # what the log says
 
 
 class Rule(NamedTuple):
@@ -1745,7 +1758,7 @@ def judge(
 class Event(NamedTuple):
     """What there is to tell of a node: in the ring and the log, by a command."""
 
-    kind: str  # connected, finished, lost, alert, resolved or flapping
+    kind: str  # connected, finished, lost, alert, resolved, flapping, problem or died
     node: str
     row: Row  # the node's last sample, KEPT of it at least
     address: str
@@ -1760,6 +1773,8 @@ class Event(NamedTuple):
     def subject(self) -> str:
         """The node, and its job if it has one."""
         job = self.job()
+        if not self.node:
+            return "job %s" % job
         return "%s (job %s)" % (self.node, job) if job else self.node
 
 
@@ -5127,6 +5142,7 @@ class Collector:
         self.runner: Optional[CommandRunner] = None
         if options.alert_command:
             self.runner = CommandRunner(options.alert_command)
+        self.judged = Judged(table)
         self.news: Optional[News] = None
         if options.notify:
             self.news = News(Notifier(options.notify))
@@ -5166,6 +5182,7 @@ class Collector:
         self.announce(*self.flapping.settled())
         self.forget_lost()
         self.pinning.look()
+        self.announce(*self.judged.look(self.table))
         if self.news:
             self.news.look(self.table)
         return BEAT_SECONDS if self.slots else IDLE_BEAT_SECONDS
@@ -5434,7 +5451,7 @@ class Collector:
         if self.news and (event.kind != "lost" or self.options.lost):
             self.news.tell_event(event)
         is_lost = event.kind == "lost" and self.options.lost
-        if event.kind != "alert" and not is_lost:
+        if event.kind not in ("alert", "problem", "died") and not is_lost:
             log.info("%s %s: %s", event.kind, event.subject(), event.text)
             return
         log.critical(
@@ -5446,15 +5463,70 @@ class Collector:
         )
         if self.runner:
             rule = event.rule
-            metric = rule.metric if rule else "lost"
+            metric = rule.metric if rule else event.kind
             threshold: Union[float, str] = rule.threshold if rule else ""
             facts = (event.kind, event.node, event.job(), metric)
-            self.runner.post(Alert(*facts, event.value, threshold))
+            self.runner.post(Alert(*facts, event.value, threshold, event.text))
 
     def tell_refusal(self, source: str, reason: str) -> None:
         """One event for one or many refusals of a source."""
         log.warning("refused %s: %s", source, reason)
         self.table.add_event("refused", reason, source)
+
+
+class Judged:
+    """Picks from the verdicts what has become a problem or a death: each is told once.
+
+    How far they were told is noted in the table: a collector that starts again goes on there.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self.told: Set[Tuple[str, str, str]] = set()  # raw id, severity, rule
+        self.changes = table.verdicts_told()
+        rows = VERDICT.iter_unpack(table.snapshot().verdict_rows)
+        old = [row for row in rows if row[2] <= self.changes]
+        for raw, _, _, severity, text in old:
+            if severity.strip(b"\0"):
+                for verdict in json.loads(text.rstrip(b"\0")):
+                    self.told.add(key_of_verdict(str(from_field(raw)), verdict))
+
+    def look(self, table: Table) -> List[Event]:
+        """What is new since the last look."""
+        changes = table.verdict_changes()
+        if changes == self.changes:
+            return []
+        self.changes = changes
+        events = self.pick(table.snapshot())
+        table.note_told(changes)
+        return events
+
+    def pick(self, view: Snapshot) -> List[Event]:
+        """What of the verdicts is new."""
+        names = {job["raw"]: job["job"] for job in view.jobs}
+        events = []
+        known = set()
+        for raw, verdicts in view.verdicts.items():
+            for verdict in verdicts:
+                severity = verdict["severity"]
+                key = key_of_verdict(raw, verdict)
+                known.add(key)
+                if severity in ("problem", "died") and key not in self.told:
+                    words = words_of_verdict(verdict)
+                    events.append(event_of_job(severity, names.get(raw, raw), words))
+        self.told = known
+        return events
+
+
+def key_of_verdict(raw: str, verdict: Message) -> Tuple[str, str, str]:
+    """What makes a verdict another one: the job, its severity and the rule."""
+    return raw, str(verdict["severity"]), str(verdict["rule"])
+
+
+def event_of_job(kind: str, job: str, words: str) -> Event:
+    """An event of a job as a whole."""
+    row = list(UNKNOWN)
+    row[INDEX["job"]] = job.encode()
+    return Event(kind, "", tuple(row), "", words)
 
 
 def add_part(peer: Peer, message: Message) -> None:
@@ -6488,7 +6560,9 @@ thead th,
   color: var(--bad);
 }
 .lost,
-.alert {
+.alert,
+.problem,
+.died {
   font-weight: 700;
 }
 
@@ -7026,6 +7100,7 @@ LINK_CELL_HTML = '<td><a href="{href}">{text}</a></td>'
 NODE_CELL_HTML = (
     '<th scope="row" class="w"><a href="{href}">{name}</a>{marks}</th>'  # of its row
 )
+NO_NODE_CELL_HTML = '<th scope="row" class="w">-</th>'
 MARK_HTML = '<b class="bad"> \u26a0\xa0{mark}</b>'
 PERCENT_CELL_HTML = (
     '<td class="n">{text}'
@@ -7706,6 +7781,8 @@ def draw_percent(column: "Column", row: Message, site: Site) -> Html:
 
 def draw_node(column: "Column", row: Message, site: Site) -> Html:
     """The node's name, a link to its page, with the marks that it has."""
+    if not name_of(row):  # what happened to a job as a whole
+        return fill(NO_NODE_CELL_HTML)
     marks = [fill(MARK_HTML, mark=mark) for mark in row.get("marks", ())]
     return fill(NODE_CELL_HTML, href=path_of(row), name=name_of(row), marks=marks)
 
@@ -12443,7 +12520,8 @@ def add_alerts(add: Callable[..., Any]) -> None:
         "--alert-command",
         metavar="CMD",
         help="shell command for each alert; the facts are in SENTINEL_EVENT, SENTINEL_NODE,"
-        " SENTINEL_JOB, SENTINEL_METRIC, SENTINEL_VALUE, SENTINEL_THRESHOLD, SENTINEL_COUNT;"
+        " SENTINEL_JOB, SENTINEL_METRIC, SENTINEL_VALUE, SENTINEL_THRESHOLD, SENTINEL_TEXT,"
+        " SENTINEL_COUNT;"
         " what it starts ends with it",
     )
 
