@@ -1313,6 +1313,7 @@ class Process:
         self.io: Optional[Tuple[int, int, float]] = None  # read, written, when
         self.facts: Sample = {}  # rank, local_rank, program
         self.is_shown = True
+        self.is_settled = False  # seen twice: it has become the program that it will be
 
     def update(self, stat: ProcessStat) -> None:
         """Take in a new reading."""
@@ -1541,6 +1542,9 @@ class Parts:
                 process = self.known.get(pid)
                 if process and process.stat[::4] == stat[::4]:  # name and start
                     process.update(stat)
+                    if not process.is_settled:
+                        process.is_settled = True
+                        self.identify(process)
                 else:
                     process = Process(pid, step, stat)
                     self.identify(process)
@@ -1551,7 +1555,7 @@ class Parts:
         return [process for process in known.values() if process.is_shown]
 
     def identify(self, process: Process) -> None:
-        """Read once who a process is; slurmstepd and agents of other masters are not shown."""
+        """Read who a process is; slurmstepd and agents of other masters are not shown."""
         folder = "proc/%d/" % process.pid
         name = process.stat.name
         owner = parse_status(self.probe.peek(folder + "status"))["uid"]
@@ -1565,7 +1569,7 @@ class Parts:
             process.is_shown = False
             return
         program = os.path.basename(words[0].partition(" ")[0]) if words else ""
-        process.facts["program"] = clip(program or name)
+        process.facts = {"program": clip(program or name)}
         with contextlib.suppress(OSError):
             text = self.probe.peek(folder + "environ", ENVIRON_BYTES)
             in_step = process.step not in ("batch", "extern", "interactive")
