@@ -703,6 +703,7 @@ class Gpus:
         self.probe = probe
         self.environ: Dict[str, str] = dict(os.environ)
         self.details = False  # somebody takes more than the summary
+        self.hurry = threading.Event()  # the next round is to begin at once
         self.nvml: Optional[Nvml] = None
         self.begun = math.inf  # monotonic, as `ended`: the round that goes on, the last
         self.ended = -math.inf
@@ -729,7 +730,8 @@ class Gpus:
         while True:
             with contextlib.suppress(OSError, ValueError, LookupError):
                 self.refresh()
-            time.sleep(SLOW_SECONDS)
+            self.hurry.wait(SLOW_SECONDS)
+            self.hurry.clear()
 
     def start(self) -> threading.Thread:
         """Have a thread read them again and again."""
@@ -742,6 +744,12 @@ class Gpus:
         thread = threading.Thread(target=self.refresh, daemon=True)
         thread.start()
         thread.join(seconds)
+
+    def want_details(self) -> None:
+        """Have the details read from now on."""
+        if not self.details:
+            self.details = True
+            self.hurry.set()
 
     def fresh(self) -> bool:
         """Whether the last round is young enough to be told."""
@@ -1469,7 +1477,7 @@ class Parts:
         self.cores.find_cpus()
         with contextlib.suppress(OSError, ValueError, LookupError):
             self.cores.refresh()
-        self.sampler.gpus.details = True
+        self.sampler.gpus.want_details()
         head: Sample = {"part": "look", "shown": len(ranks)}
         if self.folder():
             head["processes"] = len(processes)
