@@ -756,6 +756,7 @@ class Gpus:
         self.probe = probe
         self.environ: Dict[str, str] = dict(os.environ)
         self.details = False  # somebody takes more than the summary
+        self.hurry = threading.Event()  # the next round is to begin at once
         self.nvml: Optional[Nvml] = None
         self.begun = math.inf  # monotonic, as `ended`: the round that goes on, the last
         self.ended = -math.inf
@@ -782,7 +783,8 @@ class Gpus:
         while True:
             with contextlib.suppress(OSError, ValueError, LookupError):
                 self.refresh()
-            time.sleep(SLOW_SECONDS)
+            self.hurry.wait(SLOW_SECONDS)
+            self.hurry.clear()
 
     def start(self) -> threading.Thread:
         """Have a thread read them again and again."""
@@ -795,6 +797,12 @@ class Gpus:
         thread = threading.Thread(target=self.refresh, daemon=True)
         thread.start()
         thread.join(seconds)
+
+    def want_details(self) -> None:
+        """Have the details read from now on."""
+        if not self.details:
+            self.details = True
+            self.hurry.set()
 
     def fresh(self) -> bool:
         """Whether the last round is young enough to be told."""
@@ -1564,6 +1572,7 @@ class Process:
         self.io: Optional[Tuple[int, int, float]] = None  # read, written, when
         self.facts: Sample = {}  # rank, local_rank, program
         self.is_shown = True
+        self.is_settled = False  # seen twice: it has become the program that it will be
 
     def update(self, stat: ProcessStat) -> None:
         """Take in a new reading."""
@@ -1719,7 +1728,7 @@ class Parts:
         self.cores.find_cpus()
         with contextlib.suppress(OSError, ValueError, LookupError):
             self.cores.refresh()
-        self.sampler.gpus.details = True
+        self.sampler.gpus.want_details()
         head: Sample = {"part": "look", "shown": len(ranks)}
         if self.folder():
             head["processes"] = len(processes)
@@ -1792,6 +1801,9 @@ class Parts:
                 process = self.known.get(pid)
                 if process and process.stat[::4] == stat[::4]:  # name and start
                     process.update(stat)
+                    if not process.is_settled:
+                        process.is_settled = True
+                        self.identify(process)
                 else:
                     process = Process(pid, step, stat)
                     self.identify(process)
@@ -1802,7 +1814,7 @@ class Parts:
         return [process for process in known.values() if process.is_shown]
 
     def identify(self, process: Process) -> None:
-        """Read once who a process is; slurmstepd and agents of other masters are not shown."""
+        """Read who a process is; slurmstepd and agents of other masters are not shown."""
         folder = "proc/%d/" % process.pid
         name = process.stat.name
         owner = parse_status(self.probe.peek(folder + "status"))["uid"]
@@ -1816,7 +1828,7 @@ class Parts:
             process.is_shown = False
             return
         program = os.path.basename(words[0].partition(" ")[0]) if words else ""
-        process.facts["program"] = clip(program or name)
+        process.facts = {"program": clip(program or name)}
         with contextlib.suppress(OSError):
             text = self.probe.peek(folder + "environ", ENVIRON_BYTES)
             in_step = process.step not in ("batch", "extern", "interactive")
