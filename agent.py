@@ -108,14 +108,15 @@ TIME_LEFT = r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)$"  # 1-02:03:04 of squeue(1), %L
 CPUS_PER_NODE = (
     r"(\d+)(?:\(x(\d+)\))?"  # 72(x2),36 in SLURM_JOB_CPUS_PER_NODE, sbatch(1)
 )
-# The variables that a scheduler sets in a job: its id, the element of an array, its name
+# The variables that a scheduler sets in a job: its id, its name, the element of an array; and how
+# its commands call that.  An element of 0 (LSF) or "undefined" (Grid Engine) is none.
 # sbatch(1), qsub(1B) of PBS, bsub(1), flux-environment(7), qsub(1) of Grid Engine
 SCHEDULERS = (
-    ("SLURM_JOB_ID", "", "SLURM_JOB_NAME"),
-    ("PBS_JOBID", "", "PBS_JOBNAME"),  # 1234[7].server
-    ("LSB_JOBID", "LSB_JOBINDEX", "LSB_JOBNAME"),
-    ("FLUX_JOB_ID", "", "FLUX_JOB_NAME"),
-    ("JOB_ID", "SGE_TASK_ID", "JOB_NAME"),
+    ("SLURM_JOB_ID", "SLURM_JOB_NAME", "", ""),
+    ("PBS_JOBID", "PBS_JOBNAME", "", ""),  # 12.server, 12[7].server
+    ("LSB_JOBID", "LSB_JOBNAME", "LSB_JOBINDEX", "%s[%s]"),
+    ("FLUX_JOB_ID", "FLUX_JOB_NAME", "", ""),
+    ("JOB_ID", "JOB_NAME", "SGE_TASK_ID", "%s.%s"),
 )
 # The directory above the job's in /proc/self/cgroup, whatever the job's own is called
 JOB_PARENTS = (
@@ -965,7 +966,9 @@ class Sampler:
         self.groups = [self.own["memory"]] if "memory" in self.own else []
         self.killed: Dict[str, int] = {}  # by the OOM killer, by cgroup
         self.nfs = (0, 0)  # operations, ms of their round trips
-        self.fixed = collect([self.identify, self.find_job_cpus, self.count_cpus])
+        self.fixed = collect(
+            [self.identify, self.identify_job, self.find_job_cpus, self.count_cpus]
+        )
         self.readers: List[Reader] = [
             self.read_cpu,
             self.read_memory,
@@ -1014,18 +1017,26 @@ class Sampler:
         return known
 
     def identify(self) -> Reading:
-        """Yield who this is: node, user and job."""
+        """Yield who this is: node and user."""
         environ = os.environ
         host = socket.gethostname().split(".")[0]
         yield "version", VERSION
         yield "node", clip(self.name or environ.get("SLURMD_NODENAME") or host)
-        for job, element, name in SCHEDULERS:
-            if environ.get(job) and element in ("", *environ):
-                yield "job", clip(job_of(environ[job], environ.get(element, "")))
+        yield "user", clip(getpass.getuser())  # KeyError, OSError: a uid without a name
+
+    def identify_job(self) -> Reading:
+        """Yield id and name of the job, from the first scheduler that has set them."""
+        environ = os.environ
+        for variable, name, element, form in SCHEDULERS:
+            if environ.get(variable) and (not element or element in environ):
+                job = environ[variable].partition(".")[0]  # without the server's name
+                nth = environ.get(element, "")
+                if nth.strip("0").isdigit():
+                    job = form % (job, nth)
+                yield "job", clip(job)
                 if environ.get(name):
                     yield "job_name", clip(environ[name])
-                break
-        yield "user", clip(getpass.getuser())  # KeyError, OSError: a uid without a name
+                return
 
     def count_cpus(self) -> Reading:
         yield "cpus", self.probe.read("proc/stat", STAT_BYTES).count("\ncpu")
@@ -1212,7 +1223,7 @@ class Sampler:
             with contextlib.suppress(OSError, ValueError):
                 self.count_kills(group, self.probe.read(group + "/memory.oom_control"))
         if self.killed:
-            yield "oom_kill", sum(self.killed.values())
+            yield "oom_kill", sum(tuple(self.killed.values()))  # a thread adds to them
         path = "%s/memory.failcnt" % self.job["memory"]
         yield "job_mem_failcnt", int(self.probe.read(path))
 
@@ -1342,13 +1353,6 @@ class Sampler:
     def read_gpus(self) -> Reading:
         if self.gpus.fresh():
             yield from summarise_gpus(self.gpus.parts)
-
-
-def job_of(job: str, element: str) -> str:
-    """Return a job's id as its scheduler's commands take it, without the server's name."""
-    job = job.partition(".")[0]
-    # an element of 0 (LSF) or "undefined" (Grid Engine) says that it is no array
-    return "%s[%s]" % (job, element) if element.isdigit() and int(element) else job
 
 
 def environment_time(name: str) -> float:

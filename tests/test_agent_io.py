@@ -369,7 +369,7 @@ class Schedulers(unittest.TestCase):
             ),
             (
                 {"JOB_ID": "5", "SGE_TASK_ID": "2", "JOB_NAME": "a.sh"},
-                ("5[2]", "a.sh"),
+                ("5.2", "a.sh"),
             ),
             ({"JOB_ID": "5", "JOB_NAME": "a build server's"}, (None, None)),
             ({"PBS_JOBID": ""}, (None, None)),
