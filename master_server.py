@@ -5,11 +5,13 @@
                         `-> alerts: log, --alert-command
 
 Run it on the login node or on your laptop, start agent.py where there is work, and open the
-address that it prints.  It needs Python 3.8 or newer, and writes no file but a secret that you
-ask for.  Three processes: this one supervises, the collector has one thread for each agent, and
-the dashboard answers browsers.  Either of the two is started again when it dies.
+address that it prints.  It needs Python 3.8 or newer, and writes no file but records of the
+jobs that it watches, and a secret that you ask for.  Its processes: this one supervises, the
+collector has one thread for each agent, the dashboard answers browsers, and the recorder keeps
+the records.  Each of these is started again when it dies.
 
-Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP, 1 could not start, 2 bad usage.
+Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP, 1 could not start, 2 bad usage;
+of --explain: 0 fine, 1 advice, 2 problem, 3 died, 4 no record of such a job.
 """
 
 # The rooms of this file, in their order.  A room uses the rooms above it, and none below.
@@ -7627,6 +7629,12 @@ JOBS_FORM_HTML = """
     </form>"""
 JOBS_LINKS_HTML = """
     <p><a href="{csv}">CSV</a> <a href="{json}">JSON</a></p>"""
+BARS_HTML = (
+    '<td><svg class="line" viewBox="0 0 {width} 100" preserveAspectRatio="none"'
+    ' role="img" aria-label="{words}"><path class="cell" d="{path}"/></svg></td>'
+)
+RUNS_LINK_HTML = """
+    <p><a href="../runs?{query}">All runs of {name}</a></p>"""
 COMPARE_FORM_HTML = """
     <form action="{root}compare">
       <input type="hidden" name="a" value="{job}">
@@ -7649,6 +7657,12 @@ MAP_LEVELS = 10  # shades
 MAX_MARKS = 40  # events in a chart
 MAX_ROWS = 500  # of a table in a report
 JOBS_PAGE = 200  # jobs on a page
+MIN_RUNS = 3  # that advice on many runs rests upon, at least
+SUFFICES = 0.995  # the share of runs that what is advised would have sufficed for
+RUNS_TIME_MARGIN = 1.2  # of the time that so many runs took
+CPU_SLACK = 0.1  # of a CPU: what is busy beside the program itself
+SPREAD_BARS = 20
+MAX_WHERE = 8  # nodes and jobs that are named of a kind of failure
 MEMORY_MARGIN = 1.2  # of the peak, to ask for ...
 TIME_MARGIN = 1.5  # ... and of the time that one run took
 GIB = 2**30
@@ -8490,6 +8504,11 @@ def render_record_page(view: Snapshot, query: Query, site: Site) -> str:
         return ""
     summary = summarize(record)
     parts = job_parts(record, summary)
+    for field, key in (("array", "array"), ("name", "job_name")):
+        name = summary[key]
+        if name:
+            link_query = urllib.parse.urlencode({field: name})
+            parts.append(fill(RUNS_LINK_HTML, query=link_query, name=name))
     parts.append(fill(COMPARE_FORM_HTML, root="../", job=record.job))
     return render_document(title_of(summary), parts, "../", "")
 
@@ -8731,6 +8750,197 @@ def difference_words(one: Any, other: Any) -> str:
     return "%.0f %% %s" % (abs(ratio - 1) * 100, "more" if ratio > 1 else "less")
 
 
+# ---- many runs of the same: an array, or jobs of one name
+
+
+class Spread(NamedTuple):
+    """How the values of many runs are spread."""
+
+    runs: int
+    least: float
+    median: float
+    high: float  # nine of ten are not above
+    most: float
+    bars: List[
+        int
+    ]  # runs in each of SPREAD_BARS equal parts from the least to the most
+
+
+def spread_of(values: Sequence[Optional[float]]) -> Optional[Spread]:
+    """The spread of the values that are known; None if there are none."""
+    known = sorted(value for value in values if value is not None)
+    if not known:
+        return None
+    least, most = known[0], known[-1]
+    bars = [0] * SPREAD_BARS
+    for value in known:
+        share = (value - least) / (most - least) if most > least else 0.0
+        bars[min(SPREAD_BARS - 1, int(share * SPREAD_BARS))] += 1
+    return Spread(
+        len(known), least, quantile(known, 0.5), quantile(known, 0.9), most, bars
+    )
+
+
+def quantile(known: Sequence[float], share: float) -> float:
+    """The smallest of the sorted values that is not below so large a share of them."""
+    return known[max(0, math.ceil(share * len(known)) - 1)]
+
+
+def busy_cpus(job: Message) -> Optional[float]:
+    """How many CPUs a run kept busy, in the mean."""
+    if job["cpu"] is None or not job["got_cpus"]:
+        return None
+    return float(job["cpu"] * job["got_cpus"] / 100)
+
+
+def advise(jobs: Sequence[Message]) -> List[Tuple[str, str]]:
+    """What to ask for next time, and what that rests upon: (line, words); by three runs or more.
+
+    Only runs that completed count: one that was killed shows how much it got, not what it needs.
+    """
+    done = [job for job in jobs if job["state"] == "COMPLETED"]
+    advice = []
+    peaks = sorted(job["peak"] for job in done if job["peak"])
+    if len(peaks) >= MIN_RUNS:
+        wanted = MEMORY_MARGIN * quantile(peaks, SUFFICES) / 2**20
+        mebibytes = int(-(-wanted // 64)) * 64
+        enough = sum(peak <= mebibytes * 2**20 for peak in peaks)
+        size = "%dM" % mebibytes if mebibytes % 1024 else "%dG" % (mebibytes // 1024)
+        words = "the largest peak was %s" % render_value("mem", peaks[-1])
+        advice.append(("#SBATCH --mem=" + size, suffice_words(enough, peaks, words)))
+    times = sorted(job["ran"] for job in done if job["ran"])
+    if len(times) >= MIN_RUNS:
+        wanted = RUNS_TIME_MARGIN * quantile(times, SUFFICES)
+        line = "#SBATCH --time=" + slurm_time(wanted)
+        words = "the longest took %s" % render_value("ran", times[-1])
+        enough = sum(seconds <= wanted for seconds in times)
+        advice.append((line, suffice_words(enough, times, words)))
+    busy = sorted(filter(None, map(busy_cpus, done)))
+    if len(busy) >= MIN_RUNS:
+        wanted = max(1, math.ceil(quantile(busy, SUFFICES) - CPU_SLACK))
+        got = max(job["got_cpus"] for job in done if job["got_cpus"])
+        names = max(len(job["names"]) for job in done)
+        if wanted < got and names == 1:
+            words = "%d runs kept at most %.1f of %d CPUs busy"
+            line = "#SBATCH --cpus-per-task=%d" % wanted
+            advice.append((line, words % (len(busy), busy[-1], got)))
+    return advice
+
+
+def suffice_words(enough: int, known: Sequence[float], words: str) -> str:
+    """For how many runs it would have sufficed."""
+    return "would have sufficed for %d of %d runs; %s" % (enough, len(known), words)
+
+
+def failure_rows(jobs: Sequence[Message]) -> List[Message]:
+    """Runs that did not complete, by how they ended and where."""
+    groups: Dict[str, List[Message]] = {}
+    for job in jobs:
+        if job["state"] in ENDED_STATES and job["state"] != "COMPLETED":
+            cause = " ".join(filter(None, (job["state"], job["exit"])))
+            groups.setdefault(cause, []).append(job)
+    rows = []
+    for cause, failed in sorted(groups.items(), key=lambda item: -len(item[1])):
+        nodes = collections.Counter(name for job in failed for name in job["names"])
+        where = ["%s (%d)" % pair for pair in nodes.most_common(MAX_WHERE)]
+        which = [job["job"] for job in failed[:MAX_WHERE]]
+        more = ["..."] if len(failed) > MAX_WHERE else []
+        rows.append(
+            {
+                "cause": cause,
+                "count": len(failed),
+                "where": ", ".join(where) or None,
+                "which": ", ".join(which + more),
+            }
+        )
+    return rows
+
+
+def spread_rows(jobs: Sequence[Message]) -> List[Message]:
+    """A row for memory, time and CPUs of many runs."""
+    rows = []
+    for what, written, values in (
+        ("Peak memory of a node", "mem", [job["peak"] for job in jobs]),
+        ("Time", "ran", [job["ran"] for job in jobs]),
+        ("CPUs busy", "load1", [busy_cpus(job) for job in jobs]),
+    ):
+        spread = spread_of(values)
+        if spread is None:
+            continue
+        row: Message = {"what": what, "count": spread.runs, "bars": spread.bars}
+        for key in ("least", "median", "high", "most"):
+            row[key] = render_value(written, getattr(spread, key))
+        rows.append(row)
+    return rows
+
+
+def draw_bars(column: Column, row: Message, site: Site) -> Html:
+    """A row of bars; in words: how many runs each stands for."""
+    top = max(row["bars"])
+    path = ""
+    for place, count in enumerate(row["bars"]):
+        height = 100 * count / top
+        path += "M%d 100v-%.1fh8v%.1fz" % (10 * place, height, height)
+    words = "runs from the least to the most: %s" % ", ".join(map(str, row["bars"]))
+    return fill(BARS_HTML, width=10 * len(row["bars"]), path=path, words=words)
+
+
+SPREAD_COLUMNS = (
+    Column("what", ""),
+    Column("count", "Runs", RIGHT, AS_COUNT),
+    Column("least", "Least", RIGHT),
+    Column("median", "Median", RIGHT),
+    Column("high", "90 %", RIGHT),
+    Column("most", "Most", RIGHT),
+    Column("bars", "How many", LEFT, draw_bars),
+)
+FAILURE_COLUMNS = (
+    Column("cause", "How it ended"),
+    Column("count", "Runs", RIGHT, AS_COUNT),
+    Column("where", "On nodes", WRAPPED),
+    Column("which", "Jobs", WRAPPED),
+)
+
+
+def runs_asked_for(view: Snapshot, query: Query, site: Site) -> List[Message]:
+    """The runs of an array, or of a name and a user."""
+    keys = {"array": "array", "name": "job_name", "user": "user"}
+    wanted = {keys[key]: query[key] for key in keys if query.get(key)}
+    if not set(wanted) & {"array", "job_name"}:
+        return []
+    return [
+        job
+        for job in select_jobs(view, {}, site)
+        if all(job[key] == value for key, value in wanted.items())
+    ]
+
+
+def render_runs_page(view: Snapshot, query: Query, site: Site) -> str:
+    """The page of many runs of the same; "" if there are none."""
+    jobs = runs_asked_for(view, query, site)
+    if not jobs:
+        return ""
+    counts = collections.Counter(job["state"] or "UNKNOWN" for job in jobs)
+    words = ["%d %s" % (count, state.lower()) for state, count in counts.most_common()]
+    done = [job for job in jobs if job["state"] in ENDED_STATES]
+    advice = advise(done)
+    lines = "\n".join(line for line, _ in advice)
+    why = "; ".join("%s %s" % (line.split("--")[1], words) for line, words in advice)
+    paste = fill(PASTE_HTML, lines=lines, why=why)
+    if not advice:
+        text = "That takes %d runs that completed, with samples." % MIN_RUNS
+        paste = fill(PARAGRAPH_HTML, text=text)
+    title = "Runs of %s" % (query.get("name") or query.get("array"))
+    parts = [
+        fill(PARAGRAPH_HTML, text="%d runs: %s" % (len(jobs), ", ".join(words))),
+        draw_table("spread", "What they used", SPREAD_COLUMNS, spread_rows(done)),
+        draw_table("failures", "Failures", FAILURE_COLUMNS, failure_rows(done)),
+        fill(SECTION_HTML, heading="To ask for next time", parts=paste),
+        draw_table("jobs", "Jobs", RECORD_COLUMNS, jobs),
+    ]
+    return render_document(title, parts, "", "")
+
+
 # ---- text
 
 
@@ -8810,6 +9020,7 @@ REPORT_ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
     "/record/": (HTML, render_record_page),
     "/api/record/": (JSON, render_record_json),
     "/compare": (HTML, render_compare_page),
+    "/runs": (HTML, render_runs_page),
 }
 
 
