@@ -7500,6 +7500,9 @@ svg text {
   fill: var(--cpu);
   stroke: none;
 }
+#jobs .w {
+  min-width: 18rem;
+}
 .verdicts {
   list-style: none;
   margin: 0 0 1.4rem;
@@ -7870,11 +7873,12 @@ def draw_axes(key: str, axis: Axis, top: float, step: float) -> Html:
 
 
 def time_texts(axis: Axis, y: int) -> List[Html]:
-    """The words below a time axis."""
-    return [
-        fill(TEXT_SVG, x="%.0f" % x, y=y, anchor="middle", text=text)
-        for x, text in axis.marks()
-    ]
+    """The words below a time axis; the last ones end where the axis does."""
+    texts = []
+    for x, text in axis.marks():
+        anchor = "end" if x > CHART_RIGHT - CHART_TOP else "middle"
+        texts.append(fill(TEXT_SVG, x="%.0f" % x, y=y, anchor=anchor, text=text))
+    return texts
 
 
 def draw_band(series: Series, piece: List[Band], axis: Axis, top: float) -> Html:
@@ -8002,11 +8006,17 @@ def draw_date(column: Column, row: Message, site: Site) -> Html:
     return fill(CELL_HTML, kind=column.align, content=render_date(row.get(column.key)))
 
 
+def draw_moment(column: Column, row: Message, site: Site) -> Html:
+    """A day and a time, to the second."""
+    text = time.strftime("%F %T", time.localtime(row[column.key]))
+    return fill(CELL_HTML, kind=column.align, content=text)
+
+
 def render_date(when: Optional[float]) -> str:
     """A day and a time for people."""
     if not when:
         return "-"
-    return time.strftime("%F %T", time.localtime(when))
+    return time.strftime("%F %R", time.localtime(when))
 
 
 def draw_record(column: Column, row: Message, site: Site) -> Html:
@@ -8025,9 +8035,15 @@ def draw_worst(column: Column, row: Message, site: Site) -> Html:
 def verdict_words(summary: Message) -> str:
     """The worst verdict on a job in a line."""
     words = SEVERITY_WORDS[severity_of(summary)]
-    verdicts = summary["verdicts"] or []
-    if verdicts and verdicts[0].get("what") != "fine":
-        return "%s: %s" % (words, verdicts[0].get("what"))
+    severity = severity_of(summary)
+    for verdict in summary["verdicts"] or ():
+        if verdict.get("severity") == severity and verdict.get("what") != "fine":
+            return "%s: %s" % (words, verdict.get("what"))
+    if severity == "died":
+        return "%s: %s" % (
+            words,
+            " ".join(filter(None, (summary["state"], summary["exit"]))),
+        )
     return words
 
 
@@ -8058,7 +8074,7 @@ RECORD_COLUMNS = (
     Column("cpu", "CPU", RIGHT, draw_percent),
     Column("gpu", "GPU", RIGHT, draw_percent),
     Column("peak", "Peak memory", RIGHT, AS_BYTES),
-    Column("mem", "Asked for", RIGHT),
+    Column("mem", "Memory asked for", RIGHT),
     Column("start", "Started", LEFT, draw_date),
     Column("end", "Ended", LEFT, draw_date),
 )
@@ -8100,7 +8116,7 @@ RUN_GPU_COLUMNS = (
     Column("temp", "Temperature, most", RIGHT),
 )
 RUN_EVENT_COLUMNS = (
-    Column("time", "Time", LEFT, draw_date),
+    Column("time", "Time", LEFT, draw_moment),
     KIND,
     Column("node", "Node"),
     WHAT,

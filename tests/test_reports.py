@@ -193,7 +193,7 @@ class Report(unittest.TestCase):
         clock = [text for text in texts if re.fullmatch(r"\d\d:\d\d", text)]
         self.assertGreaterEqual(len(clock), 3)
         self.assertTrue(any("GiB" in text for text in texts), texts)
-        self.assertIn(time.strftime("%F %T", time.localtime(NOW)), page)
+        self.assertIn(time.strftime("%F %R", time.localtime(NOW)), page)
 
     def test_a_gap_is_a_gap_in_the_curve(self):
         whole = master.bands_of(a_record().rows, "cpu")
@@ -364,7 +364,7 @@ class Lists(unittest.TestCase):
             [master.summarize(record) for record in self.records]
         ).splitlines()
         self.assertEqual(len(lines), 4)
-        self.assertIn("Died", lines[1])
+        self.assertIn("Died: FAILED", lines[1])
 
     def test_json_of_a_job_has_its_curves(self):
         answer = json.loads(render("/api/record/", *self.records, job="10"))
