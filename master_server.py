@@ -939,6 +939,8 @@ class Snapshot:
         """What Slurm says of each job that is not forgotten: dicts with JOB_KEYS."""
         jobs = []
         for seen, *row in JOB.iter_unpack(self.job_rows):
+            if not row[0][0]:
+                continue  # there is none in this place
             job: Message = dict(zip(JOB_KEYS, map(from_field, row)))
             if job["job"] is None:
                 continue
@@ -9454,11 +9456,11 @@ class Dashboard:
 # ============================================================================
 
 LOOK_SECONDS = 2.0  # between two looks at the table ...
-MANY_SLOTS = 256  # ... with more nodes in jobs, it is ROW_SECONDS
+MANY_SLOTS = 128  # ... with more nodes in jobs, it is ROW_SECONDS
 MAX_RECORDINGS = 1024  # jobs at once, and nodes of each: peers choose their names
 MAX_TRACES = 4096
 DIAGNOSE_SECONDS = 30.0  # between two verdicts on a job, at least ...
-DIAGNOSE_SHARE = 500  # ... and so many times of what one takes
+DIAGNOSE_SHARE = 1000  # ... and so many times of what it takes to judge all of them
 VERDICT_SECONDS = 300.0  # until figures that changed are worth another line
 TRACE_POINTS = 360  # of a node's curves, one a row: the last hour
 MAX_TRACED = 1024  # nodes with curves
@@ -9744,6 +9746,21 @@ class Curves:
         return curves
 
 
+Range = Optional[Tuple[float, float, float]]  # least, mean, most; None if unknown
+NO_RANGES: List[Range] = [None] * len(RECORDED)
+
+
+def range_of(values: Sequence[float]) -> Range:
+    """The range of the values that are not NaN."""
+    total = sum(values)
+    if total != total:
+        values = [value for value in values if value == value]
+        total = sum(values)
+    if not values:
+        return None
+    return min(values), total / len(values), max(values)
+
+
 class Trace:
     """A node of a job: its newest sample, its curves, and what its next row is made of."""
 
@@ -9759,12 +9776,17 @@ class Trace:
         self.gpus: List[Message] = []
         self.cores: Dict[int, float] = {}
         self.cpus: Set[int] = set()
-        self.clear()
+        self.looks: List[Row] = []  # RECORDED at each look since the last row
 
-    def clear(self) -> None:
-        """Begin a row."""
-        self.sums = [0.0] * len(RECORDED)
-        self.counts = [0] * len(RECORDED)
+    def take_looks(self, now: float) -> List[Range]:
+        """The range of each of RECORDED since the last row; it begins a new one."""
+        if not self.looks:
+            return NO_RANGES
+        if self.place < MAX_TRACED:
+            self.curves.add(now, PICK_GRAPHS(self.sample))
+        ranges = list(map(range_of, zip(*self.looks)))
+        self.looks = []
+        return ranges
 
     def take_parts(self, parts: Parts) -> None:
         """Note a node's newest look: its ranks, GPUs and cores."""
@@ -9805,8 +9827,6 @@ class Recording:
         self.traces: Dict[str, Trace] = {}
         self.nodes: Dict[str, Message] = {}  # as the last line of nodes has them
         self.seen = now  # when one of its nodes was there
-        self.least = [math.inf] * len(RECORDED)
-        self.most = [-math.inf] * len(RECORDED)
         self.fine: List[RecordRow] = []  # rows that are not written yet
         self.tail: Deque[RecordRow] = collections.deque(maxlen=TAIL_ROWS)
         self.written = 0  # rows
@@ -9833,14 +9853,7 @@ class Recording:
         trace.slot = row[0]
         trace.seen = self.seen = now
         trace.lost = None
-        for place, value in enumerate(PICK_RECORDED(row)):
-            if value == value:
-                trace.sums[place] += value
-                trace.counts[place] += 1
-                if value < self.least[place]:
-                    self.least[place] = value
-                if value > self.most[place]:
-                    self.most[place] = value
+        trace.looks.append(PICK_RECORDED(row))
 
     def tell(self, facts: Message, now: float) -> None:
         """Note what Slurm says."""
@@ -9913,23 +9926,18 @@ class Recording:
 
     def make_row(self, now: float) -> Optional[RecordRow]:
         """What was seen since the last row; None if that is nothing."""
-        traces = list(self.traces.values())
         values: Dict[str, List[Optional[float]]] = {}
-        for place, key in enumerate(RECORDED):
-            if not any(trace.counts[place] for trace in traces):
+        nodes = [trace.take_looks(now) for trace in self.traces.values()]
+        for key, ranges in zip(RECORDED, zip(*nodes)):
+            known = [each for each in ranges if each]
+            if not known:
                 continue
-            means = [
-                trace.sums[place] / trace.counts[place] if trace.counts[place] else None
-                for trace in traces
-            ]
-            band = [self.least[place], mean_known(means), self.most[place]]
-            values[key] = band + means if key in BY_NODE else band
-        for trace in traces:
-            if trace.place < MAX_TRACED and any(trace.counts):
-                trace.curves.add(now, PICK_GRAPHS(trace.sample))
-            trace.clear()
-        self.least = [math.inf] * len(RECORDED)
-        self.most = [-math.inf] * len(RECORDED)
+            means = [each[1] if each else None for each in ranges]
+            least = min(each[0] for each in known)
+            most = max(each[2] for each in known)
+            values[key] = [least, mean_known(means), most]
+            if key in BY_NODE:
+                values[key] += means
         if not values:
             return None
         when = round(min(now, self.seen), 1)
@@ -9987,8 +9995,13 @@ class Recording:
         """The id that Slurm takes."""
         return str(self.facts["raw"] or self.job)
 
-    def judge(self, diagnose: Diagnose, view: Snapshot, now: float) -> bool:
-        """Have the job judged, and write down what is new: whether there is something to tell."""
+    def judge(
+        self, diagnose: Diagnose, view: Snapshot, now: float, jobs: int = 1
+    ) -> bool:
+        """Have the job judged, and write down what is new: whether there is something to tell.
+
+        jobs: how many share the time that there is for that.
+        """
         began = time.perf_counter()
         nodes = [trace.evidence(view) for trace in self.traces.values()]
         evidence = JobEvidence(self.facts, nodes, list(self.events), now)
@@ -10000,7 +10013,7 @@ class Recording:
             self.has_failed = True
             return False
         spent = time.perf_counter() - began
-        self.diagnose_due = now + max(DIAGNOSE_SECONDS, DIAGNOSE_SHARE * spent)
+        self.diagnose_due = now + max(DIAGNOSE_SECONDS, DIAGNOSE_SHARE * spent * jobs)
         was_told = bool(self.verdicts)
         self.verdicts = found
         words = [re.sub(r"[\d.]+", "", str(verdict)) for verdict in found]
@@ -10083,6 +10096,8 @@ class Recorder:
         self.told: Set[Any] = set()  # events that were there at the last look
         self.has_looked = False
         self.facts: Dict[str, Message] = {}  # by job and by raw id
+        # by a sample's job, node and address, until the next row: where it belongs
+        self.places: Dict[Any, Tuple[Optional[Recording], str]] = {}
         self.row_due = 0.0  # time.monotonic()
 
     def run(self) -> None:
@@ -10118,6 +10133,7 @@ class Recorder:
         if is_due:
             self.row_due = time.monotonic() + ROW_SECONDS
             self.read_facts(view, now)
+            self.places = {}
         if view.beat < STALE_SECONDS:  # else what is in the table is old
             self.take_samples(view, now)
         self.take_events(view)
@@ -10170,18 +10186,27 @@ class Recorder:
     def take_samples(self, view: Snapshot, now: float) -> None:
         """Note the newest sample of each node that is in a job."""
         for row in view.rows():
-            known_as = from_field(row[JOB_AT])
-            if not known_as:
-                continue
-            facts = self.facts.get(str(known_as))
-            job = facts["job"] if facts else str(known_as)
-            if facts and facts["state"] in ENDED_STATES and job not in self.recordings:
-                continue  # it sends on after its job's end
-            name = row[NODE_AT].rstrip(b"\0").decode("utf-8", "ignore")
-            if not name:
-                name = name_of({"node": None, "address": from_field(row[1])})
-            if job in self.recordings or len(self.recordings) < MAX_RECORDINGS:
-                self.recording(job, now).take(name, row, now)
+            key = (row[JOB_AT], row[NODE_AT], row[1])
+            if key not in self.places:
+                self.places[key] = self.find_place(row, now)
+            recording, name = self.places[key]
+            if recording:
+                recording.take(name, row, now)
+
+    def find_place(self, row: Row, now: float) -> Tuple[Optional[Recording], str]:
+        """The recording that a sample is for, None if for none, and its node's name."""
+        known_as = from_field(row[JOB_AT])
+        if not known_as:
+            return None, ""
+        facts = self.facts.get(str(known_as))
+        job = facts["job"] if facts else str(known_as)
+        if job not in self.recordings:
+            if facts and facts["state"] in ENDED_STATES:
+                return None, ""  # it sends on after its job's end
+            if len(self.recordings) >= MAX_RECORDINGS:
+                return None, ""
+        names = dict(zip(("node", "address"), map(from_field, (row[NODE_AT], row[1]))))
+        return self.recording(job, now), name_of(names)
 
     def take_events(self, view: Snapshot) -> None:
         """Note the events that are new, each for its job."""
@@ -10205,12 +10230,14 @@ class Recorder:
         recording.close_row(now)
         is_over = recording.is_over(now)
         is_due = is_over or now >= recording.diagnose_due
-        if is_due and recording.judge(self.diagnose, view, now):
+        jobs = len(self.recordings)
+        if is_due and recording.judge(self.diagnose, view, now, jobs):
             self.table.write_verdicts(recording.raw, recording.told_verdicts())
         if is_over:
             recording.finish(now)
             self.done[recording.job] = self.facts.get(recording.job, recording.facts)
             del self.recordings[recording.job]
+            self.places = {}
         self.post(recording)
         if is_over:
             self.writer.post(Work("pack", recording.job))
