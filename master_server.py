@@ -9949,7 +9949,9 @@ class Recording:
     def write_rows(self) -> None:
         """Write the rows that wait, as one."""
         if self.fine:
-            self.lines.append(row_line(merge_rows(self.fine)))
+            is_alone = len(self.fine) == 1
+            row = self.fine[0] if is_alone else merge_rows(self.fine)
+            self.lines.append(row_line(row))
             self.fine = []
             self.written += 1
 
