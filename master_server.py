@@ -8081,7 +8081,7 @@ RECORD_COLUMNS = (
     Column("end", "Ended", LEFT, draw_date),
 )
 USE_COLUMNS = (
-    Column("what", ""),
+    Column("what", "What"),
     Column("asked", "Asked for", RIGHT),
     Column("got", "Got", RIGHT),
     Column("used", "Used", RIGHT),
@@ -8124,7 +8124,7 @@ RUN_EVENT_COLUMNS = (
     WHAT,
 )
 COMPARE_COLUMNS = (
-    Column("what", ""),
+    Column("what", "What"),
     Column("a", "A", RIGHT),
     Column("b", "B", RIGHT),
     Column("words", "B against A", WRAPPED),
@@ -8904,7 +8904,7 @@ def draw_bars(column: Column, row: Message, site: Site) -> Html:
 
 
 SPREAD_COLUMNS = (
-    Column("what", ""),
+    Column("what", "What"),
     Column("count", "Runs", RIGHT, AS_COUNT),
     Column("least", "Least", RIGHT),
     Column("median", "Median", RIGHT),

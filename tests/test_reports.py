@@ -20,6 +20,7 @@ import unittest.mock
 import urllib.parse
 
 import support
+from browser import Browser
 
 import master_server as master
 
@@ -580,6 +581,82 @@ class Served(unittest.TestCase):
             files.append(2)
             dashboard.answer_report("/jobs", {}, {}, {})
             self.assertEqual(len(made), 2)
+
+
+AXE = os.path.join(os.environ.get("NODE_PATH", "/"), "axe-core", "axe.min.js")
+VALIDATE = os.path.join(
+    os.environ.get("NODE_PATH", "/"), "html-validate", "bin", "html-validate.mjs"
+)
+RULES = {
+    "root": True,
+    "extends": ["html-validate:recommended"],
+    "rules": dict.fromkeys(
+        ("void-style", "long-title", "no-trailing-whitespace"), "off"
+    ),
+}
+
+
+class InBrowser(unittest.TestCase):
+    """The pages in Chromium: served ones, and a report from a file."""
+
+    paths = ("/jobs", "/record/1", "/compare?a=1&b=2", "/runs?name=train")
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+        for job in ("1", "2", "3"):
+            record = a_record(job, nodes=3, verdicts=[verdict(), verdict("advice")])
+            record.ranks = [{"node": "c1", "rank": 3, "mem": 1e9, "program": "a"}]
+            record.gpus = {"c1 0": [(NOW, [97, 3e10, 250, 61])]}
+            with open(os.path.join(self.folder, job + ".h-1-1.jsonl"), "wb") as file:
+                file.write(b"".join(record.lines()))
+        self.report = os.path.join(self.folder, "1.html")
+        with open(self.report, "w") as file:
+            file.write(master.render_report(record))
+
+    @support.requires("chromium", "chromedriver", "/" + AXE.lstrip("/"))
+    def test_axe_finds_nothing_and_no_page_is_wider_than_the_window(self):
+        with open(AXE, encoding="utf-8") as file:
+            axe = file.read()
+        check = (
+            "const done = arguments[0]; axe.run(document, {runOnly: ['wcag2a', 'wcag2aa',"
+            "'wcag21a', 'wcag21aa', 'best-practice']}).then(result => done(result.violations"
+            ".map(v => [v.id, v.help, v.nodes.slice(0, 3).map(node => node.html)])))"
+        )
+        flags = ("--record", self.folder)
+        with support.start_master(*flags) as tool, Browser() as browser:
+            pages = ["http://localhost:%d%s" % (tool.page, path) for path in self.paths]
+            for dark, size in ((False, (1280, 800)), (True, (390, 844))):
+                browser.show_as(*size, dark=dark)
+                for page in [*pages, "file://" + self.report]:
+                    with self.subTest((page, dark)):
+                        browser.open(page)
+                        browser.run(axe)
+                        self.assertEqual(browser.wait(check), [])
+                        wide = (
+                            "return document.documentElement.scrollWidth - innerWidth"
+                        )
+                        self.assertLessEqual(browser.run(wide), 0)
+
+    @support.requires("node", "/" + VALIDATE.lstrip("/"))
+    def test_html_validate_finds_nothing(self):
+        with tempfile.TemporaryDirectory() as folder:
+            with support.start_master("--record", self.folder) as tool:
+                for number, path in enumerate(self.paths):
+                    name = os.path.join(folder, "%d.html" % number)
+                    with open(name, "w", encoding="utf-8") as file:
+                        file.write(support.get(tool.page, path)[2])
+            shutil.copy(self.report, folder)
+            with open(os.path.join(folder, ".htmlvalidate.json"), "w") as file:
+                json.dump(RULES, file)
+            done = subprocess.run(
+                ["node", VALIDATE, folder],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=60,
+            )
+        self.assertEqual(done.returncode, 0, done.stdout.decode()[:3000])
 
 
 class Costs(unittest.TestCase):
