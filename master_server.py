@@ -5727,6 +5727,7 @@ PAGE_HTML = """\
     <h1>{title}</h1>
     {parts}
     <footer>
+      <a href="/jobs">Jobs of the past</a>
       <a href="/nodes.txt">Text</a>
       <a href="/nodes.csv">CSV</a>
       <a href="/api/nodes">JSON</a>
@@ -5740,6 +5741,8 @@ PAGE_HTML = """\
 """
 ALL_NODES_LINK_HTML = """
     <p><a href="/">All nodes</a></p>"""
+RECORD_LINK_HTML = """
+    <p><a href="/record/{job}">From its start until now</a></p>"""
 EMPTY_HTML = """
     <section>
       <p>No agents yet: run on the node that you want to see</p>
@@ -6800,6 +6803,7 @@ class Page:
         return self.whole(
             title.strip(),
             fill(ALL_NODES_LINK_HTML),
+            fill(RECORD_LINK_HTML, job=urllib.parse.quote(job["job"], "")),
             self.known_table("jobs", "Job", JOB_COLUMNS, [row]),
             self.known_table("verdicts", "Verdicts", VERDICT_COLUMNS, verdicts),
             self.known_table("nodes", "Nodes", COLUMNS, rows),
