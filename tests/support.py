@@ -171,6 +171,10 @@ def start_master(*flags, patch="", method="", **more):
         argv = ["-c", _BY_METHOD % os.path.join(ROOT, "master_server.py"), method]
     for flag in ("--port", "--dashboard-port"):
         argv += [] if flag in flags else [flag, "0"]
+    is_watching = {"--my-jobs", "--ssh"} & set(flags)
+    is_told = {"--record", "--no-record"} & set(flags)
+    if is_watching and not is_told and "HOME" not in (more.get("env") or {}):
+        argv.append("--no-record")  # the home is that of who runs the tests
     master = start(*(argv + list(flags)), **more)
     try:
         master.port, master.page = (
