@@ -1478,6 +1478,19 @@ class Job:
     def nodes(self) -> List[str]:
         return parse_hostlist(str(self.facts.get("nodelist", "")))
 
+    @property
+    def asked_as(self) -> str:
+        """What scontrol calls this job alone: 12+1 for a part of a heterogeneous job."""
+        return self.name if "+" in self.name else str(self.facts["raw"])
+
+    @property
+    def srun_options(self) -> List[str]:
+        """What leads srun to this job: it takes a part of a heterogeneous job by its leader."""
+        leader, plus, part = self.name.partition("+")
+        if plus:
+            return ["--jobid=%s" % leader, "--het-group=%s" % part]
+        return ["--jobid=%s" % self.facts["raw"]]
+
 
 class Herd:
     """Looks for the user's jobs and keeps one step of ours in each that runs."""
@@ -1634,8 +1647,7 @@ class Herd:
                 question, job.question = job.question, None
                 self.attach(job, question)
             elif not job.steps and not job.question and now >= job.attach_at:
-                raw = str(job.facts["raw"])
-                job.question = Question(["scontrol", "-d", "show", "job", raw])
+                job.question = Question(["scontrol", "-d", "show", "job", job.asked_as])
 
     def attach(self, job: Job, question: Question) -> None:
         """Start the step of the job's rung with what scontrol told."""
@@ -1672,7 +1684,7 @@ class Herd:
         count = len(nodes)
         command = [
             "srun",
-            "--jobid=%s" % job.facts["raw"],
+            *job.srun_options,
             "--overlap",
             "--mem=0",
             "--immediate=10",
@@ -1735,7 +1747,7 @@ class Herd:
 
     def ask_end(self, job: Job) -> None:
         """Ask Slurm once how a job ended; it remembers for some minutes."""
-        command = ["scontrol", "show", "job", str(job.facts["raw"])]
+        command = ["scontrol", "show", "job", job.asked_as]
         self.asking.append((job, Question(command)))
 
     def hear_ends(self) -> None:

@@ -9,7 +9,7 @@ import os
 import time
 import unittest
 
-import test_lab
+import test_lab_job
 from support import eventually
 
 SPIN = "#!/bin/bash\nsrun --ntasks=$SLURM_NNODES timeout 600 python3 -c 'while True: pass'\n"
@@ -31,7 +31,7 @@ def setUpModule():
     if os.environ.get("SENTINEL_TEST_ALL") != "1":
         raise unittest.SkipTest("a Slurm cluster: SENTINEL_TEST_ALL=1 runs it")
     global LAB
-    LAB = test_lab.Lab()
+    LAB = test_lab_job.Lab()
     LAB.up()
     config = os.path.join(LAB.dir, "etc", "ssh", "sshd_config")
     with open(config, "a") as file:
@@ -155,6 +155,69 @@ class Watched(unittest.TestCase):
             lambda: self.jobs()[failing]["exit"] and self.jobs()[failing], 90
         )
         self.assertEqual((ended["state"], ended["exit"]), ("FAILED", "3:0"))
+
+    def test_the_parts_of_a_heterogeneous_job_are_watched_each_on_its_nodes(self):
+        with open(LAB.path("het.sh"), "w") as file:
+            file.write("#!/bin/bash\nsleep 600\n")
+        words = "-n1 --mem=100 -t10 -w c1 : -n1 --mem=120 -t10 -w c2 het.sh"
+        job = LAB.sbatch(*words.split())
+        self.aged(job, str(int(job) + 1))
+        self.watch("login", "--my-jobs")
+        both = {(job + "+0", "c1"), (job + "+1", "c2")}
+        eventually(lambda: set(self.rows()) == both, 30)
+        limits = [row["job_mem_limit"] / 2**20 for row in self.rows().values()]
+        self.assertEqual(sorted(limits), [100, 120])
+        LAB.run("login", "scancel", job)
+        for part in both:
+            eventually(
+                lambda part=part: self.jobs()[part[0]]["state"] == "CANCELLED", 60
+            )
+
+    def test_a_job_that_reaches_its_time_limit_is_told_as_slurm_says(self):
+        job = LAB.sbatch("-N1", "--mem=100", "-t1", "-Jlate", "spin.sh")
+        self.aged(job)
+        self.watch("login", "--my-jobs")
+        eventually(lambda: (job, "c1") in self.rows(), 30)
+        ended = eventually(lambda: self.jobs()[job]["exit"] and self.jobs()[job], 150)
+        self.assertEqual(ended["state"], "TIMEOUT")
+        self.assertTrue(60 <= ended["end"] - ended["start"] < 150)
+
+    def test_the_cpu_time_of_a_job_is_what_the_kernel_counted(self):
+        job = LAB.sbatch("-N1", "-c2", "--mem=100", "-t10", "spin.sh")
+        self.aged(job)
+        self.watch("login", "--my-jobs")
+        node = eventually(lambda: [key[1] for key in self.rows() if key[0] == job], 30)[
+            0
+        ]
+
+        def usage():
+            """Nanoseconds of CPU that the job has had (cgroup v1)."""
+            return int(LAB.read("cpuacct", job, "cpuacct.usage"))
+
+        def fresh():
+            """A sample that has just come: (when, CPU time so far, job_cpu)."""
+            while True:
+                row = self.rows()[job, node]
+                if row["age"] < 0.3:
+                    return time.monotonic() - row["age"], usage(), row["job_cpu"]
+
+        def ratio():
+            """What the page told of 20 s, to what the kernel counted meanwhile."""
+            begin, before, _ = last, _, _ = fresh()
+            told = 0.0
+            while last - begin < 20:
+                now, spent, share = fresh()
+                if now - last > 1:  # another one
+                    told += share / 100 * 2 * (now - last)  # of two CPUs
+                    last = now
+            return told / ((spent - before) / 1e9)
+
+        eventually(lambda: self.rows()[job, node]["job_cpu"], 30)
+        # a busy machine reads the kernel's count late: not three times in a row
+        ratios = []
+        while not any(abs(known - 1) < 0.02 for known in ratios):
+            self.assertLess(len(ratios), 3, ratios)
+            ratios.append(ratio())
 
     def test_a_laptop_that_is_cut_off_leaves_no_step_and_has_its_rows_back_later(self):
         job = LAB.sbatch("-N1", "--mem=100", "-t10", "spin.sh")
