@@ -344,6 +344,15 @@ SICK = {
         "too_much_memory",
         r"\. memory peak 61 GB of 256 GB: sampled, 1 run, 13 samples  -> --mem=74G",
     ),
+    "over-asked memory, when the wrapped command has ended well": (
+        job(
+            node(job_mem=61.0 * GB, job_mem_limit=256 * GB),
+            events=[left("exit 0")],
+            state="",
+        ),
+        "too_much_memory",
+        r"\. memory peak 61 GB of 256 GB: sampled, 1 run",
+    ),
     "memory that was only just enough": (
         ended("COMPLETED", node(job_mem=60.0 * GB, job_mem_limit=64 * GB)),
         "tight_memory",
@@ -911,7 +920,7 @@ EDGES = {
         ),
         (
             job(node(job_cpu=25.0, gpu=20.0)),
-            job(node(job_cpu=25.0, gpu=wave(0, 60, 120))),
+            job(node(job_cpu=25.0, gpu=flat(10, 120)[:-1] + [(NOW, 80.0)])),
         ),
     ),
     "slowed_gpus": (
@@ -1126,6 +1135,17 @@ class Evidence(unittest.TestCase):
                         self.assertNotIn(
                             check.name, rules(self.each_node(evidence, cut))
                         )
+
+    def test_points_that_are_none_hide_no_others(self):
+        for odd in (None, "x", (NOW,), (NOW, "x"), ("x", 1.0), [NOW, None]):
+            evidence, rule, _ = SICK["a serial program on 4 CPUs"]
+
+            def add(known, odd=odd):
+                curve = [*known.curves["job_cpu"], odd]
+                return known._replace(curves={**known.curves, "job_cpu": curve})
+
+            with self.subTest(odd=odd):
+                self.assertEqual(rules(self.each_node(evidence, add)), [rule])
 
     def test_without_a_fact_that_it_needs_a_check_is_silent(self):
         for name, evidence, check in self.all():
