@@ -1702,7 +1702,7 @@ def judge_check(case: "Case", check: Check) -> List[Verdict]:
             Verdict(
                 figures.get("severity", check.severity),
                 check.what.format(**figures),
-                check.proof.format(**figures),
+                check.proof.format(**figures).rstrip("; "),
                 check.cure.format(**figures),
                 check.name,
             )
@@ -1986,6 +1986,9 @@ class Case:
             told = ", ".join(str(detail) for detail in details if detail)
             told = " (%s)" % told if told else ""
             words.append("Slurm says %s%s" % (self.state, told))
+        derived = self.facts.get("derived_exit", "0:0")
+        if derived not in ("0:0", self.facts.get("exit")):
+            words.append("its worst step ended with %s" % derived)
         return "; ".join(words)
 
     def describe(self) -> str:
@@ -2308,12 +2311,20 @@ def find_few_cpus(
                 own = "%d CPUs" % total
                 yield {
                     "threads": count_words(threads, "thread"),
-                    "ranks": " of rank %s" % range_words(numbers) if numbers else "",
+                    "ranks": ranks_words(numbers),
                     "cpu": "CPU" if count == 1 else "CPUs",
                     "allowed": range_words(allowed_cpus),
                     "node": node.name,
                     "own": range_words(node.cpus) if node.cpus else own,
                 }
+
+
+def ranks_words(numbers: List[int]) -> str:
+    """ " of ranks 0-3"; "" for processes that are no ranks."""
+    if not numbers:
+        return ""
+    noun = "rank" if len(set(numbers)) == 1 else "ranks"
+    return " of %s %s" % (noun, range_words(numbers))
 
 
 def leaves_cpus_idle(node: NodeEvidence, least: float, percent: float) -> bool:
@@ -2423,7 +2434,7 @@ def find_idle_gpus(
         "cure": "srun --jobid=%s --overlap --pty nvidia-smi  # does the program find them?"
         % case.job
         if are_all
-        else "does the program know of more than one GPU? else #SBATCH --gres=gpu:%d"
+        else "--gres=gpu:%d  # or does the program know of more than one GPU?"
         % max(1, (total - len(times)) // len(nodes)),
     }
 
@@ -2780,7 +2791,7 @@ def find_silent_nodes(
         "time": clock_words(first, "%H:%M:%S"),
         "ago": time_words(case.now - first),
         "rest": rest,
-        "live": "%s still send" % list_words(live) if live else "no other node sends",
+        "live": "still sending: %s" % list_words(live) if live else "no other sends",
     }
 
 
@@ -3024,7 +3035,7 @@ def find_signal(
         full = full_shared_memory(case)
         if full:
             meaning = "its shared memory had no room: %s" % full
-            cure = "rm what is yours in /dev/shm, or --mem for more of it"
+            cure = "ls -l /dev/shm  # remove what is yours, or ask for more --mem"
     if ending.signal == "SIGILL" and ending.node:
         meaning += " than %s has" % ending.node
     yield death(
@@ -3272,7 +3283,7 @@ CHECKS: Tuple[Check, ...] = (
         find=find_serial,
         what="1 of {cpus} CPUs of {nodes} at work for {time}",
         proof="as much as one thread can, and no more: the program is serial, or bound to one CPU",
-        cure="--cpus-per-task=1, or if it can use threads:"
+        cure="--cpus-per-task=1  # or, if it can use threads:"
         ' export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"',
         source="JDS, serial_allocating_multiple: efficiency / (100 % / CPUs) >= 0.85",
     ),

@@ -436,8 +436,8 @@ class Jobs(unittest.TestCase):
         self.watch.hurried.add(bound)
         self.each_says(
             {
-                bound: r"^! \d threads of rank 0-3 share CPU 0 of c\d: they may use: 0; the job has"
-                r" 4 CPUs  -> srun --cpu-bind=cores"
+                bound: r"^! \d threads of ranks 0-3 share CPU 0 of c\d: they may use: 0; the job"
+                r" has 4 CPUs +-> srun --cpu-bind=cores"
             },
             TOLD + ATTACH,
         )
@@ -457,7 +457,7 @@ class Jobs(unittest.TestCase):
         self.each_says(
             {
                 two: r"^! 1 of 2 nodes idle for .*: c2: c1 uses [01]\.\d of 2 CPUs",
-                full: r"^! /tmp is full on c1: 100 % in use  -> export TMPDIR=",
+                full: r"^! /tmp is full on c1: 100 % in use +-> export TMPDIR=",
             },
             TOLD + ATTACH,
         )

@@ -181,7 +181,7 @@ SICK = {
     "all on CPU 0": (
         job(node(job_cpu=25.0, ranks=BOUND, cpus={0, 1, 2, 3})),
         "few_cpus",
-        r"! 4 threads of rank 0-3 share CPU 0 of c1: they may use: 0; the job has 0-3"
+        r"! 4 threads of ranks 0-3 share CPU 0 of c1: they may use: 0; the job has 0-3"
         r"  -> srun --cpu-bind=cores --cpus-per-task=\"\$SLURM_CPUS_PER_TASK\"",
     ),
     "32 threads of one rank on CPU 0": (
@@ -232,7 +232,7 @@ SICK = {
         ),
         "idle_gpus",
         r"! 3 of 4 GPUs idle for 20 min: c1 gpu 1, c2 gpu 0-1 at 0 %, at most 3 MB each"
-        r"  -> does the program know of more than one GPU\?.*--gres=gpu:1",
+        r"  -> --gres=gpu:1  # or does the program know of more than one GPU\?",
     ),
     "all GPUs idle, though a program holds them": (
         job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 400)), gpus=1),
@@ -320,18 +320,18 @@ SICK = {
     "a node cut off": (
         job(node("c1"), silent("c2", 12)),
         "node_silent",
-        r"! c2 fell silent at %s, 12 s ago: no goodbye; c1 still send"
+        r"! c2 fell silent at %s, 12 s ago: no goodbye; still sending: c1"
         % master_server.clock_words(NOW - 12, "%H:%M:%S"),
     ),
     "the only node cut off": (
         job(silent("c1", 50)),
         "node_silent",
-        r"! c1 fell silent at .*, 50 s ago: no goodbye; no other node sends",
+        r"! c1 fell silent at .*, 50 s ago: no goodbye; no other sends",
     ),
     "two nodes cut off, one after the other": (
         job(node("c1"), silent("c3", 12), silent("c2", 9)),
         "node_silent",
-        r"! c3 fell silent at .*, 12 s ago; then c2: no goodbye; c1 still send",
+        r"! c3 fell silent at .*, 12 s ago; then c2: no goodbye; still sending: c1",
     ),
     "over-asked memory": (
         job(node(job_mem=61.0 * GB, job_mem_peak=61.0 * GB, job_mem_limit=256 * GB)),
@@ -454,7 +454,8 @@ DEAD = {
     "out of memory in a step, by Slurm's word": (
         ended("FAILED", node(), exit="1:0", derived_exit="0:125"),
         "out_of_memory",
-        r"died %s: out of memory, says Slurm; .*Slurm says FAILED \(1:0\)" % ENDED_AT,
+        r"died %s: out of memory, says Slurm; .*Slurm says FAILED \(1:0\);"
+        r" its worst step ended with 0:125  ->" % ENDED_AT,
     ),
     "a step out of memory, and then the time limit": (
         ended("TIMEOUT", node(), derived_exit="0:125"),
@@ -1416,6 +1417,18 @@ class Text(unittest.TestCase):
             self.assertTrue([word for word in words if word.endswith(evil)], words)
         evidence = job(node(job_cpu=0), raw="1; reboot", job="1; reboot")
         self.assertIn("scontrol show job '1; reboot' |", diagnose(evidence)[0].cure)
+
+    def test_a_cure_is_safe_to_paste(self):
+        commands = {"chmod", "cp", "df", "export", "ls", "mkdir", "module", "sbatch"}
+        commands |= {"scontrol", "set", "srun", "ulimit"}
+        for evidence, _, _ in [*SICK.values(), *DEAD.values()]:
+            for verdict in diagnose(evidence):
+                words = shlex.split(verdict.cure, comments=True)
+                with self.subTest(verdict.cure):
+                    self.assertFalse(verdict.proof.endswith((";", " ")))
+                    if words:
+                        first = words[0]
+                        self.assertTrue(first in commands or first.startswith("--"))
 
     def test_a_rule_names_its_source(self):
         for check in master_server.CHECKS:
