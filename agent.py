@@ -39,6 +39,7 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import functools
 import getpass
 import json
 import math
@@ -55,6 +56,7 @@ VERSION = "1.0"
 Value = Union[str, float]  # float stands for int and bool, too (PEP 484)
 Sample = Dict[str, Value]  # what is unknown has no key
 Reading = Iterable[Tuple[str, Value]]
+Reader = Callable[[], Reading]
 
 
 # ============================================================================
@@ -93,12 +95,33 @@ TIME_LEFT = r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)$"  # 1-02:03:04 of squeue(1), %L
 CPUS_PER_NODE = (
     r"(\d+)(?:\(x(\d+)\))?"  # 72(x2),36 in SLURM_JOB_CPUS_PER_NODE, sbatch(1)
 )
-# Controllers, path of the job: what is below uid_N (v1), slurmstepd.scope (v2), whatever its name
-# 4:memory:/slurm_c1/uid_4242/job_1/step_0/task_0
-# 0::/system.slice/slurmstepd.scope/job_1/step_0/user/task_0
-JOB_CGROUP = re.compile(
-    r"^\d+:([^:]*):(.*?(?:/uid_\d+|slurmstepd\.scope)/[^/\n]+)", re.M
+# The variables that a scheduler sets in a job: its id, its name, the element of an array; and how
+# its commands call that.  An element of 0 (LSF) or "undefined" (Grid Engine) is none.
+# sbatch(1), qsub(1B) of PBS, bsub(1), flux-environment(7), qsub(1) of Grid Engine
+SCHEDULERS = (
+    ("SLURM_JOB_ID", "SLURM_JOB_NAME", "", ""),
+    ("PBS_JOBID", "PBS_JOBNAME", "", ""),  # 12.server, 12[7].server
+    ("LSB_JOBID", "LSB_JOBNAME", "LSB_JOBINDEX", "%s[%s]"),
+    ("FLUX_JOB_ID", "FLUX_JOB_NAME", "", ""),
+    ("JOB_ID", "JOB_NAME", "SGE_TASK_ID", "%s.%s"),
 )
+# The directory above the job's in /proc/self/cgroup, whatever the job's own is called
+JOB_PARENTS = (
+    r"/uid_\d+",  # Slurm v1: 4:memory:/slurm_c1/uid_4242/job_1/step_0/task_0
+    r"slurmstepd\.scope",  # v2: 0::/system.slice/slurmstepd.scope/job_1/step_0/user/task_0
+    r"/pbs_jobs\.service/job(?:id|s)",  # PBS: 5:memory:/pbs_jobs.service/jobid/12.server
+    r"/lsf/[^/\n]+",  # LSF: 9:memory:/lsf/cluster1/job.12.4711.1700000000
+    r"/UGE",  # Univa Grid Engine: 3:memory:/UGE/12.1
+)
+# controllers, path of the job, what is below of it
+JOB_CGROUP = re.compile(
+    r"^\d+:([^:]*):(.*?(?:%s)/[^/\n]+)(.*)" % "|".join(JOB_PARENTS), re.M
+)
+#   READ: 7 7 0 1120 229680 0 11 12 0    operations, sent, timed out, bytes out, bytes in,
+#                                        ms in the queue, ms of round trips, ms in all
+NFS_OPERATION = re.compile(r"^\s+[A-Z_\d]+: (\d+) (?:\d+ ){5}(\d+) \d+", re.M)
+# read_bytes    27 samples [bytes] 4096 1048576 25804800      (smallest, largest, sum)
+LUSTRE_BYTES = r"^%s\s+\d+ samples \[bytes\] \d+ \d+ (\d+)"
 TEXT_BYTES = 255  # the most that the master takes of a text
 
 
@@ -180,6 +203,27 @@ def parse_duration(text: str) -> Optional[float]:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
+def parse_nfs(text: str) -> Tuple[int, int]:
+    """Return (operations, ms of round trips) of all NFS mounts, nfsiostat(8) of mountstats.
+
+    A mount that is bound to several places is listed as often, with the same counters.
+    """
+    # device server:/home mounted on /home with fstype nfs4 statvers=1.1
+    mounts = set()
+    for block in re.split(r"^device ", text, flags=re.M):
+        head, _, counters = block.partition("\n")
+        if " with fstype nfs" in head and "per-op statistics" in counters:
+            mounts.add((head.partition(" mounted on ")[0], counters))
+    operations = 0
+    waited = 0
+    for _, counters in mounts:
+        _, _, counters = counters.partition("per-op statistics")
+        for count, milliseconds in NFS_OPERATION.findall(counters):
+            operations += int(count)
+            waited += int(milliseconds)
+    return operations, waited
+
+
 def clip(text: str) -> str:
     """Return a text the master takes: UTF-8 of at most 255 bytes."""
     return text.encode("utf-8", "replace")[:TEXT_BYTES].decode("utf-8", "ignore")
@@ -193,6 +237,7 @@ FILE_BYTES = 65536  # the most that is read of a file or an answer
 STAT_BYTES = (
     4194304  # ... and of /proc/stat when its CPUs are counted: 4,096 have 400 KB
 )
+MOUNTS_BYTES = 4194304  # ... and of mountstats: 4 KB a mount of NFS
 WAIT_SECONDS = 5.0  # for a connection, a challenge, nvidia-smi or squeue
 
 
@@ -209,14 +254,35 @@ class Probe:
         return self.roots[root] + slash + rest
 
     def read(self, path: str, limit: int = FILE_BYTES) -> str:
-        """Return up to `limit` bytes of a file; OSError if it cannot be read."""
+        """Return up to `limit` bytes of a file; OSError if it cannot be read.
+
+        One that fails is opened anew the next time: behind the old descriptor there may be
+        a file system that has gone (lxcfs, a cgroup) while the path leads to a new one.
+        """
         if path not in self.open_files:
             self.open_files[path] = os.open(self.where(path), os.O_RDONLY)
         file = self.open_files[path]
-        text = chunk = os.pread(file, limit, 0)
-        while chunk and len(text) < limit:  # /proc gives about a page at a time
-            chunk = os.pread(file, limit - len(text), len(text))
-            text += chunk
+        try:
+            text = chunk = os.pread(file, limit, 0)
+            while chunk and len(text) < limit:  # /proc gives about a page at a time
+                chunk = os.pread(file, limit - len(text), len(text))
+                text += chunk
+        except OSError as error:
+            del self.open_files[path]
+            os.close(file)
+            raise OSError(error.errno, error.strerror, self.where(path)) from None
+        return text.decode("utf-8", "replace")
+
+    def peek(self, path: str, limit: int = FILE_BYTES) -> str:
+        """Return up to `limit` bytes of a file and close it: for what may soon be gone."""
+        file = os.open(self.where(path), os.O_RDONLY)
+        try:
+            text = chunk = os.read(file, limit)
+            while chunk and len(text) < limit:
+                chunk = os.read(file, limit - len(text))
+                text += chunk
+        finally:
+            os.close(file)
         return text.decode("utf-8", "replace")
 
     def names(self, path: str) -> List[str]:
@@ -224,6 +290,18 @@ class Probe:
         with contextlib.suppress(OSError):
             return sorted(os.listdir(self.where(path)))
         return []
+
+    def tree(self, path: str) -> List[str]:
+        """Return a directory and all below it that are directories, in a cgroup's tree."""
+        found = [path]
+        for folder in found:
+            with contextlib.suppress(OSError):
+                if os.stat(self.where(folder)).st_nlink == 2:  # nothing below: stat(2)
+                    continue
+                with os.scandir(self.where(folder)) as entries:
+                    below = [entry.name for entry in entries if entry.is_dir()]
+                found += ["%s/%s" % (folder, name) for name in sorted(below)]
+        return found
 
     def ask(self, command: str) -> str:
         """Return what a command prints within its time, nothing if there is no such command."""
@@ -310,10 +388,27 @@ NVIDIA_SMI = (
     " --format=csv,noheader,nounits"
 )
 NO_LIMIT = 2**60  # bytes: cgroup v1 says 2 ** 63 - 4096 for no limit
+WIDE_SECONDS = 10.0  # between two rounds of what reads many files, and at least ...
+WIDE_FACTOR = 1000.0  # ... so many times what the last one took, up to ...
+MAX_WIDE_SECONDS = 50.0  # ... this
+MAX_PROCESSES = 4096  # of a job that are read
+MAX_KEPT_GROUPS = 16  # cgroups whose OOM kills are read with each sample
+FILESYSTEMS = (("disk", "."), ("disk_tmp", "/tmp"))
+# its clients' counters: /proc before Lustre 2.12, then debugfs, which few may read
+LUSTRE_FOLDERS = ("proc/fs/lustre/llite", "sys/kernel/debug/lustre/llite")
+# keys, files in order of preference: before Linux 4.5 the 64-bit counters were apart
+PORT_COUNTERS = (
+    ("ib_rx", ("counters_ext/port_rcv_data_64", "counters/port_rcv_data")),
+    ("ib_tx", ("counters_ext/port_xmit_data_64", "counters/port_xmit_data")),
+)
+STUCK_COUNTER = 2**32 - 1  # where a port's counter of 32 bits stays
 
 
-def collect(readers: Iterable[Callable[[], Reading]]) -> Sample:
-    """Return all that the readers know; one that fails leaves out the rest of its keys."""
+def collect(readers: Iterable[Reader]) -> Sample:
+    """Return all that the readers know; one that fails leaves out the rest of its keys.
+
+    So a reader reads one source: what is missing takes no key of another source with it.
+    """
     known: Sample = {}
     for reader in readers:
         try:
@@ -326,8 +421,9 @@ def collect(readers: Iterable[Callable[[], Reading]]) -> Sample:
 class Sampler:
     """Reads a Linux node: each reader yields (key, value), or raises what `collect` passes over.
 
-    A new metric is one more reader in `self.readers`, or in `self.slow_readers` if what it
-    reads may hang; master_server.py shows it once its METRICS list it.
+    A new metric is one more reader in `self.readers`, in `self.slow_readers` if what it reads
+    may hang, or in `self.wide_readers` if it reads many files; master_server.py shows it once
+    its METRICS list it.
     """
 
     def __init__(self, probe: Optional[Probe] = None, name: str = "") -> None:
@@ -335,33 +431,52 @@ class Sampler:
         self.name = name
         self.rates = Rates()
         self.now = 0.0  # monotonic time of the last sample
-        self.slow: Tuple[float, Sample] = (
-            -math.inf,
-            {},
-        )  # the last round: when, result
+        # the last round of the slow readers, and of the wide ones: when, result
+        self.slow: Tuple[float, Sample] = (-math.inf, {})
+        self.wide: Tuple[float, Sample] = (-math.inf, {})
         self.idle = 0  # ticks, and so is total
         self.total = 0
         self.percent = 0.0  # CPU in use, as it was last
+        self.trouble = ""  # what keeps cpu or ram from being known now
         self.find_end_of_job()
         self.require_cpu_and_ram()
         self.hardware = {kind: self.find_hardware(kind) for kind in ("net", "block")}
-        self.job = collect(
-            [self.find_job]
-        )  # {controller: directory of the job's cgroup}
-        self.fixed = collect([self.identify, self.find_job_cpus, self.count_cpus])
-        self.readers = [
+        # {controller: directory of the job's cgroup}, and of the own one in it
+        self.job: Dict[str, str] = {}
+        self.own: Dict[str, str] = {}
+        with contextlib.suppress(OSError, LookupError):
+            self.find_job()
+        self.groups = [self.own["memory"]] if "memory" in self.own else []
+        self.killed: Dict[str, int] = {}  # by the OOM killer, by cgroup
+        self.nfs = (0, 0)  # operations, ms of their round trips
+        self.fixed = collect(
+            [self.identify, self.identify_job, self.find_job_cpus, self.count_cpus]
+        )
+        self.readers: List[Reader] = [
             self.read_cpu,
             self.read_memory,
-            self.read_numbers,
-            self.read_counters,
+            *[functools.partial(self.read_number, *source) for source in NUMBERS],
+            *[functools.partial(self.read_counters, *source) for source in COUNTERS],
             self.read_job_cpu,
             self.read_job_memory,
+            self.read_job_peak,
+            self.read_job_events,
             self.read_agent,
         ]
-        self.slow_readers = [
-            self.read_filesystems,
+        self.slow_readers: List[Reader] = [
+            *[functools.partial(self.read_ports, *source) for source in PORT_COUNTERS],
+            *[
+                functools.partial(self.read_filesystem, *source)
+                for source in FILESYSTEMS
+            ],
             self.read_time_left,
             self.read_gpus,
+        ]
+        self.wide_readers: List[Reader] = [
+            self.read_job_io,
+            self.find_groups,
+            self.read_nfs,
+            self.read_lustre,
         ]
         self.sample()  # the first rates begin here
 
@@ -369,31 +484,42 @@ class Sampler:
 
     def require_cpu_and_ram(self) -> None:
         """Raise OSError or ValueError, naming the file, if cpu or ram cannot be known here."""
-        needed = (
-            ("cpu", "proc/stat", self.read_cpu),
-            ("ram", "proc/meminfo", self.read_memory),
-        )
-        for key, path, reader in needed:
-            try:
-                known = dict(reader())
-            except (ValueError, LookupError, ArithmeticError) as error:
-                file = self.probe.where(path)
-                raise ValueError("no %s in %s: %s" % (key, file, error)) from None
-            if key not in known:
-                file = self.probe.where(path)
-                raise ValueError("no %s in %s: its numbers make no sense" % (key, file))
+        self.require("cpu", "proc/stat", self.read_cpu)
+        self.require("ram", "proc/meminfo", self.read_memory)
+
+    def require(self, key: str, path: str, reader: Reader) -> Sample:
+        """Return what the reader knows; OSError or ValueError, naming the file, without the key."""
+        try:
+            known = dict(reader())
+        except (ValueError, LookupError, ArithmeticError) as error:
+            file = self.probe.where(path)
+            raise ValueError("no %s in %s: %s" % (key, file, error)) from None
+        if key not in known:
+            file = self.probe.where(path)
+            raise ValueError("no %s in %s: its numbers make no sense" % (key, file))
+        return known
 
     def identify(self) -> Reading:
-        """Yield who this is: node, user and job."""
+        """Yield who this is: node and user."""
         environ = os.environ
         host = socket.gethostname().split(".")[0]
         yield "version", VERSION
         yield "node", clip(self.name or environ.get("SLURMD_NODENAME") or host)
-        if environ.get("SLURM_JOB_ID"):
-            yield "job", clip(environ["SLURM_JOB_ID"])
-        if environ.get("SLURM_JOB_NAME"):
-            yield "job_name", clip(environ["SLURM_JOB_NAME"])
         yield "user", clip(getpass.getuser())  # KeyError, OSError: a uid without a name
+
+    def identify_job(self) -> Reading:
+        """Yield id and name of the job, from the first scheduler that has set them."""
+        environ = os.environ
+        for variable, name, element, form in SCHEDULERS:
+            if environ.get(variable) and (not element or element in environ):
+                job = environ[variable].partition(".")[0]  # without the server's name
+                nth = environ.get(element, "")
+                if nth.strip("0").isdigit():
+                    job = form % (job, nth)
+                yield "job", clip(job)
+                if environ.get(name):
+                    yield "job_name", clip(environ[name])
+                return
 
     def count_cpus(self) -> Reading:
         yield "cpus", self.probe.read("proc/stat", STAT_BYTES).count("\ncpu")
@@ -407,15 +533,16 @@ class Sampler:
             return real
         return [name for name in names if name != "lo"]  # in a container
 
-    def find_job(self) -> Reading:
-        """Yield (controller, directory of the job's cgroup); v2 is the controller ""."""
+    def find_job(self) -> None:
+        """Set the directory of the job's cgroup for each controller; v2 is the controller ""."""
         text = self.probe.read("proc/self/cgroup")
-        for controllers, path in JOB_CGROUP.findall(text):
+        for controllers, path, below in JOB_CGROUP.findall(text):
             for name in controllers.split(","):
                 for mount in (controllers, name or "unified"):
                     folder = "sys/fs/cgroup/%s%s" % (mount, path)
                     if self.probe.names(folder):
-                        yield name, folder
+                        self.job[name] = folder
+                        self.own[name] = folder + below
 
     def find_job_cpus(self) -> Reading:
         """Yield the CPUs that Slurm has given to the job on this node."""
@@ -442,13 +569,42 @@ class Sampler:
         self.now = time.monotonic()
         known = dict(self.fixed)
         known.update(collect(self.readers))
-        then, slow = self.slow
-        if self.now - then < STALE_SECONDS:
-            known.update(slow)
+        for then, round_of_it in (self.slow, self.wide):
+            if self.now - then < STALE_SECONDS:
+                known.update(round_of_it)
+        self.look_again(known)
         return known
 
+    def look_again(self, known: Sample) -> None:
+        """Complete a sample that lacks cpu or ram; log once that it cannot be, and that it can."""
+        trouble = ""
+        try:
+            if "cpu" not in known:
+                known.update(self.require("cpu", "proc/stat", self.read_cpu))
+            if "ram" not in known:
+                known.update(self.require("ram", "proc/meminfo", self.read_memory))
+        except (OSError, ValueError) as error:
+            trouble = str(error)
+        if trouble and not self.trouble:
+            log("%s: no samples until it is back" % trouble)
+        elif self.trouble and not trouble:
+            log("cpu and ram are known again")
+        self.trouble = trouble
+
+    def widen_for_ever(self) -> None:
+        """Do the readings of many files, on a thread."""
+        while True:
+            begun = time.monotonic()
+            self.wide = (begun, collect(self.wide_readers))
+            took = time.monotonic() - begun
+            time.sleep(min(max(WIDE_SECONDS, WIDE_FACTOR * took), MAX_WIDE_SECONDS))
+
     def refresh_for_ever(self) -> None:
-        """Do the readings that may hang (a dead file server, a GPU's driver), on a thread."""
+        """Do the readings that may hang (a dead file server, a GPU's driver), on a thread.
+
+        What hangs must not hide what many files tell of it: that has a thread of its own.
+        """
+        threading.Thread(target=self.widen_for_ever, daemon=True).start()
         while True:
             self.slow = (time.monotonic(), collect(self.slow_readers))
             time.sleep(SLOW_SECONDS)
@@ -479,19 +635,19 @@ class Sampler:
         if swap and unused <= swap:
             yield "swap", round(100.0 * (swap - unused) / swap, 1)
 
-    def read_numbers(self) -> Reading:
-        for key, path, pattern in NUMBERS:
-            yield key, float(re.findall(pattern, self.probe.read(path))[0])
+    def read_number(self, key: str, path: str, pattern: str) -> Reading:
+        yield key, float(re.findall(pattern, self.probe.read(path))[0])
 
-    def read_counters(self) -> Reading:
-        for keys, kind, path, pattern, unit in COUNTERS:
-            devices = self.hardware[kind]
-            rows = []
-            for name, received, sent in re.findall(pattern, self.probe.read(path)):
-                if name in devices:
-                    rows.append((int(received), int(sent)))
-            for key, column in zip(keys, zip(*rows)):
-                yield from self.rates.change(key, unit * sum(column), self.now)
+    def read_counters(
+        self, keys: Tuple[str, str], kind: str, path: str, pattern: str, unit: int
+    ) -> Reading:
+        devices = self.hardware[kind]
+        rows = []
+        for name, received, sent in re.findall(pattern, self.probe.read(path)):
+            if name in devices:
+                rows.append((int(received), int(sent)))
+        for key, column in zip(keys, zip(*rows)):
+            yield from self.rates.change(key, unit * sum(column), self.now)
 
     def read_job_cpu(self) -> Reading:
         if "cpuacct" in self.job:  # cgroup v1
@@ -511,32 +667,154 @@ class Sampler:
             anonymous = number(text, "total_rss ")
             shared = number_or(text, "total_shmem ", 0)  # since Linux 4.15
             cache = number(text, "total_cache ")
-            limit = self.probe.read("%s/memory.limit_in_bytes" % folder)
+            limit = "%s/memory.limit_in_bytes" % folder
         else:
             folder = self.job[""]
             text = self.probe.read("%s/memory.stat" % folder)
             anonymous = number(text, "anon ")
             shared = number_or(text, "shmem ", 0)
             cache = number(text, "file ")
-            limit = self.probe.read("%s/memory.max" % folder)
+            limit = "%s/memory.max" % folder
         used = anonymous + shared
         yield "job_mem", float(used)
         yield "job_cache", float(cache - shared)
-        most = int(limit)  # ValueError for "max": there is none
+        most = int(self.probe.read(limit))  # ValueError for "max": there is none
         if most < NO_LIMIT:
             yield "job_mem_limit", most
             yield "job_ram", round(100.0 * used / most, 1)
 
+    def read_job_peak(self) -> Reading:
+        """Yield the most that the kernel has ever charged the job with, page cache included."""
+        if "memory" in self.job:
+            path = "%s/memory.max_usage_in_bytes" % self.job["memory"]
+        else:
+            path = "%s/memory.peak" % self.job[""]  # since Linux 5.19
+        yield "job_mem_peak", float(self.probe.read(path))
+
+    def read_job_events(self) -> Reading:
+        """Yield how often the job's limit was hit, and how often the kernel killed for it.
+
+        v2 counts for the whole tree. v1 counts kills in the leaf where they were, since Linux
+        4.13, and the leaf of a step is gone a second later: what it had counted is kept.
+        """
+        if "memory" not in self.job:
+            events = self.probe.read("%s/memory.events" % self.job[""])
+            yield "job_mem_failcnt", number(events, "max ")
+            yield "oom_kill", number(events, "oom_kill ")
+            return
+        for group in self.groups[:MAX_KEPT_GROUPS]:
+            with contextlib.suppress(OSError, ValueError):
+                self.count_kills(group, self.probe.read(group + "/memory.oom_control"))
+        if self.killed:
+            yield "oom_kill", sum(tuple(self.killed.values()))  # a thread adds to them
+        path = "%s/memory.failcnt" % self.job["memory"]
+        yield "job_mem_failcnt", int(self.probe.read(path))
+
+    def count_kills(self, group: str, text: str) -> None:
+        """Note the kills in a cgroup of v1, from its memory.oom_control."""
+        # oom_kill_disable 0 / under_oom 0 / oom_kill 1
+        self.killed[group] = max(number(text, "oom_kill "), self.killed.get(group, 0))
+
+    def find_groups(self) -> Reading:
+        """Look for the cgroups of v1 in which processes may be killed; few are read in between."""
+        own = self.own["memory"]
+        rest = [name for name in self.probe.tree(self.job["memory"]) if name != own]
+        self.groups = [own, *rest]
+        for group in self.groups[MAX_KEPT_GROUPS:]:
+            with contextlib.suppress(OSError, ValueError):
+                text = self.probe.peek(group + "/memory.oom_control")
+                self.count_kills(group, text)
+        return ()
+
+    def job_processes(self) -> List[int]:
+        """Return the pids of the job's processes on this node, but for this one."""
+        # by the freezer Slurm keeps track of processes: one cgroup a step, not one a task
+        controllers = [name for name in ("freezer", "memory", "") if name in self.job]
+        pids: Set[int] = set()
+        for folder in self.probe.tree(self.job[controllers[0]]):
+            with contextlib.suppress(OSError):
+                pids.update(map(int, self.probe.peek(folder + "/cgroup.procs").split()))
+        return sorted(pids - {0, os.getpid()})[:MAX_PROCESSES]  # 0 is one out of sight
+
+    def read_job_io(self) -> Reading:
+        """Yield what the job's processes read and write by system calls, on any filesystem.
+
+        What a process has done its parent inherits, so the sum goes back only when the parent
+        is not of the job: then the rate is unknown for a round.
+        """
+        read = []
+        written = []
+        for pid in self.job_processes():
+            with contextlib.suppress(OSError, ValueError):  # it has ended, or is root's
+                text = self.probe.peek("proc/%d/io" % pid)
+                read.append(number(text, "rchar:"))
+                written.append(number(text, "wchar:"))
+        now = time.monotonic()
+        if read:
+            yield from self.rates.change("job_read", sum(read), now)
+            yield from self.rates.change("job_write", sum(written), now)
+
+    def read_nfs(self) -> Reading:
+        """Yield operations a second of all NFS mounts, and the mean of their round trips."""
+        text = self.probe.peek("proc/self/mountstats", MOUNTS_BYTES)
+        if " with fstype nfs" not in text:
+            return
+        before, waited_before = self.nfs
+        operations, waited = self.nfs = parse_nfs(text)
+        known = list(self.rates.change("nfs_ops", operations, time.monotonic()))
+        yield from known
+        if known and operations > before and waited >= waited_before:
+            seconds = (waited - waited_before) / 1000.0
+            yield "nfs_rtt", round(seconds / (operations - before), 6)
+
+    def read_lustre(self) -> Reading:
+        """Yield what this node reads from Lustre and writes to it."""
+        texts = []
+        for folder in LUSTRE_FOLDERS:
+            for mount in self.probe.names(folder):
+                texts.append(self.probe.peek("%s/%s/stats" % (folder, mount)))
+        now = time.monotonic()
+        for key, name in (
+            ("lustre_read", "read_bytes"),
+            ("lustre_write", "write_bytes"),
+        ):
+            sums = re.findall(LUSTRE_BYTES % name, "\n".join(texts), re.M)
+            if texts:
+                yield from self.rates.change(key, sum(map(int, sums)), now)
+
+    def read_ports(self, key: str, files: Iterable[str]) -> Reading:
+        """Yield the bytes of all ports of InfiniBand and Omni-Path, which count words of four."""
+        words = []
+        for device in self.probe.names("sys/class/infiniband"):
+            ports = "sys/class/infiniband/%s/ports" % device
+            for port in self.probe.names(ports):
+                count = self.read_port(
+                    ["%s/%s/%s" % (ports, port, file) for file in files]
+                )
+                if count is not None:
+                    words.append(count)
+        if words:
+            yield from self.rates.change(key, 4 * sum(words), time.monotonic())
+
+    def read_port(self, paths: Iterable[str]) -> Optional[int]:
+        """Return the first counter that can be read, None for one that no longer counts."""
+        for path in paths:
+            with contextlib.suppress(OSError, ValueError):
+                count = int(self.probe.peek(path))
+                return None if count == STUCK_COUNTER else count
+        return None
+
     def read_agent(self) -> Reading:
+        yield from self.rates.change("agent_cpu", 100.0 * time.process_time(), self.now)
         pages = int(self.probe.read("proc/self/statm").split()[1])
         yield "agent_rss", float(pages * os.sysconf("SC_PAGE_SIZE"))
-        yield from self.rates.change("agent_cpu", 100.0 * time.process_time(), self.now)
 
     def read_time_left(self) -> Reading:
         now = time.monotonic()
-        if "job" in self.fixed and now - self.asked >= SQUEUE_SECONDS:
+        if os.environ.get("SLURM_JOB_ID") and now - self.asked >= SQUEUE_SECONDS:
             self.asked = now  # seldom: sites forbid squeue in a loop
-            self.ask_for_end()
+            with contextlib.suppress(OSError, LookupError):
+                self.ask_for_end()
         if self.end_time:
             yield "job_time_left", max(0.0, round(self.end_time - time.time(), 1))
         if self.time_limit:
@@ -550,11 +828,10 @@ class Sampler:
             self.end_time = time.time() + left
         self.time_limit = parse_duration(words[1]) or 0.0 if len(words) > 1 else 0.0
 
-    def read_filesystems(self) -> Reading:
-        for key, path in (("disk_tmp", "/tmp"), ("disk", ".")):
-            space = os.statvfs(path)
-            used = space.f_blocks - space.f_bfree  # percent as df(1) has it
-            yield key, round(100.0 * used / (used + space.f_bavail), 1)
+    def read_filesystem(self, key: str, path: str) -> Reading:
+        space = os.statvfs(path)
+        used = space.f_blocks - space.f_bfree  # percent as df(1) has it
+        yield key, round(100.0 * used / (used + space.f_bavail), 1)
 
     def read_gpus(self) -> Reading:
         texts = []
@@ -571,19 +848,21 @@ class Sampler:
 def environment_time(name: str) -> float:
     """Return the time.time() in a variable of Slurm's; 0 if it is none, which is told."""
     text = os.environ.get(name) or "0"
-    try:
-        return float(text)
-    except ValueError:
-        log("%s is %r, which is no time: it is left out" % (name, text))
-        return 0.0
+    with contextlib.suppress(ValueError):
+        moment = float(text)
+        if 0 <= moment < math.inf:  # nan is not
+            return moment
+    log("%s is %r, which is no time: it is left out" % (name, text))
+    return 0.0
 
 
 def get_system_stats(sampler: Optional[Sampler] = None) -> Sample:
     """Return one sample of the next 0.25 s, {'cpu': 15.5, 'ram': 40.2, ...}: percent, bytes, s."""
     sampler = sampler or Sampler()
+    collect(sampler.wide_readers)  # their rates begin here
     time.sleep(FIRST_SECONDS)
     sample = sampler.sample()
-    sample.update(collect(sampler.slow_readers))
+    sample.update(collect([*sampler.wide_readers, *sampler.slow_readers]))
     return sample
 
 
@@ -706,7 +985,8 @@ class Link:
             if sock is not None:
                 sock.close()
             self.lose("cannot reach", error)
-        os.write(wake, b"\0")
+        with contextlib.suppress(OSError):  # a full pipe wakes the loop as well
+            os.write(wake, b"\0")
 
     def exchange(self, message: Optional[Sample] = None) -> None:
         """Hear what has come, then send a message; a link that fails is dialled again later."""
@@ -827,7 +1107,6 @@ REPORTED = ("cpu", "job_cpu", "mem_used", "job_mem", "gpu")
 GIB = 2.0**30
 MIB = 2.0**20
 MARGIN = 1.2  # a fifth more than was needed: what to ask for next time
-MAX_FOLDERS = 100  # cgroups of a job that are looked at: steps and their tasks
 KILLED = ("SIGKILL", "exit 137")  # as a command ends that the kernel has killed
 
 # The same words are in the verdicts of master_server.py.
@@ -836,37 +1115,6 @@ BELOW_PEAK = "memory peak above the highest sample, %.3g GB of %.3g GB"
 MEMORY_PEAK = "memory peak %.3g GB of %.3g GB"
 KERNEL_COUNT = "kernel's count, 1 run, %d samples"
 SAMPLED_COUNT = "sampled, 1 run, %d samples"
-
-
-def read_kills(probe: Probe, job: Sample) -> Reading:
-    """Yield how many processes of the job the kernel has killed for want of memory.
-
-    cgroup v2 counts what is below as well (memory.events), v1 in the leaf alone, since Linux
-    4.13; older ones tell only how often the limit was reached (memory.failcnt), which is no kill.
-    """
-    if "memory" not in job:
-        # low 0 / high 0 / max 12 / oom 1 / oom_kill 1
-        text = probe.read("%s/memory.events" % job[""])
-        yield "oom_kill", number(text, "oom_kill ")
-        return
-    yield "failcnt", int(probe.read("%s/memory.failcnt" % job["memory"]))
-    # oom_kill_disable 0 / under_oom 0 / oom_kill 1
-    counts = []
-    for folder in memory_folders(probe, str(job["memory"])):
-        with contextlib.suppress(OSError):  # a step that has just ended
-            text = probe.read("%s/memory.oom_control" % folder)
-            counts.append(number(text, "oom_kill "))
-    yield "oom_kill", sum(counts)
-
-
-def memory_folders(probe: Probe, top: str) -> List[str]:
-    """Return the cgroups of a job: its own, its steps and their tasks."""
-    folders = [top]
-    for folder in folders:
-        for name in probe.names(folder):
-            if name.startswith(("step_", "task_")) and len(folders) < MAX_FOLDERS:
-                folders.append("%s/%s" % (folder, name))
-    return folders
 
 
 def memory_flag(size: float) -> str:
@@ -878,21 +1126,19 @@ def memory_flag(size: float) -> str:
 class Report(Dict[str, Tuple[float, float, float]]):
     """Sums samples up, {key: (seconds, mean, peak)}; each has the weight of the time it covers.
 
-    count tells what read_kills knows: what has been before the start is none of this report's.
+    before has the kernel's counts as they were: what was killed then is none of this report's.
     """
 
-    def __init__(self, count: Callable[[], Sample] = dict) -> None:
+    def __init__(self, before: Optional[Sample] = None) -> None:
         super().__init__()
-        self.count = count
-        self.before = count()
+        self.before = before or {}
         self.samples = 0
-        self.first_kills: Optional[int] = None  # in a sample, if samples tell
+        self.seconds = 0.0  # covered by all samples
 
     def add(self, sample: Sample, seconds: float) -> None:
         """Count a sample that covers so many seconds."""
         self.samples += 1
-        if self.first_kills is None and "oom_kill" in sample:
-            self.first_kills = int(sample["oom_kill"])
+        self.seconds += seconds
         for key in REPORTED:
             if key in sample:
                 value = float(sample[key])
@@ -902,32 +1148,29 @@ class Report(Dict[str, Tuple[float, float, float]]):
 
     def lines(self, last: Sample, ended: str = "") -> Iterable[str]:
         """Yield the report for people, a line a subject; last is the last sample."""
-        now = self.count()
-        kills = self.count_kills(now, last)
+        kills = self.risen("oom_kill", last)
         if kills:
             words = "1 process" if kills == 1 else "%d processes" % kills
             yield OUT_OF_MEMORY % words
         yield self.duration_line()
-        yield self.cpu_line(last)
-        yield self.memory_line(last, kills)
+        if "job_cpu" in self or "cpu" in self:
+            yield self.cpu_line(last)
+        if "job_mem" in self or "mem_used" in self:
+            yield self.memory_line(last, kills)
         if "gpu" in self:
             yield "GPU mean %.1f %% of %s" % (self["gpu"][1], last.get("gpus"))
-        is_uncounted = "failcnt" in now and "oom_kill" not in now
-        if ended in KILLED and is_uncounted and self.risen("failcnt", now):
+        is_uncounted = "oom_kill" not in last and self.risen("job_mem_failcnt", last)
+        if ended in KILLED and is_uncounted:
             yield "it had reached its memory limit; this kernel counts no kills"
         if "job_mem" in self and "job_mem_limit" in last:
             yield from self.advise_memory(last, kills)
+        if "job_mem_peak" in last:
+            counted = float(last["job_mem_peak"]) / GIB
+            yield "the kernel's peak, with page cache, %.3g GB" % counted
 
-    def count_kills(self, now: Sample, last: Sample) -> int:
-        """Return how many processes the kernel has killed since the start, as far as is known."""
-        kills = self.risen("oom_kill", now)
-        if self.first_kills is not None:
-            kills = max(kills, int(last.get("oom_kill", 0)) - self.first_kills)
-        return kills
-
-    def risen(self, key: str, now: Sample) -> int:
+    def risen(self, key: str, last: Sample) -> int:
         """Return by how much a counter has risen since the start; 0 without one."""
-        return max(0, int(now.get(key, 0)) - int(self.before.get(key, 0)))
+        return max(0, int(last.get(key, 0)) - int(self.before.get(key, 0)))
 
     def memory_line(self, last: Sample, kills: int) -> str:
         in_job = "job_mem" in self
@@ -962,7 +1205,7 @@ class Report(Dict[str, Tuple[float, float, float]]):
             yield "%s (%s): %s would do" % (sizes, source % self.samples, flag)
 
     def duration_line(self) -> str:
-        minutes, seconds = divmod(round(self["cpu"][0]), 60)
+        minutes, seconds = divmod(round(self.seconds), 60)
         hours, minutes = divmod(minutes, 60)
         return "ran %d:%02d:%02d" % (hours, minutes, seconds)
 
@@ -983,6 +1226,16 @@ CAUGHT_SIGNALS = ENDING_SIGNALS + ("SIGUSR1", "SIGUSR2", "SIGCHLD")
 TYPED_SIGNALS = ("SIGINT", "SIGQUIT")  # a terminal sends them to the command as well
 
 
+def ending_of(code: int) -> str:
+    """Return how a process ended, from its code: exit 3, SIGKILL; signal 40 has no name."""
+    if code >= 0:
+        return "exit %d" % code
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return "signal %d" % -code
+
+
 def exit_status(code: int) -> int:
     """Return what a shell makes of a process's code: 128 + n for signal n."""
     return code if code >= 0 else 128 - code
@@ -997,38 +1250,56 @@ class Agent:
         self.args = args
         self.sampler = sampler
         self.link = link
-        job = sampler.job
-        self.report = Report(lambda: collect([lambda: read_kills(sampler.probe, job)]))
+        self.report = Report(collect([sampler.read_job_events]))
         self.ending = ""  # why it ends, once it does
         self.signals: List[int] = []
         self.command: Any = None
         self.awake, self.wake = os.pipe()  # signals and dialled links write a byte
         os.set_blocking(self.wake, False)
 
-    def run(self) -> int:
-        """Watch until a signal or the end of the command; return the exit code."""
+    def start(self) -> None:
+        """Catch signals and start the command.
+
+        OSError with the command's name if it cannot be run, without one if no process can be had.
+        """
         self.catch_signals()
         if self.args.command:
             import subprocess
 
             self.command = subprocess.Popen(self.args.command, close_fds=False)
+
+    def run(self) -> int:
+        """Watch until a signal or the end of the command; return the exit code."""
         try:
             self.watch()
             self.finish()
         except Exception as error:  # the command must not notice
             log("stopped watching: %r" % error)
-        while self.command and self.command.poll() is None:
-            self.wait(time.monotonic() + WAIT_SECONDS)
         if self.command:
+            self.outlast()
             return exit_status(self.command.returncode)
         return 0 if self.ending else 1
 
+    def outlast(self) -> None:
+        """Pass signals on until the command has ended, whatever has become of the watching."""
+        poll = select.poll()
+        poll.register(self.awake, select.POLLIN)
+        while self.command.poll() is None:
+            if poll.poll(WAIT_SECONDS * 1000):
+                os.read(self.awake, FILE_BYTES)
+            self.handle_signals()
+
     def catch_signals(self) -> None:
-        """Note signals and wake up, but for those that are ignored (nohup)."""
+        """Note signals and wake up, but for those that are ignored (nohup): so has the command.
+
+        SIGCHLD is never ignored: the exit code would be lost.  Nor is SIGINT without a command:
+        a shell script has it ignored by what it starts in the background, as a sidecar.
+        """
         signal.set_wakeup_fd(self.wake)
         for name in CAUGHT_SIGNALS:
             number = getattr(signal, name)
-            if signal.getsignal(number) != signal.SIG_IGN or name == "SIGINT":
+            heeded = name == "SIGCHLD" or name == "SIGINT" and not self.args.command
+            if heeded or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda caught, _: self.signals.append(caught))
 
     def watch(self) -> None:
@@ -1044,7 +1315,9 @@ class Agent:
                 # the master waits for the first sample
                 beat = min(beat, max(self.sampler.now + FIRST_SECONDS, now))
             if now >= beat:
-                self.link.exchange(self.take())
+                sample = self.take()
+                # without cpu or ram the master would refuse it
+                self.link.exchange(None if self.sampler.trouble else sample)
                 beat += interval * (1 + (now - beat) // interval)
             self.wait(min(beat, self.link.retry_at))
 
@@ -1060,11 +1333,10 @@ class Agent:
             self.ending = "finished"  # who read our stdout has gone
         elif ready:
             self.link.exchange()
-        while self.signals:
-            self.handle_signal(signal.Signals(self.signals.pop(0)).name)
+        self.handle_signals()
         code = self.command.poll() if self.command else None
         if code is not None:
-            self.ending = "exit %d" % code if code >= 0 else signal.Signals(-code).name
+            self.ending = ending_of(code)
 
     def poll(self, until: float) -> Dict[int, int]:
         """Wait for a wake-up, the master, our reader or our input: {descriptor: what}."""
@@ -1081,12 +1353,20 @@ class Agent:
             poll.register(0, select.POLLIN)
         return dict(poll.poll(max(0.0, until - time.monotonic()) * 1000))
 
+    def handle_signals(self) -> None:
+        """Act on the signals that have come."""
+        while self.signals:
+            self.handle_signal(signal.Signals(self.signals.pop(0)).name)
+
     def handle_signal(self, name: str) -> None:
         """Pass a signal on to the command, or end of it."""
         if self.command:
             was_typed = name in TYPED_SIGNALS and os.isatty(0)
             if name != "SIGCHLD" and not was_typed:
-                self.command.send_signal(getattr(signal, name))
+                try:
+                    self.command.send_signal(getattr(signal, name))
+                except OSError as error:  # it has become another user's (su, sudo)
+                    log("%s cannot be passed on: %s" % (name, error.strerror))
             if name == "SIGTERM":
                 self.ending = name
         elif name in ENDING_SIGNALS:
@@ -1101,7 +1381,7 @@ class Agent:
             log(repr(sample))
         elif self.args.live:
             answer = "acknowledged by" if self.link.answered else "no answer from"
-            readings = "cpu %(cpu)s %%, ram %(ram)s %%" % sample
+            readings = "cpu %s %%, ram %s %%" % (sample.get("cpu"), sample.get("ram"))
             log("%s, %s %s" % (readings, answer, self.link.peer), end="")
         return sample
 
@@ -1314,6 +1594,13 @@ def parse_job_nodes(text: str) -> Dict[str, int]:
     return cpus
 
 
+def note_signals(signals: List[int]) -> None:
+    """Have the signals that end it noted in a list, but for those that are ignored (nohup)."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda caught, _: signals.append(caught))
+
+
 class Question:
     """A command of Slurm's that is asked and not waited for."""
 
@@ -1495,8 +1782,7 @@ class Herd:
 
     def run(self) -> int:
         """Herd until the relay is gone; return the exit code."""
-        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(name, lambda caught, _: self.signals.append(caught))
+        note_signals(self.signals)
         try:
             while self.relay_lives():
                 self.look()
@@ -1934,9 +2220,7 @@ class Relay:
 
     def run(self, first: bool = True) -> int:
         """Keep the herd running until a signal comes or nobody reads our stdout."""
-        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(name) != signal.SIG_IGN:
-                signal.signal(name, lambda caught, _: self.signals.append(caught))
+        note_signals(self.signals)
         backoff = BACKOFF_SECONDS
         while not self.signals:
             begun = time.monotonic()
@@ -2282,10 +2566,14 @@ def run_agent(args: argparse.Namespace) -> int:
         reason = str(error) or repr(error)
     else:
         try:
+            agent.start()
+        except OSError as error:
+            if error.filename is not None:  # there is no such command
+                print("error: %s" % error, file=sys.stderr)
+                return 127 if isinstance(error, FileNotFoundError) else 126
+            reason = "no second process: %s" % error.strerror
+        else:
             return agent.run()
-        except OSError as error:  # there is no such command
-            print("error: %s" % error, file=sys.stderr)
-            return 127 if isinstance(error, FileNotFoundError) else 126
     if args.command:
         return run_unwatched(args.command, reason)
     print("error: %s" % reason, file=sys.stderr)
@@ -2331,6 +2619,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             file=sys.stderr,
         )
         return 1
+    fill_closed_streams()
     parser = build_parser()
     args = parse_words(parser, sys.argv[1:] if argv is None else argv)
     try:
@@ -2346,6 +2635,20 @@ def main(argv: Optional[List[str]] = None) -> int:
     if args.once:
         return run_once(args)
     return run_agent(args)
+
+
+def fill_closed_streams() -> None:
+    """Put /dev/null where a standard stream is closed: no pipe of ours is to take its place.
+
+    Only for this process: a command does not inherit it, so its streams stay closed.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY)  # takes the lowest that is free
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
 
 
 def spare_exit_code() -> None:

@@ -148,10 +148,24 @@ METRICS = (
     Metric("swap", "d", "%", "Swap", "swap_percent", "Swap space in use"),
     Metric("disk", "d", "%", "Disk", "disk_percent", "Working directory's filesystem in use"),
     Metric("disk_tmp", "d", "%", "/tmp", "disk_tmp_percent", "Filesystem of /tmp in use"),
-    Metric("disk_read", "d", "B/s", "Disk read", "disk_read_bytes_per_second", "Disk reads"),
-    Metric("disk_write", "d", "B/s", "Disk write", "disk_write_bytes_per_second", "Disk writes"),
+    Metric("disk_read", "d", "B/s", "Disk read", "disk_read_bytes_per_second",
+           "Read from the node's local disks"),
+    Metric("disk_write", "d", "B/s", "Disk write", "disk_write_bytes_per_second",
+           "Written to the node's local disks"),
     Metric("net_rx", "d", "B/s", "Received", "network_receive_bytes_per_second", "Received"),
     Metric("net_tx", "d", "B/s", "Sent", "network_transmit_bytes_per_second", "Sent"),
+    Metric("ib_rx", "d", "B/s", "IB received", "infiniband_receive_bytes_per_second",
+           "Received over InfiniBand or Omni-Path, all ports"),
+    Metric("ib_tx", "d", "B/s", "IB sent", "infiniband_transmit_bytes_per_second",
+           "Sent over InfiniBand or Omni-Path, all ports"),
+    Metric("nfs_ops", "d", "/s", "NFS calls", "nfs_operations_per_second",
+           "Operations on the node's NFS mounts"),
+    Metric("nfs_rtt", "d", "s", "NFS answer", "nfs_round_trip_seconds",
+           "Mean round trip of an NFS operation"),
+    Metric("lustre_read", "d", "B/s", "Lustre read", "lustre_read_bytes_per_second",
+           "Read from Lustre by the node"),
+    Metric("lustre_write", "d", "B/s", "Lustre write", "lustre_write_bytes_per_second",
+           "Written to Lustre by the node"),
     Metric("psi_cpu", "d", "%", "CPU wait", "pressure_cpu_percent", "Tasks waiting for CPU"),
     Metric("psi_mem", "d", "%", "Memory wait", "pressure_memory_percent",
            "Tasks waiting for memory"),
@@ -166,8 +180,18 @@ METRICS = (
     Metric("job_cpu", "d", "%", "Job CPU", "job_cpu_percent", "Allocated CPUs in use"),
     Metric("job_mem", "d", "B", "Job memory", "job_memory_bytes", "Anonymous and shared memory"),
     Metric("job_cache", "d", "B", "Job cache", "job_cache_bytes", "Page cache of the job"),
+    Metric("job_mem_peak", "d", "B", "Job peak", "job_memory_peak_bytes",
+           "Most memory ever, as the kernel counts: with page cache"),
     Metric("job_mem_limit", "d", "B", "Job limit", "job_memory_limit_bytes", "Memory limit"),
+    Metric("job_mem_failcnt", "d", "", "Limit hit", "job_memory_limit_hits",
+           "How often the memory limit was hit"),
+    Metric("oom_kill", "d", "", "OOM kills", "job_oom_kills",
+           "Processes of the job that the kernel killed for want of memory"),
     Metric("job_ram", "d", "%", "Job RAM", "job_ram_percent", "Job's memory limit in use"),
+    Metric("job_read", "d", "B/s", "Job read", "job_read_bytes_per_second",
+           "Read by the job's processes, cache and pipes included"),
+    Metric("job_write", "d", "B/s", "Job write", "job_write_bytes_per_second",
+           "Written by the job's processes, cache and pipes included"),
     Metric("job_time_limit", "d", "s", "Time limit", "job_time_limit_seconds",
            "Time limit of the job"),
     Metric("job_time_left", "d", "s", "Time left", "job_time_left_seconds",
@@ -4796,6 +4820,7 @@ SCALES = {  # larger units of a unit, the smallest first
     "B": (("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30), ("TiB", 2**40)),
 }
 FRACTIONS = ("load1",)  # numbers without a unit that are no counts
+SMALL = ("nfs_rtt",)  # numbers that are thousandths of their unit
 MAX_DIGITS = 8  # of a number; a longer one is no machine's, and is written as 1e+99
 
 
@@ -4814,6 +4839,8 @@ def render_value(key: str, value: Any) -> str:
             size = larger_size
             unit = larger_unit
     digits = 1 if unit or key in FRACTIONS else 0
+    if key in SMALL and size == 1:
+        digits = 4
     number = "%.*f" % (digits, value / size)
     if len(number) > MAX_DIGITS:
         number = "%.0e" % value
@@ -5224,7 +5251,10 @@ NO_GRAPHS = (  # numbers that hardly ever change, or that another graph shows
     "uptime",
     "gpus",
     "job_cpus",
+    "job_mem_peak",
     "job_mem_limit",
+    "job_mem_failcnt",
+    "oom_kill",
     "job_time_limit",
 )
 GRAPHS = tuple(key for key in NUMBERS if key not in NO_GRAPHS)

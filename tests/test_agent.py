@@ -26,6 +26,7 @@ from support import eventually
 sys.path.insert(0, support.ROOT)
 import agent
 
+JOB_OF_V1 = "sys/fs/cgroup/memory/slurm_c1/uid_4242/job_3"
 TREES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "proc")
 SLURM = {
     "SLURM_JOB_ID": "4711",
@@ -367,6 +368,66 @@ class Trees(unittest.TestCase):
             with self.subTest(words), self.assertRaisesRegex(ValueError, words):
                 agent.Sampler(probe)
 
+    def test_a_source_that_is_missing_takes_no_key_of_another_with_it(self):
+        whole = set(sample_of("debian"))
+        for path, keys in (
+            ("proc/loadavg", {"load1", "procs"}),
+            ("proc/uptime", {"uptime"}),
+            ("proc/pressure/cpu", {"psi_cpu"}),
+            ("proc/pressure/memory", {"psi_mem"}),
+            ("proc/net/dev", {"net_rx", "net_tx"}),
+            ("proc/diskstats", {"disk_read", "disk_write"}),
+            ("proc/self/statm", {"agent_rss"}),
+        ):
+            probe, _ = copy_of(self, "debian")
+            os.unlink(probe.where(path))
+            with self.subTest(path):
+                self.assertEqual(whole - set(agent.Sampler(probe).sample()), keys)
+
+    def test_a_filesystem_that_is_gone_does_not_hide_the_other(self):
+        real = os.statvfs
+        for gone, key in ((".", "disk_tmp"), ("/tmp", "disk")):
+
+            def statvfs(path, gone=gone):
+                if path == gone:
+                    raise OSError(116, "Stale file handle")
+                return real(path)
+
+            with self.subTest(gone), mock.patch.object(agent.os, "statvfs", statvfs):
+                known = agent.collect(agent.Sampler(tree("bonded")).slow_readers)
+                self.assertEqual({"disk", "disk_tmp"} & set(known), {key})
+
+    def test_a_limit_that_cannot_be_read_leaves_the_memory_of_the_job(self):
+        probe, _ = copy_of(self, "slurm-v1")
+        os.unlink(probe.where(JOB_OF_V1 + "/memory.limit_in_bytes"))
+        with mock.patch.dict(os.environ, SLURM):
+            sample = agent.Sampler(probe).sample()
+        self.assertEqual(sample["job_mem"], 160632832)
+        self.assertNotIn("job_mem_limit", sample)
+
+    def test_files_of_a_filesystem_that_died_are_opened_anew_once_it_is_back(self):
+        """As lxcfs started again: what was open fails for ever, the path leads to another."""
+        probe, _ = copy_of(self, "bonded")
+        sampler = agent.Sampler(probe)
+        process = subprocess.Popen(["sleep", "600"])
+        with open("/proc/%d/stat" % process.pid) as dead:
+            process.kill()
+            process.wait()
+            for file in probe.open_files.values():
+                os.dup2(dead.fileno(), file)  # reads of it give ESRCH
+        path = probe.where("proc/meminfo")
+        os.rename(path, path + ".away")
+        with mock.patch.object(agent, "log") as log:
+            for _ in range(3):
+                self.assertNotIn("ram", sampler.sample())
+            self.assertEqual(log.call_count, 1, log.call_args_list)
+            self.assertIn("%r: no samples until it is back" % path, log.call_args[0][0])
+            os.rename(path + ".away", path)
+            for _ in range(3):
+                self.assertTrue({"cpu", "ram", "mem_total"} <= set(sampler.sample()))
+            self.assertEqual(log.call_count, 2, log.call_args_list)
+            self.assertIn("known again", log.call_args[0][0])
+
     def test_the_limit_of_a_job_is_known_from_the_environment_or_squeue(self):
         environ = dict(SLURM, SLURM_JOB_START_TIME="4102441200")
         with mock.patch.dict(os.environ, environ):
@@ -606,6 +667,26 @@ class StandIns(unittest.TestCase):
         with open(self.folder + "/asked") as file:
             self.assertEqual(file.read().count("\n"), 2)
 
+    def test_squeue_that_fails_later_takes_back_nothing_that_it_told(self):
+        self.play("squeue", "echo 1-00:00:10 2-00:00:00")
+        os.environ["SLURM_JOB_ID"] = "4711"
+        sampler = agent.Sampler(tree("debian"))
+        dict(sampler.read_time_left())
+        self.play("squeue", "exit 1")
+        sampler.asked -= agent.SQUEUE_SECONDS
+        known = dict(sampler.read_time_left())
+        self.assertTrue(86400 < known["job_time_left"] <= 86410)
+        self.assertEqual(known["job_time_limit"], 172800)
+
+    def test_an_end_of_the_job_that_is_no_time_is_not_sent(self):
+        self.play("squeue", "exit 1")
+        for text in ("inf", "-inf", "nan", "-5", "1e999", "soon"):
+            os.environ["SLURM_JOB_END_TIME"] = text
+            with self.subTest(text), mock.patch.object(agent, "log") as log:
+                known = dict(agent.Sampler(tree("debian")).read_time_left())
+                self.assertEqual(known, {})
+                self.assertIn(repr(text), log.call_args[0][0])
+
     def test_squeue_is_not_asked_when_slurm_has_told_the_end_or_there_is_no_job(self):
         self.play("squeue", "touch %s/asked" % self.folder)
         self.assertEqual(dict(agent.Sampler(tree("debian")).read_time_left()), {})
@@ -823,20 +904,30 @@ class CommandLine(unittest.TestCase):
         ):
             with self.subTest(text):
                 self.assertEqual(agent.hosts_argument(text), hosts)
-        for kind, texts in (
+        for kind, values in (
             (
                 agent.interval_argument,
-                ("0.1", ".5", "1", "2", "2.", "9.75", "59.9", "60", "60.0"),
+                {
+                    "0.1": 0.1,
+                    ".5": 0.5,
+                    "1": 1.0,
+                    "2.": 2.0,
+                    "9.75": 9.75,
+                    "59.9": 59.9,
+                    "60": 60.0,
+                    "60.0": 60.0,
+                },
             ),
-            (agent.port_argument, ("1", "13579", "65535")),
-            (agent.name_argument, ("c1", "x" * 63, "K\u00f6ln 3")),
+            (agent.port_argument, {"1": 1, "13579": 13579, "65535": 65535}),
+            (
+                agent.name_argument,
+                {"c1": "c1", "x" * 63: "x" * 63, "K\u00f6ln 3": "K\u00f6ln 3"},
+            ),
         ):
-            for text in texts:
+            for text, value in values.items():
                 with self.subTest(text):
-                    self.assertEqual(
-                        str(kind(text))[:1] or "0",
-                        text.lstrip(".")[:1] if text != ".5" else "0",
-                    )
+                    self.assertEqual(kind(text), value)
+                    self.assertIs(type(kind(text)), type(value))
 
     def test_a_bad_variable_of_the_environment_is_bad_usage_too(self):
         for name, value in (("SENTINEL_PORT", "http"), ("SENTINEL_HOST", "a b")):

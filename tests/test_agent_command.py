@@ -6,6 +6,7 @@ import shutil
 import pickle
 import pty
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import tempfile
 import threading
 import time
 import unittest
+from functools import partial
 
 import support
 from support import eventually
@@ -29,6 +31,24 @@ JOB = {
     "SLURM_NODEID": "0",
     "SLURMD_NODENAME": "c1",
 }
+
+
+LONELY_UID = 61234  # of nobody else's processes
+
+
+def ignore_signals(numbers):
+    """In a process that is about to become another: these, and no others, are ignored."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN if number in numbers else signal.SIG_DFL)
+
+
+def ignored(line):
+    """The mask of a line SigIgn, proc(5), without signals 32 and up.
+
+    32 and 33 are the C library's own; its posix_spawn(), by which Python 3.13 starts what is
+    named by a path, leaves them ignored.
+    """
+    return int(line.split()[1], 16) & 0x7FFFFFFF
 
 
 def around(*command, port=None, **more):
@@ -145,7 +165,14 @@ class Command(unittest.TestCase):
             " i=0; while [ $i -lt 400 ]; do i=$((i+1)); sleep 0.05; done"
         )
         with start_agent(
-            "--port", support.closed_port(), "--", "sh", "-c", script
+            "--port",
+            support.closed_port(),
+            "--",
+            "sh",
+            "-c",
+            script,
+            # a shell cannot trap what was ignored when it started
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as tool:
             eventually(lambda: "ready" in tool.out)
             for name in (
@@ -229,6 +256,82 @@ class Command(unittest.TestCase):
             tool.logged("stopped watching: RuntimeError")
             self.assertEqual(tool.wait(), 4)
 
+    def test_a_link_that_fails_while_it_is_up_leaves_the_command_its_signals(self):
+        patch = "def fail(self, sock):\n    raise RuntimeError('odd')\nagent.Link.hear = fail"
+        script = (
+            "trap 'exit 7' TERM; echo ready; i=0;"
+            " while [ $i -lt 400 ]; do i=$((i+1)); sleep 0.05; done"
+        )
+        with DummyServer(greeting=b"ok\n" * 9) as server, start_agent(
+            "--port", server.port, "--", "sh", "-c", script, patch=patch
+        ) as tool:
+            tool.logged("stopped watching: RuntimeError")
+            eventually(lambda: "ready" in tool.out)
+            support.stays(lambda: tool.code is None, 0.3)
+            tool.send_signal(signal.SIGTERM)
+            self.assertEqual(tool.wait(), 7)
+            self.assertNotIn("Traceback", tool.log)
+
+    def test_a_signal_that_cannot_be_passed_on_is_told_and_stops_nothing(self):
+        patch = (
+            "import subprocess\ndef fail(self, number):\n"
+            "    raise PermissionError(1, 'Operation not permitted')\n"
+            "subprocess.Popen.send_signal = fail"
+        )
+        with start_agent(
+            "--port",
+            support.closed_port(),
+            "--",
+            "sh",
+            "-c",
+            "echo ready; sleep 1; exit 4",
+            patch=patch,
+        ) as tool:
+            eventually(lambda: "ready" in tool.out)
+            tool.send_signal(signal.SIGUSR1)
+            tool.logged("SIGUSR1 cannot be passed on: Operation not permitted")
+            self.assertEqual(tool.wait(), 4)
+            self.assertNotIn("stopped watching", tool.log)
+
+    def test_a_signal_without_a_name_is_an_ending_as_others(self):
+        with DummyServer(answer=b"ok\n") as server:
+            done = around("sh", "-c", "sleep 0.6; kill -40 $$", port=server.port)
+            self.assertEqual(done.returncode, 128 + 40)
+            self.assertNotIn("stopped watching", done.stderr)
+            self.assertEqual(
+                eventually(lambda: server.dicts[-1].get("bye")), "signal 40"
+            )
+
+    def test_its_exit_code_is_known_though_sigchld_was_ignored(self):
+        done = around(
+            "sh",
+            "-c",
+            "exit 3",
+            preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN),
+        )
+        self.assertEqual(done.returncode, 3)
+
+    def test_closed_streams_stay_closed_and_change_nothing(self):
+        with tempfile.TemporaryDirectory() as folder:
+            seen = os.path.join(folder, "seen")
+            # a shell opens what it needs on high numbers: 0, 1 and 2 are what it was given
+            script = (
+                "for n in 0 1 2; do [ -e /proc/$$/fd/$n ] && s=$s$n; done 9>&-;"
+                ' echo "open:$s" 1>%s; sleep 0.5; exit 5' % seen
+            )
+            for flags in ([], ["--secret-file", "/nonexistent"]):
+                words = ["agent.py", "--port", str(support.closed_port()), *flags]
+                words = [support.PYTHON, *words, "--", "sh", "-c", script]
+                with self.subTest(flags):
+                    done = subprocess.run(
+                        ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words],
+                        cwd=support.ROOT,
+                        timeout=20,
+                    )
+                    self.assertEqual(done.returncode, 5)
+                    with open(seen) as file:
+                        self.assertEqual(file.read(), "open:\n")
+
     def test_a_log_that_nobody_reads_stops_nothing(self):
         reader, writer = os.pipe()
         os.close(reader)
@@ -278,6 +381,7 @@ class Unwatched(unittest.TestCase):
             ([], {"SENTINEL_PORT": "abc"}, "SENTINEL_PORT: 'abc'; allowed: 1 to 65535"),
             ([], {"SENTINEL_HOST": "a b"}, "SENTINEL_HOST: 'a b'; allowed: HOST"),
             ([], {"SLURM_JOB_END_TIME": "abc"}, "SLURM_JOB_END_TIME is 'abc'"),
+            ([], {"SLURM_JOB_END_TIME": "inf"}, "SLURM_JOB_END_TIME is 'inf'"),
         ):
             with self.subTest(words):
                 if "SENTINEL_PORT" not in env:
@@ -297,15 +401,102 @@ class Unwatched(unittest.TestCase):
         self.assertEqual(done.returncode, 127)
         self.assertRegex(done.stderr, r"error: No such file or directory: \./none\n\Z")
 
-    def test_it_is_not_run_with_the_signals_that_python_ignores(self):
+    def test_it_has_the_signals_ignored_that_it_would_have_without_us(self):
+        """Those that Python ignores are not ours to pass on, and those of nohup are."""
         script = "grep SigIgn /proc/self/status"
-        plain = subprocess.check_output(["sh", "-c", script]).decode()
-        done = self.around("--secret-file", "/nonexistent", script=script)
-        self.assertEqual(done.stdout, plain)
+        for numbers in (
+            (),
+            (signal.SIGINT, signal.SIGQUIT),  # what a shell starts in the background
+            (signal.SIGHUP,),  # nohup
+        ):
+            ignore = partial(ignore_signals, numbers)
+            plain = subprocess.check_output(["sh", "-c", script], preexec_fn=ignore)
+            port = str(support.closed_port())
+            for flags in (["--port", port], ["--secret-file", "/nonexistent"]):
+                with self.subTest("%s %s" % (flags, numbers)):
+                    done = support.run(
+                        *["agent.py", *flags, "--", "sh", "-c", script],
+                        preexec_fn=ignore,
+                    )
+                    self.assertEqual(ignored(done.stdout), ignored(plain.decode()))
+
+    def test_it_runs_where_no_second_process_can_be_had(self):
+        patch = (
+            "import subprocess\ndef fail(*a, **k):\n"
+            "    raise BlockingIOError(11, 'Resource temporarily unavailable')\n"
+            "subprocess.Popen = fail"
+        )
+        with start_agent(
+            "--port",
+            support.closed_port(),
+            "--",
+            "sh",
+            "-c",
+            "echo ran; exit 3",
+            patch=patch,
+        ) as tool:
+            self.assertEqual(tool.wait(), 3)
+            self.assertEqual(tool.out, "ran\n")
+            self.assertRegex(
+                tool.log, r"\A[^\n]*not watching[^\n]*: no second process:"
+            )
+
+    @support.requires("root", "/usr/bin/python3")
+    def test_it_runs_as_the_only_process_that_its_user_may_have(self):
+        shutil.copy(os.path.join(support.ROOT, "agent.py"), self.folder)
+        os.chmod(self.folder, 0o755)
+        path = os.path.join(self.folder, "agent.py")
+
+        def confine():
+            os.setgroups([])
+            os.setgid(LONELY_UID)
+            os.setuid(LONELY_UID)
+            resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+
+        done = support.run(
+            *[path, "--port", support.closed_port(), "--"],
+            *["sh", "-c", "echo ran; exit 3"],
+            python="/usr/bin/python3",
+            preexec_fn=confine,
+            cwd=self.folder,
+        )
+        self.assertEqual((done.returncode, done.stdout), (3, "ran\n"), done.stderr)
+        self.assertIn("no second process", done.stderr)
 
     def test_a_wrong_flag_stops_it(self):
         done = self.around("--port", "abc")
         self.assertEqual((done.returncode, done.stdout), (2, ""))
+
+
+class Nohup(unittest.TestCase):
+    """What is ignored when a half of the watcher starts stays ignored."""
+
+    def start_herd(self, *numbers):
+        tool = support.start(
+            *["agent.py", "--herd"],
+            stdin=subprocess.PIPE,
+            env={"PATH": "/nonexistent"},
+            preexec_fn=partial(ignore_signals, numbers),
+        )
+        self.addCleanup(tool.stop)
+        self.addCleanup(tool.process.stdin.close)
+        eventually(lambda: "squeue" in tool.out)  # its first look, so signals are set
+        return tool
+
+    def test_the_herd_stays_at_signals_that_it_has_to_ignore(self):
+        tool = self.start_herd(signal.SIGHUP, signal.SIGINT)
+        for number in (signal.SIGHUP, signal.SIGINT):
+            tool.send_signal(number)
+        support.stays(lambda: tool.code is None, 1.5)
+        tool.process.stdin.close()
+        self.assertEqual(tool.wait(), 0)
+
+    def test_it_ends_at_those_that_it_need_not(self):
+        for number in (signal.SIGHUP, signal.SIGINT):
+            with self.subTest(number):
+                tool = self.start_herd()
+                tool.send_signal(number)
+                self.assertEqual(tool.wait(), 0)
 
 
 class Neighbours(unittest.TestCase):

@@ -240,6 +240,36 @@ class Goodbye(unittest.TestCase):
             self.assertEqual(server.dicts[-1], {"bye": "SIGTERM"})
 
 
+class Blind(unittest.TestCase):
+    def test_nothing_is_sent_while_ram_is_unknown_and_one_line_says_why(self):
+        with tempfile.TemporaryDirectory() as folder:
+            files = {
+                "stat": "cpu  1 2 3 4 5 6 7 8\n",
+                "meminfo": "MemTotal: 10 kB\nMemAvailable: 5 kB\n",
+            }
+            for name, text in files.items():
+                with open(os.path.join(folder, name), "w") as file:
+                    file.write(text)
+            with DummyServer(answer=b"ok\n") as server, start_agent(
+                "--port", server.port, "--interval", "0.1", "--procfs", folder
+            ) as tool:
+                eventually(lambda: len(server.samples) >= 2)
+                with open(os.path.join(folder, "meminfo"), "w") as file:
+                    file.write("odd\n")
+                tool.logged(
+                    "no ram in .*/meminfo: there is no line.*: no samples until"
+                )
+                count = len(server.samples)
+                support.stays(lambda: len(server.samples) <= count + 1, 0.6)
+                with open(os.path.join(folder, "meminfo"), "w") as file:
+                    file.write(files["meminfo"])
+                tool.logged("known again")
+                eventually(lambda: len(server.samples) > count + 2)
+                self.assertTrue(all("ram" in sample for sample in server.dicts))
+                self.assertEqual(tool.log.count("meminfo"), 1)
+                self.assertEqual(tool.stop(), 0)
+
+
 class Reconnect(unittest.TestCase):
     def test_a_server_that_goes_away_and_returns_is_found_again(self):
         with DummyServer(answer=b"ok\n") as server, start_agent(

@@ -316,6 +316,7 @@ class Jobs(unittest.TestCase):
             return truth
 
         self.assertEqual(eventually(lambda: self.row(name)["job_cpus"], LONG), cpus)
+        eventually(lambda: self.row(name)["job_read"] is not None, LONG)
         LAB.hurry(self.jobs[name])
         eventually(agrees, LONG, "the page and the kernel agree")
         self.enough(name)
@@ -383,7 +384,9 @@ class Jobs(unittest.TestCase):
         self.within_5_percent(row["job_ram"], 100 * used / limit)
         self.within_5_percent(row["job_mem"], used)
         self.assertEqual(row["job_mem_limit"], limit)
-        self.assertEqual(self.killed("full"), 0)
+        peak = int(LAB.read("memory", self.jobs["full"], "memory.max_usage_in_bytes"))
+        self.within_5_percent(row["job_mem_peak"], peak)
+        self.assertEqual((row["oom_kill"], self.killed("full")), (0, 0))
         self.enough("full")
         resident = int(
             self.said("full", r"Maximum resident set size \(kbytes\): (\d+)").group(1)
@@ -400,6 +403,7 @@ class Jobs(unittest.TestCase):
         self.enough("over")
         self.said("over", "code 137")
         self.left_a_report("over", "SIGKILL")
+        self.said("over", r"report of .*: out of memory: the kernel killed 1 process\n")
         self.assertLess(warned, self.event("finished", "over")["time"])
         text = self.event("finished", "over")["text"]
         self.assertRegex(text, r"SIGKILL; out of memory: the kernel killed 1 process;")
