@@ -109,9 +109,9 @@ class Lab(test_lab_job.Lab):
         for name in "c1", "c2":
             pids = set()
             for folder in self.folders(job, name):
-                with contextlib.suppress(OSError):  # a step that has just ended
-                    with open(folder + "/cgroup.procs") as file:
-                        pids.update(map(int, file.read().split()))
+                path = folder + "/cgroup.procs"
+                with contextlib.suppress(OSError), open(path) as file:
+                    pids.update(map(int, file.read().split()))
             if pids:
                 found[name] = sorted(pids)
         return found
