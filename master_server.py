@@ -1528,6 +1528,7 @@ SILENT_SECONDS = 5.0  # and one of several that go on
 MAX_NUMBER = 1e18  # no reading is larger; what claims to be is unknown
 MAX_LISTED = 4  # names in a sentence
 MAX_CPUS = 8192  # of one node
+MAX_CPU_LIST = 90  # characters: a longer list of CPUs may have been cut
 GIB = 2.0**30
 MIB = 2.0**20
 IDLE_CPUS = 0.1  # CPUs in use, and less, are none
@@ -1602,11 +1603,12 @@ FACT_TEXTS = [key for key, code in JOB_FACTS if code.endswith("s")]
 FACT_TEXTS += ["cancelled_by", "derived_exit", "failed_step"]
 RANK_TEXTS = ("part", "program", "cpus", "on", "state", "wchan", "gpu", "step")
 GPU_TEXTS = ("part", "uuid", "name", "throttle", "mig", "error")
-# the curves that checks look at
-CURVES = {"cpu", "job_cpu", "job_mem", "job_read", "job_write", "gpu", "gpu_min"}
-CURVES |= {"disk_read", "disk_write", "net_rx", "net_tx", "psi_io", "psi_mem"}
-CURVES |= {key for key, _, _ in FILESYSTEMS}
-MAX_POINTS = 130  # of such a curve: twenty minutes and more
+# the curves that checks look at, and how many of their last points; of job_mem all, for the peak
+CURVES = dict.fromkeys(("job_cpu", "gpu", "gpu_min"), 130)
+CURVES.update(dict.fromkeys(("job_read", "job_write", "psi_io", "psi_mem"), 40))
+CURVES.update(dict.fromkeys(("disk_read", "disk_write", "net_rx", "net_tx"), 40))
+CURVES.update({key: 10 for key, _, _ in FILESYSTEMS})
+CURVES.update(cpu=10, job_mem=0)
 POSITIVE = ("job_cpus", "job_mem_limit", "cpus", "mem_total", "job_time_limit")
 
 Figures = Dict[str, Any]  # what fills the words of a check
@@ -1799,10 +1801,8 @@ def clean_curve(points: Any, now: float) -> Curve:
 
 
 def latest(points: Any, key: str) -> Any:
-    """What is looked at of a curve; of memory it is all, for the peak."""
-    if key == "job_mem" or not isinstance(points, list):
-        return points
-    return points[-MAX_POINTS:]
+    """What is looked at of a curve."""
+    return points[-CURVES[key] :] if isinstance(points, list) else points
 
 
 def clean_odd_curve(points: Any, end: float) -> Curve:
@@ -1826,7 +1826,7 @@ def clean_node(node: NodeEvidence, now: float) -> NodeEvidence:
         clean_dict(node.sample, TEXTS),
         {
             key: clean_curve(latest(curves[key], key), now)
-            for key in CURVES & set(curves)
+            for key in CURVES.keys() & curves
         },
         clean_dicts(node.ranks, RANK_TEXTS),
         clean_dicts(node.gpus, GPU_TEXTS),
@@ -1839,7 +1839,9 @@ def clean_node(node: NodeEvidence, now: float) -> NodeEvidence:
 def parse_cpu_list(text: Any) -> Set[int]:
     """0-3,8 -> {0, 1, 2, 3, 8}, as Cpus_allowed_list of proc(5) has it; empty for no such text."""
     cpus: Set[int] = set()
-    if not isinstance(text, str) or not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+    if not isinstance(text, str) or len(text) > MAX_CPU_LIST:
+        return cpus
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
         return cpus
     for part in text.split(","):
         first, _, last = part.partition("-")
@@ -2021,9 +2023,9 @@ class Case:
             return "it waits: %s" % self.facts.get("reason", "Slurm has told no reason")
         if not self.nodes:
             return "no node of it has sent a sample"
-        points = max(len(node.curves.get("cpu", ())) for node in self.nodes)
-        points = max([points] + [len(c) for n in self.nodes for c in n.curves.values()])
-        return "%s, %d samples of each" % (count_words(len(self.nodes), "node"), points)
+        longest = max(len(node.curves.get("job_mem", ())) for node in self.nodes)
+        words = count_words(len(self.nodes), "node")
+        return "%s, %d samples of each" % (words, longest) if longest else words
 
 
 def lasting(

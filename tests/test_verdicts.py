@@ -1440,6 +1440,7 @@ class Text(unittest.TestCase):
             ("0-3,8", {0, 1, 2, 3, 8}),
             ("0-99999999", set()),
             ("3-1", set()),
+            (",".join(map(str, range(0, 90, 2))), set()),
             ("x", set()),
             ("", set()),
             (None, set()),
