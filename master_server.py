@@ -2519,7 +2519,7 @@ def find_slowed_gpus(
     for node in nodes:
         for gpu in node.gpus:
             reason = str(gpu.get("throttle", "")).lower()
-            is_harmful = re.search(r"thermal|slowdown|brake", reason)
+            is_harmful = re.search(r"heat|thermal|slowdown|brake", reason)
             if is_harmful and gpu.get("gpu", 0) >= 50 and "index" in gpu:
                 heat = ", %d °C" % gpu["temp"] if "temp" in gpu else ""
                 yield {

@@ -243,9 +243,9 @@ SICK = {
         r"\. the GPUs of c1 wait for one busy CPU: GPUs 20 % busy, 1 of 4 CPUs at work",
     ),
     "a GPU that is too hot": (
-        job(node(gpus=[gpu(1, 99.0, throttle="thermal slowdown", temp=91)], gpu=99)),
+        job(node(gpus=[gpu(1, 99.0, throttle="heat (hardware)", temp=91)], gpu=99)),
         "slowed_gpus",
-        r"\. GPU 1 of c1 is slowed down: thermal slowdown: it is busy, 91 °C",
+        r"\. GPU 1 of c1 is slowed down: heat \(hardware\): it is busy, 91 °C",
     ),
     "a leak": (
         job(
@@ -926,6 +926,10 @@ EDGES = {
         (
             job(node(gpus=[gpu(0, throttle="HW slowdown")])),
             job(node(gpus=[gpu(0, throttle="power cap")])),
+        ),
+        (
+            job(node(gpus=[gpu(0, throttle="power cap, power brake")])),
+            job(node(gpus=[gpu(0, throttle="clocks set by an application")])),
         ),
         (
             job(node(gpus=[gpu(0, 50.0, throttle="thermal")])),
