@@ -28,7 +28,7 @@ LAB = None
 TICK = os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
 TOLD = 90  # seconds of evidence within which a problem is told ...
-ATTACH = 60  # ... after the herd has found the job, and the machine's moods
+ATTACH = 90  # ... after the herd has found the job, and the machine's moods
 DEATH = 45  # the herd asks Slurm every 30 s
 
 # On the login node: every two seconds what the master knows, as a line of JSON

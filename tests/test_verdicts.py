@@ -1202,6 +1202,13 @@ class Evidence(unittest.TestCase):
             if check.severity == "died":
                 self.assertEqual(check.seconds, 0)
 
+    def test_enough_is_looked_at_of_each_curve_that_a_check_needs(self):
+        for check in master_server.CHECKS:
+            for key in check.holds:
+                points = master_server.CURVES[key] or 9e9
+                with self.subTest(check.name, key=key):
+                    self.assertGreater(10 * points, 1.2 * check.seconds)
+
     def test_odd_evidence_is_no_error_and_its_verdicts_are_whole(self):
         seed = random.randrange(2**32)
         chance = random.Random(seed)
