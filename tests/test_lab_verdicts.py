@@ -455,7 +455,7 @@ class Jobs(unittest.TestCase):
         try:
             self.says(
                 job,
-                r"^! c2 fell silent at \d\d:\d\d:\d\d, \d+ s ago: no goodbye; c1",
+                r"^! c2 fell silent at \d\d:\d\d:\d\d, \d+ s ago: no goodbye; still sending: c1",
                 30,
             )
         finally:
