@@ -2174,7 +2174,6 @@ REPORTED = ("cpu", "job_cpu", "mem_used", "job_mem", "gpu")
 GIB = 2.0**30
 MIB = 2.0**20
 MARGIN = 1.2  # a fifth more than was needed: what to ask for next time
-MAX_FOLDERS = 100  # cgroups of a job that are looked at: steps and their tasks
 KILLED = ("SIGKILL", "exit 137")  # as a command ends that the kernel has killed
 
 # The same words are in the verdicts of master_server.py.
@@ -2183,37 +2182,6 @@ BELOW_PEAK = "memory peak above the highest sample, %.3g GB of %.3g GB"
 MEMORY_PEAK = "memory peak %.3g GB of %.3g GB"
 KERNEL_COUNT = "kernel's count, 1 run, %d samples"
 SAMPLED_COUNT = "sampled, 1 run, %d samples"
-
-
-def read_kills(probe: Probe, job: Dict[str, str]) -> Reading:
-    """Yield how many processes of the job the kernel has killed for want of memory.
-
-    cgroup v2 counts what is below as well (memory.events), v1 in the leaf alone, since Linux
-    4.13; older ones tell only how often the limit was reached (memory.failcnt), which is no kill.
-    """
-    if "memory" not in job:
-        # low 0 / high 0 / max 12 / oom 1 / oom_kill 1
-        text = probe.read("%s/memory.events" % job[""])
-        yield "oom_kill", number(text, "oom_kill ")
-        return
-    yield "failcnt", int(probe.read("%s/memory.failcnt" % job["memory"]))
-    # oom_kill_disable 0 / under_oom 0 / oom_kill 1
-    counts = []
-    for folder in memory_folders(probe, str(job["memory"])):
-        with contextlib.suppress(OSError):  # a step that has just ended
-            text = probe.read("%s/memory.oom_control" % folder)
-            counts.append(number(text, "oom_kill "))
-    yield "oom_kill", sum(counts)
-
-
-def memory_folders(probe: Probe, top: str) -> List[str]:
-    """Return the cgroups of a job: its own, its steps and their tasks."""
-    folders = [top]
-    for folder in folders:
-        for name in probe.names(folder):
-            if name.startswith(("step_", "task_")) and len(folders) < MAX_FOLDERS:
-                folders.append("%s/%s" % (folder, name))
-    return folders
 
 
 def memory_flag(size: float) -> str:
@@ -2225,23 +2193,19 @@ def memory_flag(size: float) -> str:
 class Report(Dict[str, Tuple[float, float, float]]):
     """Sums samples up, {key: (seconds, mean, peak)}; each has the weight of the time it covers.
 
-    count tells what read_kills knows: what has been before the start is none of this report's.
+    before has the kernel's counts as they were: what was killed then is none of this report's.
     """
 
-    def __init__(self, count: Callable[[], Sample] = dict) -> None:
+    def __init__(self, before: Optional[Sample] = None) -> None:
         super().__init__()
-        self.count = count
-        self.before = count()
-        self.seconds = 0.0  # covered by all samples
+        self.before = before or {}
         self.samples = 0
-        self.first_kills: Optional[int] = None  # in a sample, if samples tell
+        self.seconds = 0.0  # covered by all samples
 
     def add(self, sample: Sample, seconds: float) -> None:
         """Count a sample that covers so many seconds."""
-        self.seconds += seconds
         self.samples += 1
-        if self.first_kills is None and "oom_kill" in sample:
-            self.first_kills = int(sample["oom_kill"])
+        self.seconds += seconds
         for key in REPORTED:
             if key in sample:
                 value = float(sample[key])
@@ -2251,8 +2215,7 @@ class Report(Dict[str, Tuple[float, float, float]]):
 
     def lines(self, last: Sample, ended: str = "") -> Iterable[str]:
         """Yield the report for people, a line a subject; last is the last sample."""
-        now = self.count()
-        kills = self.count_kills(now, last)
+        kills = self.risen("oom_kill", last)
         if kills:
             words = "1 process" if kills == 1 else "%d processes" % kills
             yield OUT_OF_MEMORY % words
@@ -2263,8 +2226,8 @@ class Report(Dict[str, Tuple[float, float, float]]):
             yield self.memory_line(last, kills)
         if "gpu" in self:
             yield "GPU mean %.1f %% of %s" % (self["gpu"][1], last.get("gpus"))
-        is_uncounted = "failcnt" in now and "oom_kill" not in now
-        if ended in KILLED and is_uncounted and self.risen("failcnt", now):
+        is_uncounted = "oom_kill" not in last and self.risen("job_mem_failcnt", last)
+        if ended in KILLED and is_uncounted:
             yield "it had reached its memory limit; this kernel counts no kills"
         if "job_mem" in self and "job_mem_limit" in last:
             yield from self.advise_memory(last, kills)
@@ -2272,16 +2235,9 @@ class Report(Dict[str, Tuple[float, float, float]]):
             counted = float(last["job_mem_peak"]) / GIB
             yield "the kernel's peak, with page cache, %.3g GB" % counted
 
-    def count_kills(self, now: Sample, last: Sample) -> int:
-        """Return how many processes the kernel has killed since the start, as far as is known."""
-        kills = self.risen("oom_kill", now)
-        if self.first_kills is not None:
-            kills = max(kills, int(last.get("oom_kill", 0)) - self.first_kills)
-        return kills
-
-    def risen(self, key: str, now: Sample) -> int:
+    def risen(self, key: str, last: Sample) -> int:
         """Return by how much a counter has risen since the start; 0 without one."""
-        return max(0, int(now.get(key, 0)) - int(self.before.get(key, 0)))
+        return max(0, int(last.get(key, 0)) - int(self.before.get(key, 0)))
 
     def memory_line(self, last: Sample, kills: int) -> str:
         in_job = "job_mem" in self
@@ -2370,8 +2326,7 @@ class Agent:
         self.sampler = sampler
         self.link = link
         self.parts = Parts(sampler, attached=bool(args.lifeline))
-        job = sampler.job
-        self.report = Report(lambda: collect([lambda: read_kills(sampler.probe, job)]))
+        self.report = Report(collect([sampler.read_job_events]))
         self.ending = ""  # why it ends, once it does
         self.signals: List[int] = []
         self.command: Any = None

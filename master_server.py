@@ -2037,6 +2037,7 @@ SILENT_SECONDS = 5.0  # and one of several that go on
 MAX_NUMBER = 1e18  # no reading is larger; what claims to be is unknown
 MAX_LISTED = 4  # names in a sentence
 MAX_CPUS = 8192  # of one node, as CONFIG_NR_CPUS has it at most on x86
+MAX_CPU_LIST = 90  # characters: a longer list of CPUs may have been cut
 GIB = 2.0**30
 MIB = 2.0**20
 IDLE_CPUS = 0.1  # CPUs in use, and less, are none
@@ -2111,11 +2112,12 @@ FACT_TEXTS = [key for key, code in JOB_FACTS if code.endswith("s")]
 FACT_TEXTS += ["cancelled_by", "derived_exit", "failed_step"]
 RANK_TEXTS = ("part", "program", "cpus", "on", "state", "wchan", "gpu", "step")
 GPU_TEXTS = ("part", "uuid", "name", "throttle", "mig", "error")
-# the curves that checks look at
-CURVES = {"cpu", "job_cpu", "job_mem", "job_read", "job_write", "gpu", "gpu_min"}
-CURVES |= {"disk_read", "disk_write", "net_rx", "net_tx", "psi_io", "psi_mem"}
-CURVES |= {key for key, _, _ in FILESYSTEMS}
-MAX_POINTS = 130  # of such a curve: twenty minutes and more
+# the curves that checks look at, and how many of their last points; of job_mem all, for the peak
+CURVES = dict.fromkeys(("job_cpu", "gpu", "gpu_min"), 130)
+CURVES.update(dict.fromkeys(("job_read", "job_write", "psi_io", "psi_mem"), 40))
+CURVES.update(dict.fromkeys(("disk_read", "disk_write", "net_rx", "net_tx"), 40))
+CURVES.update({key: 10 for key, _, _ in FILESYSTEMS})
+CURVES.update(cpu=10, job_mem=0)
 POSITIVE = ("job_cpus", "job_mem_limit", "cpus", "mem_total", "job_time_limit")
 
 Figures = Dict[str, Any]  # what fills the words of a check
@@ -2235,7 +2237,7 @@ def judge_check(case: "Case", check: Check) -> List[Verdict]:
             Verdict(
                 figures.get("severity", check.severity),
                 check.what.format(**figures),
-                check.proof.format(**figures),
+                check.proof.format(**figures).rstrip("; "),
                 check.cure.format(**figures),
                 check.name,
             )
@@ -2308,10 +2310,8 @@ def clean_curve(points: Any, now: float) -> Curve:
 
 
 def latest(points: Any, key: str) -> Any:
-    """What is looked at of a curve; of memory it is all, for the peak."""
-    if key == "job_mem" or not isinstance(points, list):
-        return points
-    return points[-MAX_POINTS:]
+    """What is looked at of a curve."""
+    return points[-CURVES[key] :] if isinstance(points, list) else points
 
 
 def clean_odd_curve(points: Any, end: float) -> Curve:
@@ -2335,7 +2335,7 @@ def clean_node(node: NodeEvidence, now: float) -> NodeEvidence:
         clean_dict(node.sample, TEXTS),
         {
             key: clean_curve(latest(curves[key], key), now)
-            for key in CURVES & set(curves)
+            for key in CURVES.keys() & curves
         },
         clean_dicts(node.ranks, RANK_TEXTS),
         clean_dicts(node.gpus, GPU_TEXTS),
@@ -2348,7 +2348,9 @@ def clean_node(node: NodeEvidence, now: float) -> NodeEvidence:
 def parse_cpu_list(text: Any) -> Set[int]:
     """0-3,8 -> {0, 1, 2, 3, 8}, as Cpus_allowed_list of proc(5) has it; empty for no such text."""
     cpus: Set[int] = set()
-    if not isinstance(text, str) or not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+    if not isinstance(text, str) or len(text) > MAX_CPU_LIST:
+        return cpus
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
         return cpus
     for part in text.split(","):
         first, _, last = part.partition("-")
@@ -2519,6 +2521,9 @@ class Case:
             told = ", ".join(str(detail) for detail in details if detail)
             told = " (%s)" % told if told else ""
             words.append("Slurm says %s%s" % (self.state, told))
+        derived = self.facts.get("derived_exit", "0:0")
+        if derived not in ("0:0", self.facts.get("exit")):
+            words.append("its worst step ended with %s" % derived)
         return "; ".join(words)
 
     def describe(self) -> str:
@@ -2527,9 +2532,9 @@ class Case:
             return "it waits: %s" % self.facts.get("reason", "Slurm has told no reason")
         if not self.nodes:
             return "no node of it has sent a sample"
-        points = max(len(node.curves.get("cpu", ())) for node in self.nodes)
-        points = max([points] + [len(c) for n in self.nodes for c in n.curves.values()])
-        return "%s, %d samples of each" % (count_words(len(self.nodes), "node"), points)
+        longest = max(len(node.curves.get("job_mem", ())) for node in self.nodes)
+        words = count_words(len(self.nodes), "node")
+        return "%s, %d samples of each" % (words, longest) if longest else words
 
 
 def lasting(
@@ -2841,12 +2846,20 @@ def find_few_cpus(
                 own = "%d CPUs" % total
                 yield {
                     "threads": count_words(threads, "thread"),
-                    "ranks": " of rank %s" % range_words(numbers) if numbers else "",
+                    "ranks": ranks_words(numbers),
                     "cpu": "CPU" if count == 1 else "CPUs",
                     "allowed": range_words(allowed_cpus),
                     "node": node.name,
                     "own": range_words(node.cpus) if node.cpus else own,
                 }
+
+
+def ranks_words(numbers: List[int]) -> str:
+    """ " of ranks 0-3"; "" for processes that are no ranks."""
+    if not numbers:
+        return ""
+    noun = "rank" if len(set(numbers)) == 1 else "ranks"
+    return " of %s %s" % (noun, range_words(numbers))
 
 
 def leaves_cpus_idle(node: NodeEvidence, least: float, percent: float) -> bool:
@@ -2956,7 +2969,7 @@ def find_idle_gpus(
         "cure": "srun --jobid=%s --overlap --pty nvidia-smi  # does the program find them?"
         % case.job
         if are_all
-        else "does the program know of more than one GPU? else #SBATCH --gres=gpu:%d"
+        else "--gres=gpu:%d  # or does the program know of more than one GPU?"
         % max(1, (total - len(times)) // len(nodes)),
     }
 
@@ -3015,7 +3028,7 @@ def find_slowed_gpus(
     for node in nodes:
         for gpu in node.gpus:
             reason = str(gpu.get("throttle", "")).lower()
-            is_harmful = re.search(r"thermal|slowdown|brake", reason)
+            is_harmful = re.search(r"heat|thermal|slowdown|brake", reason)
             if is_harmful and gpu.get("gpu", 0) >= 50 and "index" in gpu:
                 heat = ", %d °C" % gpu["temp"] if "temp" in gpu else ""
                 yield {
@@ -3313,7 +3326,7 @@ def find_silent_nodes(
         "time": clock_words(first, "%H:%M:%S"),
         "ago": time_words(case.now - first),
         "rest": rest,
-        "live": "%s still send" % list_words(live) if live else "no other node sends",
+        "live": "still sending: %s" % list_words(live) if live else "no other sends",
     }
 
 
@@ -3557,7 +3570,7 @@ def find_signal(
         full = full_shared_memory(case)
         if full:
             meaning = "its shared memory had no room: %s" % full
-            cure = "rm what is yours in /dev/shm, or --mem for more of it"
+            cure = "ls -l /dev/shm  # remove what is yours, or ask for more --mem"
     if ending.signal == "SIGILL" and ending.node:
         meaning += " than %s has" % ending.node
     yield death(
@@ -3805,7 +3818,7 @@ CHECKS: Tuple[Check, ...] = (
         find=find_serial,
         what="1 of {cpus} CPUs of {nodes} at work for {time}",
         proof="as much as one thread can, and no more: the program is serial, or bound to one CPU",
-        cure="--cpus-per-task=1, or if it can use threads:"
+        cure="--cpus-per-task=1  # or, if it can use threads:"
         ' export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"',
         source="JDS, serial_allocating_multiple: efficiency / (100 % / CPUs) >= 0.85",
     ),
