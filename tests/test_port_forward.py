@@ -260,7 +260,7 @@ class Ends(BridgeTest):
         near, far = self.pair()
         near.close()
         self.assertEqual(receive(far), b"")
-        self.assertEqual(self.descriptors(), before + 2)
+        eventually(lambda: self.descriptors() == before + 2)
         far.close()
         eventually(lambda: self.descriptors() == before)
 
