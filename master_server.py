@@ -8057,6 +8057,9 @@ NO_GRAPHS = (  # numbers that hardly ever change, or that another graph shows
     "job_mem_failcnt",
     "oom_kill",
     "job_time_limit",
+    "job_mem_peak",
+    "job_mem_failcnt",
+    "oom_kill",
 )
 GRAPHS = tuple(key for key in NUMBERS if key not in NO_GRAPHS)
 FINE_GRAPHS = GRAPHS[:2]  # CPU and RAM
