@@ -7513,9 +7513,7 @@ def judge_job(
         count = sum(verdict[0] == severity for verdict in found)
         return severity, what if count == 1 else "%s (tasks: %d)" % (what, count)
     said = ", ".join(remarks(tasks[0])) if len(tasks) == 1 else ""
-    if found and not said:
-        return "fine", found[0][1]
-    return (found[0][0] if found else None), said or None
+    return ("fine" if found else None), said or None
 
 
 def phase_of(tasks: List[Message]) -> str:
@@ -12083,8 +12081,22 @@ class Recording:
         return lines
 
 
+class NoWriter:
+    """Stands for a RecordWriter with --no-record: jobs are judged, and nothing is written."""
+
+    def post(self, work: Work) -> None:
+        """Forget it."""
+
+    def check(self) -> None:
+        """Nothing hangs."""
+
+    def finish(self, seconds: float) -> bool:
+        """Nothing waits."""
+        return True
+
+
 class Recorder:
-    """The role that records jobs: it looks at the table, and its writer writes."""
+    """The role that judges jobs and records them: it looks at the table, and its writer writes."""
 
     def __init__(
         self,
@@ -12096,7 +12108,9 @@ class Recorder:
         self.table = table
         self.diagnose = judge
         mark = writer_name(table.pid, table.start)
-        self.writer = RecordWriter(options.record, mark, render_report)
+        self.writer: Union[RecordWriter, NoWriter] = NoWriter()
+        if options.record:
+            self.writer = RecordWriter(options.record, mark, render_report)
         self.recordings: Dict[str, Recording] = {}
         self.done: Dict[str, Message] = {}  # job -> facts when it was over
         self.told: Set[Any] = set()  # events that were there at the last look
@@ -12308,9 +12322,9 @@ def always(options: argparse.Namespace) -> bool:
     return True
 
 
-def is_recorded(options: argparse.Namespace) -> bool:
-    """Of the role that records jobs."""
-    return bool(options.record)
+def is_judged(options: argparse.Namespace) -> bool:
+    """Of the role that judges jobs, and records them if that is wanted."""
+    return bool(options.record or options.demo) or watches_jobs(options)
 
 
 def is_demo(options: argparse.Namespace) -> bool:
@@ -12321,7 +12335,7 @@ def is_demo(options: argparse.Namespace) -> bool:
 ROLES = (
     Role("collector", Collector, always),
     Role("dashboard", Dashboard, always),
-    Role("recorder", Recorder, is_recorded),
+    Role("recorder", Recorder, is_judged),
     Role("demo", Demo, is_demo),
 )
 

@@ -1,6 +1,7 @@
 """The recorder: a role that writes records, whatever the disk does and whoever is killed."""
 
 import contextlib
+import json
 import logging
 import multiprocessing
 import os
@@ -571,9 +572,17 @@ class Roles(unittest.TestCase):
             with PlainAgent(tool.port) as agent:
                 folder = os.path.join(self.folder, ".sentinel", "jobs")
                 self.keep_sending([agent], lambda: master.read_record(folder, "4711"))
-        with start_master("--my-jobs", "--no-record", env=env) as tool:
-            tool.logged("dashboard started")
-            self.assertNotIn("recorder", tool.log)
+        with start_master("--my-jobs", "--no-record", env=env, patch=FAST) as tool:
+            files = sorted(os.listdir(folder))
+            with PlainAgent(tool.port) as agent:
+                self.keep_sending([agent], lambda: self.is_judged(tool))
+            self.assertNotIn("recording", tool.log)
+        self.assertEqual(sorted(os.listdir(folder)), files)
+
+    def is_judged(self, tool):
+        """Whether the live page has a verdict on the job."""
+        answer = support.get(tool.page, "/api/job/4711")
+        return answer.status == 200 and json.loads(answer.text)["job"]["verdicts"]
 
     def test_a_secret_at_home_that_is_named_sentinel_is_no_trouble(self):
         os.makedirs(self.folder)
