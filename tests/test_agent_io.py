@@ -327,7 +327,7 @@ class Bytes(unittest.TestCase):
     def test_a_driver_that_hangs_hides_nothing_of_what_many_files_tell(self):
         patch = (
             "import threading\nagent.WIDE_SECONDS = 0.1\n"
-            "agent.Sampler.read_gpus = lambda self: threading.Event().wait()\n"
+            "agent.Gpus.refresh = lambda self: threading.Event().wait()\n"
             "agent.Sampler.read_job_io = lambda self: [('job_read', 1.0)]"
         )
         with DummyServer(answer=b"ok\n") as server, start_agent(
