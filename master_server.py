@@ -7538,8 +7538,9 @@ def judge_job(
         count = sum(verdict[0] == severity for verdict in found)
         return severity, what if count == 1 else "%s (tasks: %d)" % (what, count)
     said = ", ".join(remarks(tasks[0])) if len(tasks) == 1 else ""
-    if found and not said:
-        return "fine", found[0][1]
+    # that all is fine, the severity says by itself
+    if found and not said and found[0][1] != "fine":
+        said = found[0][1]
     return (found[0][0] if found else None), said or None
 
 
@@ -9695,7 +9696,8 @@ def suggestions(summary: Message) -> List[str]:
     peak = summary["peak"]
     state = summary["state"]
     if state == "OUT_OF_MEMORY" and summary["mem_limit"]:
-        lines.append("#SBATCH --mem=%dG" % -(-1.5 * summary["mem_limit"] // GIB))
+        # as the verdict says
+        lines.append("#SBATCH " + memory_flag(summary["mem_limit"]))
     elif state == "COMPLETED" and peak:
         wanted = memory_to_ask(peak)
         if not summary["mem_limit"] or abs(wanted * GIB - summary["mem_limit"]) > GIB:
@@ -10363,7 +10365,8 @@ def explain_text(record: Record) -> str:
     verdicts = record.verdicts or ()
     for verdict in verdicts:
         word = SEVERITY_WORDS.get(verdict.get("severity") or "", "")
-        lines.append("%s: %s" % (word, verdict.get("what")))
+        what = verdict.get("what")
+        lines.append("%s: %s" % (word, "nothing is wrong" if what == "fine" else what))
         if verdict.get("proof"):
             lines.append("    %s" % verdict["proof"])
         if verdict.get("cure"):
