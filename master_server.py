@@ -8070,7 +8070,9 @@ NEW_EVENTS = 20  # events on the page
 FINE = 300  # points of the graphs of CPU and RAM: one a tick
 COARSE = 60  # points of the other graphs ...
 FIFTH = 5  # ... one in so many ticks
-NO_GRAPHS = (  # numbers that hardly ever change, or that another graph shows
+# Numbers that hardly ever change, that fall as the clock goes, or that another graph shows.
+# Each of the others takes 240 bytes of a node's ring.
+NO_GRAPHS = (
     "interval",
     "cpus",
     "mem_total",
@@ -8083,6 +8085,8 @@ NO_GRAPHS = (  # numbers that hardly ever change, or that another graph shows
     "job_mem_failcnt",
     "oom_kill",
     "job_time_limit",
+    "job_time_left",
+    "cores_busy",  # job_cpu
 )
 GRAPHS = tuple(key for key in NUMBERS if key not in NO_GRAPHS)
 FINE_GRAPHS = GRAPHS[:2]  # CPU and RAM
