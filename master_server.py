@@ -146,6 +146,7 @@ class Metric(NamedTuple):
     help: str  # what it is, for people
 
 
+# A new one is a line here and a reader in agent.py; tests/README.md has a table of them.
 # fmt: off
 METRICS = (
     # cpu and ram come first: every sample has them, and they alone are in the slot itself
