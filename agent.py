@@ -65,7 +65,7 @@ from typing import (
     Union,
 )
 
-VERSION = "1.0"
+VERSION = "2.0"
 Value = Union[str, float]  # float stands for int and bool, too (PEP 484)
 Sample = Dict[str, Value]  # what is unknown has no key
 Reading = Iterable[Tuple[str, Value]]
@@ -76,7 +76,7 @@ Reader = Callable[[], Reading]
 # Parsers: text in, values out; ValueError or LookupError for a text of another kind
 # ============================================================================
 
-# key, file, pattern: proc(5), kernel document accounting/psi.rst
+# One number of a file each: key, file, pattern.  proc(5), kernel document accounting/psi.rst
 NUMBERS = (
     ("load1", "proc/loadavg", r"(\S+)"),  # 0.20 0.18 0.12 1/80 11206
     ("procs", "proc/loadavg", r"/(\d+)"),
@@ -85,7 +85,8 @@ NUMBERS = (
     ("psi_mem", "proc/pressure/memory", r"some avg10=(\S+)"),
     ("psi_io", "proc/pressure/io", r"some avg10=(\S+)"),
 )
-# keys, class of devices, file, pattern (name, in, out), bytes in one: proc(5), iostats.rst
+# Sums over devices: keys, class of devices, file, pattern (name, in, out), bytes in one unit.
+# proc(5), kernel document admin-guide/iostats.rst
 COUNTERS = (
     # eth0: 171199307    3251    0    0    0     0          0         0   139424    1862 ...
     (
@@ -105,9 +106,8 @@ COUNTERS = (
     ),
 )
 TIME_LEFT = r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)$"  # 1-02:03:04 of squeue(1), %L and %l
-CPUS_PER_NODE = (
-    r"(\d+)(?:\(x(\d+)\))?"  # 72(x2),36 in SLURM_JOB_CPUS_PER_NODE, sbatch(1)
-)
+# 72(x2),36 in SLURM_JOB_CPUS_PER_NODE, sbatch(1)
+CPUS_PER_NODE = r"(\d+)(?:\(x(\d+)\))?"
 # The variables that a scheduler sets in a job: its id, its name, the element of an array; and how
 # its commands call that.  An element of 0 (LSF) or "undefined" (Grid Engine) is none.
 # sbatch(1), qsub(1B) of PBS, bsub(1), flux-environment(7), qsub(1) of Grid Engine
@@ -232,9 +232,7 @@ def clip(text: str) -> str:
 # ============================================================================
 
 FILE_BYTES = 65536  # the most that is read of a file or an answer
-STAT_BYTES = (
-    4194304  # ... and of /proc/stat when its CPUs are counted: 4,096 have 400 KB
-)
+STAT_BYTES = 4194304  # ... of /proc/stat when its CPUs are counted: 4,096 have 400 KB
 MOUNTS_BYTES = 4194304  # ... and of mountstats: 4 KB a mount of NFS
 WAIT_SECONDS = 5.0  # for a connection, a challenge, nvidia-smi or squeue
 SLOW_SECONDS = 10.0  # between two rounds of what may hang
@@ -669,9 +667,8 @@ class Nvml:
     def read(self, gpu: Gpu, details: bool) -> None:
         """Read a GPU: what it does not support stays unknown, a fault is told in words."""
         readers = [self.read_busy]
-        if (
-            gpu.known.get("mig") != "on"
-        ):  # or the memory is that of all who share the card
+        # with MIG on, the memory is that of all who share the card
+        if gpu.known.get("mig") != "on":
             readers.append(self.read_memory)
         if details:
             readers += [
@@ -937,9 +934,10 @@ def collect(readers: Iterable[Reader]) -> Sample:
 class Sampler:
     """Reads a Linux node: each reader yields (key, value), or raises what `collect` passes over.
 
-    A new metric is one more reader in `self.readers`, in `self.slow_readers` if what it reads
-    may hang, or in `self.wide_readers` if it reads many files; master_server.py shows it once
-    its METRICS list it.
+    A new metric that is one number of a file is one more line of NUMBERS.  Any other is one more
+    reader in `self.readers`, in `self.slow_readers` if what it reads may hang, or in
+    `self.wide_readers` if it reads many files.  master_server.py shows it once its METRICS list
+    it.
     """
 
     def __init__(self, probe: Optional[Probe] = None, name: str = "") -> None:
@@ -1134,9 +1132,9 @@ class Sampler:
         idled = max(0, idle - self.idle)  # iowait may go back
         if elapsed > 0:
             busy = max(0, elapsed - idled)
-            self.percent = (
-                (1000 * busy + elapsed // 2) // elapsed / 10
-            )  # round() is slow
+            # to one digit, half up: round() is slow
+            tenths = (1000 * busy + elapsed // 2) // elapsed
+            self.percent = tenths / 10
         self.idle = idle
         self.total = total
         yield "cpu", self.percent
@@ -1146,7 +1144,8 @@ class Sampler:
         total, available, swap, unused = parse_meminfo(text)
         used = total - available
         if 0 <= used <= total:
-            yield "ram", (1000 * used + total // 2) // total / 10
+            tenths = (1000 * used + total // 2) // total  # as in read_cpu
+            yield "ram", tenths / 10
             yield "mem_used", float(used)
         yield "mem_total", total
         if swap and unused <= swap:
@@ -1158,13 +1157,18 @@ class Sampler:
     def read_counters(
         self, keys: Tuple[str, str], kind: str, path: str, pattern: str, unit: int
     ) -> Reading:
+        """Yield what went in and what went out, of all devices of a class together."""
         devices = self.hardware[kind]
-        rows = []
-        for name, received, sent in re.findall(pattern, self.probe.read(path)):
+        counted_in = []
+        counted_out = []
+        for name, units_in, units_out in re.findall(pattern, self.probe.read(path)):
             if name in devices:
-                rows.append((int(received), int(sent)))
-        for key, column in zip(keys, zip(*rows)):
-            yield from self.rates.change(key, unit * sum(column), self.now)
+                counted_in.append(int(units_in))
+                counted_out.append(int(units_out))
+        if counted_in:  # no device is not the same as one without traffic
+            key_in, key_out = keys
+            yield from self.rates.change(key_in, unit * sum(counted_in), self.now)
+            yield from self.rates.change(key_out, unit * sum(counted_out), self.now)
 
     def read_job_cpu(self) -> Reading:
         if "cpuacct" in self.job:  # cgroup v1
@@ -1421,13 +1425,8 @@ CORES_A_PART = 240
 MAX_CORES = 8192
 STAT_LINE = 128  # the most bytes that a line of a CPU has in /proc/stat
 ENVIRON_BYTES = 262144
-PROCESS_CGROUPS = (
-    "",
-    "freezer",
-    "cpuset",
-    "memory",
-    "cpuacct",
-)  # all processes are in it
+# All of a job's processes are in the cgroup of the first of these that there is
+PROCESS_CGROUPS = ("", "freezer", "cpuset", "memory", "cpuacct")
 # Who has started a rank has told it its number: the innermost starter first.  Slurm gives a
 # batch script a 0, too, which then is no rank's; RANK alone may be a leftover of the user's.
 RANK_NAMES = (
@@ -1755,9 +1754,8 @@ class Parts:
         pause = max(PART_SECONDS, round(cost / PART_SHARE, 1))
         if self.looks == 1:
             pause = min(pause, SECOND_LOOK_SECONDS)
-        self.due = (
-            time.monotonic() + pause - 0.1
-        )  # the beat before would come too early
+        # a little less: else the beat at which it is due may come just before
+        self.due = time.monotonic() + pause - 0.1
         return pause
 
     # ---- who is in the job --------------------------------------------------------------
@@ -1916,9 +1914,7 @@ class Parts:
 # ============================================================================
 
 ANSWER_BYTES = 1024  # read at once of what the master says
-ANSWER_SECONDS = (
-    10.0  # without an ok for so long: dial again; doubles until the first ok ...
-)
+ANSWER_SECONDS = 10.0  # without an ok: dial again; doubles until the first ok ...
 MAX_ANSWER_SECONDS = 60.0  # ... up to this
 BACKOFF_SECONDS = 1.0  # from one dial to the next; doubles until the first ok ...
 MAX_BACKOFF_SECONDS = 30.0  # ... up to this
@@ -1927,12 +1923,10 @@ GOODBYE_SECONDS = 0.5  # for the master to take the goodbye
 
 def log(text: str, end: str = "\n") -> None:
     """Write a line to stderr, over the line before if that had another end (on a terminal)."""
-    text = "".join(
-        char if char.isprintable() else "?" for char in text
-    )  # a peer may say it
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # a log that nobody reads stops nothing
+    # some of it a peer may have said
+    text = "".join(char if char.isprintable() else "?" for char in text)
+    # a log that nobody reads stops nothing
+    with contextlib.suppress(OSError, ValueError):
         erase = "\r\033[K" if sys.stderr.isatty() else ""
         line = "%s%s agent: %s%s" % (erase, time.strftime("%H:%M:%S"), text, end)
         print(line, end="", file=sys.stderr, flush=True)
@@ -2015,7 +2009,7 @@ class Link:
                 prove(sock, self.secret)
             sock.setblocking(False)
             self.heard = time.monotonic()
-            self.sock = sock
+            self.sock = sock  # last: from here on the loop uses it
         except Exception as error:  # UnicodeError: no possible name
             if sock is not None:
                 sock.close()
@@ -2102,7 +2096,7 @@ class Link:
         self.takes_parts = False
         self.half_line = b""
         self.unsent = b""
-        spread = 1 - os.urandom(1)[0] / 512
+        spread = 1 - os.urandom(1)[0] / 512  # from a half to one
         delay = self.backoff * spread / len(self.candidates)
         self.backoff = min(2 * self.backoff, MAX_BACKOFF_SECONDS)
         self.retry_at = time.monotonic() + delay
@@ -2125,9 +2119,8 @@ class Link:
         with contextlib.suppress(OSError):
             sock.settimeout(GOODBYE_SECONDS)
             sock.shutdown(socket.SHUT_WR)
-            while sock.recv(
-                ANSWER_BYTES
-            ):  # left unread it would turn the end into a RST
+            # what is left unread would turn the end into a RST
+            while sock.recv(ANSWER_BYTES):
                 pass
 
 
@@ -2390,14 +2383,16 @@ class Agent:
             if now >= self.link.retry_at:
                 self.link.start_dialling(self.wake)
             if self.link.sock is not None and not self.link.sent:
-                # the master waits for the first sample
-                beat = min(beat, max(self.sampler.now + FIRST_SECONDS, now))
+                # the master waits for the first sample: as soon as it covers enough
+                soon = max(now, self.sampler.now + FIRST_SECONDS)
+                beat = min(beat, soon)
             if now >= beat:
                 sample = self.take()
                 # without cpu or ram the master would refuse it
                 self.link.exchange(None if self.sampler.trouble else sample)
                 self.send_parts()
-                beat += interval * (1 + (now - beat) // interval)
+                missed = (now - beat) // interval  # beats, while it was held up
+                beat += interval * (1 + missed)
             self.wait(min(beat, self.link.retry_at))
 
     def send_parts(self) -> None:
@@ -2407,6 +2402,7 @@ class Agent:
             if look:
                 self.link.send_look(look)
         else:
+            # of a GPU only what the sample tells is read
             self.sampler.gpus.details = False
 
     def wait(self, until: float) -> None:
@@ -3242,9 +3238,8 @@ class Line:
                 )
                 if self.secret:
                     prove(self.sock, self.secret)
-                if (
-                    "cpu" in message
-                ):  # the answer to the first sample says what it takes
+                # the answer to the first sample says what the master takes
+                if "cpu" in message:
                     message = dict(message, ack=True)
             self.hear(self.sock)
             self.sock.settimeout(WAIT_SECONDS)
@@ -3699,10 +3694,8 @@ def prepare_sampler(args: argparse.Namespace) -> Sampler:
 def run_unwatched(command: List[str], reason: str) -> int:
     """Become the command: whatever is wrong with the watching, the work has to be done."""
     log("not watching, the command runs without: %s" % reason)
-    for name in (
-        "SIGPIPE",
-        "SIGXFSZ",
-    ):  # Python ignores them; a program of another kind may not
+    # Python ignores these two; a program of another kind may not
+    for name in ("SIGPIPE", "SIGXFSZ"):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     try:
         os.execvp(command[0], command)

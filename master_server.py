@@ -146,6 +146,7 @@ class Metric(NamedTuple):
     help: str  # what it is, for people
 
 
+# A new one is a line here and a reader in agent.py; tests/README.md has a table of them.
 # fmt: off
 METRICS = (
     # cpu and ram come first: every sample has them, and they alone are in the slot itself
@@ -807,9 +808,7 @@ JOBS = 512  # jobs that are remembered, and whose verdicts are
 PARTS = 4096  # processes, GPUs and strips of CPUs of all nodes together
 VERDICT_BYTES = 1536  # of a job's verdicts as JSON
 LOOK_PARTS = 128  # of them at most in one look of an agent
-JOB_SECONDS = (
-    900.0  # after which a job that has not ended and is not told of is forgotten
-)
+JOB_SECONDS = 900.0  # a job that has not ended and is not told of is then forgotten
 LOCK_SECONDS = 2.0  # to wait for the table's lock
 LOCK_POLL = 0.001  # between two tries
 READ_SECONDS = 2.0  # to wait for a whole copy without the lock
@@ -818,7 +817,6 @@ PAGE = 16384  # the largest page of a common system, in bytes
 FOLDER = "/dev/shm/"  # where Linux shows segments as files
 
 MAGIC = b"SENTINEL"
-LAYOUT = 4  # to be changed with any of these structs; see the docstring of Table
 SLOT = struct.Struct("i64sff")  # native, as the plan has it: 76 bytes, no padding
 DETAIL = struct.Struct("=dd64s" + "".join(m.code for m in DETAILS))
 EVENT = struct.Struct("=d12s64s24s32s64sdd256s")
@@ -836,6 +834,21 @@ HEADER = struct.Struct("=8sIIqq")
 SEQUENCE = struct.Struct("=Q")
 COUNTS = struct.Struct("=QQdQ")
 FIRST = struct.Struct("=Q")  # the first field of NOTES and of COUNTS
+# A number that changes with the fields and structs above: a table of others is not read.
+# The first item is to be raised when they stay and mean something else.
+LAYOUT = zlib.crc32(
+    repr(
+        (
+            5,
+            [(m.key, m.code) for m in METRICS],
+            JOB_FACTS,
+            PART_FIELDS,
+            (EVENTS, JOBS, PARTS),
+            [s.format for s in (SLOT, DETAIL, EVENT, VERDICT, PART_HEAD)],
+            [s.format for s in (NOTES, HEADER, SEQUENCE, COUNTS)],
+        )
+    ).encode()
+)
 
 # A row of Snapshot.rows(): a slot's fields, then its details'
 NODE_KEYS = ("slot", "address", "cpu", "ram", "age", "since", "alerts") + tuple(
@@ -1004,6 +1017,20 @@ class Counts(NamedTuple):
     used: int  # no slot from this index on is taken
 
 
+class Notes(NamedTuple):
+    """The fields of NOTES."""
+
+    has_moved: int  # 1 once the table is in another segment
+    jobs_left_out: int  # that there was no room for
+    turned_away: int  # agents, since the start
+    turned_away_lately: int
+    turned_away_why: bytes
+    parts_used: int  # no row of the parts from this index on is taken
+    parts_left_out: int  # looks that there was no room for
+    verdict_changes: int  # so far
+    verdicts_told: int  # the last change that the collector has told of
+
+
 class Copy(NamedTuple):
     """The bytes of a table at one instant, as the picture of Table has them."""
 
@@ -1043,13 +1070,12 @@ class Snapshot:
         self.beat = self.copied - copy.counts.beat
         self.events = read_ring(copy.events, copy.counts.events)
         self.left = self.events
-        notes = NOTES.unpack(copy.notes)
-        _, left_out, turned_away, lately, why, _, parts_left_out, _, _ = notes
-        self.jobs_left_out = left_out
-        self.parts_left_out = parts_left_out  # looks that there was no room for
-        self.turned_away = turned_away
-        self.turned_away_lately = lately
-        self.turned_away_why = from_field(why) or ""
+        notes = Notes(*NOTES.unpack(copy.notes))
+        self.jobs_left_out = notes.jobs_left_out
+        self.parts_left_out = notes.parts_left_out
+        self.turned_away = notes.turned_away
+        self.turned_away_lately = notes.turned_away_lately
+        self.turned_away_why = from_field(notes.turned_away_why) or ""
 
     def rows(self) -> Iterator[Row]:
         """The used slots as the table has them: NODE_KEYS, with the time seen instead of an age."""
@@ -1204,10 +1230,15 @@ class Table:
         self.parts_end = self.parts_at + PARTS * PART_SIZE
         (self.sequence,) = SEQUENCE.unpack_from(self.buf, self.sequence_at)
         (self.events,) = FIRST.unpack_from(self.buf, self.counts_at)
-        notes = NOTES.unpack_from(self.buf, self.notes_at)
-        self.jobs_left_out = notes[1]
-        self.parts_used, self.parts_left_out = notes[5:7]
+        notes = self.notes()
+        self.jobs_left_out = notes.jobs_left_out
+        self.parts_used = notes.parts_used
+        self.parts_left_out = notes.parts_left_out
         self.free_parts = list(range(PARTS))  # a heap
+
+    def notes(self) -> Notes:
+        """What is noted beside the counts, as it is now."""
+        return Notes(*NOTES.unpack_from(self.buf, self.notes_at))
 
     @staticmethod
     def size_for(capacity: int) -> int:
@@ -1430,6 +1461,7 @@ class Table:
         self, index: int, address: str, row: Row, since: float, alerts: str
     ) -> None:
         """Put a sample into a slot; address is text, since is time.time() of the connection."""
+        # of a row, cpu and ram are in the slot and the rest, DETAILS, beside it
         slot = (index + 1, address.encode()) + row[:2]
         detail = (time.monotonic(), since, alerts.encode()) + row[2:]
         with self:
@@ -1455,12 +1487,17 @@ class Table:
         the start and in the last minute, and why.
         """
         now = time.monotonic()
-        refused = (turned_away, turned_away_lately, why.encode())
         with self:
             COUNTS.pack_into(self.buf, self.counts_at, self.events, samples, now, used)
-            changes, told = NOTES.unpack_from(self.buf, self.notes_at)[-2:]
-            parts = (self.parts_used, self.parts_left_out, changes, told)
-            notes = (0, self.jobs_left_out) + refused + parts
+            notes = self.notes()._replace(
+                has_moved=0,
+                jobs_left_out=self.jobs_left_out,
+                turned_away=turned_away,
+                turned_away_lately=turned_away_lately,
+                turned_away_why=why.encode(),
+                parts_used=self.parts_used,
+                parts_left_out=self.parts_left_out,
+            )
             NOTES.pack_into(self.buf, self.notes_at, *notes)
 
     def write_job(self, row: Row) -> None:
@@ -1539,28 +1576,26 @@ class Table:
             best = min(best, (owner != job, when, place))
         place = best[2]
         with self:
-            notes = list(NOTES.unpack_from(self.buf, self.notes_at))
-            notes[-2] += 1
+            notes = self.notes()
+            change = notes.verdict_changes + 1
+            notes = notes._replace(verdict_changes=change)
             NOTES.pack_into(self.buf, self.notes_at, *notes)
-            row = (job, time.time(), notes[-2], severity.encode(), text.encode())
+            row = (job, time.time(), change, severity.encode(), text.encode())
             at = self.verdicts_at + place * VERDICT.size
             VERDICT.pack_into(self.buf, at, *row)
 
     def verdict_changes(self) -> int:
         """How often verdicts have been written: a look at the copy is worth it when it grows."""
-        changes: int = NOTES.unpack_from(self.buf, self.notes_at)[-2]
-        return changes
+        return self.notes().verdict_changes
 
     def verdicts_told(self) -> int:
         """The last change of verdicts that the collector has told of."""
-        told: int = NOTES.unpack_from(self.buf, self.notes_at)[-1]
-        return told
+        return self.notes().verdicts_told
 
     def note_told(self, changes: int) -> None:
         """Note up to which change of verdicts all has been told: for the collector."""
         with self:
-            notes = list(NOTES.unpack_from(self.buf, self.notes_at))
-            notes[-1] = changes
+            notes = self.notes()._replace(verdicts_told=changes)
             NOTES.pack_into(self.buf, self.notes_at, *notes)
 
     def add_event(
@@ -1620,7 +1655,7 @@ class Table:
         counts = Counts(*COUNTS.unpack_from(self.buf, self.counts_at))
         used = min(counts.used, self.capacity)
         details_end = self.details_at + used * DETAIL.size
-        parts_used = min(NOTES.unpack_from(self.buf, self.notes_at)[5], PARTS)
+        parts_used = min(self.notes().parts_used, PARTS)
         return Copy(
             bytes(self.buf[: used * SLOT.size]),
             bytes(self.buf[self.details_at : details_end]),
@@ -1645,9 +1680,7 @@ STORM_SIZE = 4  # more alerts of a kind are told by one command
 STORM_NAMES = 20  # of the nodes and jobs of a storm, so many are named
 MAX_ALERTS = 20000  # alerts waiting for the command
 FLAP_SECONDS = 600.0  # for which changes and brief visits are counted
-FLAP_CHANGES = (
-    8  # of a rule on a node, or of a node that comes and goes: told one by one
-)
+FLAP_CHANGES = 8  # of a rule on a node, or of a node, that are told one by one
 FLAP_VISITS = 20  # brief visits of one address: told one by one, 4 events each at most
 BRIEF_SECONDS = 2.0  # a visit that is no longer is a brief one
 SETTLE_SECONDS = 60.0  # without a change: what was withheld last is told
@@ -5109,9 +5142,8 @@ class Peer:
         while True:
             seconds = due - time.monotonic() if data else self.timeout
             before = len(data)
-            data += self.receive(
-                seconds
-            )  # without a name: it would be kept while we wait
+            # the bytes get no name of their own: it would keep them while we wait
+            data += self.receive(seconds)
             if len(data) == before:
                 if data:
                     raise ConnectionError("closed in the middle of a sample")
@@ -5273,6 +5305,8 @@ class Collector:
         if nonce:
             peer.say(b"challenge %s\n" % nonce.encode())
         for message in peer.messages(bool(nonce)):
+            # a tuple is a sample's row; before the answer to a challenge there is none, as
+            # messages() then gives the first one as it came
             if type(message) is tuple:
                 self.take(peer, message)
             elif nonce:
@@ -5325,8 +5359,9 @@ class Collector:
     def enter(self, peer: Peer) -> None:
         """Give the peer a slot; WireError when there is none for it."""
         interval = peer.row[INDEX["interval"]]
-        interval = min(interval, MAX_INTERVAL)  # unknown is NaN, and stays it here
-        peer.timeout = max(peer.timeout, 2.5 * interval)  # which is no larger
+        if not math.isnan(interval):  # it is known
+            interval = min(interval, MAX_INTERVAL)
+            peer.timeout = max(peer.timeout, 2.5 * interval)
         share = max(1, self.table.capacity * SOURCE_SHARE)
         with self.lock:
             if not self.free:
@@ -5696,9 +5731,8 @@ def accept_waiting(
                 return shortage, True
             try:
                 sock, address = listener.accept()
-            except (
-                OSError
-            ) as again:  # somebody else has taken the spare one, or it has gone
+            except OSError as again:
+                # somebody else has taken the spare one, or the peer has gone
                 spare.keep()
                 return shortage, not isinstance(again, BlockingIOError)
             turn_away(sock, address, shortage)
@@ -5754,9 +5788,7 @@ def start_serving(
 
 RECORD_FORMAT = 1
 ROW_SECONDS = 10  # from one row to the next, as long as a job is young ...
-FINE_SECONDS = (
-    7200  # ... that long; then the rows get half as many, whenever its age doubles
-)
+FINE_SECONDS = 7200  # ... that long; then half as many, whenever its age doubles
 MANY_NODES = 16  # of more nodes the rows get fewer after half that time
 KEEP_SECONDS = 365 * 86400  # how old a record may get ...
 KEEP_BYTES = 200 * 10**6  # ... and how large all of them together
@@ -7117,9 +7149,7 @@ CELL_HTML = '<td class="{kind}">{content}</td>'
 CURVES_CELL_HTML = "<td>{curves}</td>"
 BAD_CELL_HTML = '<td><b class="bad">\u26a0\xa0{severity}</b></td>'
 LINK_CELL_HTML = '<td><a href="{href}">{text}</a></td>'
-NODE_CELL_HTML = (
-    '<th scope="row" class="w"><a href="{href}">{name}</a>{marks}</th>'  # of its row
-)
+NODE_CELL_HTML = '<th scope="row" class="w"><a href="{href}">{name}</a>{marks}</th>'
 NO_NODE_CELL_HTML = '<th scope="row" class="w">-</th>'
 MARK_HTML = '<b class="bad"> \u26a0\xa0{mark}</b>'
 PERCENT_CELL_HTML = (
@@ -7165,9 +7195,8 @@ ASIDE_HTML = """
     </aside>"""
 
 
-SPECIAL = re.compile(
-    "[&<>\"']"
-)  # most texts have none, and html.escape() takes its time
+# Most texts have none of these, and html.escape() takes its time
+SPECIAL = re.compile("[&<>\"']")
 
 
 class Html(str):
@@ -7365,11 +7394,8 @@ def gone(view: Snapshot, kind: str) -> List[Message]:
 # Jobs: what Slurm says of them, in the order and the words of the page
 # ============================================================================
 
-NEEDS = (
-    "died",
-    "problem",
-    "advice",
-)  # verdicts that need the job's user, the worst first
+# Verdicts that need the job's user, the worst first
+NEEDS = ("died", "problem", "advice")
 BAD_ENDS = (
     "FAILED",
     "TIMEOUT",
@@ -8042,7 +8068,9 @@ NEW_EVENTS = 20  # events on the page
 FINE = 300  # points of the graphs of CPU and RAM: one a tick
 COARSE = 60  # points of the other graphs ...
 FIFTH = 5  # ... one in so many ticks
-NO_GRAPHS = (  # numbers that hardly ever change, or that another graph shows
+# Numbers that hardly ever change, that fall as the clock goes, or that another graph shows.
+# Each of the others takes 240 bytes of a node's ring.
+NO_GRAPHS = (
     "interval",
     "cpus",
     "mem_total",
@@ -8058,16 +8086,13 @@ NO_GRAPHS = (  # numbers that hardly ever change, or that another graph shows
     "job_mem_peak",
     "job_mem_failcnt",
     "oom_kill",
+    "job_time_left",
+    "cores_busy",  # job_cpu
 )
 GRAPHS = tuple(key for key in NUMBERS if key not in NO_GRAPHS)
 FINE_GRAPHS = GRAPHS[:2]  # CPU and RAM
-LARGE_GRAPHS = (
-    "job_cpu",
-    "cpu",
-    "job_ram",
-    "ram",
-    "gpu",
-)  # what matters most, in this order
+# What matters most, in this order
+LARGE_GRAPHS = ("job_cpu", "cpu", "job_ram", "ram", "gpu")
 LAST_GRAPHS = ("agent_cpu", "agent_rss")
 TICK_SECONDS = 2.0  # between two looks at the table, for the graphs
 SCALED_NODES = 64  # of a job: more of them do not share a scale
@@ -8319,7 +8344,7 @@ class Page:
         for row in self.rows:
             job = (row["job"] or "") if is_grouped else ""
             jobs.setdefault(job, []).append(row)
-        last_page = -(-len(self.rows) // PAGE_ROWS)
+        last_page = math.ceil(len(self.rows) / PAGE_ROWS)
         page = self.page_number(last_page)
         shown = self.slots_of_page(jobs, page)
         bodies = []
@@ -9676,7 +9701,8 @@ def suggestions(summary: Message) -> List[str]:
     peak = summary["peak"]
     state = summary["state"]
     if state == "OUT_OF_MEMORY" and summary["mem_limit"]:
-        lines.append("#SBATCH --mem=%dG" % -(-1.5 * summary["mem_limit"] // GIB))
+        # as the verdict says
+        lines.append("#SBATCH " + memory_flag(summary["mem_limit"]))
     elif state == "COMPLETED" and peak:
         wanted = memory_to_ask(peak)
         if not summary["mem_limit"] or abs(wanted * GIB - summary["mem_limit"]) > GIB:
@@ -10344,7 +10370,8 @@ def explain_text(record: Record) -> str:
     verdicts = record.verdicts or ()
     for verdict in verdicts:
         word = SEVERITY_WORDS.get(verdict.get("severity") or "", "")
-        lines.append("%s: %s" % (word, verdict.get("what")))
+        what = verdict.get("what")
+        lines.append("%s: %s" % (word, "nothing is wrong" if what == "fine" else what))
         if verdict.get("proof"):
             lines.append("    %s" % verdict["proof"])
         if verdict.get("cure"):
@@ -10853,9 +10880,8 @@ class Dashboard:
             sock.settimeout(HTTP_SECONDS)
             sock.sendall(answer)
             sock.shutdown(socket.SHUT_WR)
-            sock.settimeout(
-                LINGER_READ
-            )  # unread input would turn the close into a reset
+            # unread input would turn the close into a reset
+            sock.settimeout(LINGER_READ)
             while sock.recv(MAX_REQUEST) and time.monotonic() < deadline:
                 pass
         except OSError:

@@ -85,10 +85,9 @@ GOOD = "good"
 ADVICE = "advice"
 PROBLEM = "problem"
 
-EIGHTHS = (
-    " \u258f\u258e\u258d\u258c\u258b\u258a\u2589\u2588"  # of a block, from the left
-)
-HEIGHTS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"  # of a block, from below
+# Eighths of a block, from the left, and from below
+EIGHTHS = " \u258f\u258e\u258d\u258c\u258b\u258a\u2589\u2588"
+HEIGHTS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 
 
 class Letters:
@@ -1167,9 +1166,7 @@ def render_text(view: View, width: int) -> str:
 # ============================================================================
 
 REFRESH_SECONDS = 2.0  # from one snapshot to the next, ...
-REFRESH_FACTOR = (
-    75  # ... or so many times the CPU time that one takes, if that is longer
-)
+REFRESH_FACTOR = 75  # ... or so many times the CPU time of one, if that is longer
 ESCAPE_MILLISECONDS = "50"  # in which the rest of a key's sequence must follow an Esc
 LOG_LINES = 50  # of the master's log that are kept
 LAST_LINES = 5  # of them, that are printed when the screen is left

@@ -32,9 +32,12 @@ class LineAgent(PlainAgent):
 
 
 def readme_agents():
-    """The agents of the README that send lines: {their first word: source text}."""
-    with open(os.path.join(support.ROOT, "README.md"), encoding="utf-8") as file:
-        blocks = re.findall(r"(?m)(?:^    .*\n)+", file.read())
+    """The agents of both READMEs that send lines: {their first word: source text}."""
+    text = ""
+    for name in ("README.md", "tests/README.md"):
+        with open(os.path.join(support.ROOT, name), encoding="utf-8") as file:
+            text += file.read() + "\n"
+    blocks = re.findall(r"(?m)(?:^    .*\n)+", text)
     agents = [textwrap.dedent(block) for block in blocks if "json.dumps(" in block]
     agents += [textwrap.dedent(block) for block in blocks if "/dev/tcp/" in block]
     return {text.split()[0]: text for text in agents}

@@ -664,7 +664,7 @@ class Herded(unittest.TestCase):
 
     def break_lines(self):
         """Have srun do what a real one does: a label and a new line after so many bytes."""
-        path = os.path.join(self.slurm.folder, "srun")
+        path = os.path.join(self.slurm.folder, "tasks")
         with open(path) as file:
             text = file.read()
         whole = "for line in task.stdout:\n"

@@ -106,7 +106,7 @@ class Report(unittest.TestCase):
             "--mem=20G",
             "CPUs 8 8",
             "16.0 GiB",
-            "#SBATCH --mem=24G",
+            "#SBATCH --mem=20G",
             "c1",
             "c2",
         ):

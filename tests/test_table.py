@@ -6,9 +6,11 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import stat
 import struct
 import subprocess
+import tempfile
 import threading
 import time
 import unittest
@@ -572,6 +574,22 @@ class Owners(TableTest):
                     self.assertEqual(done.stderr, "")
                 self.assertNotIn("resource_tracker", done.stderr)
                 self.assertTrue(os.path.exists("/dev/shm/" + table.shm.name))
+
+    def test_a_table_with_other_metrics_is_not_read(self):
+        with open(os.path.join(support.ROOT, "master_server.py")) as file:
+            text = file.read()
+        uptime = '    Metric("uptime", '
+        more = '    Metric("more", "d", "", "More", "more", "A later metric"),\n'
+        later = text.replace(uptime, more + uptime, 1)
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        attach = "import master_server; master_server.Table.attach(%r)"
+        code = attach % self.create().shm.name
+        for source, answer in ((text, ""), (later, "no master of this version")):
+            with open(os.path.join(folder, "master_server.py"), "w") as file:
+                file.write(source)
+            done = support.run("-c", code, cwd=folder)
+            self.assertRegex(done.stderr, answer or r"\A\Z")
 
     def test_a_forked_child_that_ends_leaves_the_segment(self):
         table = self.create()
