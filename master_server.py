@@ -242,6 +242,9 @@ JOB_FACTS = (
     ("partition", "32s"),
     ("nodelist", "128s"),
     ("exit", "16s"),  # CODE:SIGNAL
+    ("derived_exit", "16s"),  # of the worst step: 0:125 is out of memory
+    ("cancelled_by", "32s"),  # a user, or the uid of one without a name
+    ("failed_step", "64s"),  # the first, in words; only accounting tells
     ("nodes", "d"),
     ("cpus", "d"),
     ("gpus", "d"),
@@ -818,7 +821,7 @@ PAGE = 16384  # the largest page of a common system, in bytes
 FOLDER = "/dev/shm/"  # where Linux shows segments as files
 
 MAGIC = b"SENTINEL"
-LAYOUT = 4  # to be changed with any of these structs; see the docstring of Table
+LAYOUT = 5  # to be changed with any of these structs; see the docstring of Table
 SLOT = struct.Struct("i64sff")  # native, as the plan has it: 76 bytes, no padding
 DETAIL = struct.Struct("=dd64s" + "".join(m.code for m in DETAILS))
 EVENT = struct.Struct("=d12s64s24s32s64sdd256s")
@@ -2109,7 +2112,6 @@ FILESYSTEMS = (
 )
 # keys that are texts; all others are numbers
 FACT_TEXTS = [key for key, code in JOB_FACTS if code.endswith("s")]
-FACT_TEXTS += ["cancelled_by", "derived_exit", "failed_step"]
 RANK_TEXTS = ("part", "program", "cpus", "on", "state", "wchan", "gpu", "step")
 GPU_TEXTS = ("part", "uuid", "name", "throttle", "mig", "error")
 # the curves that checks look at, and how many of their last points; of job_mem all, for the peak
