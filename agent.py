@@ -2683,7 +2683,7 @@ def parse_scontrol(text: str) -> Dict[str, str]:
 
 def pick_job(text: str, raw: str) -> str:
     """Return what scontrol says of one job: asked for the first of an array, it tells of all."""
-    records = re.split(r"^(?=JobId=)", text, flags=re.M)
+    records = re.split(r"\n(?=JobId=)", text)
     own = [record for record in records if record.startswith("JobId=%s " % raw)]
     return own[0] if own else text
 
