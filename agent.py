@@ -2492,6 +2492,7 @@ class Agent:
 #
 # What the herd prints, a line each, and the relay understands:
 #
+#   * herd          the first line: what came before is a login shell's
 #   @ KEY LINE      LINE is what the agent KEY (job, step, task) wrote to its stdout
 #   = FACTS         what Slurm says of a job: a flat JSON object
 #   ! WORDS         for the user's log
@@ -2512,8 +2513,13 @@ REFRESH_SECONDS = 60.0  # between two times that the master is told of every job
 PING_SECONDS = 5.0  # between two signs of life of the relay
 GATHER_SECONDS = 0.5  # lines that come within this time are sent on together
 LEAVE_SECONDS = 3.0  # for agents to say goodbye at the end
-MAX_ENDED = 5  # ended jobs that Slurm is asked about after each look
+MAX_ENDED = 5  # ended jobs that Slurm is asked about after each look, and at once
+# after the agents of a job have left, Slurm is asked whether it has ended
+END_SECONDS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
+MAX_ACCOUNTS = 3  # times that accounting is asked about a job: it may lag behind
 MAX_OUTPUT = 4 * 1024 * 1024  # bytes of squeue's answer
+GREETING = b"* herd"
+STEP_NAME = "sentinel"  # of ours, as squeue and sacct show it
 
 ENDED_STATES = (
     "COMPLETED",
@@ -2546,6 +2552,9 @@ SQUEUE_FIELDS = (
     ("nodelist", "%N"),
     ("job_name", "%j"),
 )
+# sacct(1): the name comes last, for it may hold any character
+SACCT_FIELDS = ("JobID", "State", "ExitCode", "End", "JobName")
+FAILED_STEP_STATES = ("FAILED", "OUT_OF_MEMORY", "NODE_FAIL")
 # The agent's text comes compressed on stdin, its size in a line before it.
 BOOTSTRAP = (
     "import sys; sys.path.append(sys.path.pop(0)); import zlib; "
@@ -2668,6 +2677,86 @@ def parse_scontrol(text: str) -> Dict[str, str]:
     return known
 
 
+def pick_job(text: str, raw: str) -> str:
+    """Return what scontrol says of one job: asked for the first of an array, it tells of all."""
+    records = re.split(r"\n(?=JobId=)", text)
+    own = [record for record in records if record.startswith("JobId=%s " % raw)]
+    return own[0] if own else text
+
+
+def parse_end(known: Dict[str, str]) -> Sample:
+    """Return the facts of a job's end from the words of scontrol; none while it has not ended."""
+    if known.get("JobState") not in ENDED_STATES:
+        return {}
+    facts: Sample = {"state": known["JobState"]}
+    if known.get("Reason", "None") != "None":
+        facts["reason"] = clip(known["Reason"])
+    for key, word in (("exit", "ExitCode"), ("derived_exit", "DerivedExitCode")):
+        if word in known:
+            facts[key] = known[word]
+    moment = parse_time(known.get("EndTime", ""))
+    if moment is not None:
+        facts["end"] = moment
+    return facts
+
+
+def parse_sacct(text: str, job: str) -> Sample:
+    """Return the facts of a job's end from the lines of sacct: its own, and those of its steps."""
+    # 7|CANCELLED by 4242|0:0|2026-11-27T13:41:00|train
+    # 7.batch|CANCELLED|0:15|2026-11-27T13:41:00|batch
+    # 7.0|FAILED|3:0|2026-11-27T13:40:10|python3
+    facts: Sample = {}
+    failed = []
+    for line in text.splitlines():
+        words = line.split("|", len(SACCT_FIELDS) - 1)
+        if len(words) < len(SACCT_FIELDS):
+            continue
+        name, state, code, end, program = words
+        if name == job:
+            facts.update(parse_accounted_end(state, code, end))
+        elif name.startswith(job + ".") and state in FAILED_STEP_STATES:
+            step = name[len(job) + 1 :]
+            if step not in ("batch", "extern") and program != STEP_NAME:
+                failed.append((end, step_words(step, program, state, code)))
+    if failed:
+        facts["failed_step"] = clip(min(failed)[1])
+    return facts
+
+
+def parse_accounted_end(state: str, code: str, end: str) -> Sample:
+    """Return the facts of a job's end from sacct's words for it; none while it has not ended."""
+    state, _, by = state.partition(" by ")
+    if state not in ENDED_STATES:
+        return {}
+    facts: Sample = {"state": state, "exit": code}
+    if by:
+        facts["cancelled_by"] = user_name(by)
+    moment = parse_time(end)
+    if moment is not None:
+        facts["end"] = moment
+    return facts
+
+
+def step_words(step: str, program: str, state: str, code: str) -> str:
+    """Return how a step failed, in words."""
+    if state == "FAILED":
+        status, _, number = code.partition(":")
+        how = "exit code %s" % status if number == "0" else "signal %s" % number
+    else:
+        how = state.replace("_", " ").lower()
+    return "step %s (%s): %s" % (step, program, how)
+
+
+def user_name(uid: str) -> str:
+    """Return the name of a user, or the number where nobody knows the name."""
+    import pwd
+
+    try:
+        return clip(pwd.getpwuid(int(uid)).pw_name)
+    except (KeyError, ValueError, OverflowError):
+        return clip(uid)
+
+
 def parse_job_gpus(text: str) -> Dict[str, str]:
     """Return {node: numbers of the job's GPUs there} from the same lines."""
     gpus = {}
@@ -2780,6 +2869,8 @@ class Step:
         self.key = key
         self.since = time.monotonic()
         self.lines = 0
+        self.tasks: Set[bytes] = set()  # that have told something, and ...
+        self.gone: Set[bytes] = set()  # ... have said goodbye
         self.rest = b""
         self.halves: Dict[bytes, bytes] = {}  # of lines, by task
         self.words = b""
@@ -2818,6 +2909,9 @@ class Step:
             text = self.whole(task, text) if colon else b""
             if text:
                 self.lines += 1
+                self.tasks.add(task)
+                if b'"bye": ' in text:
+                    self.gone.add(task)
                 yield b"@ %s.%s %s" % (self.key.encode(), task.strip(), text)
 
     def whole(self, task: bytes, text: bytes) -> bytes:
@@ -2831,6 +2925,10 @@ class Step:
             self.halves[task] = text
             return b""
         return text
+
+    def has_left(self) -> bool:
+        """Whether all agents of it that told something have said goodbye."""
+        return bool(self.tasks) and self.tasks == self.gone
 
     def release(self) -> None:
         """End srun's input: the agents see it, say goodbye and end."""
@@ -2864,7 +2962,37 @@ class Job:
         self.attach_at = 0.0  # time.monotonic()
         self.question: Optional[Question] = None
         self.ended = False
+        self.ending: Sample = {}  # what Slurm has told of its end
+        self.ended_at = 0.0  # time.monotonic()
+        self.ask_at: List[float] = []  # when to ask whether it has ended
+        self.accounts = 0  # how often accounting may yet be asked about it
         self.told: Optional[Sample] = None
+
+    def take_row(self, facts: Sample, asked: float) -> None:
+        """Take in what squeue, which was asked then, tells of it: less than is known of an end."""
+        is_over = facts.get("state") in ENDED_STATES
+        if self.ended and not is_over and asked > self.ended_at:
+            self.ended = False  # it was requeued
+            self.ending = {}
+        if not self.ending:
+            self.facts = facts
+        elif is_over:
+            self.facts = dict(facts, **self.ending)
+
+    def take_end(self, facts: Sample) -> None:
+        """Take in what Slurm tells of its end."""
+        self.ended = True
+        self.ended_at = time.monotonic()
+        self.ask_at = []
+        self.ending = dict(self.ending, **facts)
+        known = {key: self.facts[key] for key in self.facts if key != "reason"}
+        self.facts = dict(known, **self.ending)
+
+    def expect_end(self) -> None:
+        """Have Slurm asked at once, and some times later, whether it has ended."""
+        if not self.ended and not self.ask_at:
+            now = time.monotonic()
+            self.ask_at = [now + seconds for seconds in END_SECONDS]
 
     @property
     def name(self) -> str:
@@ -2898,6 +3026,7 @@ class Herd:
         self.look_at = 0.0
         self.looking: Optional[Question] = None
         self.asking: List[Tuple[Job, Question]] = []  # how jobs ended
+        self.has_accounting = True  # until sacct says otherwise
         self.said: Set[str] = set()
         self.heard = time.monotonic()
         self.signals: List[int] = []
@@ -2905,11 +3034,13 @@ class Herd:
     def run(self) -> int:
         """Herd until the relay is gone; return the exit code."""
         note_signals(self.signals)
+        self.put(b"\n" + GREETING)
         try:
             while self.relay_lives():
                 self.look()
                 self.attach_due()
                 self.pass_lines()
+                self.ask_ends()
         finally:
             self.leave()
         return 0
@@ -2920,7 +3051,7 @@ class Herd:
             self.looking
             or self.asking
             or any(
-                job.question or any(not step.lines for step in job.steps)
+                job.question or job.ask_at or any(not step.lines for step in job.steps)
                 for job in self.jobs.values()
             )
         )
@@ -2970,11 +3101,11 @@ class Herd:
                 self.said = {
                     words for words in self.said if "the next look" not in words
                 }
-                self.update(parse_squeue(asked.text()))
+                self.update(parse_squeue(asked.text()), asked.asked)
         self.hear_ends()
 
-    def update(self, rows: List[Sample]) -> None:
-        """Take in what squeue told: new jobs, new states, jobs that have gone."""
+    def update(self, rows: List[Sample], asked: float) -> None:
+        """Take in what squeue told that was asked then: new jobs, new states, who has gone."""
         now = time.monotonic()
         seen = set()
         for facts in rows:
@@ -2985,25 +3116,31 @@ class Herd:
             job = self.jobs.get(raw)
             if job is None:
                 job = self.jobs[raw] = Job(facts)
-                job.ended = facts.get("state") in ENDED_STATES
             was_running = job.facts.get("state") == "RUNNING"
-            job.facts = facts
+            job.take_row(facts, asked)
             if (
-                facts.get("state") == "RUNNING"
+                job.facts.get("state") == "RUNNING"
                 and not was_running
                 or job.attach_at == 0
             ):
                 age = time.time() - float(facts.get("start", 0.0))
                 job.attach_at = now + max(0.0, YOUNG_SECONDS - age)
-        asks = 0
+        over = []
         for raw, job in list(self.jobs.items()):
-            over = raw not in seen or job.facts.get("state") in ENDED_STATES
-            if over and not job.ended and asks < MAX_ENDED:
-                asks += 1
-                job.ended = True
-                self.ask_end(job)
+            is_over = raw not in seen or job.facts.get("state") in ENDED_STATES
+            if is_over and not job.ended:
+                over.append(job)
             elif raw not in seen and job.ended and not job.steps:
                 del self.jobs[raw]
+        over.sort(key=lambda job: not job.tries)  # those that were watched come first
+        for job in over[:MAX_ENDED]:
+            job.ended = True
+            job.ended_at = time.monotonic()
+            self.ask_end(job)
+        busy = [job for job, _ in self.asking]
+        late = [job for job in self.jobs.values() if job.accounts and job not in busy]
+        for job in late[:MAX_ENDED]:
+            self.ask_accounting(job)
         self.tell_facts()
 
     def is_wanted(self, facts: Sample) -> bool:
@@ -3014,9 +3151,7 @@ class Herd:
     def tell_facts(self) -> None:
         """Pass on what changed of each job, and name those that are not watched."""
         for job in self.jobs.values():
-            if job.facts != job.told:
-                job.told = job.facts
-                self.put(b"= " + json.dumps(job.facts).encode())
+            self.tell(job)
         unwatched = [job.name for job in self.running()[MAX_ATTACHED:]]
         if unwatched:
             self.say(
@@ -3046,13 +3181,18 @@ class Herd:
 
     def attach(self, job: Job, question: Question) -> None:
         """Start the step of the job's rung with what scontrol told."""
-        known = parse_scontrol(question.text())
+        text = pick_job(question.text(), str(job.facts["raw"]))
+        known = parse_scontrol(text)
         if question.error or known.get("JobState") != "RUNNING":
             job.attach_at = time.monotonic() + LOOK_SECONDS
+            if parse_end(known):
+                self.take_end(job, parse_end(known))
+            elif known.get("JobState") == "COMPLETING":
+                job.expect_end()
             if question.error:
                 self.say("job %s: %s" % (job.name, question.error))
             return
-        cpus = parse_job_nodes(question.text())
+        cpus = parse_job_nodes(text)
         nodes = sorted(cpus, key=natural_name) or job.nodes
         facts = {
             "job": job.name,
@@ -3060,7 +3200,7 @@ class Herd:
             "end": job.facts.get("end"),
             "limit": job.facts.get("limit"),
             "cpus": cpus,
-            "gpus": parse_job_gpus(question.text()),
+            "gpus": parse_job_gpus(text),
         }
         job.tries += 1
         groups = [[node] for node in nodes] if job.rung == 1 else [nodes]
@@ -3084,7 +3224,7 @@ class Herd:
             "--overlap",
             "--mem=0",
             "--immediate=10",
-            "--job-name=sentinel",
+            "--job-name=%s" % STEP_NAME,
             "--nodes=%d" % count,
             "--ntasks=%d" % count,
             "--ntasks-per-node=1",
@@ -3108,6 +3248,8 @@ class Herd:
                 lines = list(step.read())
                 if lines:
                     self.put(b"\n".join(lines))
+                    if all(other.has_left() for other in job.steps):
+                        job.expect_end()
                 late = not step.lines and time.monotonic() - step.since > ATTACH_SECONDS
                 if step.process.poll() is not None or late:
                     for line in step.read():
@@ -3122,8 +3264,8 @@ class Herd:
         if job.steps:
             return
         now = time.monotonic()
-        self.look_at = min(self.look_at, now + 1.0)  # the job may have ended
         if step.lines:
+            job.expect_end()
             job.attach_at = now + LOOK_SECONDS
             if job.tries >= MAX_STEPS:
                 job.attach_at = now + RETRY_SECONDS
@@ -3142,50 +3284,92 @@ class Herd:
 
     # ---- endings ------------------------------------------------------------
 
+    def ask_ends(self) -> None:
+        """Ask of each job whose agents have left whether it has ended, when it is time."""
+        now = time.monotonic()
+        asked = [job for job, _ in self.asking]
+        for job in self.jobs.values():
+            if len(self.asking) >= MAX_ENDED:
+                return
+            if job.ask_at and now >= job.ask_at[0] and job not in asked:
+                job.ask_at = [moment for moment in job.ask_at if moment > now]
+                self.ask_end(job)
+
     def ask_end(self, job: Job) -> None:
-        """Ask Slurm once how a job ended; it remembers for some minutes."""
-        command = ["scontrol", "show", "job", job.asked_as]
+        """Ask Slurm how a job ended; it remembers for some minutes."""
+        command = ["scontrol", "-d", "show", "job", job.asked_as]
         self.asking.append((job, Question(command)))
 
+    def ask_accounting(self, job: Job) -> None:
+        """Ask who cancelled a job and which step failed: only accounting tells."""
+        if self.has_accounting and job.accounts > 0:
+            job.accounts -= 1
+            command = ["sacct", "-P", "-n", "-j", str(job.facts["raw"])]
+            command += ["-o", ",".join(SACCT_FIELDS)]
+            self.asking.append((job, Question(command)))
+
     def hear_ends(self) -> None:
-        """Pass on how jobs ended: from scontrol, else from sacct."""
+        """Take in how jobs ended: from scontrol, and from sacct what that does not know."""
         for job, question in list(self.asking):
             if not question.ready():
                 continue
             self.asking.remove((job, question))
             if question.command[0] == "scontrol":
-                known = parse_scontrol(question.text())
-                if question.error or "JobState" not in known:
-                    command = ["sacct", "-X", "-P", "-n", "-j", str(job.facts["raw"])]
-                    command += ["-o", "State,ExitCode,End"]
-                    self.asking.append((job, Question(command)))
-                    continue
-                words = [
-                    known["JobState"],
-                    known.get("ExitCode", ""),
-                    known.get("EndTime", ""),
-                ]
-                reason = known.get("Reason", "")
+                self.hear_scontrol(job, question)
             else:
-                words = (question.text().strip() + "||").split("|")[:3]
-                reason = ""
-            self.tell_end(job, words, reason)
+                self.hear_sacct(job, question)
 
-    def tell_end(self, job: Job, words: List[str], reason: str) -> None:
-        """Pass on a job's last facts."""
-        state, code, end = words
-        facts = dict(job.facts)
-        facts.pop("reason", None)
-        facts["state"] = state.split(" ")[0] or "UNKNOWN"
-        if reason not in ("", "None"):
-            facts["reason"] = reason
-        if code:
-            facts["exit"] = code
-        moment = parse_time(end)
-        if moment is not None:
-            facts["end"] = moment
-        job.facts = job.told = facts
-        self.put(b"= " + json.dumps(facts).encode())
+    def hear_scontrol(self, job: Job, question: Question) -> None:
+        """Take in what scontrol told of a job that has left squeue, or was left by its agents."""
+        known = parse_scontrol(pick_job(question.text(), str(job.facts["raw"])))
+        facts = {} if question.error else parse_end(known)
+        if facts:
+            self.take_end(job, facts)
+        elif job.ended and not job.ending:
+            if known and not question.error:
+                job.ended = False  # not yet: the next look will tell
+            elif self.has_accounting:  # scontrol has forgotten it
+                job.accounts = 1
+                self.ask_accounting(job)
+            else:
+                self.take_unknown_end(job)
+
+    def take_end(self, job: Job, facts: Sample) -> None:
+        """Take in how a job ended, pass it on, and ask for the rest if it did not end well."""
+        job.take_end(facts)
+        self.tell(job)
+        is_fine = facts.get("state") == "COMPLETED"
+        if not is_fine or facts.get("derived_exit", "0:0") != "0:0":
+            job.accounts = MAX_ACCOUNTS
+            self.ask_accounting(job)
+
+    def take_unknown_end(self, job: Job) -> None:
+        """Pass on that a job has ended, where nobody remembers how."""
+        state = str(job.facts.get("state"))
+        job.take_end({"state": state if state in ENDED_STATES else "UNKNOWN"})
+        self.tell(job)
+
+    def hear_sacct(self, job: Job, question: Question) -> None:
+        """Take in what accounting told of a job: all of it, if scontrol had forgotten it."""
+        if "disabled" in question.error or "No such file" in question.error:
+            self.has_accounting = False
+        facts = {} if question.error else parse_sacct(question.text(), job.name)
+        if not job.ended:
+            return  # it was requeued meanwhile
+        if "state" in facts:
+            job.accounts = 0
+        elif not job.ending:
+            self.take_unknown_end(job)
+            return
+        # scontrol knows better what both of them tell
+        job.take_end(dict(facts, **job.ending))
+        self.tell(job)
+
+    def tell(self, job: Job) -> None:
+        """Pass on the facts of a job, if they are new."""
+        if job.facts != job.told:
+            job.told = job.facts
+            self.put(b"= " + json.dumps(job.facts).encode())
 
     def leave(self) -> None:
         """Let the agents say goodbye, then end what is left."""
@@ -3301,9 +3485,16 @@ class Relay:
         self.said: Set[str] = set()
         self.signals: List[int] = []
         self.rest = b""
+        self.greeted = False  # the herd has begun to speak
+        self.before = ""  # the last line of the login shell's, before that
 
     def take(self, line: bytes) -> None:
-        """Act on one line of the herd."""
+        """Act on one line of the herd; those before its greeting are a login shell's."""
+        if not self.greeted:
+            self.greeted = line == GREETING
+            if line.strip() and not self.greeted:
+                self.before = line.decode("utf-8", "replace").strip()[:TEXT_BYTES]
+            return
         kind, _, text = line.partition(b" ")
         if kind == b"@":
             key, _, sample = text.partition(b" ")
@@ -3425,6 +3616,8 @@ class Relay:
             poll.register(1, 0)  # its reader is the supervisor, or nobody
         asked = time.monotonic()
         self.rest = b""
+        self.greeted = False
+        self.before = ""
         while not self.signals:
             ready = dict(poll.poll(PING_SECONDS * 1000))
             if 1 in ready:
@@ -3444,7 +3637,7 @@ class Relay:
         self.end_herd(herd)
         words += read_pipe(herd.stderr)
         said = words.decode("utf-8", "replace").strip().splitlines()
-        return herd.returncode, said[-1].strip() if said else ""
+        return herd.returncode, said[-1].strip() if said else self.before
 
     def read_herd(self, herd: Any) -> bool:
         """Act on what the herd has printed; False at its end."""
@@ -3452,7 +3645,7 @@ class Relay:
         if not data:
             return False
         lines = (self.rest + data).split(b"\n")
-        self.rest = lines.pop()
+        self.rest = lines.pop()[-MAX_OUTPUT:]
         for line in lines:
             self.take(line)
         for connection in self.lines.values():

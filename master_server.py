@@ -243,6 +243,9 @@ JOB_FACTS = (
     ("partition", "32s"),
     ("nodelist", "128s"),
     ("exit", "16s"),  # CODE:SIGNAL
+    ("derived_exit", "16s"),  # of the worst step: 0:125 is out of memory
+    ("cancelled_by", "32s"),  # a user, or the uid of one without a name
+    ("failed_step", "64s"),  # the first, in words; only accounting tells
     ("nodes", "d"),
     ("cpus", "d"),
     ("gpus", "d"),
@@ -2142,7 +2145,6 @@ FILESYSTEMS = (
 )
 # keys that are texts; all others are numbers
 FACT_TEXTS = [key for key, code in JOB_FACTS if code.endswith("s")]
-FACT_TEXTS += ["cancelled_by", "derived_exit", "failed_step"]
 RANK_TEXTS = ("part", "program", "cpus", "on", "state", "wchan", "gpu", "step")
 GPU_TEXTS = ("part", "uuid", "name", "throttle", "mig", "error")
 # the curves that checks look at, and how many of their last points; of job_mem all, for the peak
@@ -11884,13 +11886,15 @@ class Recording:
         trace.looks.append(PICK_RECORDED(row))
 
     def tell(self, facts: Message, now: float) -> None:
-        """Note what Slurm says."""
+        """Note what Slurm says; what is new of an end is judged at once."""
         self.is_known = True
         if any(facts[key] not in (None, self.facts[key]) for key in JOB_KEYS):
             for key in JOB_KEYS:
                 if facts[key] is not None:
                     self.facts[key] = facts[key]
             self.lines.append(job_line(self.facts, now))
+            if self.facts["state"] in ENDED_STATES:
+                self.diagnose_due = now
         if self.facts["state"] in ENDED_STATES and self.ended_at is None:
             self.ended_at = now
 
@@ -12183,7 +12187,9 @@ class Recorder:
         if view.beat < STALE_SECONDS:  # else what is in the table is old
             self.take_samples(view, now)
         self.take_events(view)
-        if is_due:
+        if not is_due:
+            self.judge_ends(view, now)
+        else:
             for recording in list(self.recordings.values()):
                 self.go_on(recording, view, now)
         nodes = sum(len(recording.traces) for recording in self.recordings.values())
@@ -12268,6 +12274,21 @@ class Recorder:
         self.told = told
         self.has_looked = True
 
+    def judge_ends(self, view: Snapshot, now: float) -> None:
+        """Judge the jobs whose end Slurm has just told: people wait for why."""
+        for facts in view.jobs if self.recordings else []:
+            recording = self.recordings.get(facts["job"])
+            if recording and facts["state"] in ENDED_STATES:
+                recording.tell(facts, now)
+                if now >= recording.diagnose_due:
+                    self.judge(recording, view, now)
+
+    def judge(self, recording: Recording, view: Snapshot, now: float) -> None:
+        """Have a job judged, and the table told."""
+        jobs = len(self.recordings)
+        if recording.judge(self.diagnose, view, now, jobs):
+            self.table.write_verdicts(recording.raw, recording.told_verdicts())
+
     def go_on(self, recording: Recording, view: Snapshot, now: float) -> None:
         """Every ROW_SECONDS: a row, a verdict, or the end."""
         if recording.traces and recording.job not in self.facts:
@@ -12275,10 +12296,8 @@ class Recorder:
         self.take_parts(recording, view)
         recording.close_row(now)
         is_over = recording.is_over(now)
-        is_due = is_over or now >= recording.diagnose_due
-        jobs = len(self.recordings)
-        if is_due and recording.judge(self.diagnose, view, now, jobs):
-            self.table.write_verdicts(recording.raw, recording.told_verdicts())
+        if is_over or now >= recording.diagnose_due:
+            self.judge(recording, view, now)
         if is_over:
             recording.finish(now)
             self.done[recording.job] = self.facts.get(recording.job, recording.facts)

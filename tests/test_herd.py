@@ -5,6 +5,7 @@ second node.  test_lab_jobs.py has the same way with a real one.
 """
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -15,11 +16,12 @@ import tempfile
 import textwrap
 import time
 import unittest
+from unittest import mock
 
 import beside
 import support  # before the tools: it knows where they are
 import agent
-from support import eventually, nodes, start, start_master
+from support import nodes, start, start_master
 
 load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
@@ -39,14 +41,20 @@ cat queue
 """
 SCONTROL = """\
 #!/bin/sh
+cd {folder}
+echo "$@" >>scontrol.calls
 for raw; do :; done
-cat {folder}/job.$raw 2>/dev/null && exit
+cat job.$raw 2>/dev/null && exit
 echo "slurm_load_jobs error: Invalid job id specified" >&2
 exit 1
 """
 SACCT = """\
 #!/bin/sh
-exec cat {folder}/sacct
+cd {folder}
+echo "$@" >>sacct.calls
+cat accounts 2>/dev/null && exit
+echo "Slurm accounting storage is disabled" >&2
+exit 1
 """
 SRUN = """\
 #!/bin/sh
@@ -106,6 +114,17 @@ while True:
         break
 sys.exit(max(task.wait() for task in tasks))
 """
+# the herd's first bytes come behind a prompt that ends without a newline
+SSH = """\
+#!/bin/sh
+for command; do :; done
+echo "Welcome to the cluster"
+echo "= Welcome, no JSON"
+echo "@ ghost.1-0.0 {\\"cpu\\": 1, \\"ram\\": 1, \\"node\\": \\"ghost\\"}"
+echo "! Welcome again"
+printf "prompt> "
+exec sh -c "$command"
+"""
 COMMANDS = {
     "squeue": SQUEUE,
     "scontrol": SCONTROL,
@@ -113,15 +132,22 @@ COMMANDS = {
     "srun": SRUN,
     "tasks": TASKS,
 }
-# What a busy machine must not run into is as long as in real life: ATTACH_SECONDS, DEAF_SECONDS.
+# What a busy machine must not run into is as long as in real life: ATTACH_SECONDS, DEAF_SECONDS,
+# QUESTION_SECONDS.
 HASTE = {
     "LOOK_SECONDS": 0.3,
     "LOOK_FACTOR": 0.5,
-    "QUESTION_SECONDS": 1.0,
     "BACKOFF_SECONDS": 0.3,
     "GATHER_SECONDS": 0.1,
     "PING_SECONDS": 0.5,
 }
+
+
+BUSY = 60  # seconds for what takes one: each row takes a dozen processes
+
+
+def eventually(check, seconds=BUSY, what=""):
+    return support.eventually(check, seconds, what)
 
 
 def row(job="7", state="RUNNING", nodes="c1", age=100, **words):
@@ -163,6 +189,17 @@ def details(job="7", state="RUNNING", nodes=("c1",), more=""):
     for node in nodes:
         text += "     Nodes=%s CPU_IDs=0-1 Mem=300 GRES=\n" % node
     return text
+
+
+def ended(state, exit_code, derived, reason="None", job="7"):
+    """What scontrol -d show job prints of a job that has ended."""
+    return (
+        "JobId=%s JobName=train|it\n   JobState=%s Reason=%s Dependency=(null)\n"
+        "   Requeue=1 Restarts=0 BatchFlag=1 Reboot=0 ExitCode=%s\n"
+        "   DerivedExitCode=%s\n   RunTime=00:01:40 TimeLimit=00:10:00 TimeMin=N/A\n"
+        "   StartTime=%s EndTime=%s Deadline=N/A\n"
+        % (job, state, reason, exit_code, derived, stamp(100), stamp(1))
+    )
 
 
 class Slurm:
@@ -262,8 +299,104 @@ class Parsers(unittest.TestCase):
         """)
         self.assertEqual(agent.parse_job_nodes(text), {"c1": 5, "c2": 5, "c7": 1})
 
+    def test_of_an_array_only_the_task_is_read_that_was_asked_about(self):
+        """scontrol tells of all tasks when it is asked about the one with the array's id."""
+        text = details("8", "RUNNING", ["c2"]) + "\n" + details("7", "FAILED")
+        record = agent.pick_job(text, "7")
+        self.assertEqual(agent.parse_scontrol(record)["JobState"], "FAILED")
+        self.assertEqual(agent.parse_job_nodes(record), {"c1": 2})
+        self.assertEqual(agent.pick_job("no record", "7"), "no record")
 
-class Herding(unittest.TestCase):
+    def test_an_end_as_scontrol_tells_it(self):
+        known = agent.parse_scontrol(ended("FAILED", "1:0", "0:125", "NonZeroExitCode"))
+        facts = agent.parse_end(known)
+        self.assertEqual(
+            (facts["state"], facts["reason"]), ("FAILED", "NonZeroExitCode")
+        )
+        self.assertEqual((facts["exit"], facts["derived_exit"]), ("1:0", "0:125"))
+        self.assertAlmostEqual(facts["end"], time.time(), delta=60)
+        for state in ("RUNNING", "COMPLETING", "PENDING"):
+            self.assertEqual(
+                agent.parse_end({"JobState": state, "ExitCode": "0:0"}), {}
+            )
+
+    def test_an_end_as_accounting_tells_it(self):
+        lines = (
+            "7_2|CANCELLED by 0|0:0|%s|a|name" % stamp(10),
+            "7_2.batch|FAILED|3:0|%s|batch" % stamp(90),
+            "7_2.0|COMPLETED|0:0|%s|first" % stamp(80),
+            "7_2.2|OUT_OF_MEMORY|0:125|%s|late" % stamp(20),
+            "7_2.1|FAILED|0:11|%s|solve" % stamp(30),
+            "7_2.3|FAILED|0:15|%s|sentinel" % stamp(60),
+            "7_2.4|CANCELLED by 0|0:15|%s|cut" % stamp(70),
+            "7_20|FAILED|9:0|%s|other" % stamp(10),
+        )
+        facts = agent.parse_sacct("\n".join(lines), "7_2")
+        self.assertEqual((facts["state"], facts["exit"]), ("CANCELLED", "0:0"))
+        self.assertEqual(facts["cancelled_by"], "root")
+        self.assertEqual(facts["failed_step"], "step 1 (solve): signal 11")
+        self.assertEqual(agent.user_name("4294967294"), "4294967294")
+        early = agent.parse_sacct("7|RUNNING|0:0|Unknown|train", "7")
+        self.assertEqual(early, {})
+
+
+def facts_of(**words):
+    """A job's facts from a row of squeue."""
+    return agent.parse_squeue(row(**words))[0]
+
+
+class Asking(unittest.TestCase):
+    """When Slurm is asked about an end, and what of two answers holds."""
+
+    def test_of_many_jobs_that_had_ended_before_five_are_asked_about_a_look_and_once(
+        self,
+    ):
+        herd = agent.Herd([], b"")
+        rows = [facts_of(job=str(number), state="FAILED") for number in range(12)]
+        with mock.patch.object(herd, "put"), mock.patch.object(herd, "ask_end") as ask:
+            counts = []
+            for _ in range(4):
+                herd.update(rows, time.monotonic())
+                counts.append(ask.call_count)
+        self.assertEqual(counts, [5, 10, 12, 12])
+
+    def test_a_job_that_its_agents_have_left_is_asked_about_six_times(self):
+        herd = agent.Herd([], b"")
+        job = herd.jobs["7"] = agent.Job(facts_of())
+        job.expect_end()
+        began = job.ask_at[0]
+        moments = []
+        with mock.patch.object(herd, "ask_end"):
+            for tick in range(400):
+                now = began + tick / 10
+                with mock.patch.object(agent.time, "monotonic", return_value=now):
+                    herd.ask_ends()
+                if herd.ask_end.call_count > len(moments):
+                    moments.append(tick / 10)
+        self.assertEqual(moments, [0, 1, 2, 4, 8, 16])
+
+    def test_a_look_that_was_asked_before_the_end_does_not_take_it_back(self):
+        job = agent.Job(facts_of())
+        before = time.monotonic() - 1
+        job.take_end({"state": "FAILED", "exit": "3:0"})
+        job.take_row(facts_of(), before)
+        self.assertEqual((job.ended, job.facts["state"]), (True, "FAILED"))
+        job.take_row(
+            facts_of(state="FAILED", reason="NonZeroExitCode"), job.ended_at + 1
+        )
+        self.assertEqual(job.facts["exit"], "3:0")
+
+    def test_a_job_that_is_requeued_lives_again(self):
+        job = agent.Job(facts_of())
+        job.take_end({"state": "NODE_FAIL", "exit": "0:0", "derived_exit": "0:0"})
+        job.take_row(facts_of(state="PENDING"), job.ended_at + 1)
+        self.assertEqual((job.ended, job.facts["state"]), (False, "PENDING"))
+        self.assertNotIn("exit", job.facts)
+        job.expect_end()
+        self.assertTrue(job.ask_at)
+
+
+class Watching(unittest.TestCase):
     def setUp(self):
         self.slurm = Slurm(self)
         self.master = start_master("--timeout", 8)
@@ -277,6 +410,113 @@ class Herding(unittest.TestCase):
     def rows(self):
         return sorted((node["node"], node["job"]) for node in nodes(self.master.page))
 
+    def job(self, name="7"):
+        told = json.loads(support.get(self.master.page, "/api/jobs").text)
+        return {job["job"]: job for job in told["jobs"]}[name]
+
+
+class Endings(Watching):
+    def test_a_death_is_told_when_the_agents_have_left_without_another_look(self):
+        self.slurm = Slurm(self, LOOK_SECONDS=600.0)
+        self.slurm.write("queue", row(nodes="c[1-2]"))
+        self.slurm.write("job.7", details(nodes=["c1", "c2"]))
+        watcher = self.watch()
+        eventually(lambda: self.rows() == [("c1", "7"), ("c2", "7")])
+        self.slurm.write("job.7", details(state="COMPLETING"))
+        asked = len(self.slurm.calls("scontrol"))
+        for pid in support.descendants(watcher.pid):
+            words = command_line(pid).split(b"\0")
+            if b"--lifeline" in words and words[0].endswith(b"python3"):
+                os.kill(pid, signal.SIGTERM)
+        eventually(lambda: len(self.slurm.calls("scontrol")) > asked)
+        self.assertEqual(self.job()["state"], "RUNNING")
+        self.slurm.write("job.7", ended("OUT_OF_MEMORY", "0:125", "0:125"))
+        eventually(lambda: self.job()["state"] == "OUT_OF_MEMORY")
+        told = self.job()
+        self.assertEqual((told["exit"], told["derived_exit"]), ("0:125", "0:125"))
+        self.assertEqual(len(self.slurm.calls("squeue")), 1)
+        self.assertIn("-d show job 7", self.slurm.calls("scontrol"))
+
+    def test_the_exit_code_of_a_job_that_had_ended_before_is_asked_once_and_stays(self):
+        self.slurm.write("queue", row(state="FAILED"))
+        self.slurm.write("job.7", ended("FAILED", "3:0", "3:0"))
+        self.watch()
+        eventually(lambda: self.job()["exit"] == "3:0")
+        looks = len(self.slurm.calls("squeue"))
+        eventually(lambda: len(self.slurm.calls("squeue")) > looks + 3)
+        told = self.job()
+        self.assertEqual((told["state"], told["exit"]), ("FAILED", "3:0"))
+        self.assertEqual(len(self.slurm.calls("scontrol")), 1)
+
+    def test_who_cancelled_a_job_and_what_failed_first_is_asked_of_accounting(self):
+        self.slurm.write("queue", row(state="CANCELLED"))
+        self.slurm.write("job.7", ended("CANCELLED", "0:0", "3:0"))
+        # accounting lags behind: it does not know yet, and is asked again
+        self.slurm.write("accounts", "7|RUNNING|0:0|Unknown|train\n")
+        self.watch()
+        eventually(lambda: self.slurm.calls("sacct"))
+        self.slurm.write(
+            "accounts",
+            "7|CANCELLED by 0|0:0|%s|train\n7.0|FAILED|3:0|%s|solve\n"
+            % (stamp(5), stamp(9)),
+        )
+        eventually(lambda: self.job()["cancelled_by"] == "root")
+        told = self.job()
+        self.assertEqual(told["failed_step"], "step 0 (solve): exit code 3")
+        self.assertEqual((told["state"], told["derived_exit"]), ("CANCELLED", "3:0"))
+
+    def test_a_job_that_scontrol_has_forgotten_is_told_as_accounting_does(self):
+        self.slurm.write("queue", row())
+        self.slurm.write("job.7", details())
+        self.watch()
+        eventually(lambda: self.rows() == [("c1", "7")])
+        self.slurm.write("accounts", "7|TIMEOUT|0:0|%s|train\n" % stamp(5))
+        os.unlink(os.path.join(self.slurm.folder, "job.7"))
+        self.slurm.write("queue", "")
+        eventually(lambda: self.job()["state"] == "TIMEOUT")
+
+    def test_where_there_is_no_accounting_it_is_asked_once(self):
+        self.slurm.write("queue", "".join(row(job, "FAILED") for job in "789"))
+        for job in "789":
+            self.slurm.write("job." + job, ended("FAILED", "3:0", "3:0", job=job))
+        self.watch()
+        for job in "789":
+            eventually(lambda job=job: self.job(job)["exit"] == "3:0")
+        asked = len(self.slurm.calls("sacct"))
+        self.assertLessEqual(asked, 3)
+        looks = len(self.slurm.calls("squeue"))
+        eventually(lambda: len(self.slurm.calls("squeue")) > looks + 3)
+        self.assertLessEqual(len(self.slurm.calls("sacct")), 3)
+        self.slurm.write("queue", row("6", "FAILED"))
+        self.slurm.write("job.6", ended("FAILED", "4:0", "4:0", job="6"))
+        eventually(lambda: self.job("6")["exit"] == "4:0")
+        self.assertLessEqual(len(self.slurm.calls("sacct")), 3)
+
+
+class LoginShells(Watching):
+    """What a login shell prints before the herd speaks."""
+
+    def test_lines_that_look_like_the_herds_do_no_harm(self):
+        self.slurm.write("queue", row())
+        self.slurm.write("job.7", details())
+        ssh = self.slurm.write("ssh", SSH)
+        os.chmod(ssh, stat.S_IRWXU)
+        watcher = self.watch("--ssh", "login")
+        eventually(lambda: self.rows() == [("c1", "7")])
+        self.assertNotIn("Welcome", watcher.log)
+        self.assertNotIn("ghost", watcher.log)
+
+    def test_a_login_that_only_talks_is_told_by_its_last_line(self):
+        ssh = self.slurm.write(
+            "ssh", "#!/bin/sh\necho This account may only use sftp.\nexit 1\n"
+        )
+        os.chmod(ssh, stat.S_IRWXU)
+        with self.slurm.watch(self.master, "--ssh", "login") as watcher:
+            self.assertEqual(watcher.wait(BUSY), 1)
+            self.assertIn("error: This account may only use sftp.", watcher.log)
+
+
+class Herding(Watching):
     def test_a_running_job_is_there_with_what_its_step_does_not_know(self):
         self.slurm.write("queue", row(nodes="c[1-2]"))
         self.slurm.write("job.7", details(nodes=["c1", "c2"]))
@@ -322,14 +562,14 @@ class Herding(unittest.TestCase):
         for number in range(100, 140):
             self.slurm.write("job.%d" % number, details(str(number)))
         watcher = self.watch()
-        watcher.logged(r"10 more run unwatched: --my-jobs 130,131")
+        watcher.logged(r"10 more run unwatched: --my-jobs 130,131", BUSY)
         eventually(lambda: len(self.slurm.calls("srun")) == 30)
 
     def test_a_squeue_that_fails_is_told_once_and_asked_again_later(self):
         self.slurm.write("squeue.mode", "fail")
         watcher = self.watch()
         watcher.logged(
-            "squeue: slurm_load_jobs error: Unable to contact slurm controller"
+            "squeue: slurm_load_jobs error: Unable to contact slurm controller", BUSY
         )
         eventually(lambda: len(self.slurm.calls("squeue")) >= 3)
         self.assertEqual(watcher.log.count("Unable to contact"), 1)
@@ -339,9 +579,10 @@ class Herding(unittest.TestCase):
         eventually(lambda: self.rows() == [("c1", "7")])
 
     def test_a_squeue_that_hangs_is_given_up_and_asked_again_later(self):
+        self.slurm = Slurm(self, QUESTION_SECONDS=3.0)
         self.slurm.write("squeue.mode", "hang")
         watcher = self.watch()
-        watcher.logged("squeue gave no answer in 1 s")
+        watcher.logged(r"squeue gave no answer in \d+ s", BUSY)
         self.slurm.write("queue", row())
         self.slurm.write("job.7", details())
         self.slurm.write("squeue.mode", "")
@@ -354,7 +595,7 @@ class Herding(unittest.TestCase):
         watcher = self.watch()
         eventually(lambda: self.rows() == [("c1", "7"), ("c2", "7")])
         watcher.logged(
-            r"cannot attach \(.*error configuring interconnect\): one step a node"
+            r"cannot attach \(.*error configuring interconnect\): one step a node", BUSY
         )
         self.assertEqual(len(self.slurm.calls("srun")), 3)
 
@@ -364,14 +605,21 @@ class Herding(unittest.TestCase):
         self.slurm.write("job.7", details())
         watcher = self.watch()
         eventually(lambda: self.rows() == [("c1", "7")])
-        watcher.logged(r"cannot attach \(.*generic resource.*\): without GPUs")
+        watcher.logged(r"cannot attach \(.*generic resource.*\): without GPUs", BUSY)
         self.assertEqual(len(self.slurm.calls("srun")), 2)
 
     def test_after_the_last_rung_nothing_is_tried_for_five_minutes(self):
         with contextlib.ExitStack() as stack:  # both at once: they wait
             watchers = []
-            for mode, reason in (("never", "denied"), ("hang", "no answer in")):
-                slurm = Slurm(self, ATTACH_SECONDS=1.5)
+            for mode, reason, seconds in (
+                (
+                    "never",
+                    "denied",
+                    20.0,
+                ),  # on a busy machine it takes its time to refuse
+                ("hang", "no answer in", 1.5),
+            ):
+                slurm = Slurm(self, ATTACH_SECONDS=seconds)
                 slurm.write("srun.mode", mode)
                 slurm.write("queue", row(nodes="c[1-2]"))
                 slurm.write("job.7", details(nodes=["c1", "c2"]))
@@ -383,9 +631,9 @@ class Herding(unittest.TestCase):
 
     def assert_three_rungs(self, slurm, watcher, reason):
         refused = r"cannot attach \(.*%s.*\): " % reason
-        watcher.logged(refused + "one step a node")
-        watcher.logged(refused + "without GPUs")
-        watcher.logged(r"cannot attach .*: the next try is in 300 s")
+        watcher.logged(refused + "one step a node", BUSY)
+        watcher.logged(refused + "without GPUs", BUSY)
+        watcher.logged(r"cannot attach .*: the next try is in 300 s", BUSY)
         seen = len(slurm.calls("squeue"))
         eventually(lambda: len(slurm.calls("squeue")) > seen + 2)
         self.assertEqual(len(slurm.calls("srun")), 4)
@@ -405,30 +653,32 @@ class Herding(unittest.TestCase):
                 family = support.descendants(watcher.pid)
                 self.assertGreaterEqual(len(family), 4)
                 if victim == "herd":
-                    (herd,) = [pid for pid in family if b"--herd" in command_line(pid)]
+                    herd = herd_of(watcher)
                     steps = [pid for pid in family if pid != herd]
                     os.kill(herd, signal.SIGKILL)
                     eventually(lambda: not any(map(support.alive, steps)))  # noqa: B023
-                    eventually(lambda: len(self.rows()) == 2)  # a new herd is at work
-                    self.assertEqual(watcher.stop(), 0)
+                    herd_of(watcher)  # a new one is at work
+                    eventually(lambda: len(self.rows()) == 2)
+                    watcher.send_signal(signal.SIGTERM)
+                    self.assertEqual(watcher.wait(BUSY), 0)
                 elif victim == "relay":
                     os.kill(watcher.pid, signal.SIGKILL)
                 else:
                     watcher.send_signal(getattr(signal, victim))
-                    self.assertEqual(watcher.wait(), 0)
+                    self.assertEqual(watcher.wait(BUSY), 0)
                 eventually(lambda: not any(map(support.alive, family)))  # noqa: B023
                 eventually(lambda: not self.rows())
 
     def test_a_relay_that_falls_silent_leaves_no_step_and_is_back_when_it_wakes(self):
         """As a laptop that was cut off, or sleeps: its ssh stays open on the other side."""
-        self.slurm = Slurm(self, DEAF_SECONDS=3.0)
+        self.slurm = Slurm(self, DEAF_SECONDS=5.0)
         self.slurm.write("queue", row())
         self.slurm.write("job.7", details())
         watcher = self.watch()
         eventually(lambda: self.rows() == [("c1", "7")])
         family = support.descendants(watcher.pid)
         watcher.send_signal(signal.SIGSTOP)
-        eventually(lambda: not any(map(support.alive, family)), 15)
+        eventually(lambda: not any(map(support.alive, family)))
         watcher.send_signal(signal.SIGCONT)
         eventually(lambda: self.rows() == [("c1", "7")])
         self.assertNotEqual(support.descendants(watcher.pid), family)
@@ -460,8 +710,9 @@ class Herding(unittest.TestCase):
         self.slurm.write("job.7", details())
         watcher = self.watch()
         eventually(lambda: self.rows() == [("c1", "7")])
-        self.assertEqual(watcher.stop(), 0)
-        self.master.logged(r"finished c1 \(job 7\): no longer watched")
+        watcher.send_signal(signal.SIGTERM)
+        self.assertEqual(watcher.wait(BUSY), 0)
+        self.master.logged(r"finished c1 \(job 7\): no longer watched", BUSY)
 
     def test_a_master_that_starts_again_has_the_nodes_back(self):
         self.slurm.write("queue", row())
@@ -477,7 +728,18 @@ class Herding(unittest.TestCase):
     def test_no_squeue_is_one_line(self):
         os.unlink(os.path.join(self.slurm.folder, "squeue"))
         with self.slurm.watch(self.master, path="/nowhere") as watcher:
-            watcher.logged("squeue: No such file or directory")
+            watcher.logged("squeue: No such file or directory", BUSY)
+
+
+def herd_of(watcher):
+    """The pid of its herd; a process that the herd has just forked looks like it for a moment."""
+
+    def look():
+        family = support.descendants(watcher.pid)
+        herds = [pid for pid in family if b"--herd" in command_line(pid)]
+        return herds[0] if len(herds) == 1 else None
+
+    return eventually(look)
 
 
 def command_line(pid):

@@ -24,6 +24,13 @@ ONLY_SLURM = (
     " add rule ip jobs way ip daddr 10.77.2.1 tcp dport != {6817, 60001-60999}"
     " tcp flags & (syn|ack) == syn drop"
 )
+# What a user's .bashrc says to every ssh: some of it looks as if the herd spoke
+BASHRC = """\
+echo "= Welcome back"
+echo '@ ghost.1-0.0 {"cpu": 1, "ram": 1, "node": "ghost"}'
+printf 'modules loaded> '
+"""
+TOLD = 5  # seconds from a job's end until it is told
 LAB = None
 
 
@@ -34,8 +41,11 @@ def setUpModule():
     LAB = test_lab_job.Lab()
     LAB.up()
     config = os.path.join(LAB.dir, "etc", "ssh", "sshd_config")
+    banner = os.path.join(LAB.dir, "etc", "ssh", "banner")
+    with open(banner, "w") as file:
+        file.write("= Authorized use only\n! This system is monitored\n")
     with open(config, "a") as file:
-        file.write("AllowTcpForwarding no\n")
+        file.write("AllowTcpForwarding no\nBanner %s\n" % banner)
     LAB.run("login", "sh", "-c", "kill -HUP $(cat /run/sshd.pid)", user="root")
     # the ports on which srun hears its tasks: Slurm's own, as the controller's
     with open(os.path.join(LAB.dir, "etc", "slurm", "slurm.conf"), "a") as file:
@@ -155,6 +165,77 @@ class Watched(unittest.TestCase):
             lambda: self.jobs()[failing]["exit"] and self.jobs()[failing], 90
         )
         self.assertEqual((ended["state"], ended["exit"]), ("FAILED", "3:0"))
+
+    def dead(self, job, state, check):
+        """The facts of a job that has died, and how long after its end they were told."""
+        eventually(lambda: self.jobs()[job]["verdicts"], 60)  # it is being recorded
+        with open(LAB.path(job + ".enough"), "w"):
+            pass
+
+        def look():
+            facts = self.jobs()[job]
+            return facts if facts["state"] == state else None
+
+        facts = eventually(look, 90)
+        late = time.time() - facts["end"]  # Slurm's clock has no parts of a second
+
+        def judged():
+            verdicts = self.jobs()[job]["verdicts"]
+            return [v for v in verdicts if v["severity"] == "died"]
+
+        verdict = eventually(judged, 30)[0]
+        self.assertRegex(verdict["what"], check)
+        return facts, late, time.time() - facts["end"]
+
+    def test_a_death_is_told_and_judged_within_five_seconds(self):
+        wait = "while [ ! -e $SLURM_JOB_ID.enough ]; do sleep 0.1; done\n"
+        with open(LAB.path("three.sh"), "w") as file:
+            file.write("#!/bin/bash\n" + wait + "exit 3\n")
+        with open(LAB.path("hog.sh"), "w") as file:
+            file.write(
+                "#!/bin/bash\n" + wait + "exec python3 -c 'x = bytearray(1 << 30)'\n"
+            )
+        three = LAB.sbatch("-N1", "--mem=100", "-t10", "three.sh")
+        hog = LAB.sbatch("-N1", "--mem=100", "-t10", "hog.sh")
+        self.aged(three, hog)
+        self.watch("login", "--my-jobs", "--record", "records")
+        for job, state, code, check in (
+            (three, "FAILED", "3:0", "exit code 3"),
+            (hog, "OUT_OF_MEMORY", "0:125", "out of memory"),
+        ):
+            with self.subTest(state):
+                facts, told, judged = self.dead(job, state, check)
+                self.assertEqual(facts["exit"], code)
+                self.assertIsNotNone(facts["derived_exit"])
+                self.assertLess(told, TOLD + 1)
+                self.assertLess(judged, TOLD + 1)
+
+    def test_a_job_that_was_fine_is_told_as_fine_although_our_step_was_ended(self):
+        with open(LAB.path("fine.sh"), "w") as file:
+            file.write("#!/bin/bash\nsleep 30; srun true\n")
+        job = LAB.sbatch("-N1", "--mem=100", "-t10", "fine.sh")
+        self.aged(job)
+        self.watch("login", "--my-jobs", "--record", "records")
+        eventually(lambda: (job, "c1") in self.rows(), 30)
+        eventually(lambda: self.jobs()[job]["state"] == "COMPLETED", 60)
+        told = self.jobs()[job]
+        self.assertEqual((told["exit"], told["derived_exit"]), ("0:0", "0:0"))
+
+    def test_what_sshd_and_a_login_shell_say_first_does_not_disturb(self):
+        with open(LAB.path(".bashrc"), "w") as file:
+            file.write(BASHRC)
+        self.addCleanup(os.unlink, LAB.path(".bashrc"))
+        said = LAB.run("laptop", "ssh", "login", "true")
+        self.assertIn("= Welcome back", said)
+        self.assertIn("! This system is monitored", said)
+        job = LAB.sbatch("-N1", "--mem=100", "-t10", "spin.sh")
+        self.aged(job)
+        master = self.watch("laptop", "--ssh", "login")
+        eventually(lambda: set(self.rows()) == {(job, "c1")}, 30)
+        self.assertEqual(self.jobs()[job]["state"], "RUNNING")
+        self.assertNotIn("Welcome", master.log)
+        self.assertNotIn("monitored", master.log)
+        self.assertNotIn("Traceback", master.log)
 
     def test_the_parts_of_a_heterogeneous_job_are_watched_each_on_its_nodes(self):
         with open(LAB.path("het.sh"), "w") as file:
