@@ -24,9 +24,9 @@ NEEDS = ("qemu-system-x86_64", "ssh")
 SCRIPT = os.path.join(support.ROOT, "tests", "vm-lab.sh")
 TOOLS = ("agent.py", "master_server.py", "test_reader.py", "run_agent.slurm")
 BUILD_SECONDS = 1200  # a busy machine needs so long; an idle one 65
-CALL_SECONDS = 90
+CALL_SECONDS = 120
 ASKED_FOR = os.environ.get("SENTINEL_TEST_VM") == "1"
-LONG = 3 * PATIENCE  # the processor is emulated
+LONG = 6 * PATIENCE  # the processor is emulated, and the machine below may be busy
 ATTACH = 60 + LONG  # a job is looked for every half minute, and left alone while young
 MIB = 2**20
 TESTER = 1500
