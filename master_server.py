@@ -10755,6 +10755,30 @@ def measure(pid: int) -> Optional[Tuple[float, int]]:
 FRESH_SECONDS = 0.25  # for which a copy of the table serves every request
 MAX_LEFT = 1024  # who left, to be remembered
 WATCHED_SECONDS = 60.0  # without a request: only every fifth tick has a look
+MAX_RESERVED = 16  # connections that wait for the thread in reserve
+
+
+class Reserve:
+    """A thread in reserve: without it no page could tell that there are no more threads."""
+
+    def __init__(self, serve: Serve) -> None:
+        self.serve = serve
+        self.waiting: "queue.Queue[Tuple[socket.socket, Address]]" = queue.Queue(
+            MAX_RESERVED
+        )
+        threading.Thread(target=self.serve_for_ever, daemon=True).start()
+
+    def take(self, sock: socket.socket, address: Address, shortage: Shortage) -> None:
+        """Have a connection served after those before it; one too many is closed."""
+        try:
+            self.waiting.put_nowait((sock, address))
+        except queue.Full:
+            hang_up(sock, address, shortage)
+
+    def serve_for_ever(self) -> None:
+        """Serve one connection after another."""
+        while True:
+            self.serve(*self.waiting.get())
 
 
 class Dashboard:
@@ -10790,7 +10814,14 @@ class Dashboard:
     def run(self) -> None:
         """Answer until the supervisor is gone."""
         threading.Thread(target=self.watch, daemon=True).start()
-        accept_loop(self.listener, self.waiting, self.serve, HTTP_SECONDS)
+        reserve = Reserve(self.serve)
+        accept_loop(
+            self.listener,
+            self.waiting,
+            self.serve,
+            HTTP_SECONDS,
+            turn_away=reserve.take,
+        )
 
     # -- beside the requests -----------------------------------------------
 

@@ -901,6 +901,14 @@ def limited(self):
 master_server.ServeThread.start = limited
 """
 
+# No role has threads for those who connect.
+NO_THREADS = """
+def refuse(self):
+    raise RuntimeError("can't start new thread")
+master_server.ServeThread.start = refuse
+master_server.HTTP_SECONDS = 1.0
+"""
+
 
 class NoRoom(unittest.TestCase):
     """Agents that are turned away for want of threads are counted and told."""
@@ -941,6 +949,14 @@ class NoRoom(unittest.TestCase):
                     return agent.read_line() == "ok"
 
             eventually(gets_in)
+
+    def test_pages_are_answered_when_the_dashboard_has_no_more_threads_either(self):
+        with support.start_master(patch=NO_THREADS) as master:
+            for _ in range(3):
+                self.assertEqual(get(master.page, "/healthz").status, 200)
+            with PlainAgent(master.page):
+                # the silent one has a second for its request, then it is the next one's turn
+                self.assertEqual(get(master.page, "/nodes.txt").status, 200)
 
 
 # While the file $NO_SPARE is there, /dev/null cannot be opened for want of descriptors.

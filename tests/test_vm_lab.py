@@ -18,14 +18,16 @@ import unittest
 
 import support
 from support import PATIENCE, eventually
+from test_lab_parts import RANK, WITNESS, numbers, shown_in
 
 NEEDS = ("qemu-system-x86_64", "ssh")
 SCRIPT = os.path.join(support.ROOT, "tests", "vm-lab.sh")
 TOOLS = ("agent.py", "master_server.py", "test_reader.py", "run_agent.slurm")
 BUILD_SECONDS = 1200  # a busy machine needs so long; an idle one 65
-CALL_SECONDS = 90
+CALL_SECONDS = 120
 ASKED_FOR = os.environ.get("SENTINEL_TEST_VM") == "1"
-LONG = 3 * PATIENCE  # the processor is emulated
+LONG = 6 * PATIENCE  # the processor is emulated, and the machine below may be busy
+ATTACH = 60 + LONG  # a job is looked for every half minute, and left alone while young
 MIB = 2**20
 TESTER = 1500
 SHM = "/dev/shm/sentinel_13579"
@@ -55,6 +57,94 @@ while subprocess.call([sys.executable, "test_reader.py"], stdout=2):
 print(time.monotonic() - start)
 """
 
+# A job that knows nothing of us: one rank keeps memory and burns a CPU, the other one sleeps.
+KNOWS_NOTHING = """#!/bin/bash
+srun --ntasks=2 --mem=0 python3 -c '
+import os, time
+if os.environ["SLURM_PROCID"] == "1":
+    time.sleep(3600)
+kept = bytearray(os.urandom(1 << 20) * 100)
+while True:
+    pass
+'
+"""
+
+# Ranks of known truth (test_lab_parts.py), and another job of the same user beside them.  Here a
+# look costs much and a process more: looks are not to wait until they cost little of a core, and
+# what taskset says is asked from outside.
+SHOWN_WITNESS = WITNESS.replace(
+    '["python3", "agent.py", "--stdout"]',
+    '["python3", "-c", "import agent; agent.PART_SHARE = 1; agent.main([\'--stdout\'])"]',
+).replace(
+    'subprocess.check_output(["taskset", "-p", str(pid)], universal_newlines=True)',
+    '"%x" % sum(1 << cpu for cpu in os.sched_getaffinity(pid))',
+)
+TRUE_RANKS = """#!/bin/bash
+until [ -e go ]; do sleep 0.2; done
+srun --overcommit --ntasks=5 --mem=0 python3 rank.py &
+sleep 5
+exec python3 witness.py >witness.json
+"""
+OTHER = """#!/bin/bash
+exec python3 -c 'import time; time.sleep(3600)'
+"""
+
+# Takes more than there is, once it is told to; as a rank of a step, the last one alone.
+HOG = """
+import os, time
+while not os.path.exists("hog"):
+    time.sleep(0.1)
+if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and os.environ["SLURM_PROCID"] == "0":
+    time.sleep(3600)
+kept = []
+while True:
+    kept.append(b"x" * (1 << 20))
+"""
+# The batch step goes on without its hog; the job of the other ends with the rank that was killed.
+HOG_IN_BATCH = """#!/bin/bash
+python3 hog.py
+echo code $?
+until [ -e enough ]; do sleep 0.2; done
+"""
+HOG_IN_STEP = """#!/bin/bash
+exec srun --ntasks=2 --mem=0 --kill-on-bad-exit python3 hog.py
+"""
+
+# As root: ends a process, and prints after how many seconds nothing of us is left: no step
+# and no process of tester's but those that had been there before.
+LEAVE = """
+import os, signal, subprocess, sys, time
+
+def words(*command):
+    done = subprocess.run(command, stdout=subprocess.PIPE, universal_newlines=True)
+    return done.stdout.split()
+
+number, pid, before = int(sys.argv[1]), int(sys.argv[2]), set(sys.argv[3:])
+os.kill(pid, number)
+start = time.monotonic()
+while True:
+    left = set(words("pgrep", "-u", "tester", "python3|srun")) - before
+    if not left and "sentinel" not in words("squeue", "-s", "-h", "-o", "%j"):
+        break
+    if time.monotonic() - start > 60:
+        sys.exit("left after a minute: %s" % " ".join(left))
+    time.sleep(0.1)
+print(time.monotonic() - start)
+"""
+
+SCRIPTS = {  # in tester's home
+    "work.py": WORK,
+    "find.py": FIND,
+    "rank.py": RANK,
+    "witness.py": SHOWN_WITNESS,
+    "hog.py": HOG,
+    "knows_nothing.sh": KNOWS_NOTHING,
+    "true_ranks.sh": TRUE_RANKS,
+    "other.sh": OTHER,
+    "hog_in_batch.sh": HOG_IN_BATCH,
+    "hog_in_step.sh": HOG_IN_STEP,
+}
+
 
 class Machine:
     """The virtual machine, from outside."""
@@ -68,11 +158,11 @@ class Machine:
             PATH=os.environ["PATH"] + ":/usr/sbin:/sbin",
         )
 
-    def call(self, *words, seconds=CALL_SECONDS, stdin=""):
+    def call(self, *words, seconds=CALL_SECONDS, stdin="", folder=support.ROOT):
         return subprocess.run(
             [SCRIPT, *words],
             env=self.env,
-            cwd=support.ROOT,
+            cwd=folder,
             timeout=seconds,
             input=stdin,
             stdout=subprocess.PIPE,
@@ -92,10 +182,18 @@ class Machine:
 
     def up(self):
         self.must("up", seconds=BUILD_SECONDS)
-        self.must("put", "tester", *TOOLS)
-        self.must("put", "root", "agent.py", "tests/load.py")
-        self.run("cat > work.py", stdin=WORK)
-        self.run("cat > find.py", stdin=FIND)
+        self.put("tester", *TOOLS, **SCRIPTS)
+        self.put("root", "agent.py", "tests/load.py", **{"leave.py": LEAVE})
+
+    def put(self, user, *tools, **scripts):
+        """Copy tools, and scripts by their names, into a home, over one connection."""
+        with tempfile.TemporaryDirectory(dir=self.run_dir) as folder:
+            for tool in tools:
+                shutil.copy(os.path.join(support.ROOT, tool), folder)
+            for name, script in scripts.items():
+                with open(os.path.join(folder, name), "w") as file:
+                    file.write(script)
+            self.must("put", user, *os.listdir(folder), folder=folder)
 
     def down(self):
         self.must("down")
@@ -124,9 +222,40 @@ class Machine:
     def nodes(self):
         return json.loads(self.page("/api/nodes"))["nodes"]
 
+    def look(self, job):
+        """The one node of a job with its look, cores and ranks; LookupError before the first."""
+        node = json.loads(self.page("/api/job/" + job))["job"]["nodes"][0]
+        if not node["ranks"]:
+            raise LookupError("no look at job %s yet" % job)
+        return node
+
+    def kernel(self, job, *names):
+        """The text of files of a job's cgroup, one after another."""
+        folder = "/sys/fs/cgroup/system.slice/vm_slurmstepd.scope/job_%s/" % job
+        return self.run("cat " + " ".join(folder + name for name in names), user="root")
+
+    def job_pids(self, job):
+        """The pids of a job's processes, as words."""
+        folder = "/sys/fs/cgroup/system.slice/vm_slurmstepd.scope/job_" + job
+        return set(
+            self.run(
+                "find %s -name cgroup.procs -exec cat {} +" % folder, user="root"
+            ).split()
+        )
+
+    def state(self, job):
+        """What Slurm says of a job, ended or not."""
+        told = self.run("scontrol -o show job " + job, user="root")
+        return re.search(r"JobState=(\S+)", told).group(1)
+
     def no_jobs(self):
         self.run("scancel --user=tester", user="root")
         eventually(lambda: not self.run("squeue -h", user="root"), LONG, "no job")
+
+
+def by_rank(parts):
+    """{rank: part} of the processes that are ranks."""
+    return {part["rank"]: part for part in parts if part.get("rank") is not None}
 
 
 VM = None  # up from the first test that needs it to the end of this module
@@ -178,7 +307,7 @@ class VmTest(unittest.TestCase):
         master.listening("dashboard", LONG)
         return master
 
-    def row(self, wanted, **fields):
+    def row(self, wanted, seconds=LONG, **fields):
         """Wait for the row of a job that has all of these fields; the row."""
 
         def find():
@@ -187,7 +316,7 @@ class VmTest(unittest.TestCase):
                     return row
             return None
 
-        return eventually(find, LONG, "job %s" % wanted)
+        return eventually(find, seconds, "job %s" % wanted)
 
 
 class Jobs(VmTest):
@@ -248,6 +377,311 @@ class Jobs(VmTest):
             lambda: re.search(r"memory peak.*", VM.run("cat work.log")), LONG
         )
         self.assertIn("of 0.39", report.group())
+
+
+class MyJobs(VmTest):
+    """A job that knows nothing of us, watched by --my-jobs."""
+
+    def setUp(self):
+        self.addCleanup(VM.no_jobs)
+
+    @staticmethod
+    def own_processes():
+        words = VM.run("pgrep -u tester 'python3|srun' || true", user="root").split()
+        return set(words)
+
+    def begin(self):
+        """Submit the job and wait for its ranks; its id."""
+        job = VM.sbatch(
+            "--ntasks=2", "--mem=400", "--time=60", "-Jknown", "knows_nothing.sh"
+        )
+        eventually(lambda: len(self.own_processes()) >= 4, LONG, "srun and two ranks")
+        return job
+
+    def leaves_nothing(self, job, number, before):
+        """End the master by that signal: no step and no process is left, and the job runs on."""
+        steps = VM.run("squeue -s -h -o %j", user="root").split()
+        self.assertIn("sentinel", steps)
+        master = VM.run(
+            "pgrep -o -u tester -f '^python3 master_server.py'", user="root"
+        )
+        self.assertGreater(len(self.own_processes() - before), 3)
+        words = " ".join(["python3 leave.py", str(number), master, *before])
+        seconds = float(VM.run(words, user="root"))
+        self.assertLess(seconds, 10)
+        self.assertEqual(self.own_processes(), before)
+        self.assertEqual(VM.state(job), "RUNNING")
+
+    def test_it_is_seen_as_the_kernel_and_slurm_have_it_and_nothing_is_left(self):
+        job = self.begin()
+        before = self.own_processes()
+        self.start_master("--my-jobs")
+        row = self.row(job, ATTACH, job_cpu=True)
+        self.assertEqual(
+            (row["job_name"], row["job_cpus"], row["job_mem_limit"]),
+            ("known", 2, 400 * MIB),
+        )
+        self.assertEqual((row["job_time_limit"], row["oom_kill"]), (3600, 0))
+        clock = VM.run("squeue -h -j %s -o %%L" % job, user="root")
+        minutes, seconds = clock.split(":")[-2:]
+        left = 60 * int(minutes) + int(seconds)
+        self.assertLess(abs(self.row(job)["job_time_left"] - left), 15)
+
+        def memory_agrees():
+            told = VM.kernel(job, "memory.stat", "memory.peak")
+            counted = dict(re.findall(r"(?m)^(anon|shmem) (\d+)$", told))
+            used = int(counted["anon"]) + int(counted["shmem"])
+            row = self.row(job)
+            self.assertAlmostEqual(row["job_mem"], used, delta=0.02 * used)
+            self.assertAlmostEqual(
+                row["job_ram"], 100 * row["job_mem"] / (400 * MIB), delta=0.1
+            )
+            self.assertEqual(row["job_mem_peak"], int(told.split()[-1]))
+            return row["job_mem"] > 100 * MIB
+
+        eventually(memory_agrees, LONG, "the page and the kernel agree on memory")
+        self.assertTrue(self.cpu_agrees(job))
+
+        look = eventually(lambda: VM.look(job), ATTACH, "a look")
+        ranks = by_rank(look["ranks"])
+        self.assertEqual(set(ranks), {0, 1})
+        self.assertEqual({rank["step"] for rank in ranks.values()}, {"0"})
+        self.assertGreater(ranks[0]["mem"], 100 * MIB)
+        busy = eventually(
+            lambda: [
+                rank["cpu"]
+                for rank in VM.look(job)["ranks"]
+                if rank.get("rank") == 0 and rank["cpu"] > 50
+            ],
+            LONG,
+            "the rank that burns a CPU",
+        )
+        self.assertLess(busy[0], 102)
+        self.assertEqual(
+            set(numbers(look["look"]["cpus"])),
+            set(numbers(VM.kernel(job, "cpuset.cpus.effective"))),
+        )
+        strip = "".join(part["busy"] for part in look["cores"])
+        self.assertRegex(strip, r"\A[0-9]{4}\Z")
+        self.assertIn(strip[int(ranks[0]["on"])], "89")
+        self.leaves_nothing(job, 15, before)
+
+    def test_nothing_is_left_of_a_master_that_is_killed(self):
+        job = self.begin()
+        before = self.own_processes()
+        self.start_master("--my-jobs")
+        self.row(job, ATTACH)
+        self.leaves_nothing(job, 9, before)
+
+    def cpu_agrees(self, job):
+        """What the page tells for some time is what the kernel counts, within 2 %."""
+
+        def counted():
+            told = VM.run(
+                "cat /proc/uptime /sys/fs/cgroup/system.slice/vm_slurmstepd.scope"
+                "/job_%s/cpu.stat; curl -s localhost:8080/api/nodes" % job,
+                user="root",
+            )
+            now = float(told.split()[0])
+            used = int(re.search(r"usage_usec (\d+)", told).group(1)) / 1e6
+            for row in json.loads(told[told.index("{") :])["nodes"]:
+                if row["job"] == job:
+                    return now, used, row
+            raise LookupError(job)
+
+        def ratio():
+            begin, before, _ = counted()
+            last = begin
+            told = 0.0
+            while last - begin < 20:
+                now, used, row = counted()
+                told += 2 * (now - last) * row["job_cpu"] / 100  # of two CPUs
+                last = now
+            return told / (used - before)
+
+        ratios = []
+        while not any(abs(known - 1) < 0.02 for known in ratios):
+            self.assertLess(len(ratios), 4, ratios)
+            ratios.append(ratio())
+        return ratios
+
+
+class Ranks(VmTest):
+    """Ranks of known truth, as the job's own agent and --my-jobs see them."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.addClassCleanup(VM.no_jobs)
+        VM.run("rm -f /home/tester/go", user="root")
+        # the first one gets the CPUs 0 to 2: its ranks pin themselves to 0 and 1
+        cls.job = VM.sbatch("--ntasks=3", "--mem=900", "-Jranks", "true_ranks.sh")
+        cls.other = VM.sbatch("--ntasks=1", "--mem=100", "-Jother", "other.sh")
+        cls.master = VM.start("exec python3 master_server.py --my-jobs")
+        cls.addClassCleanup(cls.end, cls.master)
+        cls.master.listening("dashboard", LONG)
+        # an emulated node whose ranks burn all of it takes minutes to start a step
+        for job in cls.job, cls.other:
+            eventually(lambda job=job: VM.look(job), ATTACH, "a look at " + job)
+        VM.run("touch /home/tester/go", user="root")
+
+    @staticmethod
+    def looks():
+        """What the witness has seen, [{look, truth, sample}], the oldest first."""
+        text = VM.run("cat /home/tester/witness.json", user="root")
+        return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+    def wait_for(self, count):
+        return eventually(
+            lambda: len(self.looks()) >= count and self.looks(), ATTACH, "looks"
+        )
+
+    def within_2_percent(self, value, truth, words, least=0):
+        self.assertLessEqual(
+            abs(value - truth),
+            max(least, 0.02 * truth),
+            "%s: %s, not %s" % (words, value, truth),
+        )
+
+    def test_1_they_are_what_taskset_and_proc_say(self):
+        looks = self.wait_for(5)
+        before, after = looks[3], looks[4]
+        ranks = by_rank(after["look"])
+        self.assertEqual(set(ranks), set(range(5)))
+        pids = " ".join(str(part["pid"]) for part in ranks.values())
+        told = VM.run("for pid in %s; do taskset -p $pid; done" % pids, user="root")
+        masks = {
+            pid: int(mask, 16)
+            for pid, mask in re.findall(r"pid (\d+)\D.*mask: ([0-9a-f]+)", told)
+        }
+        for rank, part in ranks.items():
+            true = after["truth"][str(part["pid"])]
+            earlier = before["truth"][str(part["pid"])]
+            with self.subTest(rank=rank):
+                mask = sum(1 << cpu for cpu in numbers(part["cpus"]))
+                self.assertEqual(mask, masks[str(part["pid"])])
+                self.assertEqual(part["threads"], true["threads"])
+                self.assertEqual((part["step"], part["local_rank"]), ("0", rank))
+                for key in ("mem", "peak"):
+                    self.within_2_percent(part[key], true[key], key)
+                seconds = true["time"] - earlier["time"]
+                cpu = 100 * (true["ticks"] - earlier["ticks"]) * 0.01 / seconds
+                self.within_2_percent(part["cpu"], cpu, "cpu", 1.0)
+                wrote = (true["write"] - earlier["write"]) / seconds
+                self.within_2_percent(part["write"], wrote, "write", 2000)
+                self.within_2_percent(part["read_total"], true["read"], "read_total")
+
+    def test_2_the_odd_ones_stand_out(self):
+        ranks = by_rank(self.wait_for(5)[4]["look"])
+        self.assertEqual((ranks[0]["cpus"], ranks[0]["on"]), ("0", "0"))
+        self.assertEqual(ranks[0]["state"], "R")
+        self.assertIn(1, numbers(ranks[1]["on"]))
+        self.assertEqual((ranks[1]["threads"], ranks[1]["running"]), (2, 1))
+        self.assertAlmostEqual(
+            ranks[2]["mem"] - ranks[3]["mem"], 200 * MIB, delta=5 * MIB
+        )
+        self.assertEqual((ranks[3]["state"], ranks[3]["running"]), ("S", 0))
+        self.assertEqual(ranks[3]["cpu"], 0)
+        self.assertIn("nanosleep", ranks[3]["wchan"])
+        self.within_2_percent(ranks[4]["write"], 5e6, "write")
+
+    def test_3_no_process_of_another_job_of_the_same_user_nor_of_slurm_is_shown(self):
+        others = VM.job_pids(self.other)
+        self.assertGreaterEqual(len(others), 2)
+        looks = self.wait_for(5)
+        for look in looks:
+            self.assertFalse(shown_in(look["look"]) & others)
+        parts = looks[4]["look"]
+        programs = [part["program"] for part in parts if part["part"] == "rank"]
+        # five ranks, the witness, and srun with its helper
+        self.assertEqual(sorted(programs), ["python3"] * 6 + ["srun"] * 2)
+        self.assertEqual(parts[0]["processes"], 8)
+
+    def test_4_my_jobs_sees_the_same_ranks_and_each_job_its_own(self):
+        def whole_look():
+            node = VM.look(self.job)
+            return set(by_rank(node["ranks"])) == set(range(5)) and node
+
+        # a look takes no more than so much of a core, and is as rare as it is slow
+        node = eventually(whole_look, 2 * ATTACH, "a look at the ranks")
+        ranks = by_rank(node["ranks"])
+        true = by_rank(self.wait_for(5)[4]["look"])
+        for rank, part in ranks.items():
+            with self.subTest(rank=rank):
+                self.assertEqual(part["pid"], true[rank]["pid"])
+                self.assertEqual(part["cpus"], true[rank]["cpus"])
+                self.within_2_percent(part["mem"], true[rank]["mem"], "mem")
+        others = VM.job_pids(self.other)
+        shown = {str(part["pid"]) for part in node["ranks"]}
+        self.assertFalse(shown & others)
+        beside = VM.look(self.other)
+        beside_pids = {str(part["pid"]) for part in beside["ranks"]}
+        self.assertTrue(beside_pids)
+        self.assertLessEqual(beside_pids, others)
+
+
+class OutOfMemory(VmTest):
+    """The kernel kills for want of memory: in the batch step, and a rank of a step."""
+
+    def setUp(self):
+        self.addCleanup(VM.no_jobs)
+        VM.run("cd /home/tester && rm -rf hog enough records", user="root")
+
+    def watched(self, script, *words):
+        """A job with 200 MiB, and a master that watches and records it; its id."""
+        job = VM.sbatch("--mem=200", "--time=60", "--output=hog.log", *words, script)
+        self.start_master("--my-jobs", "--record", "records")
+        row = self.row(job, ATTACH, job_mem_limit=True)
+        self.assertEqual((row["oom_kill"], row["job_mem_limit"]), (0, 200 * MIB))
+        return job
+
+    def killed(self, job):
+        """How many of a job's processes the kernel says in its log that it has killed."""
+        log = VM.run("journalctl -k -o cat | grep ^oom-kill: || true", user="root")
+        return len(re.findall(r"oom_memcg=\S*/job_%s\b" % job, log))
+
+    def explained(self, job):
+        """What --explain tells of a job that has died."""
+        words = (
+            "python3 master_server.py --record records --explain %s; echo code $?" % job
+        )
+
+        def told():
+            text = VM.run("cd /home/tester; " + words, user="root")
+            self.assertIn("code 3", text)
+            self.assertIn("out of memory", text)
+            return text
+
+        return eventually(told, ATTACH, "the record of job %s" % job)
+
+    def test_in_the_batch_step_whose_script_goes_on(self):
+        job = self.watched("hog_in_batch.sh")
+        VM.run("touch /home/tester/hog", user="root")
+        row = self.row(job, LONG, oom_kill=True)
+        self.assertIn("code 137", VM.run("cat /home/tester/hog.log", user="root"))
+        self.assertEqual(row["oom_kill"], 1)
+        events = VM.kernel(job, "memory.events")
+        self.assertEqual(re.search(r"oom_kill (\d+)", events).group(1), "1")
+        self.assertEqual(self.killed(job), 1)
+        eventually(
+            lambda: self.row(job)["job_mem_peak"] == int(VM.kernel(job, "memory.peak")),
+            LONG,
+            "the kernel's peak",
+        )
+        VM.run("touch /home/tester/enough", user="root")
+        text = self.explained(job)
+        self.assertRegex(text, r"out of memory: the kernel killed 1 process on vm\b")
+        self.assertEqual(VM.state(job), "OUT_OF_MEMORY")
+
+    def test_a_rank_of_a_step_with_which_the_job_ends(self):
+        job = self.watched("hog_in_step.sh", "--ntasks=2")
+        VM.run("touch /home/tester/hog", user="root")
+        # of memory Slurm says nothing: FAILED, NonZeroExitCode
+        eventually(lambda: VM.state(job) == "FAILED", LONG, "the job ends")
+        killed = self.killed(job)
+        self.assertGreaterEqual(killed, 1)
+        text = self.explained(job)
+        self.assertRegex(text, r"the kernel killed %d process\w* on vm\b" % killed)
 
 
 class RemoveIPC(VmTest):
@@ -325,7 +759,7 @@ class TasksMax(VmTest):
         slice_dir = "/sys/fs/cgroup/user.slice/user-%d.slice" % TESTER
         tasks = int(VM.run("cat %s/pids.current" % slice_dir, user="root"))
         self.limit(tasks + self.ROOM)
-        self.start("exec python3 load.py 13579 %d" % self.AGENTS, user="root")
+        load = self.start("exec python3 load.py 13579 %d" % self.AGENTS, user="root")
         first = eventually(self.names, LONG, "some agents get in")
         refused = self.start("exec python3 agent.py --host 127.0.0.1", user="root")
 
@@ -342,17 +776,21 @@ class TasksMax(VmTest):
         health = VM.page("/healthz")
         self.assertRegex(health, r"(?i)\b[1-9]\d* .*turned away")
         self.assertRegex(health, why)
-        self.assertRegex(VM.page("/metrics"), r"(?m)^sentinel_\w*turned_away\w* [1-9]")
+        self.assertRegex(
+            VM.page("/metrics"), r"(?m)^sentinel_turned_away_lately\{\} [1-9]"
+        )
         refused.logged(why, LONG)
 
         inside = self.names()
         self.assertLess(len(inside), self.AGENTS)
         self.assertLessEqual(first, inside, "who is in was disturbed")
         self.limit("infinity")
+        self.assertLessEqual(inside, self.names(), "who is in was disturbed")
+        self.end(load)  # its agents do not try again
+        self.start("exec python3 load.py 13579 %d" % self.AGENTS, user="root")
         eventually(
             lambda: len(self.names()) >= self.AGENTS, LONG, "all of them have room now"
         )
-        self.assertLessEqual(inside, self.names(), "who is in was disturbed")
         eventually(
             lambda: "turned away" not in VM.page("/nodes.txt").split("\n")[0],
             LONG,

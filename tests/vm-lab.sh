@@ -122,8 +122,11 @@ machine_pid() {                                 # the pid of the running machine
 
 run() {                                         # run USER CMD...
     local user=$1; shift
+    local shared=()
+    # root's commands share a connection, which takes seconds to make; each of tester's is a login
+    [ "$user" != root ] || shared=(-o ControlMaster=auto -o ControlPath="$RUN/ssh" -o ControlPersist=yes)
     ssh -q -i "$LAB/key" -p "$PORT" -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null \
-        -o ConnectTimeout=30 "$user@127.0.0.1" "$@"
+        -o ConnectTimeout=30 "${shared[@]}" "$user@127.0.0.1" "$@"
 }
 
 put() {                                         # put USER FILE...
