@@ -1910,12 +1910,10 @@ GOODBYE_SECONDS = 0.5  # for the master to take the goodbye
 PAST_SECONDS = 10.0  # from one reading that is kept for a master to the next ...
 MAX_PAST_SECONDS = 3600.0  # ... how old the oldest may get ...
 MAX_PAST_BYTES = 262144  # ... and how large all together
-UNSAVED_SECONDS = (
-    15.0  # before its last ok: a master that was killed had not saved that
-)
+UNSAVED_SECONDS = 15.0  # that a master had heard, and not written when it was killed
 MAX_PAST_SLICE = 50  # readings that are sent together ...
 SLICE_SECONDS = 1.0  # ... and from one such slice to the next, at least
-MAX_FULL_SECONDS = 8.0  # from one try to the next while the master has no room for them
+MAX_FULL_SECONDS = 8.0  # from one try to the next while the master has no room
 # What a master's records hold of a sample
 PAST_KEYS = (
     "cpu",
@@ -2020,10 +2018,10 @@ class Past:
         if readings is self.waiting and self.sent:
             self.sent -= 1
 
-    def resume(self) -> None:
-        """There is a new connection: what the last one may not have carried is to be sent."""
-        self.waiting += self.recent
-        self.recent = []
+    def resume(self, since: float) -> None:
+        """There is a connection since then: what may not have come before is to be sent."""
+        while self.recent and self.recent[0][0] < since:
+            self.waiting.append(self.recent.pop(0))
         self.sent = 0
         self.is_wanted = False
 
@@ -2139,7 +2137,7 @@ class Link:
             self.half_line = said.rpartition(b"\n")[2][-ANSWER_BYTES:]
             if re.search(rb"^ok( parts)?\n", said, re.M):
                 if not self.answered:
-                    self.past.resume()
+                    self.past.resume(self.heard)  # when it was dialled
                 self.heard = time.monotonic()
                 self.ok_at = self.heard
                 self.answered = True
@@ -3409,7 +3407,7 @@ class Line:
                 )
                 if self.secret:
                     prove(self.sock, self.secret)
-                self.past.resume()
+                self.past.resume(time.monotonic())
                 if (
                     "cpu" in message
                 ):  # the answer to the first sample says what it takes

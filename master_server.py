@@ -5975,7 +5975,11 @@ def add_late(rows: List[RecordRow], late: Iterable[Late], names: List[str]) -> N
             between.setdefault(slot, {}).setdefault(point.node, point)
     for points in between.values():
         when = max(point.time for point in points.values())
-        row = RecordRow(when, float(ROW_SECONDS), names, {})
+        index = bisect.bisect_left(times, when)
+        step = float(ROW_SECONDS)
+        if index:
+            step = round(min(step, when - times[index - 1]), 1)
+        row = RecordRow(when, step, names, {})
         for point in points.values():
             row = with_late(row, point, names, places[point.node])
         rows.append(row)

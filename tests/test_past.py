@@ -49,7 +49,7 @@ class Store(unittest.TestCase):
             self.past.note(reading(number), number * step, ok_at)
 
     def grant(self):
-        self.past.resume()
+        self.past.resume(math.inf)
         self.past.hear(b"ok parts\nok\nok past\n")
 
     def ages(self, now):
@@ -72,7 +72,7 @@ class Store(unittest.TestCase):
         agent.MAX_PAST_BYTES = 500
         self.addCleanup(setattr, agent, "MAX_PAST_BYTES", most)
         self.fill(50)
-        self.past.resume()
+        self.past.resume(math.inf)
         self.fill(100)
         kept = self.past.waiting + self.past.recent
         self.assertEqual(self.past.size, sum(len(text) for _, text in kept))
@@ -202,6 +202,7 @@ class OnTheWire(unittest.TestCase):
                 return [part for part in server.samples if "age" in part[1]]
 
             eventually(lambda: past() and "age" not in server.dicts[-1])
+            self.assertGreater(past()[0][0], silent)  # on the first there was none
             times = [when - part["age"] for when, part in past()]
             self.assertLess(times[0] - silent, 1.5)
             self.assertGreater(len(times), seconds - 1)
@@ -212,12 +213,12 @@ class OnTheWire(unittest.TestCase):
         patch.start()
         self.addCleanup(patch.stop)
         link = agent.Link([("127.0.0.1", 1)], b"", 2.0)
-        link.past.note(reading(), time.monotonic() - 20, -math.inf)
         for answer, count in ((b"ok\nok past\n", 1), (b"ok\n", 0)):
             ours, theirs = socket.socketpair()
             self.addCleanup(ours.close)
             self.addCleanup(theirs.close)
             ours.setblocking(False)
+            link.past.note(reading(), time.monotonic() - 20, -math.inf)
             link.sock = ours
             link.heard = time.monotonic()
             theirs.sendall(answer)
