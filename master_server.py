@@ -5964,49 +5964,59 @@ def add_late(rows: List[RecordRow], late: Iterable[Late], names: List[str]) -> N
     names: the nodes, in the order that they have in all rows.
     """
     times = [row.time for row in rows]
-    places = {name: place for place, name in enumerate(names)}
-    between: Dict[int, Dict[str, Late]] = {}
+    within: Dict[int, List[Late]] = {}  # by the index of a row
+    between: Dict[int, List[Late]] = {}
     for point in late:
         index = bisect.bisect_left(times, point.time)
         if index < len(rows) and point.time > rows[index].time - rows[index].step:
-            rows[index] = with_late(rows[index], point, names, places[point.node])
+            within.setdefault(index, []).append(point)
         else:
-            slot = int(point.time // ROW_SECONDS)
-            between.setdefault(slot, {}).setdefault(point.node, point)
+            between.setdefault(int(point.time // ROW_SECONDS), []).append(point)
+    places = {name: place for place, name in enumerate(names)}
+    for index, points in within.items():
+        rows[index] = with_late(rows[index], points, places)
     for points in between.values():
-        when = max(point.time for point in points.values())
+        when = max(point.time for point in points)
         index = bisect.bisect_left(times, when)
         step = float(ROW_SECONDS)
         if index:
             step = round(min(step, when - times[index - 1]), 1)
-        row = RecordRow(when, step, names, {})
-        for point in points.values():
-            row = with_late(row, point, names, places[point.node])
-        rows.append(row)
+        rows.append(with_late(RecordRow(when, step, names, {}), points, places))
     rows.sort(key=operator.attrgetter("time"))
 
 
-def with_late(row: RecordRow, point: Late, names: List[str], place: int) -> RecordRow:
-    """The row with a node's reading, if it has none of that node."""
-    others = row.values.get("cpu", [])[3:]
-    if place < len(others) and others[place] is not None:
-        return row
-    values = dict(row.values)
-    for key, value in point.values.items():
-        least, mean, most, *means = values.get(key, [None, None, None])
-        if key in BY_NODE:
-            means += [None] * (place + 1 - len(means))
-            means[place] = value
-            mean = mean_known(means)
-        elif mean is None:
-            mean = value
-        else:
-            count = sum(other is not None for other in others)
-            mean = (mean * count + value) / (count + 1)
-        least = value if least is None else min(least, value)
-        most = value if most is None else max(most, value)
-        values[key] = [least, mean, most] + means
-    return row._replace(names=names, values=values)
+def with_late(
+    row: RecordRow, points: Iterable[Late], places: Dict[str, int]
+) -> RecordRow:
+    """The row with the readings of those nodes of which it has none."""
+    values = {key: list(old) for key, old in row.values.items()}
+    means = values.setdefault("cpu", [None, None, None])
+    count = sum(mean is not None for mean in means[3:])  # nodes in the row
+    for point in points:
+        place = 3 + places[point.node]
+        if place < len(means) and means[place] is not None:
+            continue
+        for key, value in point.values.items():
+            band = values.setdefault(key, [None, None, None])
+            put_late(band, value, count)
+            if key in BY_NODE:
+                band += [None] * (place + 1 - len(band))
+                band[place] = value
+        count += 1
+    for key in BY_NODE:
+        if key in values:
+            values[key][1] = mean_known(values[key][3:])
+    return row._replace(names=list(places), values=values)
+
+
+def put_late(band: List[Optional[float]], value: float, count: int) -> None:
+    """Count a reading in least, mean and most of so many others."""
+    least, mean, most = band[:3]
+    if least is None or mean is None or most is None:
+        band[:3] = [value] * 3
+    else:
+        mean = (mean * count + value) / (count + 1)
+        band[:3] = [min(least, value), mean, max(most, value)]
 
 
 # ---- a record
@@ -6054,8 +6064,9 @@ class Record:
         elif "late" in line:
             name = str(line["node"])
             known = {key: float(line[key]) for key in RECORDED if key in line}
-            self.nodes.setdefault(name, {})
-            self.late.append(Late(float(line["late"]), name, known))
+            if "cpu" in known:
+                self.nodes.setdefault(name, {})
+                self.late.append(Late(float(line["late"]), name, known))
         elif "job" in line:
             self.add_facts(line["job"], float(line["time"]))
         elif "nodes" in line:

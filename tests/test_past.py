@@ -160,7 +160,7 @@ class OnTheWire(unittest.TestCase):
         tool = start_agent("--port", port, "--interval", "0.2", patch=HURRY)
         self.addCleanup(tool.stop)
         eventually(lambda: "cannot reach" in tool.log)
-        time.sleep(3.5)
+        time.sleep(2.5)  # agents take some readings meanwhile
         server = DummyServer(port, answer=answer)
         self.addCleanup(server.close)
         self.serve(server, first)
@@ -175,13 +175,13 @@ class OnTheWire(unittest.TestCase):
         self.assertTrue(sent[0].get("ack"))
         past = [part for part in sent if part.get("part") == "past"]
         ages = [part["age"] for part in past]
-        self.assertGreater(ages[0], 3.0)
+        self.assertGreater(ages[0], 2.0)
         self.assertEqual(ages, sorted(ages, reverse=True))
         self.assertTrue(all("cpu" in part and "node" not in part for part in past))
 
     def test_an_older_master_gets_nothing(self):
         server = self.after_a_cut(b"ok parts\nok\n", b"")
-        eventually(lambda: len(server.dicts) > 20)
+        eventually(lambda: len(server.dicts) > 10)
         self.assertFalse([sent for sent in server.dicts if "age" in sent])
 
     def test_what_was_sent_into_a_silence_is_sent_again(self):
@@ -281,7 +281,7 @@ class AtTheMaster(unittest.TestCase):
                 words = peer.read_to_end().splitlines()
                 self.assertEqual(words[:3], ["ok parts", "ok", "ok past"])
                 self.assertTrue(words[3].startswith("error "), words)
-        self.assertFalse(support.nodes(tool.page))
+        eventually(lambda: not support.nodes(tool.page))
 
     def test_there_is_a_most_of_readings_between_two_samples(self):
         tool, _ = self.master()
@@ -425,6 +425,7 @@ class InTheRecord(unittest.TestCase):
             {"late": "x", "node": "c1", "cpu": 1},
             {"late": NOW, "cpu": 1},
             {"late": NOW, "node": "c1", "cpu": None},
+            {"late": NOW, "node": "c1", "ram": 5},
         )
         record = master.Record("1").add(lines).finish()
         self.assertEqual(record.rows, [])
@@ -487,6 +488,7 @@ class Whole(unittest.TestCase):
         self.check_no_hole(last, 1.0)
         self.assertEqual(list(self.record().nodes), ["c1"])
 
+    @support.slow("it waits for a herd and its agents")
     def test_a_relay_keeps_what_its_agents_say_for_the_next_master(self):
         seconds = {"PAST_SECONDS": 1.0, "UNSAVED_SECONDS": 3.0, "BACKOFF_SECONDS": 0.2}
         slurm = test_herd.Slurm(self, ATTACH_SECONDS=20.0, **seconds)
