@@ -23,7 +23,7 @@ Exit codes: 0 done or stopped, 1 failed, 2 bad usage; a command's own, 128+n by 
 #   gpus          those of the job, one by one: a driver may hang, so on a thread of its own
 #   sample        one reader a source: a new metric is one reader in the Sampler's list
 #   parts         what a flat sample cannot hold: the job's processes, CPUs and GPUs
-#   link          the connection to the master: dial, hear, send, dial again
+#   link          the connection to the master: dial, hear, send, dial again; what it missed
 #   outlet        the same with stdout in its place
 #   report        what a job used of what it asked for
 #   loop          clock, signals, the command that is watched
@@ -1919,6 +1919,31 @@ MAX_ANSWER_SECONDS = 60.0  # ... up to this
 BACKOFF_SECONDS = 1.0  # from one dial to the next; doubles until the first ok ...
 MAX_BACKOFF_SECONDS = 30.0  # ... up to this
 GOODBYE_SECONDS = 0.5  # for the master to take the goodbye
+PAST_SECONDS = 10.0  # from one reading that is kept for a master to the next ...
+MAX_PAST_SECONDS = 3600.0  # ... how old the oldest may get ...
+MAX_PAST_BYTES = 262144  # ... and how large all together
+UNSAVED_SECONDS = 15.0  # that a master had heard, and not written when it was killed
+MAX_PAST_SLICE = 50  # readings that are sent together ...
+SLICE_SECONDS = 1.0  # ... and from one such slice to the next, at least
+MAX_FULL_SECONDS = 8.0  # from one try to the next while the master has no room
+# What a master's records hold of a sample
+PAST_KEYS = (
+    "cpu",
+    "ram",
+    "job_cpu",
+    "job_mem",
+    "job_ram",
+    "gpu",
+    "gpu_mem",
+    "load1",
+    "net_rx",
+    "net_tx",
+    "disk_read",
+    "disk_write",
+    "swap",
+    "psi_mem",
+    "psi_io",
+)
 
 
 def log(text: str, end: str = "\n") -> None:
@@ -1960,6 +1985,84 @@ def error_in(answer: bytes) -> str:
     return answer.partition(b"error ")[2].decode("utf-8", "replace").strip()
 
 
+class Past:
+    """Readings that the master has perhaps not got: one every PAST_SECONDS, sent after a cut.
+
+        note() --> recent --resume(): a new connection--> waiting --slice()--> sent
+                     |                                       ^                  |
+                     '--> forgotten: it has them             '---"full past"----+--"ok past"-->
+
+    A master that takes them says ``ok past`` after the first sample of a connection, and again
+    once it has a slice.  They carry their age, so that it does not matter what the clocks say.
+    """
+
+    def __init__(self) -> None:
+        self.recent: List[Tuple[float, bytes]] = []  # (monotonic time, JSON), as is
+        self.waiting: List[Tuple[float, bytes]] = []  # ... that: oldest first
+        self.size = 0  # bytes of both
+        self.noted = -math.inf  # when the last one was
+        self.sent = 0  # of those that wait, the first so many are on their way
+        self.is_wanted = False  # the master takes a slice
+        self.slice_at = 0.0  # when the next one may go
+
+    def note(self, sample: Sample, now: float, ok_at: float) -> None:
+        """Keep a sample if it is time to; ok_at: when the master was last known to hear us."""
+        while self.recent and self.recent[0][0] < ok_at - UNSAVED_SECONDS:
+            self.drop(self.recent)
+        if now - self.noted < 0.95 * PAST_SECONDS:  # a beat is never quite on time
+            return
+        self.noted = now
+        known = {key: sample[key] for key in PAST_KEYS if key in sample}
+        text = json.dumps(known).encode()
+        self.recent.append((now, text))
+        self.size += len(text)
+        while self.size > MAX_PAST_BYTES:
+            self.drop(self.waiting or self.recent)
+        for readings in (self.waiting, self.recent):
+            while readings and now - readings[0][0] > MAX_PAST_SECONDS:
+                self.drop(readings)
+
+    def drop(self, readings: List[Tuple[float, bytes]]) -> None:
+        """Forget the oldest of the readings."""
+        self.size -= len(readings.pop(0)[1])
+        if readings is self.waiting and self.sent:
+            self.sent -= 1
+
+    def resume(self, since: float) -> None:
+        """There is a connection since then: what may not have come before is to be sent."""
+        while self.recent and self.recent[0][0] < since:
+            self.waiting.append(self.recent.pop(0))
+        self.sent = 0
+        self.is_wanted = False
+
+    def hear(self, said: bytes) -> None:
+        """Take note of what the master says of the past."""
+        if re.search(rb"^ok past\n", said, re.M):
+            for _ in range(self.sent):
+                self.drop(self.waiting)
+            self.is_wanted = True
+        elif re.search(rb"^full past\n", said, re.M):
+            self.sent = 0
+            self.is_wanted = True
+            # spread: there is little room because many send at once
+            spread = os.urandom(1)[0] / 256
+            self.slice_at = time.monotonic() + MAX_FULL_SECONDS * spread
+
+    def slice(self, now: float) -> List[Sample]:
+        """Return the parts that may be sent now."""
+        if not self.is_wanted or not self.waiting or now < self.slice_at:
+            return []
+        self.slice_at = now + SLICE_SECONDS
+        self.is_wanted = False
+        parts: List[Sample] = []
+        for taken, text in self.waiting[:MAX_PAST_SLICE]:
+            part: Sample = {"part": "past", "age": round(now - taken, 2)}
+            part.update(json.loads(text.decode()))
+            parts.append(part)
+        self.sent = len(parts)
+        return parts
+
+
 class Link:
     """The connection to the master, through the first candidate that answers.
 
@@ -1989,6 +2092,8 @@ class Link:
         self.takes_parts = False  # the master has said so on this connection
         self.half_line = b""  # of an answer
         self.unsent = b""  # of the last look
+        self.past = Past()
+        self.ok_at = -math.inf  # when the last ok came, on any connection
         self.ever_answered = False
         self.said: Set[str] = set()  # what is known since the last good link
 
@@ -2041,11 +2146,15 @@ class Link:
             said = self.half_line + answer
             self.half_line = said.rpartition(b"\n")[2][-ANSWER_BYTES:]
             if re.search(rb"^ok( parts)?\n", said, re.M):
+                if not self.answered:
+                    self.past.resume(self.heard)  # when it was dialled
                 self.heard = time.monotonic()
+                self.ok_at = self.heard
                 self.answered = True
                 self.ever_answered = True
             if re.search(rb"^ok parts\n", said, re.M):
                 self.takes_parts = True
+            self.past.hear(said)
             if not answer or b"error " in answer:
                 raise OSError(error_in(answer) or "it closed the connection")
         if time.monotonic() - self.heard > self.patience:
@@ -2069,6 +2178,15 @@ class Link:
             self.flush(self.sock)
         except (OSError, ValueError) as error:
             self.lose("lost", error)
+
+    def send_past(self, sample: Sample) -> None:
+        """Send what the master missed behind the sample, and keep that: it may miss it, too."""
+        now = time.monotonic()
+        if self.sock is not None and not self.unsent:
+            parts = self.past.slice(now)
+            if parts:
+                self.send_look(parts)
+        self.past.note(sample, now, self.ok_at)
 
     def flush(self, sock: socket.socket) -> bool:
         """Send on what is left of a look; whether all of it is gone, so that more may follow."""
@@ -2094,6 +2212,7 @@ class Link:
         self.sent = 0
         self.answered = False
         self.takes_parts = False
+        self.past.is_wanted = False
         self.half_line = b""
         self.unsent = b""
         spread = 1 - os.urandom(1)[0] / 512  # from a half to one
@@ -2153,6 +2272,9 @@ class Outlet:
                 data = data[os.write(1, data) :]
             except OSError:
                 self.closed = True
+
+    def send_past(self, sample: Sample) -> None:
+        """Nothing: whoever reads the lines keeps what the master misses."""
 
     def close(self, farewell: Sample) -> None:
         """Write the goodbye."""
@@ -2391,6 +2513,8 @@ class Agent:
                 # without cpu or ram the master would refuse it
                 self.link.exchange(None if self.sampler.trouble else sample)
                 self.send_parts()
+                if not self.sampler.trouble:
+                    self.link.send_past(sample)
                 missed = (now - beat) // interval  # beats, while it was held up
                 beat += interval * (1 + missed)
             self.wait(min(beat, self.link.retry_at))
@@ -3408,8 +3532,20 @@ class Line:
         self.sock: Optional[socket.socket] = None
         self.takes_parts = False  # the master has said so on this connection
         self.parts: List[Sample] = []  # that wait to be sent together
+        self.past = Past()
+        self.ok_at = -math.inf  # when a sample was sent last
         self.retry_at = 0.0
         self.trouble = ""
+
+    def send_sample(self, sample: Sample) -> bool:
+        """Send a sample, and what the master missed behind it; see `send`."""
+        is_sent = self.send(sample)
+        now = time.monotonic()
+        if is_sent:
+            self.ok_at = now
+            self.parts += self.past.slice(now)
+        self.past.note(sample, now, self.ok_at)
+        return is_sent
 
     def send(self, message: Dict[str, Any]) -> bool:
         """Send a message; False while the master does not take it, `trouble` says why."""
@@ -3422,6 +3558,7 @@ class Line:
                 )
                 if self.secret:
                     prove(self.sock, self.secret)
+                self.past.resume(time.monotonic())
                 # the answer to the first sample says what the master takes
                 if "cpu" in message:
                     message = dict(message, ack=True)
@@ -3453,6 +3590,7 @@ class Line:
             return
         if b"ok parts\n" in answer:
             self.takes_parts = True
+        self.past.hear(answer)
         if not answer or b"error " in answer:
             raise OSError(error_in(answer) or "it closed the connection")
 
@@ -3524,7 +3662,8 @@ class Relay:
             return
         if line is None:
             line = self.lines[key] = self.dial()
-        if line.send(sample):
+        send = line.send_sample if "cpu" in sample else line.send
+        if send(sample):
             self.said.discard(line.trouble)
         elif line.trouble not in self.said:
             self.said.add(line.trouble)

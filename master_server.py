@@ -126,6 +126,7 @@ DEMO_NOTICE = "A demonstration: all of these jobs and nodes are invented"
 Message = Dict[str, Any]  # a decoded dict, or a node of a snapshot
 Row = Tuple[Any, ...]  # a sample, as METRICS has it: floats, UTF-8; see UNKNOWN
 PartRow = Tuple[str, Row]  # a kind of PART_FIELDS, and what it has
+PastRow = Tuple[float, Row]  # time.time(), and what PAST_KEYS were then
 Address = Tuple[Any, ...]  # a peer's, as accept() has it: host, port, ...
 Serve = Callable[[socket.socket, Address], None]  # what a thread does with a connection
 log = logging.getLogger("sentinel")
@@ -314,6 +315,25 @@ WHOLE_PARTS = (  # counts and bytes, as WHOLE
     "look processes shown first pid rank local_rank mem peak threads running"
     " read_total write_total index mem_used mem_total"
 ).split()
+# What an agent tells of the time of a cut: {"part": "past", "age": SECONDS, "cpu": ..., ...}
+PAST_KEYS = (
+    "cpu",
+    "ram",
+    "job_cpu",
+    "job_mem",
+    "job_ram",
+    "gpu",
+    "gpu_mem",
+    "load1",
+    "net_rx",
+    "net_tx",
+    "disk_read",
+    "disk_write",
+    "swap",
+    "psi_mem",
+    "psi_io",
+)
+MAX_AGE = 3700.0  # seconds: agents keep an hour, and it takes a while to send it
 ENDED_STATES = (
     "COMPLETED",
     "FAILED",
@@ -739,8 +759,8 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float)
 
 
-def check_sample(message: Message) -> Row:
-    """The row of a decoded dict, wrong types as unknown; WireError without cpu and ram."""
+def check_percents(message: Message) -> None:
+    """WireError without cpu and ram."""
     for key in ("cpu", "ram"):
         value = message.get(key)
         if not is_number(value) or not 0 <= value <= 100:  # type: ignore[operator]
@@ -748,6 +768,11 @@ def check_sample(message: Message) -> Row:
             raise WireError(
                 "%s must be a number from 0 to 100, and is %s" % (key, found)
             )
+
+
+def check_sample(message: Message) -> Row:
+    """The row of a decoded dict, wrong types as unknown; WireError without cpu and ram."""
+    check_percents(message)
     row = list(UNKNOWN)
     for index, key in enumerate(INDEX):
         value = message.get(key)
@@ -792,6 +817,23 @@ def check_part(message: Message) -> Optional[PartRow]:
     return kind, tuple(row)
 
 
+def check_past(message: Message, now: float) -> PastRow:
+    """What a message {"part": "past", ...} tells; WireError without cpu, ram or a good age."""
+    check_percents(message)
+    age = message.get("age")
+    if not is_number(age) or not 0 < age <= MAX_AGE:  # type: ignore[operator]
+        found = ascii(age)[:40] if "age" in message else "missing"
+        raise WireError(
+            "age must be a number of seconds up to %g, and is %s" % (MAX_AGE, found)
+        )
+    row = [math.nan] * len(PAST_KEYS)
+    for index, key in enumerate(PAST_KEYS):
+        value = message.get(key)
+        if is_number(value):
+            row[index] = float(value)  # type: ignore[arg-type]
+    return now - age, tuple(row)  # type: ignore[operator]
+
+
 def check_auth(message: Message, secret: bytes, nonce: str) -> None:
     """WireError unless the message is {"auth": HMAC-SHA256 of the nonce in hex} (RFC 2104)."""
     answer = message.get("auth")
@@ -811,6 +853,7 @@ JOBS = 512  # jobs that are remembered, and whose verdicts are
 PARTS = 4096  # processes, GPUs and strips of CPUs of all nodes together
 VERDICT_BYTES = 1536  # of a job's verdicts as JSON
 LOOK_PARTS = 128  # of them at most in one look of an agent
+PAST = 4096  # readings of the past that wait for the recorder
 JOB_SECONDS = 900.0  # a job that has not ended and is not told of is then forgotten
 LOCK_SECONDS = 2.0  # to wait for the table's lock
 LOCK_POLL = 0.001  # between two tries
@@ -832,6 +875,8 @@ PART_BODIES = {
     for kind, fields in PART_FIELDS.items()
 }
 PART_SIZE = PART_HEAD.size + max(body.size for body in PART_BODIES.values())
+PAST_HEAD = struct.Struct("=QQ")  # written ever, and of these taken
+PAST_ROW = struct.Struct("=d64s24s%dd" % len(PAST_KEYS))  # time, node, job
 NOTES = struct.Struct("=QQQQ128sQQQQ")
 HEADER = struct.Struct("=8sIIqq")
 SEQUENCE = struct.Struct("=Q")
@@ -846,8 +891,8 @@ LAYOUT = zlib.crc32(
             [(m.key, m.code) for m in METRICS],
             JOB_FACTS,
             PART_FIELDS,
-            (EVENTS, JOBS, PARTS),
-            [s.format for s in (SLOT, DETAIL, EVENT, VERDICT, PART_HEAD)],
+            (EVENTS, JOBS, PARTS, PAST, PAST_KEYS),
+            [s.format for s in (SLOT, DETAIL, EVENT, VERDICT, PART_HEAD, PAST_ROW)],
             [s.format for s in (NOTES, HEADER, SEQUENCE, COUNTS)],
         )
     ).encode()
@@ -1189,6 +1234,8 @@ class Table:
                     jobs      JOBS x JOB          seen, then JOB_FACTS in their order
                     verdicts  JOBS x VERDICT      of each job that was judged, anywhere
                     parts     PARTS x PART_SIZE   PART_HEAD, then PART_FIELDS of its kind
+                    past      PAST_HEAD           readings so far, and those the recorder has taken
+                              PAST x PAST_ROW     a ring: reading n is in row n % PAST
         size - 264  NOTES     1 once the table has moved, jobs there was no room for,
                               agents turned away, lately, and why; part rows to look at,
                               looks there was no room for, changes of verdicts so far,
@@ -1231,6 +1278,8 @@ class Table:
         self.verdicts_at = self.jobs_at + JOBS * JOB.size
         self.parts_at = self.verdicts_at + JOBS * VERDICT.size
         self.parts_end = self.parts_at + PARTS * PART_SIZE
+        self.past_at = self.parts_end + PAST_HEAD.size
+        self.past_end = self.past_at + PAST * PAST_ROW.size
         (self.sequence,) = SEQUENCE.unpack_from(self.buf, self.sequence_at)
         (self.events,) = FIRST.unpack_from(self.buf, self.counts_at)
         notes = self.notes()
@@ -1249,6 +1298,7 @@ class Table:
         size = capacity * (SLOT.size + DETAIL.size)
         size += EVENTS * EVENT.size + JOBS * (JOB.size + VERDICT.size)
         size += PARTS * PART_SIZE
+        size += PAST_HEAD.size + PAST * PAST_ROW.size
         size += NOTES.size + HEADER.size + SEQUENCE.size + COUNTS.size
         return size + -size % PAGE
 
@@ -1293,7 +1343,7 @@ class Table:
                 " user, with this --port or --shm-name?" % name
             ) from None
         is_known = table.magic == MAGIC and table.layout == LAYOUT
-        if not is_known or table.parts_end > table.notes_at:
+        if not is_known or table.past_end > table.notes_at:
             raise TableError("shared memory %s is of no master of this version" % name)
         if not table.owner_lives():
             raise TableError(
@@ -1556,6 +1606,40 @@ class Table:
         """Write a row of the parts, or the begin of one."""
         at = self.parts_at + place * PART_SIZE
         self.buf[at : at + len(row)] = row
+
+    def write_past(self, node: str, job: str, readings: List[PastRow]) -> bool:
+        """Append readings of a node to the ring: False without room for all of them.
+
+        For the collector; under a lock of its own, as it has many threads.
+        """
+        written, taken = PAST_HEAD.unpack_from(self.buf, self.parts_end)
+        if written + len(readings) - taken > PAST:
+            return False
+        with self:
+            for when, row in readings:
+                at = self.past_at + written % PAST * PAST_ROW.size
+                names = (node.encode(), job.encode())
+                PAST_ROW.pack_into(self.buf, at, when, *names, *row)
+                written += 1
+            FIRST.pack_into(self.buf, self.parts_end, written)
+        return True
+
+    def take_past(self) -> List[Row]:
+        """The readings that have come since the last time: time, node, job, PAST_KEYS.
+
+        For the recorder alone.
+        """
+        written, taken = PAST_HEAD.unpack_from(self.buf, self.parts_end)
+        if written == taken:
+            return []
+        with self:
+            written, taken = PAST_HEAD.unpack_from(self.buf, self.parts_end)
+            ring = bytes(self.buf[self.past_at : self.past_end])
+            PAST_HEAD.pack_into(self.buf, self.parts_end, written, written)
+        return [
+            PAST_ROW.unpack_from(ring, number % PAST * PAST_ROW.size)
+            for number in range(taken, written)
+        ]
 
     def write_verdicts(self, raw: str, verdicts: List[Message]) -> None:
         """Put what is judged of a job in its place, or in that of the one judged longest ago.
@@ -4806,6 +4890,7 @@ def words_of_verdict(verdict: Message) -> str:
 MAX_INTERVAL = 60.0  # seconds between samples that an agent may announce
 MAX_RATE = 100  # samples a second from one agent, over RATE_SECONDS
 RATE_SECONDS = 5.0  # seconds
+PAST_SLICE = 64  # readings of the past between two samples
 MAX_ACCEPTS = 256  # connections that are taken at a time, between two heartbeats
 SOURCE_SHARE = 7 / 8  # of the slots, for one address other than loopback
 MAX_WAITING = 1024  # agents that have not sent a sample yet
@@ -5052,6 +5137,7 @@ class Peer:
         "alerts",
         "look",
         "places",
+        "past",
     )
 
     def __init__(self, sock: socket.socket, address: Address, timeout: float) -> None:
@@ -5072,6 +5158,7 @@ class Peer:
         self.alerts = ""  # the rules that fire
         self.look: List[PartRow] = []  # parts that came since the last sample
         self.places: List[int] = []  # of its last look in the table
+        self.past: List[PastRow] = []  # that came since the last sample
 
     def stay(self) -> float:
         """For how many seconds it has been here."""
@@ -5320,6 +5407,8 @@ class Collector:
                     self.table.write_job(row)
                 if self.news:
                     self.news.tell_job(row)
+            elif message.get("part") == "past":
+                add_past(peer, message)
             elif "part" in message:
                 add_part(peer, message)
             elif "bye" in message:
@@ -5353,6 +5442,10 @@ class Collector:
         if peer.ack:
             takes_parts = is_new and peer.text("version")
             peer.say(b"ok parts\nok\n" if takes_parts else b"ok\n")
+            if takes_parts and self.options.record:
+                peer.say(b"ok past\n")
+        if peer.past:
+            self.keep_past(peer)
         if self.options.verbose:
             values = zip(INDEX, map(from_field, row))
             known = {key: value for key, value in values if value is not None}
@@ -5410,8 +5503,20 @@ class Collector:
         with self.lock:
             self.table.write_parts(peer.slot, look, peer.places)
 
+    def keep_past(self, peer: Peer) -> None:
+        """Hand what a peer told of the past to the recorder, and say whether there is room."""
+        readings = peer.past
+        peer.past = []
+        if not self.options.record:
+            return
+        with self.lock:
+            is_kept = self.table.write_past(peer.known_as, peer.job, readings)
+        peer.say(b"ok past\n" if is_kept else b"full past\n")
+
     def leave(self, peer: Peer, kind: str, text: str) -> None:
         """Free the peer's slot and tell how it ended."""
+        if peer.past:
+            self.keep_past(peer)
         self.table.clear(peer.slot)
         if peer.places:
             self.write_look(peer, [])
@@ -5597,6 +5702,16 @@ def add_part(peer: Peer, message: Message) -> None:
     peer.look.append(part)
 
 
+def add_past(peer: Peer, message: Message) -> None:
+    """Keep a reading of the past until the next sample; WireError when there are too many."""
+    reading = check_past(message, time.time())
+    if peer.slot < 0:
+        return
+    if len(peer.past) >= PAST_SLICE:
+        raise WireError("more than %d readings of the past at once" % PAST_SLICE)
+    peer.past.append(reading)
+
+
 class Pinning:
     """Where the peers' threads may run: on the main thread's CPU while the role is busy.
 
@@ -5776,6 +5891,7 @@ def start_serving(
 #     {"job": {"job": "4711", "state": "RUNNING", ...}, "time": 1700000000, "format": 1}
 #     {"nodes": {"c1": {"cpus": 64, ...}, "c2": {}}}         all so far: rows have their order
 #     {"row": 1700000010, "step": 10, "cpu": [0, 41.5, 83, 83, 0]}  least, mean, most, each node
+#     {"late": 1700000007, "node": "c2", "cpu": 83, ...}     a reading that came after a cut
 #     {"event": {"time": 1700000011, "kind": "lost", "node": "c2", "text": "..."}}
 #     {"verdicts": [{"severity": "advice", "what": ...}], "time": 1700000020}
 #     {"ranks": [{"node": "c1", "rank": 3, ...}], "time": 1700000020}
@@ -5840,6 +5956,14 @@ class RecordRow(NamedTuple):
     ]  # metric -> [least, mean, most, each node...]
 
 
+class Late(NamedTuple):
+    """What a node told after a cut."""
+
+    time: float
+    node: str
+    values: Dict[str, float]  # metrics of RECORDED
+
+
 # ---- lines
 
 
@@ -5862,6 +5986,15 @@ def row_line(row: RecordRow) -> bytes:
     for key, values in row.values.items():
         fields.append('"%s":[%s]' % (key, ",".join(map(short_number, values))))
     return ("{%s}\n" % ",".join(fields)).encode()
+
+
+def late_line(when: float, node: str, readings: Iterable[float]) -> bytes:
+    """The line of a node's reading of the past; readings: those of PAST_KEYS, NaN is unknown."""
+    fields = ['"late":%.1f' % when, '"node":%s' % json.dumps(node, ensure_ascii=False)]
+    for key, value in zip(PAST_KEYS, readings):
+        if key in RECORDED and math.isfinite(value):
+            fields.append('"%s":%s' % (key, short_number(value)))
+    return ("{%s}\n" % ",".join(fields)).encode("utf-8", "replace")
 
 
 def read_lines(data: bytes) -> Iterator[Message]:
@@ -5948,6 +6081,67 @@ def without_overlap(rows: Iterable[RecordRow]) -> List[RecordRow]:
     return kept
 
 
+def add_late(rows: List[RecordRow], late: Iterable[Late], names: List[str]) -> None:
+    """Put what nodes told after a cut in its place: into rows by time, or in rows of its own.
+
+    names: the nodes, in the order that they have in all rows.
+    """
+    times = [row.time for row in rows]
+    within: Dict[int, List[Late]] = {}  # by the index of a row
+    between: Dict[int, List[Late]] = {}
+    for point in late:
+        index = bisect.bisect_left(times, point.time)
+        if index < len(rows) and point.time > rows[index].time - rows[index].step:
+            within.setdefault(index, []).append(point)
+        else:
+            between.setdefault(int(point.time // ROW_SECONDS), []).append(point)
+    places = {name: place for place, name in enumerate(names)}
+    for index, points in within.items():
+        rows[index] = with_late(rows[index], points, places)
+    for points in between.values():
+        when = max(point.time for point in points)
+        index = bisect.bisect_left(times, when)
+        step = float(ROW_SECONDS)
+        if index:
+            step = round(min(step, when - times[index - 1]), 1)
+        rows.append(with_late(RecordRow(when, step, names, {}), points, places))
+    rows.sort(key=operator.attrgetter("time"))
+
+
+def with_late(
+    row: RecordRow, points: Iterable[Late], places: Dict[str, int]
+) -> RecordRow:
+    """The row with the readings of those nodes of which it has none."""
+    values = {key: list(old) for key, old in row.values.items()}
+    means = values.setdefault("cpu", [None, None, None])
+    count = sum(mean is not None for mean in means[3:])  # nodes in the row
+    for point in points:
+        place = 3 + places[point.node]
+        if place < len(means) and means[place] is not None:
+            continue
+        for key, value in point.values.items():
+            band = values.setdefault(key, [None, None, None])
+            put_late(band, value, count)
+            if key in BY_NODE:
+                band += [None] * (place + 1 - len(band))
+                band[place] = value
+        count += 1
+    for key in BY_NODE:
+        if key in values:
+            values[key][1] = mean_known(values[key][3:])
+    return row._replace(names=list(places), values=values)
+
+
+def put_late(band: List[Optional[float]], value: float, count: int) -> None:
+    """Count a reading in least, mean and most of so many others."""
+    least, mean, most = band[:3]
+    if least is None or mean is None or most is None:
+        band[:3] = [value] * 3
+    else:
+        mean = (mean * count + value) / (count + 1)
+        band[:3] = [min(least, value), mean, max(most, value)]
+
+
 # ---- a record
 
 
@@ -5961,6 +6155,7 @@ class Record:
         self.nodes: Dict[str, Message] = {}
         self.names: Dict[str, List[str]] = {}  # of each file: the nodes of its rows
         self.rows: List[RecordRow] = []
+        self.late: List[Late] = []
         self.events: List[Message] = []
         self.verdicts: Optional[List[Message]] = None  # None: nobody has judged
         self.ranks: List[Message] = []
@@ -5989,6 +6184,12 @@ class Record:
             values = {key: value for key, value in line.items() if type(value) is list}
             if all(len(value) >= 3 for value in values.values()):
                 self.rows.append(RecordRow(when, step, names, values))
+        elif "late" in line:
+            name = str(line["node"])
+            known = {key: float(line[key]) for key in RECORDED if key in line}
+            if "cpu" in known:
+                self.nodes.setdefault(name, {})
+                self.late.append(Late(float(line["late"]), name, known))
         elif "job" in line:
             self.add_facts(line["job"], float(line["time"]))
         elif "nodes" in line:
@@ -6031,6 +6232,8 @@ class Record:
         """Put in order what came from several files."""
         self.put_nodes_in_order()
         self.rows = without_overlap(self.rows)
+        add_late(self.rows, self.late, list(self.nodes))
+        self.late = []
         events = {
             (event["time"], event["kind"], event["node"]): event
             for event in self.events
@@ -12218,6 +12421,7 @@ class Recorder:
         if view.beat < STALE_SECONDS:  # else what is in the table is old
             self.take_samples(view, now)
         self.take_events(view)
+        self.take_past()
         if not is_due:
             self.judge_ends(view, now)
         else:
@@ -12319,6 +12523,23 @@ class Recorder:
         jobs = len(self.recordings)
         if recording.judge(self.diagnose, view, now, jobs):
             self.table.write_verdicts(recording.raw, recording.told_verdicts())
+
+    def take_past(self) -> None:
+        """Record what agents told of the time of a cut, also of jobs that ended meanwhile."""
+        late: Dict[str, List[bytes]] = {}
+        for when, node, known_as, *readings in self.table.take_past():
+            name = from_field(node)
+            job = str(from_field(known_as))
+            facts = self.facts.get(job)
+            lines = late.setdefault(facts["job"] if facts else job, [])
+            lines.append(late_line(when, str(name), readings))
+        for job, lines in late.items():
+            if job in self.recordings:
+                self.recordings[job].lines += lines
+            elif job in self.done:
+                self.writer.post(Work("lines", job, b"".join(lines)))
+                self.writer.post(Work("pack", job))
+                self.writer.post(Work("report", job))
 
     def go_on(self, recording: Recording, view: Snapshot, now: float) -> None:
         """Every ROW_SECONDS: a row, a verdict, or the end."""

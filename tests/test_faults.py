@@ -602,6 +602,10 @@ def shm_of(pid):
 
 
 @requires("root", "unshare")
+# of /dev/shm: a table of 64 slots, its lock, and some hundred KiB
+ROOMY = "%dk" % (master_server.Table.size_for(64) // 1024 + 512)
+
+
 class SharedMemoryFull(unittest.TestCase):
     """/dev/shm of a few KiB, in a mount namespace of the test's own."""
 
@@ -649,7 +653,7 @@ class SharedMemoryFull(unittest.TestCase):
         self.assertEqual((results[0], results[-1]), (1, 0), results)
 
     def test_a_table_that_was_made_has_its_room_for_good(self):
-        tool = self.start("2m", "--max-agents", "64")
+        tool = self.start(ROOMY, "--max-agents", "64")
         port, page = tool.listening("collector"), tool.listening("dashboard")
         eventually(lambda: get(page, "/healthz").status == 200)
         shm = shm_of(tool.pid)
@@ -681,7 +685,7 @@ class SharedMemoryFull(unittest.TestCase):
 
     @support.slow("waits for limits")
     def test_a_new_lock_for_which_there_is_no_room_is_told_and_made_later(self):
-        tool = self.start("2m", "--max-agents", "64")
+        tool = self.start(ROOMY, "--max-agents", "64")
         port, page = tool.listening("collector"), tool.listening("dashboard")
         eventually(lambda: get(page, "/healthz").status == 200)
         collector = int(tool.logged(r"collector started, pid (\d+)").group(1))
