@@ -601,11 +601,11 @@ def shm_of(pid):
     return os.path.join("/proc", str(pid), "root", "dev", "shm")
 
 
-@requires("root", "unshare")
 # of /dev/shm: a table of 64 slots, its lock, and some hundred KiB
 ROOMY = "%dk" % (master_server.Table.size_for(64) // 1024 + 512)
 
 
+@requires("root", "unshare")
 class SharedMemoryFull(unittest.TestCase):
     """/dev/shm of a few KiB, in a mount namespace of the test's own."""
 
