@@ -15,10 +15,13 @@ import unittest
 import urllib.parse
 from unittest import mock
 
+import beside
 import support
 from support import HOST, PlainAgent, eventually, get, requires, start_master
 
 import master_server as master
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 TOKEN = "s3cret/with+signs="
 

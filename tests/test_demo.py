@@ -8,6 +8,7 @@ import signal
 import tempfile
 import unittest
 
+import beside
 import support
 from support import (
     descendants,
@@ -21,6 +22,8 @@ from support import (
 )
 
 import master_server as master
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 NOTICE = "A demonstration: all of these jobs and nodes are invented"
 NAMES = {name for job in master.DEMO_JOBS for name in job.nodes}

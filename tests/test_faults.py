@@ -39,6 +39,7 @@ import threading
 import time
 import unittest
 
+import beside
 import support
 from support import (
     HOST,
@@ -57,6 +58,8 @@ from support import (
 
 import master_server
 from test_trust import Witness
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 SEED = int(os.environ.get("SENTINEL_TEST_SEED", "1"))
 BACK = 8  # seconds until a killed role answers again; 5 on an idle machine

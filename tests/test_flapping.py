@@ -7,9 +7,12 @@ import tempfile
 import unittest
 import unittest.mock
 
+import beside
 from support import MasterTest, PlainAgent, eventually, events, nodes, start_master
 
 import master_server
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 RACES = 6  # visits that began before the master had seen the end of the one before
 

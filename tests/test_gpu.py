@@ -15,11 +15,14 @@ import time
 import unittest
 from unittest import mock
 
+import beside
 import support
 from support import eventually, stays
 
 sys.path.insert(0, support.ROOT)
 import agent
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GIB = 2**30

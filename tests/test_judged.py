@@ -7,7 +7,10 @@ import shutil
 import tempfile
 import unittest
 
+import beside
 from support import eventually, events, get, start_master
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 # what the recorder would find is read from a file, by a thread of the dashboard
 PATCH = """

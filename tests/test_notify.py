@@ -16,10 +16,13 @@ import time
 import unittest
 import unittest.mock
 
+import beside
 import support
 from support import MasterTest, PlainAgent, eventually, events, get, start_master, stays
 
 import master_server
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 SECRET = "T0SECRETTOKEN"
 # Waits of a test: a try, the tries after it, a pause between messages, jobs that are new.

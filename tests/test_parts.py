@@ -18,6 +18,7 @@ import time
 import unittest
 from unittest import mock
 
+import beside
 import support
 import test_herd
 from support import eventually, stays
@@ -25,6 +26,8 @@ from test_agent_link import DummyServer, start_agent
 
 sys.path.insert(0, support.ROOT)
 import agent
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 V1 = "4:freezer:/slurm/uid_1000/job_7/step_batch/task_0\n"
 V2 = "0::/system.slice/slurmstepd.scope/job_7/step_batch/user/task_0\n"

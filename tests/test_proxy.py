@@ -12,8 +12,11 @@ import tempfile
 import unittest
 import urllib.parse
 
+import beside
 import support
 from support import HOST, PlainAgent, eventually, get, requires, start_master
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 NAME = "portal.example"  # under which browsers know the proxy
 NODES = (

@@ -13,10 +13,13 @@ import time
 import unittest
 import unittest.mock
 
+import beside
 import support
 from support import PlainAgent, eventually, start_master
 
 import master_server as master
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 NOW = 1700000000.0
 FAST = (

@@ -11,11 +11,14 @@ import tempfile
 import time
 import unittest
 
+import beside
 import support
 from support import MasterTest, PlainAgent, eventually, events, get, nodes, stays
 
 import master_server
 from test_trust import Witness
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 NODES = 1000
 SLOW = 60  # seconds that a thousand of anything may take on a busy machine

@@ -19,6 +19,7 @@ import time
 import unittest
 from fcntl import ioctl
 
+import beside
 import support
 from support import MasterTest, eventually, nodes, requires, start_master
 import test_herd
@@ -28,6 +29,8 @@ from test_pages import HOSTILE, event, job, node, view
 from test_terminal import open_terminal
 
 import test_reader
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 master = test_reader.load_master_server()
 
