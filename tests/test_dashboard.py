@@ -467,8 +467,10 @@ class Storm(Served):
             agent.send({"cpu": 1.0, "ram": 1.0, "node": "gone", "version": "1.0"})
             eventually(lambda: "gone" in get(self.page, "/nodes.txt").text)
         eventually(lambda: support.events(self.page, "lost"))
-        for number in range(50):  # many nodes, for one alone cannot push anything out
-            with PlainAgent(self.master.port) as agent:
+        # many nodes and addresses, for one alone cannot push anything out
+        for number in range(50):
+            source = ("127.0.1.%d" % (number + 1), 0)
+            with PlainAgent(self.master.port, source=source) as agent:
                 for cpu in (0.0, 99.0, 0.0, 99.0):
                     agent.send({"cpu": cpu, "ram": 1.0, "node": "n%d" % number})
         eventually(lambda: not support.events(self.page, "lost"))
