@@ -8288,9 +8288,6 @@ NO_GRAPHS = (
     "job_mem_failcnt",
     "oom_kill",
     "job_time_limit",
-    "job_mem_peak",
-    "job_mem_failcnt",
-    "oom_kill",
     "job_time_left",
     "cores_busy",  # job_cpu
 )
