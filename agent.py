@@ -108,14 +108,15 @@ TIME_LEFT = r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)$"  # 1-02:03:04 of squeue(1), %L
 CPUS_PER_NODE = (
     r"(\d+)(?:\(x(\d+)\))?"  # 72(x2),36 in SLURM_JOB_CPUS_PER_NODE, sbatch(1)
 )
-# The variables that a scheduler sets in a job: its id, the element of an array, its name
+# The variables that a scheduler sets in a job: its id, its name, the element of an array; and how
+# its commands call that.  An element of 0 (LSF) or "undefined" (Grid Engine) is none.
 # sbatch(1), qsub(1B) of PBS, bsub(1), flux-environment(7), qsub(1) of Grid Engine
 SCHEDULERS = (
-    ("SLURM_JOB_ID", "", "SLURM_JOB_NAME"),
-    ("PBS_JOBID", "", "PBS_JOBNAME"),  # 1234[7].server
-    ("LSB_JOBID", "LSB_JOBINDEX", "LSB_JOBNAME"),
-    ("FLUX_JOB_ID", "", "FLUX_JOB_NAME"),
-    ("JOB_ID", "SGE_TASK_ID", "JOB_NAME"),
+    ("SLURM_JOB_ID", "SLURM_JOB_NAME", "", ""),
+    ("PBS_JOBID", "PBS_JOBNAME", "", ""),  # 12.server, 12[7].server
+    ("LSB_JOBID", "LSB_JOBNAME", "LSB_JOBINDEX", "%s[%s]"),
+    ("FLUX_JOB_ID", "FLUX_JOB_NAME", "", ""),
+    ("JOB_ID", "JOB_NAME", "SGE_TASK_ID", "%s.%s"),
 )
 # The directory above the job's in /proc/self/cgroup, whatever the job's own is called
 JOB_PARENTS = (
@@ -756,6 +757,7 @@ class Gpus:
         self.probe = probe
         self.environ: Dict[str, str] = dict(os.environ)
         self.details = False  # somebody takes more than the summary
+        self.hurry = threading.Event()  # the next round is to begin at once
         self.nvml: Optional[Nvml] = None
         self.begun = math.inf  # monotonic, as `ended`: the round that goes on, the last
         self.ended = -math.inf
@@ -782,7 +784,8 @@ class Gpus:
         while True:
             with contextlib.suppress(OSError, ValueError, LookupError):
                 self.refresh()
-            time.sleep(SLOW_SECONDS)
+            self.hurry.wait(SLOW_SECONDS)
+            self.hurry.clear()
 
     def start(self) -> threading.Thread:
         """Have a thread read them again and again."""
@@ -795,6 +798,12 @@ class Gpus:
         thread = threading.Thread(target=self.refresh, daemon=True)
         thread.start()
         thread.join(seconds)
+
+    def want_details(self) -> None:
+        """Have the details read from now on."""
+        if not self.details:
+            self.details = True
+            self.hurry.set()
 
     def fresh(self) -> bool:
         """Whether the last round is young enough to be told."""
@@ -957,7 +966,9 @@ class Sampler:
         self.groups = [self.own["memory"]] if "memory" in self.own else []
         self.killed: Dict[str, int] = {}  # by the OOM killer, by cgroup
         self.nfs = (0, 0)  # operations, ms of their round trips
-        self.fixed = collect([self.identify, self.find_job_cpus, self.count_cpus])
+        self.fixed = collect(
+            [self.identify, self.identify_job, self.find_job_cpus, self.count_cpus]
+        )
         self.readers: List[Reader] = [
             self.read_cpu,
             self.read_memory,
@@ -1006,18 +1017,26 @@ class Sampler:
         return known
 
     def identify(self) -> Reading:
-        """Yield who this is: node, user and job."""
+        """Yield who this is: node and user."""
         environ = os.environ
         host = socket.gethostname().split(".")[0]
         yield "version", VERSION
         yield "node", clip(self.name or environ.get("SLURMD_NODENAME") or host)
-        for job, element, name in SCHEDULERS:
-            if environ.get(job) and element in ("", *environ):
-                yield "job", clip(job_of(environ[job], environ.get(element, "")))
+        yield "user", clip(getpass.getuser())  # KeyError, OSError: a uid without a name
+
+    def identify_job(self) -> Reading:
+        """Yield id and name of the job, from the first scheduler that has set them."""
+        environ = os.environ
+        for variable, name, element, form in SCHEDULERS:
+            if environ.get(variable) and (not element or element in environ):
+                job = environ[variable].partition(".")[0]  # without the server's name
+                nth = environ.get(element, "")
+                if nth.strip("0").isdigit():
+                    job = form % (job, nth)
+                yield "job", clip(job)
                 if environ.get(name):
                     yield "job_name", clip(environ[name])
-                break
-        yield "user", clip(getpass.getuser())  # KeyError, OSError: a uid without a name
+                return
 
     def count_cpus(self) -> Reading:
         yield "cpus", self.probe.read("proc/stat", STAT_BYTES).count("\ncpu")
@@ -1204,7 +1223,7 @@ class Sampler:
             with contextlib.suppress(OSError, ValueError):
                 self.count_kills(group, self.probe.read(group + "/memory.oom_control"))
         if self.killed:
-            yield "oom_kill", sum(self.killed.values())
+            yield "oom_kill", sum(tuple(self.killed.values()))  # a thread adds to them
         path = "%s/memory.failcnt" % self.job["memory"]
         yield "job_mem_failcnt", int(self.probe.read(path))
 
@@ -1334,13 +1353,6 @@ class Sampler:
     def read_gpus(self) -> Reading:
         if self.gpus.fresh():
             yield from summarise_gpus(self.gpus.parts)
-
-
-def job_of(job: str, element: str) -> str:
-    """Return a job's id as its scheduler's commands take it, without the server's name."""
-    job = job.partition(".")[0]
-    # an element of 0 (LSF) or "undefined" (Grid Engine) says that it is no array
-    return "%s[%s]" % (job, element) if element.isdigit() and int(element) else job
 
 
 def environment_time(name: str) -> float:
@@ -1564,6 +1576,7 @@ class Process:
         self.io: Optional[Tuple[int, int, float]] = None  # read, written, when
         self.facts: Sample = {}  # rank, local_rank, program
         self.is_shown = True
+        self.is_settled = False  # seen twice: it has become the program that it will be
 
     def update(self, stat: ProcessStat) -> None:
         """Take in a new reading."""
@@ -1719,7 +1732,7 @@ class Parts:
         self.cores.find_cpus()
         with contextlib.suppress(OSError, ValueError, LookupError):
             self.cores.refresh()
-        self.sampler.gpus.details = True
+        self.sampler.gpus.want_details()
         head: Sample = {"part": "look", "shown": len(ranks)}
         if self.folder():
             head["processes"] = len(processes)
@@ -1792,6 +1805,9 @@ class Parts:
                 process = self.known.get(pid)
                 if process and process.stat[::4] == stat[::4]:  # name and start
                     process.update(stat)
+                    if not process.is_settled:
+                        process.is_settled = True
+                        self.identify(process)
                 else:
                     process = Process(pid, step, stat)
                     self.identify(process)
@@ -1802,7 +1818,7 @@ class Parts:
         return [process for process in known.values() if process.is_shown]
 
     def identify(self, process: Process) -> None:
-        """Read once who a process is; slurmstepd and agents of other masters are not shown."""
+        """Read who a process is; slurmstepd and agents of other masters are not shown."""
         folder = "proc/%d/" % process.pid
         name = process.stat.name
         owner = parse_status(self.probe.peek(folder + "status"))["uid"]
@@ -1816,7 +1832,7 @@ class Parts:
             process.is_shown = False
             return
         program = os.path.basename(words[0].partition(" ")[0]) if words else ""
-        process.facts["program"] = clip(program or name)
+        process.facts = {"program": clip(program or name)}
         with contextlib.suppress(OSError):
             text = self.probe.peek(folder + "environ", ENVIRON_BYTES)
             in_step = process.step not in ("batch", "extern", "interactive")
@@ -2280,7 +2296,6 @@ REPORTED = ("cpu", "job_cpu", "mem_used", "job_mem", "gpu")
 GIB = 2.0**30
 MIB = 2.0**20
 MARGIN = 1.2  # a fifth more than was needed: what to ask for next time
-MAX_FOLDERS = 100  # cgroups of a job that are looked at: steps and their tasks
 KILLED = ("SIGKILL", "exit 137")  # as a command ends that the kernel has killed
 
 # The same words are in the verdicts of master_server.py.
@@ -2289,37 +2304,6 @@ BELOW_PEAK = "memory peak above the highest sample, %.3g GB of %.3g GB"
 MEMORY_PEAK = "memory peak %.3g GB of %.3g GB"
 KERNEL_COUNT = "kernel's count, 1 run, %d samples"
 SAMPLED_COUNT = "sampled, 1 run, %d samples"
-
-
-def read_kills(probe: Probe, job: Dict[str, str]) -> Reading:
-    """Yield how many processes of the job the kernel has killed for want of memory.
-
-    cgroup v2 counts what is below as well (memory.events), v1 in the leaf alone, since Linux
-    4.13; older ones tell only how often the limit was reached (memory.failcnt), which is no kill.
-    """
-    if "memory" not in job:
-        # low 0 / high 0 / max 12 / oom 1 / oom_kill 1
-        text = probe.read("%s/memory.events" % job[""])
-        yield "oom_kill", number(text, "oom_kill ")
-        return
-    yield "failcnt", int(probe.read("%s/memory.failcnt" % job["memory"]))
-    # oom_kill_disable 0 / under_oom 0 / oom_kill 1
-    counts = []
-    for folder in memory_folders(probe, str(job["memory"])):
-        with contextlib.suppress(OSError):  # a step that has just ended
-            text = probe.read("%s/memory.oom_control" % folder)
-            counts.append(number(text, "oom_kill "))
-    yield "oom_kill", sum(counts)
-
-
-def memory_folders(probe: Probe, top: str) -> List[str]:
-    """Return the cgroups of a job: its own, its steps and their tasks."""
-    folders = [top]
-    for folder in folders:
-        for name in probe.names(folder):
-            if name.startswith(("step_", "task_")) and len(folders) < MAX_FOLDERS:
-                folders.append("%s/%s" % (folder, name))
-    return folders
 
 
 def memory_flag(size: float) -> str:
@@ -2331,23 +2315,19 @@ def memory_flag(size: float) -> str:
 class Report(Dict[str, Tuple[float, float, float]]):
     """Sums samples up, {key: (seconds, mean, peak)}; each has the weight of the time it covers.
 
-    count tells what read_kills knows: what has been before the start is none of this report's.
+    before has the kernel's counts as they were: what was killed then is none of this report's.
     """
 
-    def __init__(self, count: Callable[[], Sample] = dict) -> None:
+    def __init__(self, before: Optional[Sample] = None) -> None:
         super().__init__()
-        self.count = count
-        self.before = count()
-        self.seconds = 0.0  # covered by all samples
+        self.before = before or {}
         self.samples = 0
-        self.first_kills: Optional[int] = None  # in a sample, if samples tell
+        self.seconds = 0.0  # covered by all samples
 
     def add(self, sample: Sample, seconds: float) -> None:
         """Count a sample that covers so many seconds."""
-        self.seconds += seconds
         self.samples += 1
-        if self.first_kills is None and "oom_kill" in sample:
-            self.first_kills = int(sample["oom_kill"])
+        self.seconds += seconds
         for key in REPORTED:
             if key in sample:
                 value = float(sample[key])
@@ -2357,8 +2337,7 @@ class Report(Dict[str, Tuple[float, float, float]]):
 
     def lines(self, last: Sample, ended: str = "") -> Iterable[str]:
         """Yield the report for people, a line a subject; last is the last sample."""
-        now = self.count()
-        kills = self.count_kills(now, last)
+        kills = self.risen("oom_kill", last)
         if kills:
             words = "1 process" if kills == 1 else "%d processes" % kills
             yield OUT_OF_MEMORY % words
@@ -2369,8 +2348,8 @@ class Report(Dict[str, Tuple[float, float, float]]):
             yield self.memory_line(last, kills)
         if "gpu" in self:
             yield "GPU mean %.1f %% of %s" % (self["gpu"][1], last.get("gpus"))
-        is_uncounted = "failcnt" in now and "oom_kill" not in now
-        if ended in KILLED and is_uncounted and self.risen("failcnt", now):
+        is_uncounted = "oom_kill" not in last and self.risen("job_mem_failcnt", last)
+        if ended in KILLED and is_uncounted:
             yield "it had reached its memory limit; this kernel counts no kills"
         if "job_mem" in self and "job_mem_limit" in last:
             yield from self.advise_memory(last, kills)
@@ -2378,16 +2357,9 @@ class Report(Dict[str, Tuple[float, float, float]]):
             counted = float(last["job_mem_peak"]) / GIB
             yield "the kernel's peak, with page cache, %.3g GB" % counted
 
-    def count_kills(self, now: Sample, last: Sample) -> int:
-        """Return how many processes the kernel has killed since the start, as far as is known."""
-        kills = self.risen("oom_kill", now)
-        if self.first_kills is not None:
-            kills = max(kills, int(last.get("oom_kill", 0)) - self.first_kills)
-        return kills
-
-    def risen(self, key: str, now: Sample) -> int:
+    def risen(self, key: str, last: Sample) -> int:
         """Return by how much a counter has risen since the start; 0 without one."""
-        return max(0, int(now.get(key, 0)) - int(self.before.get(key, 0)))
+        return max(0, int(last.get(key, 0)) - int(self.before.get(key, 0)))
 
     def memory_line(self, last: Sample, kills: int) -> str:
         in_job = "job_mem" in self
@@ -2476,8 +2448,7 @@ class Agent:
         self.sampler = sampler
         self.link = link
         self.parts = Parts(sampler, attached=bool(args.lifeline))
-        job = sampler.job
-        self.report = Report(lambda: collect([lambda: read_kills(sampler.probe, job)]))
+        self.report = Report(collect([sampler.read_job_events]))
         self.ending = ""  # why it ends, once it does
         self.signals: List[int] = []
         self.command: Any = None

@@ -5,11 +5,13 @@
                         `-> alerts: log, --alert-command, --notify
 
 Run it on the login node or on your laptop, start agent.py where there is work, and open the
-address that it prints.  It needs Python 3.8 or newer, and writes no file but a secret that you
-ask for.  Three processes: this one supervises, the collector has one thread for each agent, and
-the dashboard answers browsers.  Either of the two is started again when it dies.
+address that it prints.  It needs Python 3.8 or newer, and writes no file but records of the
+jobs that it watches, and a secret that you ask for.  Its processes: this one supervises, the
+collector has one thread for each agent, the dashboard answers browsers, and the recorder keeps
+the records.  Each of these is started again when it dies.
 
-Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP, 1 could not start, 2 bad usage.
+Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP, 1 could not start, 2 bad usage;
+of --explain: 0 fine, 1 advice, 2 problem, 3 died, 4 no record of such a job.
 """
 
 # The rooms of this file, in their order.  A room uses the rooms above it, and none below.
@@ -859,14 +861,13 @@ PAGE = 16384  # the largest page of a common system, in bytes
 FOLDER = "/dev/shm/"  # where Linux shows segments as files
 
 MAGIC = b"SENTINEL"
-LAYOUT = 5  # to be changed with any of these structs; see the docstring of Table
+LAYOUT = 6  # to be changed with any of these structs; see the docstring of Table
 SLOT = struct.Struct("i64sff")  # native, as the plan has it: 76 bytes, no padding
 DETAIL = struct.Struct("=dd64s" + "".join(m.code for m in DETAILS))
 EVENT = struct.Struct("=d12s64s24s32s64sdd256s")
 JOB = struct.Struct("=d" + "".join(code for _, code in JOB_FACTS))
-VERDICT = struct.Struct(
-    "=24sd12s%ds" % VERDICT_BYTES
-)  # raw job id, time, severity, JSON
+# raw job id, time, number of the change that wrote it, severity, JSON
+VERDICT = struct.Struct("=24sdQ12s%ds" % VERDICT_BYTES)
 PART_HEAD = struct.Struct("=iBd")  # slot, kind + 1 (0: free), seen
 PART_BODIES = {
     kind: struct.Struct("=" + "".join(code for _, code in fields))
@@ -875,7 +876,7 @@ PART_BODIES = {
 PART_SIZE = PART_HEAD.size + max(body.size for body in PART_BODIES.values())
 PAST_HEAD = struct.Struct("=QQ")  # written ever, and of these taken
 PAST_ROW = struct.Struct("=d64s24s%dd" % len(PAST_KEYS))  # time, node, job
-NOTES = struct.Struct("=QQQQ128sQQQ")
+NOTES = struct.Struct("=QQQQ128sQQQQ")
 HEADER = struct.Struct("=8sIIqq")
 SEQUENCE = struct.Struct("=Q")
 COUNTS = struct.Struct("=QQdQ")
@@ -1088,7 +1089,7 @@ class Snapshot:
         self.events = read_ring(copy.events, copy.counts.events)
         self.left = self.events
         notes = NOTES.unpack(copy.notes)
-        _, left_out, turned_away, lately, why, _, parts_left_out, _ = notes
+        _, left_out, turned_away, lately, why, _, parts_left_out, _, _ = notes
         self.jobs_left_out = left_out
         self.parts_left_out = parts_left_out  # looks that there was no room for
         self.turned_away = turned_away
@@ -1126,6 +1127,8 @@ class Snapshot:
         """What Slurm says of each job that is not forgotten: dicts with JOB_KEYS."""
         jobs = []
         for seen, *row in JOB.iter_unpack(self.job_rows):
+            if not row[0][0]:
+                continue  # there is none in this place
             job: Message = dict(zip(JOB_KEYS, map(from_field, row)))
             if job["job"] is None:
                 continue
@@ -1146,7 +1149,7 @@ class Snapshot:
     def verdicts(self) -> Dict[str, List[Message]]:
         """What is judged of each job, by its raw id, the worst first: see Verdict."""
         judged = {}
-        for raw, _, severity, text in VERDICT.iter_unpack(self.verdict_rows):
+        for raw, _, _, severity, text in VERDICT.iter_unpack(self.verdict_rows):
             if severity.strip(b"\0"):
                 judged[str(from_field(raw))] = json.loads(text.rstrip(b"\0"))
         return judged
@@ -1204,9 +1207,10 @@ class Table:
                     parts     PARTS x PART_SIZE   PART_HEAD, then PART_FIELDS of its kind
                     past      PAST_HEAD           readings so far, and those the recorder has taken
                               PAST x PAST_ROW     a ring: reading n is in row n % PAST
-        size - 256  NOTES     1 once the table has moved, jobs there was no room for,
+        size - 264  NOTES     1 once the table has moved, jobs there was no room for,
                               agents turned away, lately, and why; part rows to look at,
-                              looks there was no room for, changes of verdicts so far
+                              looks there was no room for, changes of verdicts so far,
+                              and of these those that were told
         size - 72   HEADER    magic, layout, capacity, the master's pid and its start time
         size - 40   SEQUENCE  odd while a write is under way
         size - 32   COUNTS    events and samples so far, the collector's heartbeat, slots to look at
@@ -1504,8 +1508,8 @@ class Table:
         refused = (turned_away, turned_away_lately, why.encode())
         with self:
             COUNTS.pack_into(self.buf, self.counts_at, self.events, samples, now, used)
-            changes = NOTES.unpack_from(self.buf, self.notes_at)[-1]
-            parts = (self.parts_used, self.parts_left_out, changes)
+            changes, told = NOTES.unpack_from(self.buf, self.notes_at)[-2:]
+            parts = (self.parts_used, self.parts_left_out, changes, told)
             notes = (0, self.jobs_left_out) + refused + parts
             NOTES.pack_into(self.buf, self.notes_at, *notes)
 
@@ -1615,21 +1619,33 @@ class Table:
             self.lock.release()
         job = raw.encode()[:24].ljust(24, b"\0")
         best = (True, math.inf, -1)  # not its own, when, place
-        for place, (owner, when, _, _) in enumerate(VERDICT.iter_unpack(rows)):
+        for place, (owner, when, _, _, _) in enumerate(VERDICT.iter_unpack(rows)):
             best = min(best, (owner != job, when, place))
         place = best[2]
-        row = (job, time.time(), severity.encode(), text.encode())
         with self:
+            notes = list(NOTES.unpack_from(self.buf, self.notes_at))
+            notes[-2] += 1
+            NOTES.pack_into(self.buf, self.notes_at, *notes)
+            row = (job, time.time(), notes[-2], severity.encode(), text.encode())
             at = self.verdicts_at + place * VERDICT.size
             VERDICT.pack_into(self.buf, at, *row)
-            notes = list(NOTES.unpack_from(self.buf, self.notes_at))
-            notes[-1] += 1
-            NOTES.pack_into(self.buf, self.notes_at, *notes)
 
     def verdict_changes(self) -> int:
         """How often verdicts have been written: a look at the copy is worth it when it grows."""
-        changes: int = NOTES.unpack_from(self.buf, self.notes_at)[-1]
+        changes: int = NOTES.unpack_from(self.buf, self.notes_at)[-2]
         return changes
+
+    def verdicts_told(self) -> int:
+        """The last change of verdicts that the collector has told of."""
+        told: int = NOTES.unpack_from(self.buf, self.notes_at)[-1]
+        return told
+
+    def note_told(self, changes: int) -> None:
+        """Note up to which change of verdicts all has been told: for the collector."""
+        with self:
+            notes = list(NOTES.unpack_from(self.buf, self.notes_at))
+            notes[-1] = changes
+            NOTES.pack_into(self.buf, self.notes_at, *notes)
 
     def add_event(
         self, kind: str, text: str, node: str, row: Row = UNKNOWN, address: str = ""
@@ -1731,12 +1747,13 @@ RULE = re.compile(
 class Alert(NamedTuple):
     """What --alert-command is told, as SENTINEL_EVENT and so on."""
 
-    event: str  # alert or lost
+    event: str  # alert, lost, problem or died
     node: str
     job: str
     metric: str
     value: Union[float, str]
     threshold: Union[float, str]
+    text: str  # what the log says
 
 
 class Rule(NamedTuple):
@@ -1829,7 +1846,7 @@ def judge(
 class Event(NamedTuple):
     """What there is to tell of a node: in the ring and the log, by a command."""
 
-    kind: str  # connected, finished, lost, alert, resolved or flapping
+    kind: str  # connected, finished, lost, alert, resolved, flapping, problem or died
     node: str
     row: Row  # the node's last sample, KEPT of it at least
     address: str
@@ -1844,6 +1861,8 @@ class Event(NamedTuple):
     def subject(self) -> str:
         """The node, and its job if it has one."""
         job = self.job()
+        if not self.node:
+            return "job %s" % job
         return "%s (job %s)" % (self.node, job) if job else self.node
 
 
@@ -2102,6 +2121,7 @@ SILENT_SECONDS = 5.0  # and one of several that go on
 MAX_NUMBER = 1e18  # no reading is larger; what claims to be is unknown
 MAX_LISTED = 4  # names in a sentence
 MAX_CPUS = 8192  # of one node, as CONFIG_NR_CPUS has it at most on x86
+MAX_CPU_LIST = 90  # characters: a longer list of CPUs may have been cut
 GIB = 2.0**30
 MIB = 2.0**20
 IDLE_CPUS = 0.1  # CPUs in use, and less, are none
@@ -2176,11 +2196,12 @@ FACT_TEXTS = [key for key, code in JOB_FACTS if code.endswith("s")]
 FACT_TEXTS += ["cancelled_by", "derived_exit", "failed_step"]
 RANK_TEXTS = ("part", "program", "cpus", "on", "state", "wchan", "gpu", "step")
 GPU_TEXTS = ("part", "uuid", "name", "throttle", "mig", "error")
-# the curves that checks look at
-CURVES = {"cpu", "job_cpu", "job_mem", "job_read", "job_write", "gpu", "gpu_min"}
-CURVES |= {"disk_read", "disk_write", "net_rx", "net_tx", "psi_io", "psi_mem"}
-CURVES |= {key for key, _, _ in FILESYSTEMS}
-MAX_POINTS = 130  # of such a curve: twenty minutes and more
+# the curves that checks look at, and how many of their last points; of job_mem all, for the peak
+CURVES = dict.fromkeys(("job_cpu", "gpu", "gpu_min"), 130)
+CURVES.update(dict.fromkeys(("job_read", "job_write", "psi_io", "psi_mem"), 40))
+CURVES.update(dict.fromkeys(("disk_read", "disk_write", "net_rx", "net_tx"), 40))
+CURVES.update({key: 10 for key, _, _ in FILESYSTEMS})
+CURVES.update(cpu=10, job_mem=0)
 POSITIVE = ("job_cpus", "job_mem_limit", "cpus", "mem_total", "job_time_limit")
 
 Figures = Dict[str, Any]  # what fills the words of a check
@@ -2300,7 +2321,7 @@ def judge_check(case: "Case", check: Check) -> List[Verdict]:
             Verdict(
                 figures.get("severity", check.severity),
                 check.what.format(**figures),
-                check.proof.format(**figures),
+                check.proof.format(**figures).rstrip("; "),
                 check.cure.format(**figures),
                 check.name,
             )
@@ -2373,10 +2394,8 @@ def clean_curve(points: Any, now: float) -> Curve:
 
 
 def latest(points: Any, key: str) -> Any:
-    """What is looked at of a curve; of memory it is all, for the peak."""
-    if key == "job_mem" or not isinstance(points, list):
-        return points
-    return points[-MAX_POINTS:]
+    """What is looked at of a curve."""
+    return points[-CURVES[key] :] if isinstance(points, list) else points
 
 
 def clean_odd_curve(points: Any, end: float) -> Curve:
@@ -2400,7 +2419,7 @@ def clean_node(node: NodeEvidence, now: float) -> NodeEvidence:
         clean_dict(node.sample, TEXTS),
         {
             key: clean_curve(latest(curves[key], key), now)
-            for key in CURVES & set(curves)
+            for key in CURVES.keys() & curves
         },
         clean_dicts(node.ranks, RANK_TEXTS),
         clean_dicts(node.gpus, GPU_TEXTS),
@@ -2413,7 +2432,9 @@ def clean_node(node: NodeEvidence, now: float) -> NodeEvidence:
 def parse_cpu_list(text: Any) -> Set[int]:
     """0-3,8 -> {0, 1, 2, 3, 8}, as Cpus_allowed_list of proc(5) has it; empty for no such text."""
     cpus: Set[int] = set()
-    if not isinstance(text, str) or not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+    if not isinstance(text, str) or len(text) > MAX_CPU_LIST:
+        return cpus
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
         return cpus
     for part in text.split(","):
         first, _, last = part.partition("-")
@@ -2584,6 +2605,9 @@ class Case:
             told = ", ".join(str(detail) for detail in details if detail)
             told = " (%s)" % told if told else ""
             words.append("Slurm says %s%s" % (self.state, told))
+        derived = self.facts.get("derived_exit", "0:0")
+        if derived not in ("0:0", self.facts.get("exit")):
+            words.append("its worst step ended with %s" % derived)
         return "; ".join(words)
 
     def describe(self) -> str:
@@ -2592,9 +2616,9 @@ class Case:
             return "it waits: %s" % self.facts.get("reason", "Slurm has told no reason")
         if not self.nodes:
             return "no node of it has sent a sample"
-        points = max(len(node.curves.get("cpu", ())) for node in self.nodes)
-        points = max([points] + [len(c) for n in self.nodes for c in n.curves.values()])
-        return "%s, %d samples of each" % (count_words(len(self.nodes), "node"), points)
+        longest = max(len(node.curves.get("job_mem", ())) for node in self.nodes)
+        words = count_words(len(self.nodes), "node")
+        return "%s, %d samples of each" % (words, longest) if longest else words
 
 
 def lasting(
@@ -2906,12 +2930,20 @@ def find_few_cpus(
                 own = "%d CPUs" % total
                 yield {
                     "threads": count_words(threads, "thread"),
-                    "ranks": " of rank %s" % range_words(numbers) if numbers else "",
+                    "ranks": ranks_words(numbers),
                     "cpu": "CPU" if count == 1 else "CPUs",
                     "allowed": range_words(allowed_cpus),
                     "node": node.name,
                     "own": range_words(node.cpus) if node.cpus else own,
                 }
+
+
+def ranks_words(numbers: List[int]) -> str:
+    """ " of ranks 0-3"; "" for processes that are no ranks."""
+    if not numbers:
+        return ""
+    noun = "rank" if len(set(numbers)) == 1 else "ranks"
+    return " of %s %s" % (noun, range_words(numbers))
 
 
 def leaves_cpus_idle(node: NodeEvidence, least: float, percent: float) -> bool:
@@ -3021,7 +3053,7 @@ def find_idle_gpus(
         "cure": "srun --jobid=%s --overlap --pty nvidia-smi  # does the program find them?"
         % case.job
         if are_all
-        else "does the program know of more than one GPU? else #SBATCH --gres=gpu:%d"
+        else "--gres=gpu:%d  # or does the program know of more than one GPU?"
         % max(1, (total - len(times)) // len(nodes)),
     }
 
@@ -3080,7 +3112,7 @@ def find_slowed_gpus(
     for node in nodes:
         for gpu in node.gpus:
             reason = str(gpu.get("throttle", "")).lower()
-            is_harmful = re.search(r"thermal|slowdown|brake", reason)
+            is_harmful = re.search(r"heat|thermal|slowdown|brake", reason)
             if is_harmful and gpu.get("gpu", 0) >= 50 and "index" in gpu:
                 heat = ", %d °C" % gpu["temp"] if "temp" in gpu else ""
                 yield {
@@ -3378,7 +3410,7 @@ def find_silent_nodes(
         "time": clock_words(first, "%H:%M:%S"),
         "ago": time_words(case.now - first),
         "rest": rest,
-        "live": "%s still send" % list_words(live) if live else "no other node sends",
+        "live": "still sending: %s" % list_words(live) if live else "no other sends",
     }
 
 
@@ -3622,7 +3654,7 @@ def find_signal(
         full = full_shared_memory(case)
         if full:
             meaning = "its shared memory had no room: %s" % full
-            cure = "rm what is yours in /dev/shm, or --mem for more of it"
+            cure = "ls -l /dev/shm  # remove what is yours, or ask for more --mem"
     if ending.signal == "SIGILL" and ending.node:
         meaning += " than %s has" % ending.node
     yield death(
@@ -3870,7 +3902,7 @@ CHECKS: Tuple[Check, ...] = (
         find=find_serial,
         what="1 of {cpus} CPUs of {nodes} at work for {time}",
         proof="as much as one thread can, and no more: the program is serial, or bound to one CPU",
-        cure="--cpus-per-task=1, or if it can use threads:"
+        cure="--cpus-per-task=1  # or, if it can use threads:"
         ' export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"',
         source="JDS, serial_allocating_multiple: efficiency / (100 % / CPUs) >= 0.85",
     ),
@@ -5214,6 +5246,7 @@ class Collector:
         self.runner: Optional[CommandRunner] = None
         if options.alert_command:
             self.runner = CommandRunner(options.alert_command)
+        self.judged = Judged(table)
         self.news: Optional[News] = None
         if options.notify:
             self.news = News(Notifier(options.notify))
@@ -5253,6 +5286,7 @@ class Collector:
         self.announce(*self.flapping.settled())
         self.forget_lost()
         self.pinning.look()
+        self.announce(*self.judged.look(self.table))
         if self.news:
             self.news.look(self.table)
         return BEAT_SECONDS if self.slots else IDLE_BEAT_SECONDS
@@ -5539,7 +5573,7 @@ class Collector:
         if self.news and (event.kind != "lost" or self.options.lost):
             self.news.tell_event(event)
         is_lost = event.kind == "lost" and self.options.lost
-        if event.kind != "alert" and not is_lost:
+        if event.kind not in ("alert", "problem", "died") and not is_lost:
             log.info("%s %s: %s", event.kind, event.subject(), event.text)
             return
         log.critical(
@@ -5551,15 +5585,70 @@ class Collector:
         )
         if self.runner:
             rule = event.rule
-            metric = rule.metric if rule else "lost"
+            metric = rule.metric if rule else event.kind
             threshold: Union[float, str] = rule.threshold if rule else ""
             facts = (event.kind, event.node, event.job(), metric)
-            self.runner.post(Alert(*facts, event.value, threshold))
+            self.runner.post(Alert(*facts, event.value, threshold, event.text))
 
     def tell_refusal(self, source: str, reason: str) -> None:
         """One event for one or many refusals of a source."""
         log.warning("refused %s: %s", source, reason)
         self.table.add_event("refused", reason, source)
+
+
+class Judged:
+    """Picks from the verdicts what has become a problem or a death: each is told once.
+
+    How far they were told is noted in the table: a collector that starts again goes on there.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self.told: Set[Tuple[str, str, str]] = set()  # raw id, severity, rule
+        self.changes = table.verdicts_told()
+        rows = VERDICT.iter_unpack(table.snapshot().verdict_rows)
+        old = [row for row in rows if row[2] <= self.changes]
+        for raw, _, _, severity, text in old:
+            if severity.strip(b"\0"):
+                for verdict in json.loads(text.rstrip(b"\0")):
+                    self.told.add(key_of_verdict(str(from_field(raw)), verdict))
+
+    def look(self, table: Table) -> List[Event]:
+        """What is new since the last look."""
+        changes = table.verdict_changes()
+        if changes == self.changes:
+            return []
+        self.changes = changes
+        events = self.pick(table.snapshot())
+        table.note_told(changes)
+        return events
+
+    def pick(self, view: Snapshot) -> List[Event]:
+        """What of the verdicts is new."""
+        names = {job["raw"]: job["job"] for job in view.jobs}
+        events = []
+        known = set()
+        for raw, verdicts in view.verdicts.items():
+            for verdict in verdicts:
+                severity = verdict["severity"]
+                key = key_of_verdict(raw, verdict)
+                known.add(key)
+                if severity in ("problem", "died") and key not in self.told:
+                    words = words_of_verdict(verdict)
+                    events.append(event_of_job(severity, names.get(raw, raw), words))
+        self.told = known
+        return events
+
+
+def key_of_verdict(raw: str, verdict: Message) -> Tuple[str, str, str]:
+    """What makes a verdict another one: the job, its severity and the rule."""
+    return raw, str(verdict["severity"]), str(verdict["rule"])
+
+
+def event_of_job(kind: str, job: str, words: str) -> Event:
+    """An event of a job as a whole."""
+    row = list(UNKNOWN)
+    row[INDEX["job"]] = job.encode()
+    return Event(kind, "", tuple(row), "", words)
 
 
 def add_part(peer: Peer, message: Message) -> None:
@@ -6691,7 +6780,9 @@ thead th,
   color: var(--bad);
 }
 .lost,
-.alert {
+.alert,
+.problem,
+.died {
   font-weight: 700;
 }
 
@@ -7146,6 +7237,7 @@ PAGE_HTML = """\
     <h1>{title}</h1>{notice}
     {parts}
     <footer>
+      <a href="./jobs">Jobs of the past</a>
       <a href="./nodes.txt">Text</a>
       <a href="./nodes.csv">CSV</a>
       <a href="./api/nodes">JSON</a>
@@ -7161,6 +7253,8 @@ NOTICE_HTML = """
     <p><strong>{text}</strong></p>"""
 ALL_NODES_LINK_HTML = """
     <p><a href="./">All nodes</a></p>"""
+RECORD_LINK_HTML = """
+    <p><a href="{href}">From its start until now</a></p>"""
 EMPTY_HTML = """
     <section>
       <p>No agents yet: run on the node that you want to see</p>
@@ -7229,6 +7323,7 @@ LINK_CELL_HTML = '<td><a href="{href}">{text}</a></td>'
 NODE_CELL_HTML = (
     '<th scope="row" class="w"><a href="{href}">{name}</a>{marks}</th>'  # of its row
 )
+NO_NODE_CELL_HTML = '<th scope="row" class="w">-</th>'
 MARK_HTML = '<b class="bad"> \u26a0\xa0{mark}</b>'
 PERCENT_CELL_HTML = (
     '<td class="n">{text}'
@@ -7909,6 +8004,8 @@ def draw_percent(column: "Column", row: Message, site: Site) -> Html:
 
 def draw_node(column: "Column", row: Message, site: Site) -> Html:
     """The node's name, a link to its page, with the marks that it has."""
+    if not name_of(row):  # what happened to a job as a whole
+        return fill(NO_NODE_CELL_HTML)
     marks = [fill(MARK_HTML, mark=mark) for mark in row.get("marks", ())]
     return fill(NODE_CELL_HTML, href=path_of(row), name=name_of(row), marks=marks)
 
@@ -8238,6 +8335,7 @@ class Page:
         return self.whole(
             title.strip(),
             fill(ALL_NODES_LINK_HTML),
+            self.record_link(job),
             self.known_table("jobs", "Job", JOB_COLUMNS, [row]),
             self.known_table("verdicts", "Verdicts", VERDICT_COLUMNS, verdicts),
             self.known_table("nodes", "Nodes", COLUMNS, rows),
@@ -8249,6 +8347,12 @@ class Page:
             self.known_table("events", "Events", NODE_EVENT_COLUMNS, events),
             root="../",
         )
+
+    def record_link(self, job: Message) -> Optional[Html]:
+        """The way to what is recorded of a job, if anything is."""
+        if not getattr(self.site.options, "record", None):
+            return None
+        return fill(RECORD_LINK_HTML, href=named_path("record", job["job"]))
 
     def cpu_rows(self, rows: List[Message]) -> List[Message]:
         """A row for each node that tells of its CPUs."""
@@ -8949,6 +9053,9 @@ svg text {
   fill: var(--cpu);
   stroke: none;
 }
+#jobs .w {
+  min-width: 18rem;
+}
 .verdicts {
   list-style: none;
   margin: 0 0 1.4rem;
@@ -9078,6 +9185,12 @@ JOBS_FORM_HTML = """
     </form>"""
 JOBS_LINKS_HTML = """
     <p><a href="{csv}">CSV</a> <a href="{json}">JSON</a></p>"""
+BARS_HTML = (
+    '<td><svg class="line" viewBox="0 0 {width} 100" preserveAspectRatio="none"'
+    ' role="img" aria-label="{words}"><path class="cell" d="{path}"/></svg></td>'
+)
+RUNS_LINK_HTML = """
+    <p><a href="../runs?{query}">All runs of {name}</a></p>"""
 COMPARE_FORM_HTML = """
     <form action="{root}compare">
       <input type="hidden" name="a" value="{job}">
@@ -9100,6 +9213,12 @@ MAP_LEVELS = 10  # shades
 MAX_MARKS = 40  # events in a chart
 MAX_ROWS = 500  # of a table in a report
 JOBS_PAGE = 200  # jobs on a page
+MIN_RUNS = 3  # that advice on many runs rests upon, at least
+SUFFICES = 0.995  # the share of runs that what is advised would have sufficed for
+RUNS_TIME_MARGIN = 1.2  # of the time that so many runs took
+CPU_SLACK = 0.1  # of a CPU: what is busy beside the program itself
+SPREAD_BARS = 20
+MAX_WHERE = 8  # nodes and jobs that are named of a kind of failure
 MEMORY_MARGIN = 1.2  # of the peak, to ask for ...
 TIME_MARGIN = 1.5  # ... and of the time that one run took
 TIME_STEPS = (  # seconds between two marks of a time axis
@@ -9306,11 +9425,12 @@ def draw_axes(key: str, axis: Axis, top: float, step: float) -> Html:
 
 
 def time_texts(axis: Axis, y: int) -> List[Html]:
-    """The words below a time axis."""
-    return [
-        fill(TEXT_SVG, x="%.0f" % x, y=y, anchor="middle", text=text)
-        for x, text in axis.marks()
-    ]
+    """The words below a time axis; the last ones end where the axis does."""
+    texts = []
+    for x, text in axis.marks():
+        anchor = "end" if x > CHART_RIGHT - CHART_TOP else "middle"
+        texts.append(fill(TEXT_SVG, x="%.0f" % x, y=y, anchor=anchor, text=text))
+    return texts
 
 
 def draw_band(series: Series, piece: List[Band], axis: Axis, top: float) -> Html:
@@ -9438,11 +9558,17 @@ def draw_date(column: Column, row: Message, site: Site) -> Html:
     return fill(CELL_HTML, kind=column.align, content=render_date(row.get(column.key)))
 
 
+def draw_moment(column: Column, row: Message, site: Site) -> Html:
+    """A day and a time, to the second."""
+    text = time.strftime("%F %T", time.localtime(row[column.key]))
+    return fill(CELL_HTML, kind=column.align, content=text)
+
+
 def render_date(when: Optional[float]) -> str:
     """A day and a time for people."""
     if not when:
         return "-"
-    return time.strftime("%F %T", time.localtime(when))
+    return time.strftime("%F %R", time.localtime(when))
 
 
 def draw_record(column: Column, row: Message, site: Site) -> Html:
@@ -9461,9 +9587,15 @@ def draw_worst(column: Column, row: Message, site: Site) -> Html:
 def verdict_words(summary: Message) -> str:
     """The worst verdict on a job in a line."""
     words = SEVERITY_WORDS[severity_of(summary)]
-    verdicts = summary["verdicts"] or []
-    if verdicts and verdicts[0].get("what") != "fine":
-        return "%s: %s" % (words, verdicts[0].get("what"))
+    severity = severity_of(summary)
+    for verdict in summary["verdicts"] or ():
+        if verdict.get("severity") == severity and verdict.get("what") != "fine":
+            return "%s: %s" % (words, verdict.get("what"))
+    if severity == "died":
+        return "%s: %s" % (
+            words,
+            " ".join(filter(None, (summary["state"], summary["exit"]))),
+        )
     return words
 
 
@@ -9494,12 +9626,12 @@ RECORD_COLUMNS = (
     Column("cpu", "CPU", RIGHT, draw_percent),
     Column("gpu", "GPU", RIGHT, draw_percent),
     Column("peak", "Peak memory", RIGHT, AS_BYTES),
-    Column("mem", "Asked for", RIGHT),
+    Column("mem", "Memory asked for", RIGHT),
     Column("start", "Started", LEFT, draw_date),
     Column("end", "Ended", LEFT, draw_date),
 )
 USE_COLUMNS = (
-    Column("what", ""),
+    Column("what", "What"),
     Column("asked", "Asked for", RIGHT),
     Column("got", "Got", RIGHT),
     Column("used", "Used", RIGHT),
@@ -9536,13 +9668,13 @@ RUN_GPU_COLUMNS = (
     Column("temp", "Temperature, most", RIGHT),
 )
 RUN_EVENT_COLUMNS = (
-    Column("time", "Time", LEFT, draw_date),
+    Column("time", "Time", LEFT, draw_moment),
     KIND,
     Column("node", "Node"),
     WHAT,
 )
 COMPARE_COLUMNS = (
-    Column("what", ""),
+    Column("what", "What"),
     Column("a", "A", RIGHT),
     Column("b", "B", RIGHT),
     Column("words", "B against A", WRAPPED),
@@ -9940,6 +10072,11 @@ def render_record_page(view: Snapshot, query: Query, site: Site) -> str:
         return ""
     summary = summarize(record)
     parts = job_parts(record, summary)
+    for field, key in (("array", "array"), ("name", "job_name")):
+        name = summary[key]
+        if name:
+            link_query = urllib.parse.urlencode({field: name})
+            parts.append(fill(RUNS_LINK_HTML, query=link_query, name=name))
     parts.append(fill(COMPARE_FORM_HTML, root="../", job=record.job))
     return render_document(title_of(summary), parts, "../", "")
 
@@ -10181,6 +10318,197 @@ def difference_words(one: Any, other: Any) -> str:
     return "%.0f %% %s" % (abs(ratio - 1) * 100, "more" if ratio > 1 else "less")
 
 
+# ---- many runs of the same: an array, or jobs of one name
+
+
+class Spread(NamedTuple):
+    """How the values of many runs are spread."""
+
+    runs: int
+    least: float
+    median: float
+    high: float  # nine of ten are not above
+    most: float
+    bars: List[
+        int
+    ]  # runs in each of SPREAD_BARS equal parts from the least to the most
+
+
+def spread_of(values: Sequence[Optional[float]]) -> Optional[Spread]:
+    """The spread of the values that are known; None if there are none."""
+    known = sorted(value for value in values if value is not None)
+    if not known:
+        return None
+    least, most = known[0], known[-1]
+    bars = [0] * SPREAD_BARS
+    for value in known:
+        share = (value - least) / (most - least) if most > least else 0.0
+        bars[min(SPREAD_BARS - 1, int(share * SPREAD_BARS))] += 1
+    return Spread(
+        len(known), least, quantile(known, 0.5), quantile(known, 0.9), most, bars
+    )
+
+
+def quantile(known: Sequence[float], share: float) -> float:
+    """The smallest of the sorted values that is not below so large a share of them."""
+    return known[max(0, math.ceil(share * len(known)) - 1)]
+
+
+def busy_cpus(job: Message) -> Optional[float]:
+    """How many CPUs a run kept busy, in the mean."""
+    if job["cpu"] is None or not job["got_cpus"]:
+        return None
+    return float(job["cpu"] * job["got_cpus"] / 100)
+
+
+def advise(jobs: Sequence[Message]) -> List[Tuple[str, str]]:
+    """What to ask for next time, and what that rests upon: (line, words); by three runs or more.
+
+    Only runs that completed count: one that was killed shows how much it got, not what it needs.
+    """
+    done = [job for job in jobs if job["state"] == "COMPLETED"]
+    advice = []
+    peaks = sorted(job["peak"] for job in done if job["peak"])
+    if len(peaks) >= MIN_RUNS:
+        wanted = MEMORY_MARGIN * quantile(peaks, SUFFICES) / 2**20
+        mebibytes = int(-(-wanted // 64)) * 64
+        enough = sum(peak <= mebibytes * 2**20 for peak in peaks)
+        size = "%dM" % mebibytes if mebibytes % 1024 else "%dG" % (mebibytes // 1024)
+        words = "the largest peak was %s" % render_value("mem", peaks[-1])
+        advice.append(("#SBATCH --mem=" + size, suffice_words(enough, peaks, words)))
+    times = sorted(job["ran"] for job in done if job["ran"])
+    if len(times) >= MIN_RUNS:
+        wanted = RUNS_TIME_MARGIN * quantile(times, SUFFICES)
+        line = "#SBATCH --time=" + slurm_time(wanted)
+        words = "the longest took %s" % render_value("ran", times[-1])
+        enough = sum(seconds <= wanted for seconds in times)
+        advice.append((line, suffice_words(enough, times, words)))
+    busy = sorted(filter(None, map(busy_cpus, done)))
+    if len(busy) >= MIN_RUNS:
+        wanted = max(1, math.ceil(quantile(busy, SUFFICES) - CPU_SLACK))
+        got = max(job["got_cpus"] for job in done if job["got_cpus"])
+        names = max(len(job["names"]) for job in done)
+        if wanted < got and names == 1:
+            words = "%d runs kept at most %.1f of %d CPUs busy"
+            line = "#SBATCH --cpus-per-task=%d" % wanted
+            advice.append((line, words % (len(busy), busy[-1], got)))
+    return advice
+
+
+def suffice_words(enough: int, known: Sequence[float], words: str) -> str:
+    """For how many runs it would have sufficed."""
+    return "would have sufficed for %d of %d runs; %s" % (enough, len(known), words)
+
+
+def failure_rows(jobs: Sequence[Message]) -> List[Message]:
+    """Runs that did not complete, by how they ended and where."""
+    groups: Dict[str, List[Message]] = {}
+    for job in jobs:
+        if job["state"] in ENDED_STATES and job["state"] != "COMPLETED":
+            cause = " ".join(filter(None, (job["state"], job["exit"])))
+            groups.setdefault(cause, []).append(job)
+    rows = []
+    for cause, failed in sorted(groups.items(), key=lambda item: -len(item[1])):
+        nodes = collections.Counter(name for job in failed for name in job["names"])
+        where = ["%s (%d)" % pair for pair in nodes.most_common(MAX_WHERE)]
+        which = [job["job"] for job in failed[:MAX_WHERE]]
+        more = ["..."] if len(failed) > MAX_WHERE else []
+        rows.append(
+            {
+                "cause": cause,
+                "count": len(failed),
+                "where": ", ".join(where) or None,
+                "which": ", ".join(which + more),
+            }
+        )
+    return rows
+
+
+def spread_rows(jobs: Sequence[Message]) -> List[Message]:
+    """A row for memory, time and CPUs of many runs."""
+    rows = []
+    for what, written, values in (
+        ("Peak memory of a node", "mem", [job["peak"] for job in jobs]),
+        ("Time", "ran", [job["ran"] for job in jobs]),
+        ("CPUs busy", "load1", [busy_cpus(job) for job in jobs]),
+    ):
+        spread = spread_of(values)
+        if spread is None:
+            continue
+        row: Message = {"what": what, "count": spread.runs, "bars": spread.bars}
+        for key in ("least", "median", "high", "most"):
+            row[key] = render_value(written, getattr(spread, key))
+        rows.append(row)
+    return rows
+
+
+def draw_bars(column: Column, row: Message, site: Site) -> Html:
+    """A row of bars; in words: how many runs each stands for."""
+    top = max(row["bars"])
+    path = ""
+    for place, count in enumerate(row["bars"]):
+        height = 100 * count / top
+        path += "M%d 100v-%.1fh8v%.1fz" % (10 * place, height, height)
+    words = "runs from the least to the most: %s" % ", ".join(map(str, row["bars"]))
+    return fill(BARS_HTML, width=10 * len(row["bars"]), path=path, words=words)
+
+
+SPREAD_COLUMNS = (
+    Column("what", "What"),
+    Column("count", "Runs", RIGHT, AS_COUNT),
+    Column("least", "Least", RIGHT),
+    Column("median", "Median", RIGHT),
+    Column("high", "90 %", RIGHT),
+    Column("most", "Most", RIGHT),
+    Column("bars", "How many", LEFT, draw_bars),
+)
+FAILURE_COLUMNS = (
+    Column("cause", "How it ended"),
+    Column("count", "Runs", RIGHT, AS_COUNT),
+    Column("where", "On nodes", WRAPPED),
+    Column("which", "Jobs", WRAPPED),
+)
+
+
+def runs_asked_for(view: Snapshot, query: Query, site: Site) -> List[Message]:
+    """The runs of an array, or of a name and a user."""
+    keys = {"array": "array", "name": "job_name", "user": "user"}
+    wanted = {keys[key]: query[key] for key in keys if query.get(key)}
+    if not set(wanted) & {"array", "job_name"}:
+        return []
+    return [
+        job
+        for job in select_jobs(view, {}, site)
+        if all(job[key] == value for key, value in wanted.items())
+    ]
+
+
+def render_runs_page(view: Snapshot, query: Query, site: Site) -> str:
+    """The page of many runs of the same; "" if there are none."""
+    jobs = runs_asked_for(view, query, site)
+    if not jobs:
+        return ""
+    counts = collections.Counter(job["state"] or "UNKNOWN" for job in jobs)
+    words = ["%d %s" % (count, state.lower()) for state, count in counts.most_common()]
+    done = [job for job in jobs if job["state"] in ENDED_STATES]
+    advice = advise(done)
+    lines = "\n".join(line for line, _ in advice)
+    why = "; ".join("%s %s" % (line.split("--")[1], words) for line, words in advice)
+    paste = fill(PASTE_HTML, lines=lines, why=why)
+    if not advice:
+        text = "That takes %d runs that completed, with samples." % MIN_RUNS
+        paste = fill(PARAGRAPH_HTML, text=text)
+    title = "Runs of %s" % (query.get("name") or query.get("array"))
+    parts = [
+        fill(PARAGRAPH_HTML, text="%d runs: %s" % (len(jobs), ", ".join(words))),
+        draw_table("spread", "What they used", SPREAD_COLUMNS, spread_rows(done)),
+        draw_table("failures", "Failures", FAILURE_COLUMNS, failure_rows(done)),
+        fill(SECTION_HTML, heading="To ask for next time", parts=paste),
+        draw_table("jobs", "Jobs", RECORD_COLUMNS, jobs),
+    ]
+    return render_document(title, parts, "", "")
+
+
 # ---- text
 
 
@@ -10260,6 +10588,7 @@ REPORT_ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
     "/record/": (HTML, render_record_page),
     "/api/record/": (JSON, render_record_json),
     "/compare": (HTML, render_compare_page),
+    "/runs": (HTML, render_runs_page),
 }
 
 
@@ -11332,11 +11661,11 @@ class Screens(subprocess.Popen):  # type: ignore[type-arg]
 # ============================================================================
 
 LOOK_SECONDS = 2.0  # between two looks at the table ...
-MANY_SLOTS = 256  # ... with more nodes in jobs, it is ROW_SECONDS
+MANY_SLOTS = 128  # ... with more nodes in jobs, it is ROW_SECONDS
 MAX_RECORDINGS = 1024  # jobs at once, and nodes of each: peers choose their names
 MAX_TRACES = 4096
 DIAGNOSE_SECONDS = 30.0  # between two verdicts on a job, at least ...
-DIAGNOSE_SHARE = 500  # ... and so many times of what one takes
+DIAGNOSE_SHARE = 1000  # ... and so many times of what it takes to judge all of them
 VERDICT_SECONDS = 300.0  # until figures that changed are worth another line
 TRACE_POINTS = 360  # of a node's curves, one a row: the last hour
 MAX_TRACED = 1024  # nodes with curves
@@ -11621,6 +11950,21 @@ class Curves:
         return curves
 
 
+Range = Optional[Tuple[float, float, float]]  # least, mean, most; None if unknown
+NO_RANGES: List[Range] = [None] * len(RECORDED)
+
+
+def range_of(values: Sequence[float]) -> Range:
+    """The range of the values that are not NaN."""
+    total = sum(values)
+    if total != total:
+        values = [value for value in values if value == value]
+        total = sum(values)
+    if not values:
+        return None
+    return min(values), total / len(values), max(values)
+
+
 class Trace:
     """A node of a job: its newest sample, its curves, and what its next row is made of."""
 
@@ -11636,12 +11980,17 @@ class Trace:
         self.gpus: List[Message] = []
         self.cores: Dict[int, float] = {}
         self.cpus: Set[int] = set()
-        self.clear()
+        self.looks: List[Row] = []  # RECORDED at each look since the last row
 
-    def clear(self) -> None:
-        """Begin a row."""
-        self.sums = [0.0] * len(RECORDED)
-        self.counts = [0] * len(RECORDED)
+    def take_looks(self, now: float) -> List[Range]:
+        """The range of each of RECORDED since the last row; it begins a new one."""
+        if not self.looks:
+            return NO_RANGES
+        if self.place < MAX_TRACED:
+            self.curves.add(now, PICK_GRAPHS(self.sample))
+        ranges = list(map(range_of, zip(*self.looks)))
+        self.looks = []
+        return ranges
 
     def take_parts(self, parts: Parts) -> None:
         """Note a node's newest look: its ranks, GPUs and cores."""
@@ -11682,8 +12031,6 @@ class Recording:
         self.traces: Dict[str, Trace] = {}
         self.nodes: Dict[str, Message] = {}  # as the last line of nodes has them
         self.seen = now  # when one of its nodes was there
-        self.least = [math.inf] * len(RECORDED)
-        self.most = [-math.inf] * len(RECORDED)
         self.fine: List[RecordRow] = []  # rows that are not written yet
         self.tail: Deque[RecordRow] = collections.deque(maxlen=TAIL_ROWS)
         self.written = 0  # rows
@@ -11710,14 +12057,7 @@ class Recording:
         trace.slot = row[0]
         trace.seen = self.seen = now
         trace.lost = None
-        for place, value in enumerate(PICK_RECORDED(row)):
-            if value == value:
-                trace.sums[place] += value
-                trace.counts[place] += 1
-                if value < self.least[place]:
-                    self.least[place] = value
-                if value > self.most[place]:
-                    self.most[place] = value
+        trace.looks.append(PICK_RECORDED(row))
 
     def tell(self, facts: Message, now: float) -> None:
         """Note what Slurm says."""
@@ -11790,23 +12130,18 @@ class Recording:
 
     def make_row(self, now: float) -> Optional[RecordRow]:
         """What was seen since the last row; None if that is nothing."""
-        traces = list(self.traces.values())
         values: Dict[str, List[Optional[float]]] = {}
-        for place, key in enumerate(RECORDED):
-            if not any(trace.counts[place] for trace in traces):
+        nodes = [trace.take_looks(now) for trace in self.traces.values()]
+        for key, ranges in zip(RECORDED, zip(*nodes)):
+            known = [each for each in ranges if each]
+            if not known:
                 continue
-            means = [
-                trace.sums[place] / trace.counts[place] if trace.counts[place] else None
-                for trace in traces
-            ]
-            band = [self.least[place], mean_known(means), self.most[place]]
-            values[key] = band + means if key in BY_NODE else band
-        for trace in traces:
-            if trace.place < MAX_TRACED and any(trace.counts):
-                trace.curves.add(now, PICK_GRAPHS(trace.sample))
-            trace.clear()
-        self.least = [math.inf] * len(RECORDED)
-        self.most = [-math.inf] * len(RECORDED)
+            means = [each[1] if each else None for each in ranges]
+            least = min(each[0] for each in known)
+            most = max(each[2] for each in known)
+            values[key] = [least, mean_known(means), most]
+            if key in BY_NODE:
+                values[key] += means
         if not values:
             return None
         when = round(min(now, self.seen), 1)
@@ -11818,7 +12153,9 @@ class Recording:
     def write_rows(self) -> None:
         """Write the rows that wait, as one."""
         if self.fine:
-            self.lines.append(row_line(merge_rows(self.fine)))
+            is_alone = len(self.fine) == 1
+            row = self.fine[0] if is_alone else merge_rows(self.fine)
+            self.lines.append(row_line(row))
             self.fine = []
             self.written += 1
 
@@ -11864,8 +12201,13 @@ class Recording:
         """The id that Slurm takes."""
         return str(self.facts["raw"] or self.job)
 
-    def judge(self, diagnose: Diagnose, view: Snapshot, now: float) -> bool:
-        """Have the job judged, and write down what is new: whether there is something to tell."""
+    def judge(
+        self, diagnose: Diagnose, view: Snapshot, now: float, jobs: int = 1
+    ) -> bool:
+        """Have the job judged, and write down what is new: whether there is something to tell.
+
+        jobs: how many share the time that there is for that.
+        """
         began = time.perf_counter()
         nodes = [trace.evidence(view) for trace in self.traces.values()]
         evidence = JobEvidence(self.facts, nodes, list(self.events), now)
@@ -11877,7 +12219,7 @@ class Recording:
             self.has_failed = True
             return False
         spent = time.perf_counter() - began
-        self.diagnose_due = now + max(DIAGNOSE_SECONDS, DIAGNOSE_SHARE * spent)
+        self.diagnose_due = now + max(DIAGNOSE_SECONDS, DIAGNOSE_SHARE * spent * jobs)
         was_told = bool(self.verdicts)
         self.verdicts = found
         words = [re.sub(r"[\d.]+", "", str(verdict)) for verdict in found]
@@ -11960,6 +12302,8 @@ class Recorder:
         self.told: Set[Any] = set()  # events that were there at the last look
         self.has_looked = False
         self.facts: Dict[str, Message] = {}  # by job and by raw id
+        # by a sample's job, node and address, until the next row: where it belongs
+        self.places: Dict[Any, Tuple[Optional[Recording], str]] = {}
         self.row_due = 0.0  # time.monotonic()
 
     def run(self) -> None:
@@ -11995,6 +12339,7 @@ class Recorder:
         if is_due:
             self.row_due = time.monotonic() + ROW_SECONDS
             self.read_facts(view, now)
+            self.places = {}
         if view.beat < STALE_SECONDS:  # else what is in the table is old
             self.take_samples(view, now)
         self.take_events(view)
@@ -12048,18 +12393,27 @@ class Recorder:
     def take_samples(self, view: Snapshot, now: float) -> None:
         """Note the newest sample of each node that is in a job."""
         for row in view.rows():
-            known_as = from_field(row[JOB_AT])
-            if not known_as:
-                continue
-            facts = self.facts.get(str(known_as))
-            job = facts["job"] if facts else str(known_as)
-            if facts and facts["state"] in ENDED_STATES and job not in self.recordings:
-                continue  # it sends on after its job's end
-            name = row[NODE_AT].rstrip(b"\0").decode("utf-8", "ignore")
-            if not name:
-                name = name_of({"node": None, "address": from_field(row[1])})
-            if job in self.recordings or len(self.recordings) < MAX_RECORDINGS:
-                self.recording(job, now).take(name, row, now)
+            key = (row[JOB_AT], row[NODE_AT], row[1])
+            if key not in self.places:
+                self.places[key] = self.find_place(row, now)
+            recording, name = self.places[key]
+            if recording:
+                recording.take(name, row, now)
+
+    def find_place(self, row: Row, now: float) -> Tuple[Optional[Recording], str]:
+        """The recording that a sample is for, None if for none, and its node's name."""
+        known_as = from_field(row[JOB_AT])
+        if not known_as:
+            return None, ""
+        facts = self.facts.get(str(known_as))
+        job = facts["job"] if facts else str(known_as)
+        if job not in self.recordings:
+            if facts and facts["state"] in ENDED_STATES:
+                return None, ""  # it sends on after its job's end
+            if len(self.recordings) >= MAX_RECORDINGS:
+                return None, ""
+        names = dict(zip(("node", "address"), map(from_field, (row[NODE_AT], row[1]))))
+        return self.recording(job, now), name_of(names)
 
     def take_events(self, view: Snapshot) -> None:
         """Note the events that are new, each for its job."""
@@ -12100,12 +12454,14 @@ class Recorder:
         recording.close_row(now)
         is_over = recording.is_over(now)
         is_due = is_over or now >= recording.diagnose_due
-        if is_due and recording.judge(self.diagnose, view, now):
+        jobs = len(self.recordings)
+        if is_due and recording.judge(self.diagnose, view, now, jobs):
             self.table.write_verdicts(recording.raw, recording.told_verdicts())
         if is_over:
             recording.finish(now)
             self.done[recording.job] = self.facts.get(recording.job, recording.facts)
             del self.recordings[recording.job]
+            self.places = {}
         self.post(recording)
         if is_over:
             self.writer.post(Work("pack", recording.job))
@@ -12664,7 +13020,8 @@ def add_alerts(add: Callable[..., Any]) -> None:
         "--alert-command",
         metavar="CMD",
         help="shell command for each alert; the facts are in SENTINEL_EVENT, SENTINEL_NODE,"
-        " SENTINEL_JOB, SENTINEL_METRIC, SENTINEL_VALUE, SENTINEL_THRESHOLD, SENTINEL_COUNT;"
+        " SENTINEL_JOB, SENTINEL_METRIC, SENTINEL_VALUE, SENTINEL_THRESHOLD, SENTINEL_TEXT,"
+        " SENTINEL_COUNT;"
         " what it starts ends with it",
     )
 

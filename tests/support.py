@@ -406,6 +406,10 @@ def start_master(*flags, patch="", method="", constants=None, **more):
         argv = ["-c", _BY_METHOD % path, method]
     for flag in ("--port", "--dashboard-port"):
         argv += [] if flag in flags else [flag, "0"]
+    is_watching = {"--my-jobs", "--ssh"} & set(flags)
+    is_told = {"--record", "--no-record"} & set(flags)
+    if is_watching and not is_told and "HOME" not in (more.get("env") or {}):
+        argv.append("--no-record")  # the home is that of who runs the tests
     master = start(*(argv + list(flags)), **more)
     try:
         master.port = master.listening("collector")

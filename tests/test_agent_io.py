@@ -187,7 +187,7 @@ class Memory(unittest.TestCase):
         self.assertNotIn("kernel killed", "; ".join(lines))
         lines = list(report.lines(dict(last, oom_kill=2)))
         self.assertNotIn("the kernel's peak", "; ".join(lines))
-        self.assertIn("out of memory: the kernel killed 2", lines)
+        self.assertIn("out of memory: the kernel killed 2 processes", lines)
 
 
 class Bytes(unittest.TestCase):
@@ -369,7 +369,7 @@ class Schedulers(unittest.TestCase):
             ),
             (
                 {"JOB_ID": "5", "SGE_TASK_ID": "2", "JOB_NAME": "a.sh"},
-                ("5[2]", "a.sh"),
+                ("5.2", "a.sh"),
             ),
             ({"JOB_ID": "5", "JOB_NAME": "a build server's"}, (None, None)),
             ({"PBS_JOBID": ""}, (None, None)),
@@ -475,7 +475,7 @@ class RealCgroup(unittest.TestCase):
             with open(enough, "w"):
                 pass
             self.assertEqual(tool.wait(), 128 + signal.SIGKILL)
-            self.assertRegex(tool.log, "out of memory: the kernel killed 1\n")
+            self.assertRegex(tool.log, "out of memory: the kernel killed 1 process\n")
             peak = float(re.search(r"with page cache, (\S+) GB", tool.log).group(1))
             truth = self.kernel("memory.max_usage_in_bytes") / GIB
             self.assertAlmostEqual(peak, truth, delta=truth / 100)

@@ -412,6 +412,16 @@ class Library(WithStub):
             {"part", "index", "uuid", "name", "gpu", "mem_used", "mem_total"},
         )
 
+    def test_who_begins_to_take_the_details_need_not_wait_for_the_next_round(self):
+        stub = mock.patch.object(agent, "NVML_LIBRARY", STUB)
+        with environment(), stub, mock.patch.object(agent, "SLOW_SECONDS", 600):
+            gpus = agent.Gpus(agent.Probe())
+            gpus.start()
+            eventually(lambda: len(gpus.parts) == 8)
+            self.assertNotIn("power", gpus.parts[0])
+            gpus.want_details()
+            eventually(lambda: "power" in gpus.parts[0])
+
     def test_without_a_driver_nvidia_smi_is_asked(self):
         probe = agent.Probe()
         with environment(NVML_STUB="nodriver", CUDA_VISIBLE_DEVICES="1"):

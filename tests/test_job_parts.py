@@ -158,7 +158,7 @@ class Pages(PartsTest):
         for path in ("/job/nope", "/api/job/nope", "/job/", "/api/job/"):
             answer = get(self.master.page, path)
             self.assertEqual(answer.status, 404)
-            self.assertIn("no such node or job", answer.text)
+            self.assertIn("no such job", answer.text)
 
     def test_hostile_text_is_escaped(self):
         bad = "<script>alert(1)</script>"

@@ -403,7 +403,7 @@ class Jobs(unittest.TestCase):
         self.enough("over")
         self.said("over", "code 137")
         self.left_a_report("over", "SIGKILL")
-        self.said("over", r"report of .*: out of memory: the kernel killed 1\n")
+        self.said("over", r"report of .*: out of memory: the kernel killed 1 process\n")
         self.assertLess(warned, self.event("finished", "over")["time"])
         text = self.event("finished", "over")["text"]
         self.assertRegex(text, r"SIGKILL; out of memory: the kernel killed 1 process;")

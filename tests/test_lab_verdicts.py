@@ -2,8 +2,8 @@
 
 The jobs' scripts know nothing of us but for two that are wrapped.  A Watch asks a running master
 every two seconds, as a recorder does, keeps a point of each curve for ten seconds, and puts all
-of it to diagnose().  What agents do not send yet, it reads of the job's processes from outside:
-ranks, what they read and write, and the kernel's count of kills.  About six minutes.
+of it to diagnose().  The ranks it reads of the job's processes from outside, and the exit code of
+the worst step it asks Slurm for.  About eight minutes.
 """
 
 import collections
@@ -14,6 +14,7 @@ import re
 import subprocess
 import threading
 import time
+import traceback
 import unittest
 
 import support
@@ -27,7 +28,7 @@ LAB = None
 TICK = os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
 TOLD = 90  # seconds of evidence within which a problem is told ...
-ATTACH = 60  # ... after the herd has found the job, and the machine's moods
+ATTACH = 90  # ... after the herd has found the job, and the machine's moods
 DEATH = 45  # the herd asks Slurm every 30 s
 
 # On the login node: every two seconds what the master knows, as a line of JSON
@@ -107,33 +108,22 @@ class Lab(test_lab_job.Lab):
         found = {}
         for name in "c1", "c2":
             pids = set()
-            for folder in self.folders(job, name, "memory"):
-                with contextlib.suppress(OSError), open(
-                    folder + "/cgroup.procs"
-                ) as file:
+            for folder in self.folders(job, name):
+                path = folder + "/cgroup.procs"
+                with contextlib.suppress(OSError), open(path) as file:
                     pids.update(map(int, file.read().split()))
             if pids:
                 found[name] = sorted(pids)
         return found
 
-    def folders(self, job, name, controller):
+    def folders(self, job, name):
         """All cgroups of a job on a node."""
         with open(os.path.join(self.dir, name, "cgroup.list")) as file:
-            tops = [line.strip() for line in file if "/%s/" % controller in line]
+            tops = [line.strip() for line in file if "/memory/" in line]
         for top in tops:
             path = os.path.join(top, "slurm_" + name, "uid_4242", "job_" + job)
             for folder, _, _ in os.walk(path):
                 yield folder
-
-    def kills(self, job, name):
-        """How often the kernel has killed in a job's cgroups that are still there."""
-        count = 0
-        for folder in self.folders(job, name, "memory"):
-            with contextlib.suppress(OSError), open(
-                folder + "/memory.oom_control"
-            ) as file:
-                count += sum(map(int, re.findall(r"oom_kill (\d+)", file.read())))
-        return count
 
 
 def read_rank(pid):
@@ -151,10 +141,7 @@ def read_rank(pid):
             words = file.read().split(b"\0")
     except (OSError, ValueError):
         return None
-    if (
-        any(word in words for word in (b"--stdout", b"agent.py"))
-        or b"slurmstepd" in words[0]
-    ):
+    if {b"--stdout", b"agent.py"} & set(words) or b"slurmstepd" in words[0]:
         return None
     part = {
         "pid": pid,
@@ -180,28 +167,20 @@ class Watch:
         self.read = 0
         self.facts = collections.defaultdict(dict)
         self.events = []
-        self.seen = collections.defaultdict(dict)  # job -> node -> [(time, sample)]
-        self.ranks = collections.defaultdict(
-            dict
-        )  # job -> node -> [(time, {pid: part})]
-        self.kills = collections.defaultdict(
-            collections.Counter
-        )  # job -> node -> count
+        # job -> node -> [(time, sample)], job -> node -> [(time, {pid: part})]
+        self.seen = collections.defaultdict(dict)
+        self.ranks = collections.defaultdict(dict)
         self.told = collections.defaultdict(list)  # job -> [(time, verdicts)]
         self.hurried = set()  # jobs that go before whatever else this machine does
         self.now = 0.0
+        self.error = ""
         self.ended = threading.Event()
-        self.threads = [
-            threading.Thread(target=work, daemon=True)
-            for work in (self.look_for_ever, self.count_for_ever)
-        ]
-        for thread in self.threads:
-            thread.start()
+        self.thread = threading.Thread(target=self.look_for_ever, daemon=True)
+        self.thread.start()
 
     def stop(self):
         self.ended.set()
-        for thread in self.threads:
-            thread.join()
+        self.thread.join()
         self.tool.stop()
 
     def look_for_ever(self):
@@ -210,15 +189,11 @@ class Watch:
             whole = lines.rpartition("\n")[0]
             if whole:
                 self.read += len(whole) + 1
-                self.look(json.loads(whole.splitlines()[-1]))
-
-    def count_for_ever(self):
-        """A step's count is gone with its cgroup, within a second of the kill."""
-        while not self.ended.wait(0.2):
-            for job in list(self.seen):
-                for name in "c1", "c2":
-                    count = LAB.kills(job, name)
-                    self.kills[job][name] = max(self.kills[job][name], count)
+                try:
+                    self.look(json.loads(whole.splitlines()[-1]))
+                except Exception:
+                    self.error = traceback.format_exc()
+                    raise
 
     def look(self, known):
         self.now = known["nodes"]["time"]
@@ -250,7 +225,7 @@ class Watch:
 
     def look_from_outside(self, job):
         if job in self.hurried:
-            with contextlib.suppress(LookupError):
+            with contextlib.suppress(LookupError, OSError):  # it comes, or goes
                 LAB.hurry(job)
         for name, pids in LAB.processes(job).items():
             parts = {pid: read_rank(pid) for pid in pids}
@@ -268,15 +243,9 @@ class Watch:
         looks = self.ranks[job].get(name, [])
         parts = self.parts(looks)
         curves = self.curves(samples)
-        sample = dict(last)
-        sample["oom_kill"] = self.kills[job][name]
-        if parts:
-            for key in "read", "write":
-                sample["job_" + key] = sum(part[key] for part in parts)
-                curves["job_" + key] = self.rates(looks, key + "_total")
         lost = last_time if self.now - last_time > 6 else None
         return master_server.NodeEvidence(
-            name, sample, curves, parts, [], {}, set(), lost
+            name, last, curves, parts, [], {}, set(), lost
         )
 
     def curves(self, samples):
@@ -311,19 +280,6 @@ class Watch:
                     rank[key] = (part[total] - first[total]) / seconds
                 ranks.append(rank)
         return ranks
-
-    def rates(self, looks, key):
-        """Bytes a second of all processes, a point for ten seconds."""
-        curve = []
-        for before, after in zip(looks[::5], looks[5::5]):
-            changes = [
-                part[key] - before[1][pid][key]
-                for pid, part in after[1].items()
-                if pid in before[1]
-            ]
-            moment = self.now - (looks[-1][0] - after[0])
-            curve.append((moment, sum(changes) / (after[0] - before[0])))
-        return curve
 
 
 @support.slow("a Slurm cluster")
@@ -386,7 +342,8 @@ class Jobs(unittest.TestCase):
                 lambda: re.search(pattern, self.lines(job), re.M), seconds, pattern
             )
         except AssertionError as error:
-            raise AssertionError("%s: but\n%s" % (error, self.lines(job))) from None
+            words = self.lines(job) + self.watch.error
+            raise AssertionError("%s: but\n%s" % (error, words)) from None
         first = min(
             samples[0][0] for samples in self.watch.seen[job].values() or [[(0,)]]
         )
@@ -429,8 +386,8 @@ class Jobs(unittest.TestCase):
         self.watch.hurried.add(bound)
         self.each_says(
             {
-                bound: r"^! \d threads of rank 0-3 share CPU 0 of c\d: they may use: 0; the job has"
-                r" 4 CPUs  -> srun --cpu-bind=cores"
+                bound: r"^! \d threads of ranks 0-3 share CPU 0 of c\d: they may use: 0; the job"
+                r" has 4 CPUs +-> srun --cpu-bind=cores"
             },
             TOLD + ATTACH,
         )
@@ -449,8 +406,8 @@ class Jobs(unittest.TestCase):
         )
         self.each_says(
             {
-                two: r"^! 1 of 2 nodes idle for .*: c2: c1 uses 1\.\d of 2 CPUs",
-                full: r"^! /tmp is full on c1: 100 % in use  -> export TMPDIR=",
+                two: r"^! 1 of 2 nodes idle for .*: c2: c1 uses [01]\.\d of 2 CPUs",
+                full: r"^! /tmp is full on c1: 100 % in use +-> export TMPDIR=",
             },
             TOLD + ATTACH,
         )
@@ -498,7 +455,7 @@ class Jobs(unittest.TestCase):
         try:
             self.says(
                 job,
-                r"^! c2 fell silent at \d\d:\d\d:\d\d, \d+ s ago: no goodbye; c1",
+                r"^! c2 fell silent at \d\d:\d\d:\d\d, \d+ s ago: no goodbye; still sending: c1",
                 30,
             )
         finally:

@@ -361,6 +361,13 @@ class Files(unittest.TestCase):
         self.assertFalse(os.path.exists(self.path("1.html")))
         self.assertTrue(os.path.exists(self.path("3.html")))
 
+    def test_nothing_is_removed_of_a_job_that_runs(self):
+        write(self.folder, "1.a-1-1.jsonl.gz", b"x" * 100)
+        write(self.folder, "6.a-1-1.jsonl", a_record(3))
+        with unittest.mock.patch.object(master, "KEEP_BYTES", 10):
+            self.assertEqual(master.prune(self.folder, time.time(), "m"), 1)
+        self.assertEqual(os.listdir(self.folder), ["6.a-1-1.jsonl"])
+
     def test_what_a_killed_master_left_is_packed_when_nobody_writes_to_it(self):
         write(self.folder, "7.a-1-1.jsonl", a_record(3, "7", state="RUNNING"))
         os.utime(self.path("7.a-1-1.jsonl"), (NOW - 3 * DAY,) * 2)

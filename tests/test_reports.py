@@ -20,6 +20,7 @@ import unittest.mock
 import urllib.parse
 
 import support
+from browser import Browser
 
 import master_server as master
 
@@ -193,7 +194,7 @@ class Report(unittest.TestCase):
         clock = [text for text in texts if re.fullmatch(r"\d\d:\d\d", text)]
         self.assertGreaterEqual(len(clock), 3)
         self.assertTrue(any("GiB" in text for text in texts), texts)
-        self.assertIn(time.strftime("%F %T", time.localtime(NOW)), page)
+        self.assertIn(time.strftime("%F %R", time.localtime(NOW)), page)
 
     def test_a_gap_is_a_gap_in_the_curve(self):
         whole = master.bands_of(a_record().rows, "cpu")
@@ -364,13 +365,96 @@ class Lists(unittest.TestCase):
             [master.summarize(record) for record in self.records]
         ).splitlines()
         self.assertEqual(len(lines), 4)
-        self.assertIn("Died", lines[1])
+        self.assertIn("Died: FAILED", lines[1])
 
     def test_json_of_a_job_has_its_curves(self):
         answer = json.loads(render("/api/record/", *self.records, job="10"))
         self.assertEqual(answer["verdicts"][0]["what"], "it leaks")
         self.assertEqual(len(answer["rows"]), len(self.records[1].rows))
         self.assertEqual(set(answer["nodes_seen"]), {"c1", "c2"})
+
+
+def a_run(number, peak, ran, state="COMPLETED", node="c1", cpu=50.0):
+    """The summary of a run of an array."""
+    summary = master.summarize(master.Record("5_%d" % number))
+    summary.update(array="5", state=state, peak=peak, ran=ran, names=[node])
+    summary.update(job_name="sweep", cpu=cpu, got_cpus=4.0, time=NOW, has_ended=True)
+    return summary
+
+
+def tasks(seed, count=1000):
+    """An array of tasks whose sizes are log-normal, with one outlier, and 8 failures on c2."""
+    chance = random.Random(seed)
+    runs = [
+        a_run(
+            n, 1e9 * chance.lognormvariate(0, 0.5), 90 * chance.lognormvariate(0, 0.3)
+        )
+        for n in range(count)
+    ]
+    runs[7]["peak"] = 3 * max(run["peak"] for run in runs)
+    for run in runs[100:108]:
+        run.update(state="FAILED", exit="1:0", names=["c2"])
+    return runs
+
+
+class Runs(unittest.TestCase):
+    def page(self, runs, **query):
+        place = types.SimpleNamespace(archive=types.SimpleNamespace(list=lambda: runs))
+        return master.render_runs_page(view(), query, place)
+
+    def test_a_spread_is_that_of_the_values(self):
+        values = [run["peak"] for run in tasks(1)]
+        spread = master.spread_of(values)
+        ordered = sorted(values)
+        self.assertEqual(spread.runs, 1000)
+        self.assertEqual((spread.least, spread.most), (ordered[0], ordered[-1]))
+        self.assertAlmostEqual(spread.median / ordered[500], 1, delta=0.02)
+        self.assertAlmostEqual(spread.high / ordered[900], 1, delta=0.02)
+        self.assertEqual(sum(spread.bars), 1000)
+        self.assertIsNone(master.spread_of([None]))
+        self.assertEqual(master.spread_of([3.0]).bars[0], 1)
+
+    def test_advice_covers_nearly_all_of_the_next_thousand(self):
+        advice = dict(line.split("=") for line, _ in master.advise(tasks(1)))
+        size = advice["#SBATCH --mem"]
+        room = int(size[:-1]) * {"M": 2**20, "G": 2**30}[size[-1]]
+        hours, minutes, _ = advice["#SBATCH --time"].split(":")
+        limit = 3600 * int(hours) + 60 * int(minutes)
+        again = tasks(2)
+        fits = sum(run["peak"] <= room and run["ran"] <= limit for run in again)
+        self.assertGreaterEqual(fits, 995)
+        self.assertLess(room, 0.5 * max(run["peak"] for run in tasks(1)))
+
+    def test_two_runs_are_too_few_for_advice_and_killed_ones_are_none(self):
+        few = [a_run(n, 1e9, 60) for n in range(2)]
+        few += [a_run(9, 1e9, 60, state="OUT_OF_MEMORY")]
+        self.assertEqual(master.advise(few), [])
+        self.assertIn("takes 3 runs", self.page(few, array="5"))
+        self.assertTrue(master.advise(few + [a_run(3, 1e9, 60)]))
+
+    def test_fewer_cpus_are_advised_only_where_they_were_idle(self):
+        def cpus(busy):
+            runs = [a_run(n, 1e9, 60, cpu=busy) for n in range(5)]
+            lines = [line for line, _ in master.advise(runs)]
+            return [line for line in lines if "cpus" in line]
+
+        self.assertEqual(cpus(99.0), [])
+        self.assertEqual(cpus(25.5), ["#SBATCH --cpus-per-task=1"])
+        self.assertEqual(cpus(49.0), ["#SBATCH --cpus-per-task=2"])
+
+    def test_failures_are_counted_by_cause_and_node(self):
+        (row,) = master.failure_rows(tasks(1))
+        self.assertEqual((row["cause"], row["count"]), ("FAILED 1:0", 8))
+        self.assertEqual(row["where"], "c2 (8)")
+
+    def test_the_page_tells_of_the_runs_that_are_asked_for(self):
+        runs = tasks(1) + [dict(a_run(1, 1e9, 5), job="6", array="6", job_name="other")]
+        text = words(self.page(runs, array="5"))
+        self.assertIn("1000 runs: 992 completed, 8 failed", text)
+        self.assertIn("would have sufficed for", text)
+        self.assertIn("1 runs", words(self.page(runs, name="other")))
+        self.assertEqual(self.page(runs, name="none"), "")
+        self.assertEqual(self.page(runs), "")
 
 
 class Tools(unittest.TestCase):
@@ -497,6 +581,82 @@ class Served(unittest.TestCase):
             files.append(2)
             dashboard.answer_report("/jobs", {}, {}, {})
             self.assertEqual(len(made), 2)
+
+
+AXE = os.path.join(os.environ.get("NODE_PATH", "/"), "axe-core", "axe.min.js")
+VALIDATE = os.path.join(
+    os.environ.get("NODE_PATH", "/"), "html-validate", "bin", "html-validate.mjs"
+)
+RULES = {
+    "root": True,
+    "extends": ["html-validate:recommended"],
+    "rules": dict.fromkeys(
+        ("void-style", "long-title", "no-trailing-whitespace"), "off"
+    ),
+}
+
+
+class InBrowser(unittest.TestCase):
+    """The pages in Chromium: served ones, and a report from a file."""
+
+    paths = ("/jobs", "/record/1", "/compare?a=1&b=2", "/runs?name=train")
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+        for job in ("1", "2", "3"):
+            record = a_record(job, nodes=3, verdicts=[verdict(), verdict("advice")])
+            record.ranks = [{"node": "c1", "rank": 3, "mem": 1e9, "program": "a"}]
+            record.gpus = {"c1 0": [(NOW, [97, 3e10, 250, 61])]}
+            with open(os.path.join(self.folder, job + ".h-1-1.jsonl"), "wb") as file:
+                file.write(b"".join(record.lines()))
+        self.report = os.path.join(self.folder, "1.html")
+        with open(self.report, "w") as file:
+            file.write(master.render_report(record))
+
+    @support.requires("chromium", "chromedriver", "/" + AXE.lstrip("/"))
+    def test_axe_finds_nothing_and_no_page_is_wider_than_the_window(self):
+        with open(AXE, encoding="utf-8") as file:
+            axe = file.read()
+        check = (
+            "const done = arguments[0]; axe.run(document, {runOnly: ['wcag2a', 'wcag2aa',"
+            "'wcag21a', 'wcag21aa', 'best-practice']}).then(result => done(result.violations"
+            ".map(v => [v.id, v.help, v.nodes.slice(0, 3).map(node => node.html)])))"
+        )
+        flags = ("--record", self.folder)
+        with support.start_master(*flags) as tool, Browser() as browser:
+            pages = ["http://localhost:%d%s" % (tool.page, path) for path in self.paths]
+            for dark, size in ((False, (1280, 800)), (True, (390, 844))):
+                browser.show_as(*size, dark=dark)
+                for page in [*pages, "file://" + self.report]:
+                    with self.subTest((page, dark)):
+                        browser.open(page)
+                        browser.run(axe)
+                        self.assertEqual(browser.wait(check), [])
+                        wide = (
+                            "return document.documentElement.scrollWidth - innerWidth"
+                        )
+                        self.assertLessEqual(browser.run(wide), 0)
+
+    @support.requires("node", "/" + VALIDATE.lstrip("/"))
+    def test_html_validate_finds_nothing(self):
+        with tempfile.TemporaryDirectory() as folder:
+            with support.start_master("--record", self.folder) as tool:
+                for number, path in enumerate(self.paths):
+                    name = os.path.join(folder, "%d.html" % number)
+                    with open(name, "w", encoding="utf-8") as file:
+                        file.write(support.get(tool.page, path)[2])
+            shutil.copy(self.report, folder)
+            with open(os.path.join(folder, ".htmlvalidate.json"), "w") as file:
+                json.dump(RULES, file)
+            done = subprocess.run(
+                ["node", VALIDATE, folder],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=60,
+            )
+        self.assertEqual(done.returncode, 0, done.stdout.decode()[:3000])
 
 
 class Costs(unittest.TestCase):
