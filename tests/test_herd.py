@@ -611,12 +611,9 @@ class Herding(Watching):
     def test_after_the_last_rung_nothing_is_tried_for_five_minutes(self):
         with contextlib.ExitStack() as stack:  # both at once: they wait
             watchers = []
+            # on a busy machine srun takes its time to refuse
             for mode, reason, seconds in (
-                (
-                    "never",
-                    "denied",
-                    20.0,
-                ),  # on a busy machine it takes its time to refuse
+                ("never", "denied", 20.0),
                 ("hang", "no answer in", 1.5),
             ):
                 slurm = Slurm(self, ATTACH_SECONDS=seconds)

@@ -297,6 +297,23 @@ class Looks(Work):
         jobs = {file.job for file in master.list_files(self.folder)}
         self.assertEqual(jobs, {"4711_3", "99"})
 
+    def test_an_end_and_what_is_learned_of_it_later_are_judged_at_the_next_look(self):
+        self.tell()
+        self.send(0, "c1")
+        self.send(1, "c2")
+        self.look()
+        self.recorder.row_due = time.monotonic() + 3600  # no row is due
+        told = []
+        for facts in ({"exit": "3:0"}, {"exit": "3:0"}, {"failed_step": "step 0"}):
+            self.tell(state="FAILED", **facts)
+            self.recorder.look(self.table.snapshot(), self.now)
+            told.append(len(self.judged))
+        self.assertEqual([count - told[0] for count in told], [0, 0, 1])
+        self.assertEqual(self.judged[-1].facts["failed_step"], "step 0")
+        self.assertEqual(self.judged[-1].facts["exit"], "3:0")
+        self.assertEqual(self.judged[told[0] - 1].facts["state"], "FAILED")
+        self.assertEqual(self.table.snapshot().verdicts["4711"][0]["what"], "w")
+
     def test_several_looks_make_a_row_with_what_was_the_least_and_the_most(self):
         self.send(0, "c1", job_cpu=0.0)
         self.look()
