@@ -2453,8 +2453,8 @@ def clean_node(node: NodeEvidence, now: float) -> NodeEvidence:
         str(node.name),
         clean_dict(node.sample, TEXTS),
         {
-            key: clean_curve(latest(curves[key], key), now)
-            for key in CURVES.keys() & curves
+            key: clean_curve(latest(curves.get(key, []), key), now)
+            for key in CURVES  # an empty one where nothing is known
         },
         clean_dicts(node.ranks, RANK_TEXTS),
         clean_dicts(node.gpus, GPU_TEXTS),

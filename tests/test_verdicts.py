@@ -1111,6 +1111,15 @@ class Evidence(unittest.TestCase):
                             check.name, rules(self.each_node(evidence, change))
                         )
 
+    def test_a_job_that_ended_before_any_curve_is_judged_all_the_same(self):
+        known = [(name, evidence) for name, evidence, _ in self.all()]
+        for name, evidence in [*known, *HEALTHY.items()]:
+            bare = self.each_node(evidence, lambda node: node._replace(curves={}))
+            for state in (evidence.facts.get("state"), "COMPLETED"):
+                with self.subTest(name, state=state):
+                    facts = {**bare.facts, "state": state}
+                    self.assertTrue(diagnose(bare._replace(facts=facts)))
+
     def test_without_a_curve_over_all_of_its_time_a_check_is_silent(self):
         changes = {
             "none": lambda curve: [],
