@@ -282,6 +282,12 @@ class Watch:
         return ranks
 
 
+by_hand = unittest.skipUnless(
+    os.environ.get("SENTINEL_TEST_VERDICTS"),
+    "six minutes of all CPUs: SENTINEL_TEST_VERDICTS=1 runs it",
+)
+
+
 @support.slow("a Slurm cluster")
 @support.requires(*test_lab_job.NEEDS)
 class Jobs(unittest.TestCase):
@@ -365,6 +371,7 @@ class Jobs(unittest.TestCase):
 
     # ---- sick ones, while they run
 
+    @by_hand
     def test_a_serial_program_a_leak_and_memory_that_nobody_uses(self):
         serial = self.submit("python3 act.py spin", "-c4", "--mem=100")
         leak = self.submit("python3 act.py fill 1100 5", "--mem=800")
@@ -392,6 +399,7 @@ class Jobs(unittest.TestCase):
             TOLD + ATTACH,
         )
 
+    @by_hand
     def test_one_of_two_nodes_asleep_and_a_full_tmp(self):
         LAB.run("c1", "sh", "-c", SMALL_TMP % {"dir": LAB.dir}, user="root")
         self.addCleanup(LAB.run, "c1", "umount", "-l", "/tmp", user="root")
@@ -448,6 +456,7 @@ class Jobs(unittest.TestCase):
                 eventually(lambda job=job: job not in LAB.queue(), 150)
                 self.says(job, pattern, DEATH)
 
+    @by_hand
     def test_a_node_that_is_cut_off(self):
         job = self.submit("srun python3 act.py spin-but 9", "-N2", "-n2", "--mem=100")
         eventually(lambda: len(self.watch.seen[job]) == 2, ATTACH)
@@ -463,6 +472,7 @@ class Jobs(unittest.TestCase):
 
     # ---- healthy ones
 
+    @by_hand
     def test_healthy_jobs_are_fine_from_their_start_to_their_end(self):
         act = "python3 act.py "
         jobs = [
