@@ -170,7 +170,8 @@ class Behind(unittest.TestCase):
                 continue
             links = Links(answer.text)
             base = resolve(path, links.base)
-            self.assertEqual(base, prefix)
+            if links.base:  # reports have none: they are files as well
+                self.assertEqual(base, prefix)
             waiting += [resolve(base, link) for link in links.found]
         return answers
 
