@@ -490,6 +490,13 @@ class PlainAgent:
         line, _, self._unread = self._unread.partition(b"\n")
         return line.decode("utf-8")
 
+    def read_answer(self):
+        """The answer to a sample: what else the master says that it takes is passed over."""
+        line = self.read_line()
+        while line in ("ok parts", "ok past"):
+            line = self.read_line()
+        return line
+
     def read_to_end(self, seconds=PATIENCE):
         """Everything until the master closes the connection; fails if it does not."""
         deadline = time.monotonic() + seconds

@@ -166,7 +166,7 @@ class HostileBytes(MasterTest):
             with self.subTest(what), PlainAgent(self.master.port) as agent:
                 agent.send_bytes(data)
                 agent.send(dict(GOOD, ack=True))
-                self.assertEqual(agent.read_line(), "ok")
+                self.assertEqual(agent.read_answer(), "ok")
         eventually(lambda: len(nodes(self.master.page)) == 1)
 
     def test_a_hostile_sample_behind_good_ones_ends_that_agent_alone(self):
@@ -176,7 +176,7 @@ class HostileBytes(MasterTest):
                 self.master.port, source=brief
             ) as agent:
                 agent.send(dict(GOOD, ack=True))
-                self.assertEqual(agent.read_line(), "ok")
+                self.assertEqual(agent.read_answer(), "ok")
                 self.send(agent, data, None)
                 self.assertRegex(told(agent), reason + "|no pickle|HTTP|TLS")
 
@@ -777,7 +777,7 @@ class NothingKept(MasterTest):
                 agent.send(
                     dict(GOOD, cpu=99, node=way, version="1.0", ack=True), protocol=4
                 )
-                self.assertEqual(agent.read_line(), "ok")
+                self.assertEqual(agent.read_answer(), "ok")
                 if way in ("goodbye", "refused"):
                     agent.send(
                         {"bye": "finished"} if way == "goodbye" else {"cpu": "much"}
