@@ -236,6 +236,7 @@ STAT_BYTES = 4194304  # ... of /proc/stat when its CPUs are counted: 4,096 have 
 MOUNTS_BYTES = 4194304  # ... and of mountstats: 4 KB a mount of NFS
 WAIT_SECONDS = 5.0  # for a connection, a challenge, nvidia-smi or squeue
 SLOW_SECONDS = 10.0  # between two rounds of what may hang
+NO_GPU_SECONDS = 60.0  # the same for GPUs where there was none
 STALE_SECONDS = 60.0  # older results of it are unknown
 
 
@@ -781,7 +782,7 @@ class Gpus:
         while True:
             with contextlib.suppress(OSError, ValueError, LookupError):
                 self.refresh()
-            self.hurry.wait(SLOW_SECONDS)
+            self.hurry.wait(SLOW_SECONDS if self.parts else NO_GPU_SECONDS)
             self.hurry.clear()
 
     def start(self) -> threading.Thread:
@@ -2037,11 +2038,12 @@ class Past:
 
     def hear(self, said: bytes) -> None:
         """Take note of what the master says of the past."""
-        if re.search(rb"^ok past\n", said, re.M):
+        lines = said.split(b"\n")[:-1]
+        if b"ok past" in lines:
             for _ in range(self.sent):
                 self.drop(self.waiting)
             self.is_wanted = True
-        elif re.search(rb"^full past\n", said, re.M):
+        elif b"full past" in lines:
             self.sent = 0
             self.is_wanted = True
             # spread: there is little room because many send at once
@@ -2145,14 +2147,15 @@ class Link:
         if answer is not None:
             said = self.half_line + answer
             self.half_line = said.rpartition(b"\n")[2][-ANSWER_BYTES:]
-            if re.search(rb"^ok( parts)?\n", said, re.M):
+            lines = said.split(b"\n")[:-1]
+            if b"ok" in lines or b"ok parts" in lines:
                 if not self.answered:
                     self.past.resume(self.heard)  # when it was dialled
                 self.heard = time.monotonic()
                 self.ok_at = self.heard
                 self.answered = True
                 self.ever_answered = True
-            if re.search(rb"^ok parts\n", said, re.M):
+            if b"ok parts" in lines:
                 self.takes_parts = True
             self.past.hear(said)
             if not answer or b"error " in answer:

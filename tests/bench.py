@@ -903,6 +903,7 @@ def restricted(self, *args, **named):
     self.readers, self.slow_readers = [self.read_cpu, self.read_memory], []
 agent.Sampler.__init__ = restricted
 agent.Sampler.refresh_for_ever = lambda self: None
+agent.Gpus.refresh_for_ever = lambda self: None
 sys.exit(agent.main(sys.argv[1:]))
 """
     % support.ROOT
