@@ -2157,7 +2157,8 @@ class Link:
                 self.ever_answered = True
             if b"ok parts" in lines:
                 self.takes_parts = True
-            self.past.hear(said)
+            if b" past\n" in said:
+                self.past.hear(said)
             if not answer or b"error " in answer:
                 raise OSError(error_in(answer) or "it closed the connection")
         if time.monotonic() - self.heard > self.patience:
