@@ -126,7 +126,11 @@ class Behind(unittest.TestCase):
 
     @classmethod
     def start(cls):
-        cls.master = cls.stack.enter_context(start_master(*cls.flags))
+        home = tempfile.mkdtemp()  # whose records are none
+        cls.stack.callback(shutil.rmtree, home)
+        cls.master = cls.stack.enter_context(
+            start_master(*cls.flags, env={"HOME": home})
+        )
         cls.nginx = cls.stack.enter_context(start_nginx(cls.master.page))
         cls.stack.callback(shutil.rmtree, cls.nginx.folder)
         cls.agents = [

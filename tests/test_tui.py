@@ -972,6 +972,7 @@ class OfMaster(unittest.TestCase):
         path = slurm.folder + os.pathsep + os.environ["PATH"]
         command = [support.PYTHON, os.path.join(slurm.folder, "master_server.py")]
         command += ["--port", "0", "--dashboard-port", "0", "--ssh", "login", "--tui"]
+        command.append("--no-record")
         shown = Pty(self, command, env=environment(PATH=path))
         shown.shows("password: ")
         support.stays(lambda: b"\x1b[?1049h" not in shown.read(), 1.5)
