@@ -1584,6 +1584,7 @@ class Table:
             return
         for _ in range(missing):
             places.append(heapq.heappop(self.free_parts))
+        places.sort()  # readers find a look in its order
         now = time.time()
         rows = [self.pack_part(index, part, now) for part in look]
         self.parts_used = max(self.parts_used, max(places) + 1)
@@ -12785,7 +12786,8 @@ class Supervisor:
         finally:
             for number in ENDING_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
-            # agents first, while there is somebody to say goodbye to
+            # agents first, while there is somebody to say goodbye to, and to show it
+            self.stop(self.agents)
             self.stop([name for name in self.names if name not in self.roles])
             self.stop(self.roles)
 
