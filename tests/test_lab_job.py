@@ -43,7 +43,7 @@ job, words, kept = os.environ["SLURM_JOB_ID"], sys.argv[1:], []
 seconds, begin = int(cgroup("cpuacct", "cpuacct.usage")) / 1e9, time.monotonic()
 goal = int(0.95 * int(cgroup("memory", "memory.limit_in_bytes")))
 while "fill" in words and (not kept or len(kept[-1]) > 1 << 18):
-    time.sleep(0.5)             # what memory.stat says can be 65 ms old (seen with Linux 6.18)
+    time.sleep(2.5)             # memory.stat may be 2 s old (memcontrol.c of Linux 6.18)
     kept.append(b"x" * (goal - used()))
 print("ready", flush=True)
 while not os.path.exists(job + ".enough"):
