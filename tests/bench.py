@@ -1701,6 +1701,7 @@ def main(argv=None):
             print("%-18s %s" % (name, function.__doc__.partition("\n")[0]))
         return 0
     check_writable(parser, options.json)
+    support.COMPILED = False
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so the tools end, too
     machine = describe_machine()
     names = options.only or [

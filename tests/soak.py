@@ -210,6 +210,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if options.json:
         bench.check_writable(parser, options.json)
+    support.COMPILED = False
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     machine = bench.describe_machine()
     with tempfile.TemporaryDirectory(prefix="sentinel-soak-") as folder:

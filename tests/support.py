@@ -12,6 +12,7 @@ SENTINEL_TEST_PYTHON  the interpreter that runs the tools (this one by default)
 SENTINEL_TEST_ALL=1   all of it: what takes long runs, and what cannot be tested for want of
                       something fails; else both are skipped, by name
 SENTINEL_TEST_SLOW=1  what takes long runs
+SENTINEL_TEST_CODE    the folder with the tools' bytecode, where one is shared (a new one)
 """
 # The rooms, from the top; a room uses only rooms above it.
 #
@@ -46,6 +47,8 @@ import threading
 import time
 import unittest
 
+import compiled
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PYTHON = os.environ.get("SENTINEL_TEST_PYTHON") or sys.executable
 HOST = "127.0.0.1"
@@ -55,6 +58,7 @@ POLL = 0.05  # seconds between two looks
 EVERYTHING = os.environ.get("SENTINEL_TEST_ALL") == "1"
 LONG = EVERYTHING or os.environ.get("SENTINEL_TEST_SLOW") == "1"
 MAX_SLOTS = 1024  # what the master has without --max-agents
+COMPILED = True  # tools start from bytecode that is there; bench.py has them start as people do
 
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
@@ -133,6 +137,13 @@ def wakeups(pid):
     return total
 
 
+def cpu_seconds(pid):
+    """The CPU time of a process and of the children that it has waited for."""
+    with open("/proc/%d/stat" % pid) as file:
+        fields = file.read().rpartition(")")[2].split()
+    return sum(int(ticks) for ticks in fields[11:15]) / os.sysconf("SC_CLK_TCK")
+
+
 def alive(pid):
     """Does it run (or is it stopped)?  One that only waits to be reaped does not."""
     try:
@@ -162,12 +173,48 @@ def descendants(pid):
 # ==========================================================================================
 
 
-def _command(argv, python):
-    """A tool's name stands for its path; anything else ("-c", "-m", a path) goes as it is."""
+def _command(argv, python, as_typed):
+    """A tool's name stands for its path; anything else ("-c", "-m", a path) goes as it is.
+
+    What starts a tool of this repository, or imports one, has the bytecode ready, see compiled.py.
+    """
     words = [str(word) for word in argv]
     if not os.path.isabs(words[0]) and os.path.exists(os.path.join(ROOT, words[0])):
         words[0] = os.path.join(ROOT, words[0])
+    if COMPILED and not as_typed and _is_ours(words):
+        words[:0] = [compiled.__file__, code_folder()]
     return [python or PYTHON] + words
+
+
+def _is_ours(words):
+    """Whether a tool runs, or a copy with other constants, or statements that import one."""
+    if words[0] == "-c":
+        return any("import " + tool[:-3] in words[1] for tool in compiled.TOOLS)
+    folder, name = os.path.split(words[0])
+    is_copy = os.path.dirname(folder) == _copy_folder()
+    return name in compiled.TOOLS and (folder == ROOT or is_copy)
+
+
+@functools.lru_cache()
+def _copy_folder():
+    """A folder for copies of the tools; it is removed at the end."""
+    folder = tempfile.mkdtemp(prefix="sentinel-copies-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.lru_cache()
+def code_folder():
+    """Where the tools' bytecode is, for this process and those that it starts to run tests."""
+    folder = os.environ.get("SENTINEL_TEST_CODE")
+    if not folder:
+        folder = tempfile.mkdtemp(prefix="sentinel-code-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["SENTINEL_TEST_CODE"] = folder
+    return folder
+
+
+compiled.install(code_folder())  # tests import the tools, too
 
 
 def _environment(changes):
@@ -181,10 +228,13 @@ def _environment(changes):
     return {name: str(value) for name, value in env.items() if value is not None}
 
 
-def run(*argv, python=None, env=None, stdin="", seconds=60, **more):
-    """Run a tool to its end: a CompletedProcess whose stdout and stderr are text."""
+def run(*argv, python=None, env=None, stdin="", seconds=60, as_typed=False, **more):
+    """Run a tool to its end: a CompletedProcess whose stdout and stderr are text.
+
+    as_typed: without the bytecode that is ready, as a person does.
+    """
     return subprocess.run(
-        _command(argv, python),
+        _command(argv, python, as_typed),
         env=_environment(env),
         input=stdin,
         timeout=seconds,
@@ -195,9 +245,9 @@ def run(*argv, python=None, env=None, stdin="", seconds=60, **more):
     )
 
 
-def start(*argv, python=None, env=None, **more):
+def start(*argv, python=None, env=None, as_typed=False, **more):
     """Start a tool: start("agent.py", "--port", 13579).  Close what comes back, or use `with`."""
-    return Tool(_command(argv, python), _environment(env), **more)
+    return Tool(_command(argv, python, as_typed), _environment(env), **more)
 
 
 class Tool:
@@ -361,14 +411,6 @@ if __name__ == "__main__":
     sys.argv[0] = %r
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
-@functools.lru_cache()
-def _copy_folder():
-    """A folder for copies of the tools; it is removed at the end."""
-    folder = tempfile.mkdtemp(prefix="sentinel-copies-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
 
 
 def with_constants(tool, **constants):

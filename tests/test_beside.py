@@ -192,28 +192,44 @@ class Told(unittest.TestCase):
 
 
 class Slowest(unittest.TestCase):
-    def test_what_took_the_time_comes_first_and_classes_are_summed(self):
+    def test_what_works_most_comes_first_and_classes_are_summed(self):
         took = {
             "test_a.One.test_x": 2.0,
             "test_a.One.test_y": 2.5,
-            "test_b.Two.test_z": 3,
+            "test_b.Two.test_z": 30,
         }
-        lines = slowest.render(took).splitlines()
+        worked = {
+            "test_a.One.test_x": 1.5,
+            "test_a.One.test_y": 0.5,
+            "test_b.Two.test_z": 1,
+        }
+        lines = slowest.render(took, worked).splitlines()
         self.assertEqual(
             [line.split() for line in lines if line.startswith(" ")],
             [
-                ["4.5", "test_a.One"],
-                ["3.0", "test_b.Two"],
-                ["3.0", "test_b.Two.test_z"],
-                ["2.5", "test_a.One.test_y"],
-                ["2.0", "test_a.One.test_x"],
+                ["2.0", "4.5", "test_a"],
+                ["1.0", "30.0", "test_b"],
+                ["2.0", "4.5", "test_a.One"],
+                ["1.0", "30.0", "test_b.Two"],
+                ["1.5", "2.0", "test_a.One.test_x"],
+                ["1.0", "30.0", "test_b.Two.test_z"],
+                ["0.5", "2.5", "test_a.One.test_y"],
+                ["3.0", "34.5", "all"],
             ],
         )
+
+    def test_the_work_of_what_a_test_starts_counts_while_it_runs_and_after(self):
+        before = slowest.cpu_seconds()
+        spin = "import time\nwhile time.process_time() < 0.5: pass\n"
+        with support.start("-c", spin + "time.sleep(60)") as tool:
+            support.eventually(lambda: slowest.cpu_seconds() - before >= 0.45)
+        self.assertTrue(tool.code)
+        self.assertGreaterEqual(slowest.cpu_seconds() - before, 0.45)
 
     def test_it_runs_what_is_named_and_tells_whether_it_failed(self):
         done = support.run("tests/slowest.py", "test_wire.Decoder", "no_such_test")
         self.assertEqual(done.returncode, 1)
-        self.assertRegex(done.stdout, r"(?m)^ +[\d.]+  test_wire\.Decoder$")
+        self.assertRegex(done.stdout, r"(?m)^ +[\d.]+ +[\d.]+  test_wire\.Decoder$")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The promises that the files themselves make: imports, syntax, README, shape."""
 
 import ast
+import functools
 import os
 import re
 import subprocess
@@ -45,10 +46,13 @@ def text_of(name):
         return file.read()
 
 
+@functools.lru_cache()
 def trees():
     """(name, syntax tree) of every tool."""
-    for name in (*TOOLS, *OTHERS):
-        yield name, ast.parse(text_of(name), name, feature_version=(3, 6))
+    return [
+        (name, ast.parse(text_of(name), name, feature_version=(3, 6)))
+        for name in (*TOOLS, *OTHERS)
+    ]
 
 
 def tracked():
@@ -102,7 +106,7 @@ class Imports(unittest.TestCase):
             "Listener",
             "Client",
         }
-        for node in ast.walk(ast.parse(text_of("master_server.py"))):
+        for node in ast.walk(dict(trees())["master_server.py"]):
             named = {
                 getattr(node, "id", None),
                 getattr(node, "attr", None),
@@ -134,15 +138,24 @@ class Imports(unittest.TestCase):
 
 
 class Syntax(unittest.TestCase):
+    def test_the_oldest_and_the_newest_python_here_compile_every_tool(self):
+        versions = sorted(support.pythons())
+        self.compile_on({versions[0], versions[-1]})
+
+    @support.slow("the Pythons between")
     def test_every_python_from_3_6_on_that_is_here_compiles_every_tool(self):
+        self.compile_on(support.pythons())
+
+    def compile_on(self, versions):
         check = (
             "import sys\nfor name in sys.argv[1:]:\n"
             "    compile(open(name, encoding='utf-8').read(), name, 'exec')"
         )
-        for version, python in support.pythons().items():
+        for version in versions:
             with self.subTest("Python %d.%d" % version):
                 subprocess.check_output(
-                    [python, "-W", "error", "-c", check, *TOOLS, *OTHERS],
+                    [support.pythons()[version], "-W", "error", "-c", check]
+                    + [*TOOLS, *OTHERS],
                     cwd=support.ROOT,
                     stderr=subprocess.STDOUT,
                 )
@@ -214,11 +227,7 @@ class Readme(unittest.TestCase):
         for name in tracked():
             if name.startswith("tests/") and name.endswith(".py"):
                 known.add(os.path.basename(name)[:-3])
-                known.update(
-                    node.name
-                    for node in ast.walk(ast.parse(text_of(name)))
-                    if isinstance(node, ast.FunctionDef)
-                )
+                known.update(re.findall(r"(?m)^ *def (\w+)\(", text_of(name)))
         self.assertEqual(set(re.findall(r"\btest_\w+", self.readme)) - known, set())
 
     def test_every_file_that_the_readme_names_exists(self):
