@@ -50,7 +50,7 @@ def cpu_seconds():
 
 
 def sums(counts, parts):
-    """The same counts by the first so many parts of the tests' names: 1 for files, 2 for classes."""
+    """The same counts by the first parts of the tests' names: 1 for files, 2 for classes."""
     total = collections.Counter()
     for name, count in counts.items():
         total[".".join(name.split(".")[:parts])] += count

@@ -7,10 +7,13 @@ import tempfile
 import time
 import unittest
 
+import beside
 import support
 from support import MasterTest, events, eventually
 
 import master_server
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 
 class AlertMasterTest(MasterTest):

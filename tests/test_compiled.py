@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import tempfile
 import unittest
 
@@ -104,12 +103,11 @@ class AsTyped(unittest.TestCase):
     def test_the_bridge_forwards(self):
         with support.start_master(as_typed=True) as master:
             flags = ("--remote-port", master.port, "--local-port", 0)
-            with support.start("port_forward.py", *flags, as_typed=True) as bridge:
-                with support.PlainAgent(bridge.listening()) as agent:
-                    agent.send({"cpu": 1.5, "ram": 2.5, "node": "bridged"})
-                    support.eventually(
-                        lambda: support.row_of(master.page, node="bridged")
-                    )
+            bridge = support.start("port_forward.py", *flags, as_typed=True)
+            self.addCleanup(bridge.stop)
+            with support.PlainAgent(bridge.listening()) as agent:
+                agent.send({"cpu": 1.5, "ram": 2.5, "node": "bridged"})
+                support.eventually(lambda: support.row_of(master.page, node="bridged"))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,14 @@ import threading
 import time
 import unittest
 
+import beside
 import support
 from support import eventually, requires
 
 import master_server
 from master_server import DETAILS, EVENTS, Table, TableError
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 SEED = int(os.environ.get("SENTINEL_TEST_SEED", "1"))
 SLOT = struct.Struct("i64sff")  # as the plan has it
