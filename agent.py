@@ -907,7 +907,13 @@ WIDE_FACTOR = 1000.0  # ... so many times what the last one took, up to ...
 MAX_WIDE_SECONDS = 50.0  # ... this
 MAX_PROCESSES = 4096  # of a job that are read
 MAX_KEPT_GROUPS = 16  # cgroups whose OOM kills are read with each sample
-FILESYSTEMS = (("disk", "."), ("disk_tmp", "/tmp"))
+# keys of the space and of the inodes in use, directory; "": the job's working directory.
+# A tmpfs has no inodes to speak of.
+FILESYSTEMS = (
+    ("disk", "inodes", ""),
+    ("disk_tmp", "inodes_tmp", "/tmp"),
+    ("disk_shm", "", "/dev/shm"),
+)
 # its clients' counters: /proc before Lustre 2.12, then debugfs, which few may read
 LUSTRE_FOLDERS = ("proc/fs/lustre/llite", "sys/kernel/debug/lustre/llite")
 # keys, files in order of preference: before Linux 4.5 the 64-bit counters were apart
@@ -954,6 +960,7 @@ class Sampler:
         self.total = 0
         self.percent = 0.0  # CPU in use, as it was last
         self.trouble = ""  # what keeps cpu or ram from being known now
+        self.directory = "."  # where the job works
         self.find_end_of_job()
         self.require_cpu_and_ram()
         self.hardware = {kind: self.find_hardware(kind) for kind in ("net", "block")}
@@ -1350,10 +1357,16 @@ class Sampler:
             self.end_time = time.time() + left
         self.time_limit = parse_duration(words[1]) or 0.0 if len(words) > 1 else 0.0
 
-    def read_filesystem(self, key: str, path: str) -> Reading:
-        space = os.statvfs(path)
-        used = space.f_blocks - space.f_bfree  # percent as df(1) has it
-        yield key, round(100.0 * used / (used + space.f_bavail), 1)
+    def read_filesystem(self, disk: str, inodes: str, path: str) -> Reading:
+        """Yield how full a filesystem is, as df(1) has it: not one that nobody can write to."""
+        space = os.statvfs(path or self.directory)
+        if space.f_flag & os.ST_RDONLY:
+            return  # an image of a container is always full
+        if inodes and space.f_files:  # Btrfs has no count of them
+            used = space.f_files - space.f_ffree
+            yield inodes, round(100.0 * used / space.f_files, 1)
+        used = space.f_blocks - space.f_bfree
+        yield disk, round(100.0 * used / (used + space.f_bavail), 1)
 
     def read_gpus(self) -> Reading:
         if self.gpus.fresh():
@@ -1383,7 +1396,7 @@ def get_system_stats(sampler: Optional[Sampler] = None) -> Sample:
 
 
 def apply_facts(sampler: Sampler, facts: Dict[str, Any]) -> None:
-    """Take over what a step's environment lacks or has wrong: name, CPUs, end of its job."""
+    """Take over what a step's environment lacks or has wrong of its job: name, CPUs, end, place."""
     for key in ("job", "job_name"):
         sampler.fixed[key] = clip(str(facts[key]))
     cpus = facts["cpus"].get(sampler.fixed["node"])
@@ -1399,6 +1412,8 @@ def apply_facts(sampler: Sampler, facts: Dict[str, Any]) -> None:
         sampler.end_time = float(facts["end"])
         sampler.time_limit = float(facts.get("limit") or 0.0)
         sampler.asked = math.inf
+    if facts.get("directory"):
+        sampler.directory = str(facts["directory"])
 
 
 # ============================================================================
@@ -2896,6 +2911,12 @@ def parse_job_gpus(text: str) -> Dict[str, str]:
     return gpus
 
 
+def parse_job_directory(text: str) -> str:
+    """Return where the job works, from the same lines; its path may hold blanks."""
+    found = re.search(r"^ +WorkDir=(/.*)$", text, re.M)
+    return found.group(1) if found else ""
+
+
 def parse_job_nodes(text: str) -> Dict[str, int]:
     """Return {node: CPUs of the job there} from the lines of `scontrol -d show job`."""
     cpus = {}
@@ -3329,6 +3350,7 @@ class Herd:
             "limit": job.facts.get("limit"),
             "cpus": cpus,
             "gpus": parse_job_gpus(text),
+            "directory": parse_job_directory(text),
         }
         job.tries += 1
         groups = [[node] for node in nodes] if job.rung == 1 else [nodes]

@@ -299,6 +299,11 @@ class Parsers(unittest.TestCase):
         """)
         self.assertEqual(agent.parse_job_nodes(text), {"c1": 5, "c2": 5, "c7": 1})
 
+    def test_the_working_directory_of_scontrol_with_a_blank_in_it(self):
+        text = "JobId=9 JobName=WorkDir=/a\n   WorkDir=/scratch/my fit\n   StdErr=/x\n"
+        self.assertEqual(agent.parse_job_directory(text), "/scratch/my fit")
+        self.assertEqual(agent.parse_job_directory("JobId=9\n   Power=\n"), "")
+
     def test_of_an_array_only_the_task_is_read_that_was_asked_about(self):
         """scontrol tells of all tasks when it is asked about the one with the array's id."""
         text = details("8", "RUNNING", ["c2"]) + "\n" + details("7", "FAILED")
