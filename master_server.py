@@ -2232,6 +2232,16 @@ FILESYSTEMS = (
     ("disk", "the working directory's filesystem", 99.5),
     ("inodes", "the list of files (inodes) of the working directory", 99.5),
 )
+OWN_TMP = 'export TMPDIR="$SLURM_SUBMIT_DIR/tmp"; mkdir -p "$TMPDIR"'
+FREE_SHM = "ls -l /dev/shm  # remove what is yours, or ask for more --mem"
+LOOK_AROUND = "df -h . ; df -i .  # in the working directory"
+FULL_CURES = {
+    "disk_tmp": OWN_TMP,
+    "disk_shm": FREE_SHM,
+    "inodes_tmp": OWN_TMP,
+    "disk": LOOK_AROUND,
+    "inodes": LOOK_AROUND,
+}
 # keys that are texts; all others are numbers
 FACT_TEXTS = [key for key, code in JOB_FACTS if code.endswith("s")]
 RANK_TEXTS = ("part", "program", "cpus", "on", "state", "wchan", "gpu", "step")
@@ -2256,6 +2266,7 @@ class Verdict(NamedTuple):
     proof: str
     cure: str  # a line to paste, or ""
     rule: str  # name of the check
+    place: str = ""  # the nodes, the GPU, the CPUs or the filesystem that it is about
 
 
 class NodeEvidence(NamedTuple):
@@ -2322,6 +2333,8 @@ RUNNING = "running"
 ENDED = "ended"
 ANY = "any"
 LISTED = ("ranks", "gpus")
+# of a check's figures: what says where, in this order
+PLACES = ("name", "node", "nodes", "names", "index", "allowed")
 
 
 def diagnose(job: JobEvidence) -> List[Verdict]:
@@ -2364,8 +2377,28 @@ def judge_check(case: "Case", check: Check) -> List[Verdict]:
                 check.proof.format(**figures).rstrip("; "),
                 check.cure.format(**figures),
                 check.name,
+                place_words(figures),
             )
         )
+    return fold_verdicts(verdicts)
+
+
+def place_words(figures: Figures) -> str:
+    """What tells a verdict from others of the same check: c1, or c1 GPU 3."""
+    words = [str(figures[key]) for key in PLACES if key in figures]
+    return " ".join(words)
+
+
+def fold_verdicts(verdicts: List[Verdict]) -> List[Verdict]:
+    """Some of many verdicts of one check, the worst first; the last tells of the rest."""
+    verdicts.sort(key=lambda verdict: SEVERITIES.index(verdict.severity))
+    rest = len(verdicts) - MAX_LISTED
+    if rest > 0:
+        last = verdicts[MAX_LISTED - 1]
+        proof = "%s; and so at %d more places" % (last.proof, rest)
+        if rest == 1:
+            proof = "%s; and so at 1 more place" % last.proof
+        verdicts[MAX_LISTED - 1 :] = [last._replace(proof=proof)]
     return verdicts
 
 
@@ -3397,9 +3430,7 @@ def find_full_filesystem(
                 "name": name,
                 "nodes": list_words([node.name for node in full]),
                 "percent": full[0].sample[key],
-                "cure": 'export TMPDIR="$SLURM_SUBMIT_DIR/tmp"; mkdir -p "$TMPDIR"'
-                if key != "disk" and key != "inodes"
-                else "df -h . ; df -i .  # in the working directory",
+                "cure": FULL_CURES[key],
             }
 
 
@@ -3694,7 +3725,7 @@ def find_signal(
         full = full_shared_memory(case)
         if full:
             meaning = "its shared memory had no room: %s" % full
-            cure = "ls -l /dev/shm  # remove what is yours, or ask for more --mem"
+            cure = FREE_SHM
     if ending.signal == "SIGILL" and ending.node:
         meaning += " than %s has" % ending.node
     yield death(
@@ -4908,6 +4939,9 @@ PIN_CPU = 0.1  # of a core, from which on a collector is a busy one
 PIN_SECONDS = 5.0  # between two looks at where its threads are to run
 LINGER_SECONDS = 0.5  # for a peer to read why it is sent away
 THE_NODE = "the node"  # what comes and goes when it is no rule
+AGAIN_SECONDS = 600.0  # from one time that a problem of a job is told to the next
+
+VerdictKey = Tuple[str, str, str, str]  # raw id of the job, severity, rule, place
 
 
 def split_address(address: Address) -> Tuple[str, str]:
@@ -5638,52 +5672,120 @@ class Collector:
         self.table.add_event("refused", reason, source)
 
 
+class Told:
+    """What was told of one problem of a job."""
+
+    __slots__ = ("since", "changes")
+
+    def __init__(self, now: float) -> None:
+        self.since = now  # time.monotonic() when it was told last
+        self.changes = 0  # how often it has come since then
+
+
 class Judged:
-    """Picks from the verdicts what has become a problem or a death: each is told once.
+    """Picks from the verdicts what has become a problem or a death.
+
+    A death is told at once.  A problem that goes and comes back is told again after AGAIN_SECONDS
+    at the soonest, with how often it came; and no more than so many of one check of a job are told
+    within that time, wherever they are.
 
     How far they were told is noted in the table: a collector that starts again goes on there.
     """
 
     def __init__(self, table: Table) -> None:
-        self.told: Set[Tuple[str, str, str]] = set()  # raw id, severity, rule
+        self.known: Set[VerdictKey] = set()  # that there were at the last look
+        self.told: Dict[VerdictKey, Told] = {}
         self.changes = table.verdicts_told()
+        self.due = math.inf  # time.monotonic() when one that has waited may be told
+        now = time.monotonic()
         rows = VERDICT.iter_unpack(table.snapshot().verdict_rows)
         old = [row for row in rows if row[2] <= self.changes]
         for raw, _, _, severity, text in old:
             if severity.strip(b"\0"):
                 for verdict in json.loads(text.rstrip(b"\0")):
-                    self.told.add(key_of_verdict(str(from_field(raw)), verdict))
+                    key = key_of_verdict(str(from_field(raw)), verdict)
+                    self.known.add(key)
+                    self.told[key] = Told(now)
 
     def look(self, table: Table) -> List[Event]:
         """What is new since the last look."""
         changes = table.verdict_changes()
-        if changes == self.changes:
+        now = time.monotonic()
+        if changes == self.changes and now < self.due:
             return []
         self.changes = changes
-        events = self.pick(table.snapshot())
+        events = self.pick(table.snapshot(), now)
         table.note_told(changes)
         return events
 
-    def pick(self, view: Snapshot) -> List[Event]:
-        """What of the verdicts is new."""
+    def pick(self, view: Snapshot, now: float) -> List[Event]:
+        """What of the verdicts is to be told now."""
         names = {job["raw"]: job["job"] for job in view.jobs}
         events = []
         known = set()
+        self.due = math.inf
         for raw, verdicts in view.verdicts.items():
             for verdict in verdicts:
-                severity = verdict["severity"]
                 key = key_of_verdict(raw, verdict)
                 known.add(key)
-                if severity in ("problem", "died") and key not in self.told:
-                    words = words_of_verdict(verdict)
-                    events.append(event_of_job(severity, names.get(raw, raw), words))
-        self.told = known
+                words = self.words(key, verdict, now)
+                if words:
+                    job = names.get(raw, raw)
+                    events.append(event_of_job(verdict["severity"], job, words))
+        self.known = known
+        self.told = {
+            key: told
+            for key, told in self.told.items()
+            if key in known or now - told.since < AGAIN_SECONDS
+        }
         return events
 
+    def words(self, key: VerdictKey, verdict: Message, now: float) -> str:
+        """What is to be told of a verdict now; "" when that is nothing."""
+        severity = verdict["severity"]
+        told = self.told.get(key)
+        is_back = key not in self.known
+        if severity == "died":
+            self.told[key] = Told(now)
+            return words_of_verdict(verdict) if is_back else ""
+        if severity != "problem":
+            return ""
+        if told is None:
+            wait = self.wait(key, now)
+            if wait > 0:
+                self.due = min(self.due, now + wait)
+                return ""
+            self.told[key] = Told(now)
+            return words_of_verdict(verdict)
+        told.changes += is_back
+        if not told.changes:
+            return ""
+        again = told.since + AGAIN_SECONDS
+        if now < again:
+            self.due = min(self.due, again)
+            return ""
+        self.told[key] = Told(now)
+        times = "once" if told.changes == 1 else "%d times" % told.changes
+        last = "came back %s in %s" % (times, time_words(now - told.since))
+        return "%s; %s" % (words_of_verdict(verdict), last)
 
-def key_of_verdict(raw: str, verdict: Message) -> Tuple[str, str, str]:
-    """What makes a verdict another one: the job, its severity and the rule."""
-    return raw, str(verdict["severity"]), str(verdict["rule"])
+    def wait(self, key: VerdictKey, now: float) -> float:
+        """For how many seconds nothing more may be told of a check of a job."""
+        raw, severity, rule, _ = key
+        moments = sorted(
+            told.since
+            for other, told in self.told.items()
+            if other[:3] == (raw, severity, rule)
+        )
+        if len(moments) < MAX_LISTED:
+            return 0.0
+        return moments[-MAX_LISTED] + AGAIN_SECONDS - now
+
+
+def key_of_verdict(raw: str, verdict: Message) -> VerdictKey:
+    """What makes a verdict another one: the job, its severity, the rule and the place."""
+    place = str(verdict.get("place", ""))
+    return raw, str(verdict["severity"]), str(verdict["rule"]), place
 
 
 def event_of_job(kind: str, job: str, words: str) -> Event:

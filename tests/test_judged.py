@@ -1,14 +1,18 @@
 """A verdict that becomes a problem, and a death: events, critical warnings, the alert command."""
 
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
 import unittest
+from unittest import mock
 
 import beside
 from support import eventually, events, get, start_master
+
+import master_server
 
 load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
@@ -33,14 +37,83 @@ master_server.Dashboard.run = patched
 """
 
 
-def verdict(severity, what="3 of 4 CPUs idle", rule="idle-cpus"):
+def verdict(severity, what="3 of 4 CPUs idle", rule="idle-cpus", place="c1"):
     return {
         "severity": severity,
         "what": what,
         "proof": "proof",
         "cure": "cure",
         "rule": rule,
+        "place": place,
     }
+
+
+class Bounds(unittest.TestCase):
+    """What is told of problems that come and go, by a clock that the test turns."""
+
+    def setUp(self):
+        table = mock.Mock()
+        table.verdicts_told.return_value = 0
+        table.snapshot.return_value.verdict_rows = b""
+        self.judged = master_server.Judged(table)
+
+    def tell(self, now, *verdicts):
+        """What is told when a job is judged so at that time."""
+        view = mock.Mock(jobs=[{"raw": "7", "job": "7_1"}], verdicts={"7": verdicts})
+        return [event.text for event in self.judged.pick(view, now)]
+
+    def test_a_problem_that_comes_and_goes_is_told_once_in_ten_minutes_with_a_count(
+        self,
+    ):
+        told = []
+        for now in range(0, 3600, 10):
+            here = [verdict("problem")] if now % 60 < 30 else [verdict("fine")]
+            told += [(now, text) for text in self.tell(now, *here)]
+        words = "3 of 4 CPUs idle; proof; cure"
+        again = words + "; came back 10 times in 10 min"
+        self.assertEqual(
+            told,
+            [(0, words)] + [(now, again) for now in range(600, 3600, 600)],
+        )
+
+    def test_one_that_came_back_and_stays_is_told_when_the_ten_minutes_are_over(self):
+        self.assertEqual(len(self.tell(0, verdict("problem"))), 1)
+        self.tell(100, verdict("fine"))
+        self.assertEqual(self.tell(200, verdict("problem")), [])
+        self.assertEqual(self.judged.due, 600)
+        (text,) = self.tell(600, verdict("problem"))
+        self.assertIn("; came back once in 10 min", text)
+        for now in range(610, 5000, 10):
+            self.assertEqual(self.tell(now, verdict("problem")), [])
+        self.assertEqual(self.judged.due, math.inf)
+
+    def test_one_that_is_back_after_a_long_time_is_new(self):
+        self.assertEqual(len(self.tell(0, verdict("problem"))), 1)
+        self.tell(100, verdict("fine"))
+        self.tell(700, verdict("fine"))
+        self.assertEqual(
+            self.tell(800, verdict("problem")), ["3 of 4 CPUs idle; proof; cure"]
+        )
+
+    def test_advice_that_becomes_a_problem_is_told_and_not_each_time(self):
+        near = [verdict(severity, rule="near") for severity in ("advice", "problem")]
+        counts = [len(self.tell(10 * number, near[number % 2])) for number in range(20)]
+        self.assertEqual(counts, [0, 1] + 18 * [0])
+
+    def test_a_second_place_is_told_and_of_many_four_in_ten_minutes(self):
+        places = [verdict("problem", place="c%d" % number) for number in range(12)]
+        told = [len(self.tell(number, *places[: number + 1])) for number in range(12)]
+        self.assertEqual(told, 4 * [1] + 8 * [0])
+        self.assertEqual(self.judged.due, 600)
+        self.assertEqual(len(self.tell(605, *places)), 4)
+        other = verdict("problem", rule="leak")
+        self.assertEqual(len(self.tell(606, *places, other)), 1)
+
+    def test_a_death_is_told_at_once_however_often(self):
+        for now in (0, 20, 40):
+            self.assertEqual(len(self.tell(now, verdict("died"))), 1)
+            self.assertEqual(self.tell(now + 5, verdict("died")), [])
+            self.assertEqual(self.tell(now + 10, verdict("fine")), [])
 
 
 class Judged(unittest.TestCase):
@@ -88,6 +161,22 @@ class Judged(unittest.TestCase):
         eventually(lambda: ("died", "7") in self.kinds())
         self.assertEqual(self.kinds(), [("problem", "7"), ("died", "7")])
         self.assertIn("out of memory", get(self.master.page).text)
+
+    def test_one_that_comes_back_is_told_later_with_how_often(self):
+        self.master.stop()
+        patch = PATCH % self.path + "master_server.AGAIN_SECONDS = 4.0\n"
+        self.judge({})
+        self.master = start_master(patch=patch)
+        self.addCleanup(self.master.stop)
+        self.judge({"7": [verdict("problem")]})
+        eventually(lambda: self.kinds() == [("problem", "7")])
+        for severity in ("fine", "problem"):  # each is seen: the other job is told
+            other = {"fine": "8", "problem": "9"}[severity]
+            self.judge({"7": [verdict(severity)], other: [verdict("problem")]})
+            eventually(lambda other=other: ("problem", other) in self.kinds())
+        self.assertEqual(self.kinds().count(("problem", "7")), 1)
+        self.master.logged(r"job 7: 3 of 4 CPUs idle; proof; cure; came back once in", 9)
+        self.assertEqual(self.kinds().count(("problem", "7")), 2)
 
     def test_a_collector_that_starts_again_does_not_tell_it_again(self):
         self.judge({"7": [verdict("problem")]})

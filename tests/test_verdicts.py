@@ -291,10 +291,21 @@ SICK = {
         "full_filesystem",
         r"! /tmp is full on c2: 100 % in use  -> export TMPDIR=\"\$SLURM_SUBMIT_DIR/tmp\"",
     ),
+    "/dev/shm full": (
+        job(node(disk_shm=99.0)),
+        "full_filesystem",
+        r"! /dev/shm is full on c1: 99 % in use  -> ls -l /dev/shm ",
+    ),
     "no inodes": (
         job(node(inodes=100.0)),
         "full_filesystem",
-        r"! the list of files \(inodes\) of the working directory is full on c1",
+        r"! the list of files \(inodes\) of the working directory is full on c1: 100 % in use"
+        r"  -> df -h \. ; df -i \.",
+    ),
+    "no inodes in /tmp": (
+        job(node(inodes_tmp=99.0)),
+        "full_filesystem",
+        r"! the list of files \(inodes\) of /tmp is full on c1: 99 % in use  -> export TMPDIR",
     ),
     "the time limit near": (
         job(node(job_time_left=400.0, job_time_limit=36000.0)),
@@ -989,6 +1000,8 @@ EDGES = {
         (job(node(disk_tmp=98.0)), job(node(disk_tmp=97.0))),
         (job(node(disk_shm=98.0)), job(node(disk_shm=97.0))),
         (job(node(disk=99.6)), job(node(disk=99.0))),
+        (job(node(inodes=99.6)), job(node(inodes=99.0))),
+        (job(node(inodes_tmp=98.0)), job(node(inodes_tmp=97.0))),
         (job(node(disk_tmp=flat(99, 20))), job(node(disk_tmp=flat(99, 10)))),
     ),
     "time_limit_near": (
@@ -1400,7 +1413,8 @@ class Text(unittest.TestCase):
 
     def test_json_and_back(self):
         rows = json.loads(json.dumps(master_server.verdicts_json(self.verdicts())))
-        self.assertEqual(set(rows[0]), {"severity", "what", "proof", "cure", "rule"})
+        keys = {"severity", "what", "proof", "cure", "rule", "place"}
+        self.assertEqual(set(rows[0]), keys)
         self.assertEqual(master_server.parse_verdicts(rows), self.verdicts())
         for odd in (None, 3, "x", {}, [None], [{}], [{"severity": "x", "what": "y"}]):
             self.assertEqual(master_server.parse_verdicts(odd), [])
@@ -1411,6 +1425,36 @@ class Text(unittest.TestCase):
         for count, code in ((4, 3), (3, 2), (2, 1), (1, 0), (0, 0)):
             last = self.verdicts()[4 - count :]
             self.assertEqual(master_server.explain_code(last), code)
+
+    def test_of_many_nodes_with_the_same_problem_four_are_told_the_worst_first(self):
+        def near(count):
+            shares = [0.96 if number == 7 else 0.92 for number in range(count)]
+            nodes = [
+                node("c%d" % number, job_mem=share * 2 * GB)
+                for number, share in enumerate(shares)
+            ]
+            return diagnose(job(*nodes))
+
+        self.assertEqual(len(near(4)), 4)
+        self.assertNotIn("more place", near(4)[-1].proof)
+        self.assertRegex(near(5)[-1].proof, "; and so at 1 more place$")
+        found = near(500)
+        self.assertEqual([verdict.place for verdict in found], ["c7", "c0", "c1", "c2"])
+        self.assertEqual(found[0].severity, "problem")
+        self.assertRegex(found[-1].proof, "; and so at 496 more places$")
+
+    def test_a_verdict_names_its_place_by_which_it_is_known_again(self):
+        for name, place in (
+            ("all on CPU 0", "c1 0"),
+            ("one of two nodes asleep", "c2"),
+            ("a GPU that is too hot", "c1 1"),
+            ("three of four GPUs idle", "c1 gpu 1, c2 gpu 0-1"),
+            ("/tmp full", "/tmp c2"),
+            ("everything asleep", "c1, c2"),
+            ("over-asked time", ""),
+        ):
+            with self.subTest(name):
+                self.assertEqual(diagnose(SICK[name][0])[0].place, place)
 
     def test_the_worst_comes_first(self):
         evidence = job(
