@@ -3570,6 +3570,8 @@ def memory_proof(case: Case) -> str:
     points = node.curves.get("job_mem", [])
     used = max([node.sample["job_mem"]] + [value for _, value in points])
     words = [BELOW_PEAK % (used / GIB, node.sample["job_mem_limit"] / GIB)]
+    if len(nodes) > 1:
+        words.insert(0, "fullest: %s" % node.name)
     largest = largest_rank_words(node.ranks)
     if largest:
         words.append(largest)
@@ -3597,18 +3599,21 @@ def find_out_of_memory(
     counted = kills and case.state in ("", "RUNNING", "COMPLETING", "FAILED")
     if not told and not counted:
         return
+    names = list(kills)
+    if not kills and len(case.nodes) == 1:
+        names = [case.nodes[0].name]
+    where = " on %s" % list_words(names) if names else ""
     if kills:
-        words = OUT_OF_MEMORY % count_words(sum(kills.values()), "process")
+        words = OUT_OF_MEMORY % count_words(sum(kills.values()), "process") + where
     else:
-        words = "out of memory, says Slurm; the kernel's count was not seen"
-    where = " on %s" % list_words(list(kills)) if kills else ""
+        words = "out of memory%s, says Slurm; the kernel's count was not seen" % (where)
     limit = killed_limit(case)
     flag = memory_flag(limit) if limit else "--mem"
     proof = memory_proof(case)
     holder = one_holder(case)
     if holder:
         flag += "  # or distribute: %s holds it all" % holder
-    yield death(case, words=words, where=where, proof=proof, flag=flag)
+    yield death(case, words=words, proof=proof, flag=flag)
 
 
 def one_holder(case: Case) -> str:
@@ -3800,7 +3805,7 @@ CHECKS: Tuple[Check, ...] = (
         severity="died",
         phase=ENDED,
         find=find_out_of_memory,
-        what=DIED + "{words}{where}",
+        what=DIED + "{words}",
         proof="{proof}{testimony}",
         cure="{flag}",
         source="Linux cgroup-v2.rst, memory.events oom_kill; cgroup-v1 memory.oom_control",

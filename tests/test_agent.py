@@ -403,7 +403,11 @@ class Trees(unittest.TestCase):
     def test_a_filesystem_that_is_gone_does_not_hide_the_other(self):
         real = os.statvfs
         keys = {"disk", "disk_tmp", "disk_shm"}
-        for gone, key in ((".", "disk"), ("/tmp", "disk_tmp"), ("/dev/shm", "disk_shm")):
+        for gone, key in (
+            (".", "disk"),
+            ("/tmp", "disk_tmp"),
+            ("/dev/shm", "disk_shm"),
+        ):
 
             def statvfs(path, gone=gone):
                 if path == gone:
@@ -416,8 +420,8 @@ class Trees(unittest.TestCase):
 
     def statvfs(self, **fields):
         """What the filesystems read as, where each is like this."""
-        known = dict(f_flag=0, f_blocks=100, f_bfree=60, f_bavail=50, f_files=1000)
-        known.update(f_ffree=20, **fields)
+        known = {"f_flag": 0, "f_blocks": 100, "f_bfree": 60, "f_bavail": 50}
+        known.update({"f_files": 1000, "f_ffree": 20, **fields})
         answer = mock.Mock(**known)
         with mock.patch.object(agent.os, "statvfs", return_value=answer) as asked:
             known = agent.collect(agent.Sampler(tree("bonded")).slow_readers)

@@ -175,7 +175,9 @@ class Judged(unittest.TestCase):
             self.judge({"7": [verdict(severity)], other: [verdict("problem")]})
             eventually(lambda other=other: ("problem", other) in self.kinds())
         self.assertEqual(self.kinds().count(("problem", "7")), 1)
-        self.master.logged(r"job 7: 3 of 4 CPUs idle; proof; cure; came back once in", 9)
+        self.master.logged(
+            r"job 7: 3 of 4 CPUs idle; proof; cure; came back once in", 9
+        )
         self.assertEqual(self.kinds().count(("problem", "7")), 2)
 
     def test_a_collector_that_starts_again_does_not_tell_it_again(self):

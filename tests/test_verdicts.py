@@ -452,7 +452,16 @@ DEAD = {
     "out of memory, by Slurm's word alone": (
         ended("OUT_OF_MEMORY", node(), exit="0:125"),
         "out_of_memory",
-        r"died %s: out of memory, says Slurm; the kernel's count was not seen: "
+        r"died %s: out of memory on c1, says Slurm; the kernel's count was not seen: memory peak"
+        % ENDED_AT,
+    ),
+    "out of memory on one of two nodes, by Slurm's word alone": (
+        ended(
+            "OUT_OF_MEMORY", node("c1"), node("c2", job_mem=1.9 * GB, ranks=[rank(5)])
+        ),
+        "out_of_memory",
+        r"died %s: out of memory, says Slurm; the kernel's count was not seen: fullest: c2; memory"
+        r" peak above the highest sample, 1\.9 GB of 2 GB; rank 5 \(my_app\) had"
         % ENDED_AT,
     ),
     "the kernel and Slurm disagree": (
@@ -463,7 +472,7 @@ DEAD = {
     "out of memory in a step, by Slurm's word": (
         ended("FAILED", node(), exit="1:0", derived_exit="0:125"),
         "out_of_memory",
-        r"died %s: out of memory, says Slurm; .*Slurm says FAILED \(1:0\);"
+        r"died %s: out of memory on c1, says Slurm; .*Slurm says FAILED \(1:0\);"
         r" its worst step ended with 0:125  ->" % ENDED_AT,
     ),
     "a step out of memory, and then the time limit": (
