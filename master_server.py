@@ -2157,7 +2157,8 @@ LONG_SECONDS = 300.0  # the same for what a healthy job may do for a while, too
 SOON_SECONDS = 20.0  # and for what cannot wait
 CURVE_STEP = 10.0  # between two points of a curve
 MAX_HOLE = 2.5 * CURVE_STEP  # between two points: a longer hole is no evidence
-ALONE_SECONDS = 45.0  # the only node may be silent so long: Slurm tells ends every 30 s
+ALONE_SECONDS = 45.0  # all nodes: those of a suspended job are, and Slurm is asked every 30 s
+PATIENT_SECONDS = 1200.0  # for what a person or a service may wait for
 SILENT_SECONDS = 5.0  # and one of several that go on
 MAX_NUMBER = 1e18  # no reading is larger; what claims to be is unknown
 MAX_LISTED = 4  # names in a sentence
@@ -2166,6 +2167,8 @@ MAX_CPU_LIST = 90  # characters: a longer list of CPUs may have been cut
 GIB = 2.0**30
 MIB = 2.0**20
 IDLE_CPUS = 0.1  # CPUs in use, and less, are none
+WORKING_CPUS = 0.5  # and from this on some are
+CORE_CPUS = 2  # the CPUs of one core where it has two threads: who asked for one has both
 ONE_CPU = (0.85, 1.1)  # CPUs in use by one thread that never waits
 QUIET_BYTES = 1e5  # a second, read and written: no I/O to speak of
 SLOW_BYTES = 5e6  # a second: what waits for I/O and moves no more has a slow filesystem
@@ -2218,11 +2221,18 @@ SIGNAL_CURES = {
     "SIGBUS": "df -h /dev/shm /tmp  # in the job: a full one ends programs so",
     "SIGILL": "srun --nodes=1 --constraint=FEATURE ...  # or compile it on the node itself",
 }
+SHELLS = ("bash", "csh", "dash", "fish", "ksh", "sh", "tcsh", "zsh")
+# what waits for a person or for requests, by its name
+WAITERS = (
+    r"jupyter|ipykernel|ipython|rsession|rserver|code-server|vscode|tmux|screen|sshd"
+    r"|scheduler|server|snakemake|nextflow"
+)
 SEVERITIES = ("died", "problem", "advice", "fine")  # the worst first
 ARROW_COLUMN = 100  # where cures begin, at most
 MARKS = {"died": "died ", "problem": "! ", "advice": ". ", "fine": ""}
 EXIT_CODES = {"fine": 0, "advice": 1, "problem": 2, "died": 3}
 RUNNING_STATES = ("", "RUNNING", "COMPLETING")  # "": Slurm was not asked
+ENDING_STATE = "COMPLETING"  # what is left of it is being ended
 WAITING_STATES = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED")
 # key of a sample, what is full, percent from which on it is
 FILESYSTEMS = (
@@ -2575,7 +2585,11 @@ class Case:
         self.has_ended = self.state in ENDED_STATES
         have_left = self.all_have_left()
         self.is_over = self.has_ended or have_left
-        self.is_running = self.state in RUNNING_STATES and not self.is_over
+        self.is_running = (
+            self.state in RUNNING_STATES
+            and self.state != ENDING_STATE
+            and not self.is_over
+        )
         ended_well = all(goodbye.bye == "exit 0" for goodbye in self.goodbyes)
         self.has_completed = self.state == "COMPLETED" or have_left and ended_well
 
@@ -2618,6 +2632,11 @@ class Case:
         return 0 < len(nodes) == len(self.nodes) and len(nodes) >= count
 
     @property
+    def is_part(self) -> bool:
+        """Whether it is a part of a heterogeneous job, which waits for the others: 12+1."""
+        return "+" in str(self.facts.get("job", ""))
+
+    @property
     def has_gpus(self) -> bool:
         """Whether the job has, or may have, GPUs."""
         if self.facts.get("gpus"):
@@ -2657,8 +2676,10 @@ class Case:
 
     @property
     def ran(self) -> Optional[float]:
-        """For how long it ran, in seconds."""
-        end = self.end
+        """For how long it ran, in seconds: by one clock, that of Slurm, where it tells both."""
+        end = self.facts.get("end") if self.has_ended else None
+        if end is None or end < self.start:
+            end = self.end
         return end - self.start if end and self.start and end >= self.start else None
 
     def testimony(self) -> str:
@@ -2856,17 +2877,36 @@ def cpus_in_use(node: NodeEvidence, percent: float) -> float:
 
 
 def is_idle_for(case: Case, node: NodeEvidence, seconds: float) -> bool:
-    """Whether a node has done nothing: no CPU, no I/O.  One that has worked is given more time."""
-    points = [cpus_in_use(node, value) for _, value in node.curves["job_cpu"]]
-    if sum(used >= 0.5 for used in points) >= 3:
-        seconds = max(seconds, LONG_SECONDS)
-    return lasts(
-        node,
-        "job_cpu",
-        case.now,
-        seconds,
-        lambda value: cpus_in_use(node, value) <= IDLE_CPUS,
-    ) and is_quiet(case, node, seconds)
+    """Whether a node has done nothing: no CPU, no I/O.
+
+    One that has worked is given more time: twice as long as it paused before and went on.
+    """
+
+    def is_idle(value: float) -> bool:
+        return cpus_in_use(node, value) <= IDLE_CPUS
+
+    if not lasts(node, "job_cpu", case.now, seconds, is_idle):
+        return False
+    points = node.curves["job_cpu"]
+    works = sum(cpus_in_use(node, value) >= WORKING_CPUS for _, value in points)
+    if works >= 3:
+        seconds = max(seconds, LONG_SECONDS, 2 * longest_pause(points, is_idle))
+    if not lasts(node, "job_cpu", case.now, seconds, is_idle):
+        return False
+    return is_quiet(case, node, min(seconds, LONG_SECONDS))
+
+
+def longest_pause(points: Curve, is_idle: Callable[[float], bool]) -> float:
+    """For how many seconds a curve was idle at most before it went on."""
+    longest = 0.0
+    since: Optional[float] = None
+    for moment, value in points:
+        if not is_idle(value):
+            longest = max(longest, moment - since if since is not None else 0.0)
+            since = None
+        elif since is None:
+            since = moment
+    return longest
 
 
 def is_quiet(case: Case, node: NodeEvidence, seconds: float) -> bool:
@@ -2878,10 +2918,10 @@ def is_quiet(case: Case, node: NodeEvidence, seconds: float) -> bool:
             for key in keys
         )
 
+    if any(rank.get("state") == "D" for rank in node.ranks):
+        return False  # a file that is mapped is read without a call
     if "job_read" in node.sample and "job_write" in node.sample:
         return all_quiet("job_read", "job_write")
-    if any(rank.get("state") == "D" for rank in node.ranks):
-        return False
     # all traffic of the node; a network of another kind shows in the wait for I/O
     waits = lasts(node, "psi_io", case.now, seconds, lambda value: value < 5)
     return waits and all_quiet("disk_read", "disk_write", "net_rx", "net_tx")
@@ -2890,18 +2930,35 @@ def is_quiet(case: Case, node: NodeEvidence, seconds: float) -> bool:
 def find_idle_job(
     case: Case, nodes: List[NodeEvidence], seconds: float
 ) -> Iterator[Figures]:
-    if case.has_gpus or not case.is_whole(nodes):
+    if case.has_gpus or case.is_part or not case.is_whole(nodes):
         return
+    may_wait = is_perhaps_waiting(nodes)
+    if may_wait:
+        seconds = PATIENT_SECONDS
     if all(is_idle_for(case, node, seconds) for node in nodes):
         idle = min(
             lasting(node, "job_cpu", case.now, lambda value: value <= 5)
             for node in nodes
         )
         yield {
+            "severity": "advice" if may_wait else "problem",
             "cpus": count_words(int(sum(n.sample["job_cpus"] for n in nodes)), "CPU"),
             "nodes": list_words([node.name for node in nodes]),
             "time": time_words(idle),
         }
+
+
+def is_perhaps_waiting(nodes: List[NodeEvidence]) -> bool:
+    """Whether a job may wait for a person, for requests, or for jobs that it has started itself.
+
+    It does for all that is known where no process of it is: after salloc, say.
+    """
+    if sum(node.sample["job_cpus"] for node in nodes) <= CORE_CPUS:
+        return True
+    programs = [str(rank.get("program", "")) for node in nodes for rank in node.ranks]
+    return all(program in SHELLS for program in programs) or any(
+        re.search(WAITERS, program) for program in programs
+    )
 
 
 def find_idle_nodes(
@@ -2965,8 +3022,8 @@ def is_one(node: NodeEvidence, percent: float) -> bool:
 
 
 def is_serial(case: Case, node: NodeEvidence, seconds: float) -> bool:
-    """Whether one thread does all the work of a node that has several CPUs, and always did."""
-    if node.sample["job_cpus"] < 2:
+    """Whether one thread does all the work of a node that has several cores, and always did."""
+    if node.sample["job_cpus"] <= CORE_CPUS:
         return False
     if len([rank for rank in node.ranks if rank.get("cpu", 0) > 20]) > 1:
         return False
@@ -2985,13 +3042,17 @@ def find_few_cpus(
             allowed = parse_cpu_list(rank.get("cpus"))
             if allowed and rank.get("cpu", 0) >= 2:
                 groups.setdefault(tuple(sorted(allowed)), []).append(rank)
-        for allowed_cpus, ranks in groups.items():
+        used = {cpu for allowed_cpus in groups for cpu in allowed_cpus}
+        for allowed_cpus, sharers in groups.items():
             count = len(allowed_cpus)
-            threads = sum(int(rank.get("running", 1)) for rank in ranks)
+            ranks = fair_sharers(sharers)
+            threads = sum(running_threads(rank) for rank in ranks)
             load = sum(rank["cpu"] for rank in ranks) / 100
             total = node.sample["job_cpus"]
             least = ONE_CPU[0] * count
-            is_full = load >= least and threads > count and count < total
+            # one thread more for a moment is no harm where the others have CPUs of their own
+            is_tight = threads >= 2 * count or threads > count and len(used) < total
+            is_full = load >= least and is_tight and count < total
             if is_full and lasts(
                 node,
                 "job_cpu",
@@ -3009,6 +3070,22 @@ def find_few_cpus(
                     "node": node.name,
                     "own": range_words(node.cpus) if node.cpus else own,
                 }
+
+
+def running_threads(rank: Dict[str, Any]) -> int:
+    """How many threads of a process could run at the last look."""
+    return int(rank.get("running", 1))
+
+
+def fair_sharers(ranks: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Those of some processes on the same CPUs that compute, not a small helper beside them."""
+    load = sum(rank["cpu"] for rank in ranks)
+    threads = sum(running_threads(rank) for rank in ranks)
+    return [
+        rank
+        for rank in ranks
+        if 2 * rank["cpu"] * threads >= load * running_threads(rank)
+    ]
 
 
 def ranks_words(numbers: List[int]) -> str:
@@ -3032,6 +3109,8 @@ def find_many_threads(
         ranks = [rank for rank in node.ranks if rank.get("running")]
         running = sum(rank["running"] for rank in ranks)
         is_full = lasts(node, "job_cpu", case.now, seconds, lambda value: value >= 95)
+        # more threads than CPUs always wait; a burst of them, as a collection of garbage, seldom
+        is_full = is_full and node.sample.get("psi_cpu", 100) >= 50
         if is_full and running >= 1.2 * cpus and running >= cpus + 1:
             yield {
                 "severity": "problem" if running >= 2 * cpus else "advice",
@@ -3075,6 +3154,8 @@ def find_odd_node(
 ) -> Iterator[Figures]:
     if not case.is_whole(nodes) or len(nodes) < 4:
         return
+    if len({len(node.ranks) for node in nodes}) != 1:
+        return  # the last node often has fewer ranks
     sizes = {
         node.name: mean_of(recent(node, "job_mem", case.now, seconds)) for node in nodes
     }
@@ -3145,7 +3226,8 @@ def idle_gpus(
     are_all = len(idle) == len(node.gpus)
     key = "gpu" if are_all else "gpu_min"
     lasted = lasting(node, key, case.now, lambda value: value <= IDLE_GPU)
-    if lasted >= LONG_SECONDS - CURVE_STEP / 2:
+    patience = idle_gpu_patience(node) if are_all else LONG_SECONDS
+    if lasted >= patience - CURVE_STEP / 2:
         return idle, lasted
     works = any(
         gpu["gpu"] > IDLE_GPU
@@ -3157,6 +3239,16 @@ def idle_gpus(
     if works and lasted >= seconds - CURVE_STEP / 2:
         return unused, lasted
     return [], 0.0
+
+
+def idle_gpu_patience(node: NodeEvidence) -> float:
+    """For how long all GPUs of a node may be idle: CPUs prepare the data, a service waits."""
+    points = node.curves["job_cpu"]
+    is_known = bool(points) and "job_cpus" in node.sample
+    works = not is_known or cpus_in_use(node, points[-1][1]) >= WORKING_CPUS
+    if works or not all(is_unused(gpu) for gpu in node.gpus):
+        return PATIENT_SECONDS
+    return LONG_SECONDS
 
 
 def is_unused(gpu: Dict[str, Any]) -> bool:
@@ -3228,7 +3320,9 @@ def find_growth(
         is_steady = share >= 0.95 and all(step > 0 for step in steps)
         if is_steady and slope > 0 and limit / 2 <= used < limit:
             left = (limit - used) / slope
-            if left <= 600:
+            reads = mean_of(recent(node, "job_read", case.now, seconds))
+            is_loading = reads >= slope / 2 and used < 0.8 * limit
+            if left <= 600 and not is_loading:
                 found.append((left, slope, used, limit, node))
     if found:
         left, slope, used, limit, node = min(found, key=lambda entry: entry[0])
@@ -3320,6 +3414,8 @@ def find_too_much_memory(
         return
     if any(not has_covered(node, "job_mem", seconds) for node in nodes):
         return
+    if all(has_whole_node(node) for node in nodes):
+        return  # nobody else could use its memory
     known = memory_peak(case, nodes)
     cached = max(node.sample["job_mem"] + node.sample["job_cache"] for node in nodes)
     ample = max(known.peak, cached)  # what the page cache had was of use, too
@@ -3329,6 +3425,12 @@ def find_too_much_memory(
         return
     if is_low and (not case.is_running or are_flat(case, nodes, known, seconds)):
         yield memory_figures(case, known, flag)
+
+
+def has_whole_node(node: NodeEvidence) -> bool:
+    """Whether all CPUs of a node are the job's."""
+    cpus = node.sample.get("cpus", math.inf)
+    return bool(node.sample.get("job_cpus", 0) >= cpus > CORE_CPUS)
 
 
 def find_tight_memory(
@@ -3437,8 +3539,11 @@ def find_full_filesystem(
 def find_time_left(
     case: Case, nodes: List[NodeEvidence], seconds: float
 ) -> Iterator[Figures]:
-    left = min(node.sample["job_time_left"] for node in nodes)
+    # a node's clock may be wrong, and the limit may have been raised: Slurm knows
+    left = median_of([node.sample["job_time_left"] for node in nodes])
     limit = max(node.sample["job_time_limit"] for node in nodes)
+    end = case.facts.get("end", 0.0)
+    left = max(left, end - case.now)
     if left < 600 and left < limit * LAST_PART:
         yield {
             "left": time_words(left),
@@ -3572,9 +3677,10 @@ def memory_proof(case: Case) -> str:
     words = [BELOW_PEAK % (used / GIB, node.sample["job_mem_limit"] / GIB)]
     if len(nodes) > 1:
         words.insert(0, "fullest: %s" % node.name)
+    seen = sum(rank.get("mem", 0.0) for rank in node.ranks)
     largest = largest_rank_words(node.ranks)
-    if largest:
-        words.append(largest)
+    if largest and seen >= node.sample["job_mem_limit"] / 2:
+        words.append(largest)  # else it came and went between two looks
     slope, share = fit_line(points[-60:])
     if len(points) >= 5 and share >= 0.9 and 60 * slope > 0.01 * used:
         lasted = time_words(points[-1][0] - points[-60:][0][0])

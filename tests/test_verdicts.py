@@ -77,6 +77,13 @@ def node(name="c1", ranks=(), gpus=(), cpus=(), lost=None, **readings):
     )
 
 
+def asleep(name="c1", job_cpu=0.0, ranks=None, **readings):
+    """A node whose program does nothing."""
+    if ranks is None:
+        ranks = [rank(0, 0.0, state="S", running=0)]
+    return node(name, ranks, job_cpu=job_cpu, **readings)
+
+
 def silent(name, ago):
     """A node that was as busy as any, and fell silent."""
     known = node(name)
@@ -167,6 +174,8 @@ def clock(moment):
 
 ENDED_AT = clock(NOW - 60)
 
+LONG_NO_IO = {"job_read": flat(0, 1300), "job_write": flat(0, 1300)}
+
 # ---- sick jobs: name -> (evidence, the rule, what its line says) -----------------------
 
 BOUND = [rank(k, cpu=25.0, cpus="0") for k in range(4)]
@@ -199,9 +208,14 @@ SICK = {
         r"! 1 of 2 nodes idle for .*: c2: c1 uses 4\.0 of 4 CPUs",
     ),
     "everything asleep": (
-        job(node("c1", job_cpu=0.1), node("c2", job_cpu=0.0)),
+        job(asleep("c1", job_cpu=0.1), asleep("c2")),
         "idle_job",
         r"! 8 CPUs idle for .*: nothing computes, reads or writes on c1, c2",
+    ),
+    "asleep for long, and perhaps it waits for a person": (
+        job(asleep(ranks=[], job_cpu=flat(0, 1250), **LONG_NO_IO)),
+        "idle_job",
+        r"\. 4 CPUs idle for 20 min: nothing computes",
     ),
     "more threads than CPUs": (
         job(node(ranks=[rank(0, 200.0, running=4), rank(1, 200.0, running=4)])),
@@ -233,9 +247,9 @@ SICK = {
         r"  -> --gres=gpu:1  # or does the program know of more than one GPU\?",
     ),
     "all GPUs idle, though a program holds them": (
-        job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 400)), gpus=1),
+        job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 1300)), gpus=1),
         "idle_gpus",
-        r"! 1 of 1 GPUs idle for 6 min: c1 gpu 0 at 0 %, at most 20 GB each  -> srun --jobid=4711",
+        r"! 1 of 1 GPUs idle for 21 min: c1 gpu 0 at 0 %, at most 20 GB each  -> srun --jobid=4711",
     ),
     "a GPU that one data loader feeds": (
         job(node(job_cpu=25.0, gpu=20.0, gpus=[gpu(0, 20.0)]), gpus=1),
@@ -457,7 +471,7 @@ DEAD = {
     ),
     "out of memory on one of two nodes, by Slurm's word alone": (
         ended(
-            "OUT_OF_MEMORY", node("c1"), node("c2", job_mem=1.9 * GB, ranks=[rank(5)])
+            "OUT_OF_MEMORY", node("c1"), node("c2", job_mem=1.9 * GB, ranks=[rank(5, mem=1.7 * GB)])
         ),
         "out_of_memory",
         r"died %s: out of memory, says Slurm; the kernel's count was not seen: fullest: c2; memory"
@@ -748,8 +762,47 @@ NO_IO = {"job_read": flat(0, 600), "job_write": flat(0, 600)}
 OTHER_IO = {"job_read": None, "job_write": None, "disk_read": 0.0, "disk_write": 0.0}
 
 
+def paused(before, since):
+    """A curve of work with a pause in it, and one that has lasted since then."""
+    work = flat(90, 1300)
+    points = len(work)
+    now = points - since // 10 - 1
+    first = now - before // 10 - 10
+    return [
+        (moment, 0.0 if k > now or first < k <= first + before // 10 else value)
+        for k, (moment, value) in enumerate(work)
+    ]
+
+
 def waiting(**more):
     return [rank(0, 2.0, **{"state": "D", "read": 1e5, **more})]
+
+
+LOADED = ramp(1.0 * GB, 3.0 * GB, 60)
+
+
+def clocks(*lefts):
+    """A job whose nodes do not agree how much time is left."""
+    return job(
+        *[
+            node("c%d" % k, job_time_left=left, job_time_limit=36000.0)
+            for k, left in enumerate(lefts)
+        ]
+    )
+
+
+def with_fewer_ranks(evidence, name):
+    """The same job with two ranks on each node but one on that."""
+    nodes = [
+        known._replace(ranks=[rank(0)] if known.name == name else [rank(0), rank(1)])
+        for known in evidence.nodes
+    ]
+    return evidence._replace(nodes=nodes)
+
+
+def pinned(running, **more):
+    """A rank of so many threads on CPUs 0 and 1."""
+    return [rank(0, 190.0, "0-1", **{"running": running, **more})]
 
 
 def leak(first, last, limit, seconds=60):
@@ -760,6 +813,15 @@ def leak(first, last, limit, seconds=60):
 
 def grown(used, limit, **more):
     return job(node(job_mem=used * GB, job_mem_limit=limit * GB, **more))
+
+
+def of_node(cpus, evidence):
+    """The same job on nodes of so many CPUs."""
+    nodes = [
+        known._replace(sample={**known.sample, "cpus": cpus})
+        for known in evidence.nodes
+    ]
+    return evidence._replace(nodes=nodes)
 
 
 def peers(*sizes):
@@ -785,7 +847,8 @@ EDGES = {
         (job(node(job_cpu=21.5)), job(node(job_cpu=21.0))),
         (job(node(job_cpu=27.0)), job(node(job_cpu=28.0))),
         (job(node(job_cpu=flat(25, 60))), job(node(job_cpu=flat(25, 40)))),
-        (job(node(job_cpu=50.0, job_cpus=2)), job(node(job_cpu=50.0, job_cpus=4))),
+        (job(node(job_cpu=34.0, job_cpus=3)), job(node(job_cpu=50.0, job_cpus=2))),
+        (job(node(job_cpu=25.0)), job(node(job_cpu=50.0))),
         (job(node(job_cpu=25.0)), job(node(job_cpu=25.0), gpus=1)),
         (
             job(node(job_cpu=25.0, ranks=[rank(0)])),
@@ -819,35 +882,61 @@ EDGES = {
             job(node(job_cpu=flat(25, 60), ranks=BOUND)),
             job(node(job_cpu=flat(25, 40), ranks=BOUND)),
         ),
+        (
+            job(node(job_cpu=80.0, ranks=[*pinned(3), rank(9, 50.0, "2")])),
+            job(node(job_cpu=80.0, ranks=[*pinned(3), rank(9, 50.0, "2-3")])),
+        ),
+        (
+            job(node(job_cpu=80.0, ranks=[*pinned(4), rank(9, 50.0, "2-3")])),
+            job(node(job_cpu=80.0, ranks=[*pinned(3), rank(9, 50.0, "2-3")])),
+        ),
+        (
+            job(node(job_cpu=25.0, ranks=[rank(0, 70.0, "0"), rank(1, 30.0, "0")])),
+            job(node(job_cpu=25.0, ranks=[rank(0, 90.0, "0"), rank(1, 10.0, "0")])),
+        ),
     ),
     "idle_job": (
-        (job(node(job_cpu=flat(0, 60))), job(node(job_cpu=flat(0, 50)))),
-        (job(node(job_cpu=2.4)), job(node(job_cpu=2.6))),
-        (job(node(job_cpu=0)), job(node(job_cpu=0, job_read=2e5))),
-        (job(node(job_cpu=0)), job(node(job_cpu=0, job_write=2e5))),
-        (job(node(job_cpu=0)), job(node(job_cpu=0, gpu=50.0), gpus=1)),
-        (job(node(job_cpu=0)), job(node(job_cpu=0, job_read=None))),
+        (job(asleep(job_cpu=flat(0, 60))), job(asleep(job_cpu=flat(0, 50)))),
+        (job(asleep(job_cpu=2.4)), job(asleep(job_cpu=2.6))),
+        (job(asleep(job_cpu=0)), job(asleep(job_cpu=0, job_read=2e5))),
+        (job(asleep(job_cpu=0)), job(asleep(job_cpu=0, job_write=2e5))),
+        (job(asleep(job_cpu=0)), job(asleep(job_cpu=0, gpu=50.0), gpus=1)),
+        (job(asleep(job_cpu=0)), job(asleep(job_cpu=0, job_read=None))),
         (
-            job(node(job_cpu=0, net_rx=0.0, net_tx=0.0, **OTHER_IO)),
-            job(node(job_cpu=0, net_rx=2e5, net_tx=0.0, **OTHER_IO)),
+            job(asleep(job_cpu=0, net_rx=0.0, net_tx=0.0, **OTHER_IO)),
+            job(asleep(job_cpu=0, net_rx=2e5, net_tx=0.0, **OTHER_IO)),
         ),
         (
-            job(node(job_cpu=0, net_rx=0.0, net_tx=0.0, **OTHER_IO)),
-            job(node(job_cpu=0, net_rx=0.0, net_tx=0.0, **{**OTHER_IO, "psi_io": 9})),
+            job(asleep(job_cpu=0, net_rx=0.0, net_tx=0.0, **OTHER_IO)),
+            job(asleep(job_cpu=0, net_rx=0.0, net_tx=0.0, **{**OTHER_IO, "psi_io": 9})),
         ),
         (
-            job(node(job_cpu=0, net_rx=0.0, net_tx=0.0, **OTHER_IO)),
-            job(node(job_cpu=0, net_rx=0.0, net_tx=0.0, ranks=waiting(), **OTHER_IO)),
+            job(asleep(job_cpu=0, net_rx=0.0, net_tx=0.0, **OTHER_IO)),
+            job(asleep(job_cpu=0, net_rx=0.0, net_tx=0.0, ranks=waiting(), **OTHER_IO)),
         ),
         (
-            job(node(job_cpu=flat(90, 600)[:-31] + flat(0, 300), **NO_IO)),
-            job(node(job_cpu=flat(90, 600)[:-21] + flat(0, 200), **NO_IO)),
+            job(asleep(job_cpu=flat(90, 600)[:-31] + flat(0, 300), **NO_IO)),
+            job(asleep(job_cpu=flat(90, 600)[:-21] + flat(0, 200), **NO_IO)),
         ),
         (
-            job(node(job_cpu=flat(12, 600)[:-21] + flat(0, 200), **NO_IO)),
-            job(node(job_cpu=flat(13, 600)[:-21] + flat(0, 200), **NO_IO)),
+            job(asleep(job_cpu=flat(12, 600)[:-21] + flat(0, 200), **NO_IO)),
+            job(asleep(job_cpu=flat(13, 600)[:-21] + flat(0, 200), **NO_IO)),
         ),
-        (job(node(job_cpu=0), nodes=1), job(node(job_cpu=0), nodes=2)),
+        (job(asleep(), nodes=1), job(asleep(), nodes=2)),
+        (job(asleep()), job(asleep(), job="4711+1")),
+        (job(asleep(job_cpus=3)), job(asleep(job_cpus=2))),
+        (
+            job(asleep(job_cpu=flat(0, 1200), job_cpus=2, **LONG_NO_IO)),
+            job(asleep(job_cpu=flat(0, 1180), job_cpus=2, **LONG_NO_IO)),
+        ),
+        (job(asleep()), job(asleep(ranks=[]))),
+        (job(asleep()), job(asleep(ranks=[rank(0, 0.0, program="bash")]))),
+        (job(asleep()), job(asleep(ranks=[rank(0, 0.0, program="jupyter-lab")]))),
+        (job(asleep()), job(asleep(ranks=[rank(0, 0.0, state="D")]))),
+        (
+            job(asleep(job_cpu=paused(150, 310), **LONG_NO_IO)),
+            job(asleep(job_cpu=paused(180, 310), **LONG_NO_IO)),
+        ),
     ),
     "idle_nodes": (
         (
@@ -884,6 +973,10 @@ EDGES = {
             job(node(job_cpus=20, ranks=[rank(0, running=24)])),
             job(node(job_cpus=20, ranks=[rank(0, running=23)])),
         ),
+        (
+            job(node(ranks=[rank(0, running=5)], psi_cpu=50.0)),
+            job(node(ranks=[rank(0, running=5)], psi_cpu=49.0)),
+        ),
     ),
     "uneven_nodes": (
         (uneven(95, 40), uneven(95, 50)),
@@ -914,12 +1007,32 @@ EDGES = {
             job(node(gpus=[gpu(0), dict(unused(1), processes=1)], gpu=45, gpu_min=0)),
         ),
         (
-            job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 300))),
-            job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 280))),
+            job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 1200))),
+            job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 1180))),
         ),
         (
-            job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 300))),
-            job(node(gpus=[{"index": 0, "mig": "1g.10gb"}], gpu=flat(0, 300))),
+            job(node(gpus=[unused(0)], gpu=flat(0, 300), job_cpu=12.0)),
+            job(node(gpus=[unused(0)], gpu=flat(0, 280), job_cpu=12.0)),
+        ),
+        (
+            job(node(gpus=[unused(0)], gpu=flat(0, 300), job_cpu=12.0)),
+            job(node(gpus=[unused(0)], gpu=flat(0, 300), job_cpu=13.0)),
+        ),
+        (
+            job(node(gpus=[unused(0)], gpu=flat(0, 300), job_cpu=12.0)),
+            job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 300), job_cpu=12.0)),
+        ),
+        (
+            job(node(gpus=[unused(0)], gpu=flat(0, 300), job_cpu=12.0)),
+            job(node(gpus=[unused(0)], gpu=flat(0, 300), job_cpu=None)),
+        ),
+        (
+            job(node(gpus=[gpu(0), gpu(1, 0.0)], gpu=45, gpu_min=flat(0, 300))),
+            job(node(gpus=[gpu(0), gpu(1, 0.0)], gpu=45, gpu_min=flat(0, 280))),
+        ),
+        (
+            job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 1200))),
+            job(node(gpus=[{"index": 0, "mig": "1g.10gb"}], gpu=flat(0, 1200))),
         ),
     ),
     "starved_gpus": (
@@ -960,6 +1073,14 @@ EDGES = {
         (leak(1.0, 2.0, 3.9), leak(1.0, 1.9, 4.0)),
         (leak(2.9, 3.0, 3.9), leak(2.9, 3.0, 4.1)),
         (leak(1.0, 3.0, 4.0, 60), leak(1.0, 3.0, 4.0, 40)),
+        (
+            job(node(job_mem=LOADED, job_mem_limit=4 * GB, job_read=0.01 * GB)),
+            job(node(job_mem=LOADED, job_mem_limit=4 * GB, job_read=0.02 * GB)),
+        ),
+        (
+            job(node(job_mem=LOADED, job_mem_limit=3.7 * GB, job_read=0.02 * GB)),
+            job(node(job_mem=LOADED, job_mem_limit=3.8 * GB, job_read=0.02 * GB)),
+        ),
         (
             leak(1.0, 3.0, 4.0),
             job(node(job_mem=wave(1.0 * GB, 3.0 * GB), job_mem_limit=4 * GB)),
@@ -1022,6 +1143,14 @@ EDGES = {
             job(node(job_time_left=29.0, job_time_limit=300.0)),
             job(node(job_time_left=31.0, job_time_limit=300.0)),
         ),
+        (
+            job(node(job_time_left=500.0, job_time_limit=36000.0), end=NOW + 599),
+            job(node(job_time_left=500.0, job_time_limit=36000.0), end=NOW + 601),
+        ),
+        (
+            clocks(500.0, 500.0, 9000.0),
+            clocks(500.0, 9000.0, 9000.0),
+        ),
     ),
     "odd_node": (
         (peers(3, 7, 3, 3), peers(3, 6, 3, 3)),
@@ -1030,6 +1159,7 @@ EDGES = {
         (peers(3, 7, 3, 3), peers(3, 7, 3)),
         (peers(3, 9, 3, 3), peers(3, 9, 4, 3)),
         (peers(3, 9, 3, 3), peers(0.3, 0.9, 0.3, 0.3)),
+        (peers(3, 1, 3, 3), with_fewer_ranks(peers(3, 1, 3, 3), "c2")),
     ),
     "node_silent": (
         (job(node("c1"), silent("c2", 5)), job(node("c1"), silent("c2", 4))),
@@ -1038,10 +1168,19 @@ EDGES = {
             job(node("c1"), silent("c2", 30)),
             job(node("c1"), silent("c2", 30), events=[left("exit 0", "c2", ago=30)]),
         ),
+        (
+            job(node("c1"), silent("c2", 30)),
+            job(node("c1"), silent("c2", 30), state="COMPLETING"),
+        ),
     ),
     "too_much_memory": (
         (grown(61, 256), grown(107, 256)),
         (grown(0.4, 2), grown(0.4, 1.2)),
+        (of_node(5, grown(61, 256)), of_node(4, grown(61, 256))),
+        (
+            of_node(2, grown(61, 256, job_cpus=2)),
+            of_node(3, grown(61, 256, job_cpus=3)),
+        ),
         (
             grown(61, 256, job_mem_peak=61.0 * GB),
             grown(61, 256, job_mem_peak=200.0 * GB),
@@ -1078,6 +1217,10 @@ EDGES = {
         (
             ended("COMPLETED", node(), start=NOW - 660, limit=2401.0),
             ended("COMPLETED", node(), start=NOW - 660, limit=2399.0),
+        ),
+        (
+            ended("COMPLETED", node(), start=NOW - 600, end=NOW + 120, limit=3600),
+            ended("COMPLETED", node(), start=NOW - 600, end=NOW + 7200, limit=3600),
         ),
         (
             ended("COMPLETED", node(), start=NOW - 120),
@@ -1486,7 +1629,7 @@ class Text(unittest.TestCase):
         ):
             words = shlex.split(diagnose(evidence)[0].cure, comments=True)
             self.assertTrue([word for word in words if word.endswith(evil)], words)
-        evidence = job(node(job_cpu=0), raw="1; reboot", job="1; reboot")
+        evidence = job(asleep(), raw="1; reboot", job="1; reboot")
         self.assertIn("scontrol show job '1; reboot' |", diagnose(evidence)[0].cure)
 
     def test_a_cure_is_safe_to_paste(self):
