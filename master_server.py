@@ -2157,7 +2157,9 @@ LONG_SECONDS = 300.0  # the same for what a healthy job may do for a while, too
 SOON_SECONDS = 20.0  # and for what cannot wait
 CURVE_STEP = 10.0  # between two points of a curve
 MAX_HOLE = 2.5 * CURVE_STEP  # between two points: a longer hole is no evidence
-ALONE_SECONDS = 45.0  # all nodes: those of a suspended job are, and Slurm is asked every 30 s
+ALONE_SECONDS = (
+    45.0  # all nodes: those of a suspended job are, and Slurm is asked every 30 s
+)
 PATIENT_SECONDS = 1200.0  # for what a person or a service may wait for
 SILENT_SECONDS = 5.0  # and one of several that go on
 MAX_NUMBER = 1e18  # no reading is larger; what claims to be is unknown
@@ -2168,7 +2170,9 @@ GIB = 2.0**30
 MIB = 2.0**20
 IDLE_CPUS = 0.1  # CPUs in use, and less, are none
 WORKING_CPUS = 0.5  # and from this on some are
-CORE_CPUS = 2  # the CPUs of one core where it has two threads: who asked for one has both
+CORE_CPUS = (
+    2  # the CPUs of one core where it has two threads: who asked for one has both
+)
 ONE_CPU = (0.85, 1.1)  # CPUs in use by one thread that never waits
 QUIET_BYTES = 1e5  # a second, read and written: no I/O to speak of
 SLOW_BYTES = 5e6  # a second: what waits for I/O and moves no more has a slow filesystem
@@ -3109,9 +3113,12 @@ def find_many_threads(
         ranks = [rank for rank in node.ranks if rank.get("running")]
         running = sum(rank["running"] for rank in ranks)
         is_full = lasts(node, "job_cpu", case.now, seconds, lambda value: value >= 95)
-        # more threads than CPUs always wait; a burst of them, as a collection of garbage, seldom
-        is_full = is_full and node.sample.get("psi_cpu", 100) >= 50
-        if is_full and running >= 1.2 * cpus and running >= cpus + 1:
+        if (
+            is_full
+            and is_crowded(node)
+            and running >= 1.2 * cpus
+            and running >= cpus + 1
+        ):
             yield {
                 "severity": "problem" if running >= 2 * cpus else "advice",
                 "running": int(running),
@@ -3120,6 +3127,13 @@ def find_many_threads(
                 "ranks": count_words(len(ranks), "process"),
                 "each": max(1, int(cpus // len(ranks))),
             }
+
+
+def is_crowded(node: NodeEvidence) -> bool:
+    """Whether threads have waited for CPUs for a while: a burst of them is soon over."""
+    if "psi_cpu" in node.sample:
+        return bool(node.sample["psi_cpu"] >= 50)
+    return bool(node.sample.get("load1", 0.0) >= 1.2 * node.sample["job_cpus"])
 
 
 def find_uneven(
@@ -3320,9 +3334,9 @@ def find_growth(
         is_steady = share >= 0.95 and all(step > 0 for step in steps)
         if is_steady and slope > 0 and limit / 2 <= used < limit:
             left = (limit - used) / slope
-            reads = mean_of(recent(node, "job_read", case.now, seconds))
-            is_loading = reads >= slope / 2 and used < 0.8 * limit
-            if left <= 600 and not is_loading:
+            reads = recent(node, "job_read", case.now, seconds)
+            may_load = not reads or mean_of(reads) >= slope / 2
+            if left <= 600 and not (may_load and used < 0.8 * limit):
                 found.append((left, slope, used, limit, node))
     if found:
         left, slope, used, limit, node = min(found, key=lambda entry: entry[0])
@@ -3429,8 +3443,7 @@ def find_too_much_memory(
 
 def has_whole_node(node: NodeEvidence) -> bool:
     """Whether all CPUs of a node are the job's."""
-    cpus = node.sample.get("cpus", math.inf)
-    return bool(node.sample.get("job_cpus", 0) >= cpus > CORE_CPUS)
+    return bool(node.sample["job_cpus"] >= node.sample["cpus"] > CORE_CPUS)
 
 
 def find_tight_memory(
@@ -4288,7 +4301,7 @@ CHECKS: Tuple[Check, ...] = (
         name="too_much_memory",
         severity="advice",
         phase=ANY,
-        needs=("job_mem", "job_cache", "job_mem_limit"),
+        needs=("job_mem", "job_cache", "job_mem_limit", "job_cpus", "cpus"),
         seconds=HOLD_SECONDS,
         find=find_too_much_memory,
         what="{peak}{so_far}",

@@ -76,7 +76,7 @@ elif what == "fill":
     fill(int(words[0]), *words[1:])
 elif what == "fill-rank":              # this rank alone, after a while
     time.sleep(words[1])
-    fill(int(words[2])) if rank == words[0] else time.sleep(20)
+    fill(int(words[2]), words[3]) if rank == words[0] else time.sleep(60)
 elif what == "burst":
     for _ in range(int(words[0])):
         spin(words[1])
@@ -283,7 +283,7 @@ class Jobs(unittest.TestCase):
         self.each_says(
             {
                 bound: r"^! \d threads of ranks 0-3 share CPU 0 of c\d: they may use: 0; the job"
-                r" has 4 CPUs +-> srun --cpu-bind=cores"
+                r" has (4 CPUs|0-\d) +-> srun --cpu-bind=cores"
             },
             TOLD + ATTACH,
         )
@@ -323,7 +323,7 @@ class Jobs(unittest.TestCase):
         )
         step = self.submit("sleep 30; srun python3 act.py fill 400", "--mem=150")
         ranks = self.submit(
-            "srun -n4 python3 act.py fill-rank 1 40 400", "-n4", "-N1", "--mem=250"
+            "srun -n4 python3 act.py fill-rank 1 40 400 8", "-n4", "-N1", "--mem=250"
         )
         cancelled = self.submit("sleep 600", "--mem=50")
         limited = self.submit("sleep 600", "--time=1", "--mem=50")
@@ -374,6 +374,9 @@ class Jobs(unittest.TestCase):
             self.submit("srun " + act + "burst 1 90 0", "-n2", "-N1", "--mem=100"),
             self.submit(
                 "srun " + act + "wait-for-workers 90", "-n3", "-N1", "--mem=100"
+            ),
+            self.submit(
+                "srun " + act + "wait-for-workers 90", "-n2", "-N2", "--mem=100"
             ),
         ]
         for job in jobs:

@@ -49,9 +49,10 @@ def wave(low, high, seconds=600, period=40):
     ]
 
 
-def node(name="c1", ranks=(), gpus=(), cpus=(), lost=None, **readings):
+def node(name="c1", ranks=(), gpus=(), cpus=(), lost=None, online=64, **readings):
     """A node with 4 CPUs at work, 1 of 4 GB and no I/O; a reading may be a number or a curve."""
     known = {
+        "cpus": online,
         "cpu": 100.0,
         "job_cpu": 100.0,
         "job_cpus": 4,
@@ -174,6 +175,7 @@ def clock(moment):
 
 ENDED_AT = clock(NOW - 60)
 
+NO_IO = {"job_read": flat(0, 600), "job_write": flat(0, 600)}
 LONG_NO_IO = {"job_read": flat(0, 1300), "job_write": flat(0, 1300)}
 
 # ---- sick jobs: name -> (evidence, the rule, what its line says) -----------------------
@@ -218,12 +220,17 @@ SICK = {
         r"\. 4 CPUs idle for 20 min: nothing computes",
     ),
     "more threads than CPUs": (
-        job(node(ranks=[rank(0, 200.0, running=4), rank(1, 200.0, running=4)])),
+        job(
+            node(
+                ranks=[rank(0, 200.0, running=4), rank(1, 200.0, running=4)],
+                psi_cpu=90.0,
+            )
+        ),
         "many_threads",
         r"! 8 threads take turns on 4 CPUs of c1: .*-> export OMP_NUM_THREADS=2",
     ),
     "a few more threads than CPUs": (
-        job(node(ranks=[rank(0, 400.0, running=5)])),
+        job(node(ranks=[rank(0, 400.0, running=5)], load1=4.8)),
         "many_threads",
         r"\. 5 threads take turns on 4 CPUs of c1: .*-> export OMP_NUM_THREADS=4",
     ),
@@ -471,7 +478,9 @@ DEAD = {
     ),
     "out of memory on one of two nodes, by Slurm's word alone": (
         ended(
-            "OUT_OF_MEMORY", node("c1"), node("c2", job_mem=1.9 * GB, ranks=[rank(5, mem=1.7 * GB)])
+            "OUT_OF_MEMORY",
+            node("c1"),
+            node("c2", job_mem=1.9 * GB, ranks=[rank(5, mem=1.7 * GB)]),
         ),
         "out_of_memory",
         r"died %s: out of memory, says Slurm; the kernel's count was not seen: fullest: c2; memory"
@@ -685,6 +694,20 @@ HEALTHY = {
     "GPUs at their power cap": job(
         node(gpus=[gpu(0, 99.0, throttle="power cap")], gpu=99.0), gpus=1
     ),
+    "a GPU job that prepares its data on the CPUs": job(
+        node(job_cpu=95.0, gpus=[unused(0)], gpu=flat(0, 900), gpu_min=flat(0, 900)),
+        gpus=1,
+    ),
+    "an inference server without requests": job(
+        node(
+            job_cpu=0.5,
+            gpus=[gpu(0, 0.0), gpu(1, 0.0)],
+            gpu=flat(0, 900),
+            gpu_min=flat(0, 900),
+            ranks=[rank(0, 1.0, program="vllm", state="S", running=0)],
+        ),
+        gpus=2,
+    ),
     "GPUs that take turns": job(
         node(gpus=[gpu(0), gpu(1, 0.0)], gpu=wave(30, 60), gpu_min=wave(0, 40)), gpus=2
     ),
@@ -694,6 +717,125 @@ HEALTHY = {
     "half of the CPUs, by two threads each": job(node(job_cpu=50.0)),
     "a serial end of a parallel job": job(
         node(job_cpu=flat(100, 600)[:-10] + flat(25, 90))
+    ),
+    "a notebook whose user thinks": job(
+        asleep(
+            ranks=[rank(0, 0.1, program="jupyter-lab", state="S", running=0)],
+            job_cpu=flat(0.1, 900),
+            **LONG_NO_IO,
+        )
+    ),
+    "salloc, and nothing is started yet": job(
+        asleep(ranks=[], job_cpu=flat(0, 900), **LONG_NO_IO)
+    ),
+    "a shell whose user is away": job(
+        asleep(
+            ranks=[rank(0, 0.0, program="bash", state="S", running=0)],
+            job_cpu=flat(0, 900),
+            **LONG_NO_IO,
+        )
+    ),
+    "the head of a workflow, which waits for jobs of its own": job(
+        asleep(job_cpus=1, job_cpu=flat(1.0, 900), **LONG_NO_IO)
+    ),
+    "the leader of a heterogeneous job": job(
+        asleep(job_cpu=flat(0, 600), **NO_IO), job="4711+0"
+    ),
+    "the workers of a heterogeneous job": job(node(), job="4711+1"),
+    "a file that is mapped and read from a slow filesystem": job(
+        asleep(ranks=[rank(0, 0.5, state="D", running=0)])
+    ),
+    "an I/O server that writes every four minutes": job(
+        node("c1"),
+        node(
+            "c2",
+            job_cpu=wave(0, 60, 1200, 480),
+            ranks=[rank(1, 1.0, state="S")],
+            **LONG_NO_IO,
+        ),
+    ),
+    "one thread on the two CPUs of a core": job(node(job_cpus=2, job_cpu=50.0)),
+    "two threads on two cores of two CPUs each": job(
+        node(job_cpu=50.0, ranks=[rank(0, cpus="0,64"), rank(1, cpus="1,65")])
+    ),
+    "hybrid ranks, each with one thread more for a moment": job(
+        node(
+            job_cpus=8,
+            job_cpu=88.0,
+            ranks=[
+                rank(k, 352.0, "%d-%d" % (4 * k, 4 * k + 3), running=5)
+                for k in range(2)
+            ],
+        )
+    ),
+    "a rank and a small helper on the same CPU": job(
+        node(
+            job_cpu=45.0,
+            job_cpus=4,
+            ranks=[rank(0, 96.0, "0"), rank(1, 3.0, "0")]
+            + [rank(k, 40.0, "1-3") for k in (2, 3)],
+        )
+    ),
+    "a burst of threads that collect garbage": job(
+        node(ranks=[rank(0, 390.0, running=16)], psi_cpu=8.0)
+    ),
+    "checkpoints: all ranks wait while they are written": job(
+        node(
+            job_cpu=wave(5, 100, 1200, 120),
+            psi_io=60.0,
+            job_write=3e8,
+            ranks=[rank(k, 5.0, state="D", write=8e7) for k in range(4)],
+        )
+    ),
+    "data that is loaded into memory, as fast as it is read": job(
+        node(
+            job_mem=ramp(1.0 * GB, 3.0 * GB, 100),
+            job_mem_limit=4 * GB,
+            job_read=2.1e7,
+        )
+    ),
+    "the last of five nodes with fewer ranks": job(
+        *[
+            node(
+                "c%d" % k,
+                job_mem=flat(3 * GB, 400),
+                job_mem_limit=6 * GB,
+                job_cpu=flat(100, 400),
+                ranks=[rank(4 * k + n) for n in range(4)],
+            )
+            for k in range(1, 5)
+        ],
+        node(
+            "c5",
+            job_mem=flat(1 * GB, 400),
+            job_mem_limit=6 * GB,
+            job_cpu=flat(50, 400),
+            ranks=[rank(20), rank(21)],
+        ),
+    ),
+    "little memory on nodes that nobody else can use": job(
+        node(job_mem_limit=256 * GB, online=4)
+    ),
+    "a node whose clock is an hour ahead": job(
+        node("c1", job_time_left=3000.0, job_time_limit=36000.0),
+        node("c2", job_time_left=0.0, job_time_limit=36000.0),
+        node("c3", job_time_left=3010.0, job_time_limit=36000.0),
+        end=NOW + 3000,
+    ),
+    "a time limit that was raised": job(
+        node(job_time_left=60.0, job_time_limit=3600.0), end=NOW + 7200
+    ),
+    "a master whose clock is an hour behind": ended(
+        "COMPLETED", node(), start=NOW + 100, end=NOW + 3500, limit=3600.0
+    ),
+    "all of a job that is suspended falls silent": job(silent("c1", 40)),
+    "a job that has just started": job(
+        node(job_cpu=flat(0, 0), job_mem=flat(0.01 * GB, 0)), start=NOW - 3
+    ),
+    "a job that is being ended": job(asleep(), silent("c2", 30), state="COMPLETING"),
+    "a task of an array on one CPU": job(node(job_cpus=1), job="4711_3", raw="4714"),
+    "a container's image and a full disk of others' are not known": job(
+        node(disk=None, disk_tmp=None)
     ),
     "ended well": ended("COMPLETED", node(), limit=3600.0),
     "ended well, told by the wrapper": job(node(), events=[left("exit 0")], state=""),
@@ -732,6 +874,37 @@ class Sick(unittest.TestCase):
                 self.assertEqual(rules(evidence), [rule])
                 self.assertRegex(lines(evidence)[0], r"\A" + pattern)
 
+    def test_what_explains_another_verdict_takes_its_place(self):
+        full = 0.97 * 2 * GB
+        for evidence, rule in (
+            (job(node(oom_kill=1, job_mem=full)), "kill_survived"),
+            (job(node(oom_kill=1, job_mem=full, swap=90)), "kill_survived"),
+            (
+                job(node(job_mem=ramp(1.1 * GB, 1.98 * GB, 120))),
+                "memory_grows",
+            ),
+            (
+                job(
+                    node("c1", job_cpu=25.0, ranks=BOUND),
+                    node("c2", ranks=[rank(5, 400.0, running=8)], psi_cpu=90.0),
+                ),
+                "few_cpus",
+            ),
+            (ended("FAILED", node(oom_kill=1), exit="127:0"), "out_of_memory"),
+            (ended("FAILED", node(oom_kill=1), exit="137:0"), "out_of_memory"),
+            (
+                ended("FAILED", node(), exit="0:11", events=[left("exit 127", ago=61)]),
+                "not_started",
+            ),
+        ):
+            with self.subTest(rule, evidence=evidence.facts):
+                self.assertEqual(rules(evidence), [rule])
+
+    def test_a_command_that_failed_on_one_node_is_no_death_while_another_goes_on(self):
+        for bye in ("exit 127", "exit 3", "SIGBUS"):
+            evidence = job(node("c1"), node("c2"), events=[left(bye, "c2")])
+            self.assertEqual(rules(evidence), ["failed_step"])
+
     def test_each_check_of_the_table_has_a_job_here(self):
         told = {rule for _, rule, _ in list(SICK.values()) + list(DEAD.values())}
         notes = {"page_cache"}
@@ -758,7 +931,6 @@ class Healthy(unittest.TestCase):
 # ---- edges: rule -> pairs of jobs, of which only the first is told -------------------
 
 IO = {"job_cpu": 10.0, "psi_io": 70.0}
-NO_IO = {"job_read": flat(0, 600), "job_write": flat(0, 600)}
 OTHER_IO = {"job_read": None, "job_write": None, "disk_read": 0.0, "disk_write": 0.0}
 
 
@@ -815,13 +987,9 @@ def grown(used, limit, **more):
     return job(node(job_mem=used * GB, job_mem_limit=limit * GB, **more))
 
 
-def of_node(cpus, evidence):
-    """The same job on nodes of so many CPUs."""
-    nodes = [
-        known._replace(sample={**known.sample, "cpus": cpus})
-        for known in evidence.nodes
-    ]
-    return evidence._replace(nodes=nodes)
+def crowd(running, psi_cpu=90.0, **readings):
+    """A job with so many threads that can run."""
+    return job(node(ranks=[rank(0, running=running)], psi_cpu=psi_cpu, **readings))
 
 
 def peers(*sizes):
@@ -961,22 +1129,13 @@ EDGES = {
         ),
     ),
     "many_threads": (
-        (
-            job(node(job_cpu=95.0, ranks=[rank(0, running=5)])),
-            job(node(job_cpu=94.0, ranks=[rank(0, running=5)])),
-        ),
-        (
-            job(node(ranks=[rank(0, running=5)])),
-            job(node(ranks=[rank(0, running=4)])),
-        ),
-        (
-            job(node(job_cpus=20, ranks=[rank(0, running=24)])),
-            job(node(job_cpus=20, ranks=[rank(0, running=23)])),
-        ),
-        (
-            job(node(ranks=[rank(0, running=5)], psi_cpu=50.0)),
-            job(node(ranks=[rank(0, running=5)], psi_cpu=49.0)),
-        ),
+        (crowd(5, job_cpu=95.0), crowd(5, job_cpu=94.0)),
+        (crowd(5, job_cpu=flat(95, 60)), crowd(5, job_cpu=flat(95, 40))),
+        (crowd(5), crowd(4)),
+        (crowd(24, job_cpus=20), crowd(23, job_cpus=20)),
+        (crowd(5, psi_cpu=50.0), crowd(5, psi_cpu=49.0)),
+        (crowd(5, psi_cpu=None, load1=4.8), crowd(5, psi_cpu=None, load1=4.7)),
+        (crowd(5), crowd(5, psi_cpu=None)),
     ),
     "uneven_nodes": (
         (uneven(95, 40), uneven(95, 50)),
@@ -1176,10 +1335,10 @@ EDGES = {
     "too_much_memory": (
         (grown(61, 256), grown(107, 256)),
         (grown(0.4, 2), grown(0.4, 1.2)),
-        (of_node(5, grown(61, 256)), of_node(4, grown(61, 256))),
+        (grown(61, 256, online=5), grown(61, 256, online=4)),
         (
-            of_node(2, grown(61, 256, job_cpus=2)),
-            of_node(3, grown(61, 256, job_cpus=3)),
+            grown(61, 256, online=2, job_cpus=2),
+            grown(61, 256, online=3, job_cpus=3),
         ),
         (
             grown(61, 256, job_mem_peak=61.0 * GB),
