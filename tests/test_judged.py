@@ -6,10 +6,13 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import unittest
 from unittest import mock
 
 import beside
+import support
+import test_tui
 from support import eventually, events, get, start_master
 
 import master_server
@@ -193,6 +196,99 @@ class Judged(unittest.TestCase):
             print(self.master.log, get(self.master.page, "/healthz").text, self.kinds())
             raise
         self.assertEqual(self.kinds().count(("problem", "7")), 1)
+
+
+class SameWords(unittest.TestCase):
+    """A job that died for real is told with the same words wherever somebody looks."""
+
+    def setUp(self):
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.master = start_master("--record", self.folder)
+        self.addCleanup(self.master.stop)
+
+    def tell_slurm(self, state, **more):
+        """What a herd passes on of the job."""
+        facts = {"part": "job", "job": "7", "raw": "7", "state": state, "nodes": 1}
+        with support.PlainAgent(self.master.port) as relay:
+            relay.send({**facts, "start": round(self.start), **more})
+            relay.send({"bye": "told"})
+            self.assertEqual(relay.read_to_end(), "")
+
+    def die(self):
+        """A job whose command ends of a segmentation fault."""
+        self.start = time.time()
+        self.tell_slurm("RUNNING")
+        command = ["--name", "c1", "--", "sh", "-c", "sleep 3; kill -SEGV $$"]
+        done = support.run(
+            "agent.py",
+            "--port",
+            self.master.port,
+            *command,
+            env={"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "fit"},
+        )
+        self.assertEqual(done.returncode, 128 + 11)
+        self.tell_slurm("FAILED", exit="139:0", end=round(time.time()))
+
+    def verdict(self):
+        """What the API says of the job, once it is judged with all that there is to know."""
+
+        def look():
+            (told,) = json.loads(get(self.master.page, "/api/jobs").text)["jobs"]
+            found = told["verdicts"]
+            return found[0] if found and "Slurm says FAILED" in found[0]["proof"] else 0
+
+        return eventually(look, 60)
+
+    def explained(self, *flags):
+        command = ("--explain", "7", "--record", self.folder, *flags)
+        done = support.run("master_server.py", *command)
+        self.assertEqual(done.returncode, 3)
+        return done.stdout
+
+    def on_terminal(self):
+        """What the screens say of the job."""
+        shown = test_tui.Pty(
+            self, test_tui.reader_command(self.master.port), size=(40, 400)
+        )
+        shown.shows("Slurm says FAILED")
+        return shown.read().decode()
+
+    def test_a_death_has_the_same_words_on_pages_in_text_and_in_the_record(self):
+        self.die()
+        verdict = self.verdict()
+        self.assertEqual((verdict["severity"], verdict["rule"]), ("died", "signal"))
+        self.assertRegex(verdict["what"], r"^\d\d:\d\d: SIGSEGV on c1: it used memory")
+        self.assertRegex(
+            verdict["proof"], r"SIGSEGV on c1 at .*; Slurm says FAILED \(139:0\)"
+        )
+        what, proof, cure = (verdict[key] for key in ("what", "proof", "cure"))
+        page = self.master.page
+        report = os.path.join(self.folder, "7.html")
+        eventually(lambda: os.path.exists(report), 60)
+        with open(report) as file:
+            mailed = support.text_of_page(file.read())
+        record = json.loads(self.explained("--json"))
+        listed = support.run("test_reader.py", "--jobs", "--record", self.folder)
+        for place, text, parts in (
+            ("front page", support.page_text(page), [what]),
+            ("page of the job", support.page_text(page, "/job/7"), [what, proof, cure]),
+            ("nodes.txt", get(page, "/nodes.txt?width=400").text, [what]),
+            ("record", support.page_text(page, "/record/7"), [what, proof, cure]),
+            ("list of records", support.page_text(page, "/jobs"), [what]),
+            ("report", mailed, [what, proof, cure]),
+            ("terminal", self.on_terminal(), [what, proof, cure]),
+            ("--explain", self.explained(), [what, proof, cure]),
+            ("test_reader.py --jobs", listed.stdout, [what]),
+            ("log", self.master.log, [what, proof, cure]),
+        ):
+            single = " ".join(text.split())  # as HTML has it
+            for part in parts:
+                with self.subTest(place):
+                    is_there = " ".join(part.split()) in single
+                    self.assertTrue(is_there, "%s: not %r" % (place, part))
+        self.assertEqual(record["verdicts"][0], verdict)
+        self.assertEqual(record["code"], 3)
 
 
 if __name__ == "__main__":
