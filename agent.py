@@ -907,7 +907,13 @@ WIDE_FACTOR = 1000.0  # ... so many times what the last one took, up to ...
 MAX_WIDE_SECONDS = 50.0  # ... this
 MAX_PROCESSES = 4096  # of a job that are read
 MAX_KEPT_GROUPS = 16  # cgroups whose OOM kills are read with each sample
-FILESYSTEMS = (("disk", "."), ("disk_tmp", "/tmp"))
+# keys of the space and of the inodes in use, directory; "": the job's working directory.
+# A tmpfs has no inodes to speak of.
+FILESYSTEMS = (
+    ("disk", "inodes", ""),
+    ("disk_tmp", "inodes_tmp", "/tmp"),
+    ("disk_shm", "", "/dev/shm"),
+)
 # its clients' counters: /proc before Lustre 2.12, then debugfs, which few may read
 LUSTRE_FOLDERS = ("proc/fs/lustre/llite", "sys/kernel/debug/lustre/llite")
 # keys, files in order of preference: before Linux 4.5 the 64-bit counters were apart
@@ -954,6 +960,7 @@ class Sampler:
         self.total = 0
         self.percent = 0.0  # CPU in use, as it was last
         self.trouble = ""  # what keeps cpu or ram from being known now
+        self.directory = "."  # where the job works
         self.find_end_of_job()
         self.require_cpu_and_ram()
         self.hardware = {kind: self.find_hardware(kind) for kind in ("net", "block")}
@@ -1350,10 +1357,16 @@ class Sampler:
             self.end_time = time.time() + left
         self.time_limit = parse_duration(words[1]) or 0.0 if len(words) > 1 else 0.0
 
-    def read_filesystem(self, key: str, path: str) -> Reading:
-        space = os.statvfs(path)
-        used = space.f_blocks - space.f_bfree  # percent as df(1) has it
-        yield key, round(100.0 * used / (used + space.f_bavail), 1)
+    def read_filesystem(self, disk: str, inodes: str, path: str) -> Reading:
+        """Yield how full a filesystem is, as df(1) has it: not one that nobody can write to."""
+        space = os.statvfs(path or self.directory)
+        if space.f_flag & os.ST_RDONLY:
+            return  # an image of a container is always full
+        if inodes and space.f_files:  # Btrfs has no count of them
+            used = space.f_files - space.f_ffree
+            yield inodes, round(100.0 * used / space.f_files, 1)
+        used = space.f_blocks - space.f_bfree
+        yield disk, round(100.0 * used / (used + space.f_bavail), 1)
 
     def read_gpus(self) -> Reading:
         if self.gpus.fresh():
@@ -1383,7 +1396,7 @@ def get_system_stats(sampler: Optional[Sampler] = None) -> Sample:
 
 
 def apply_facts(sampler: Sampler, facts: Dict[str, Any]) -> None:
-    """Take over what a step's environment lacks or has wrong: name, CPUs, end of its job."""
+    """Take over what a step's environment lacks or has wrong of its job: name, CPUs, end, place."""
     for key in ("job", "job_name"):
         sampler.fixed[key] = clip(str(facts[key]))
     cpus = facts["cpus"].get(sampler.fixed["node"])
@@ -1399,6 +1412,8 @@ def apply_facts(sampler: Sampler, facts: Dict[str, Any]) -> None:
         sampler.end_time = float(facts["end"])
         sampler.time_limit = float(facts.get("limit") or 0.0)
         sampler.asked = math.inf
+    if facts.get("directory"):
+        sampler.directory = str(facts["directory"])
 
 
 # ============================================================================
@@ -2634,8 +2649,14 @@ QUESTION_SECONDS = 25.0  # for one run of squeue, scontrol or sacct
 YOUNG_SECONDS = 20.0  # a job younger than this is not attached to
 MAX_ATTACHED = 30  # jobs with a step of ours at once
 MAX_STEPS = 3  # tries of a job: rungs of the ladder, or steps that ended
+LAST_RUNG = 2  # 0: one step for all nodes, 1: one step a node, 2: without GPUs
 RETRY_SECONDS = 300.0  # after the last rung
-ATTACH_SECONDS = 20.0  # for a step's first line
+ATTACH_SECONDS = 20.0  # for a step's first line, and at least ...
+ATTACH_FACTOR = 10.0  # ... so many times what scontrol took; doubled by ladders ...
+MAX_ATTACH_SECONDS = 120.0  # ... up to this
+# after the last rung, if one was slow: it doubles, up to RETRY_SECONDS
+SLOW_RETRY_SECONDS = 30.0
+MAX_SLOW = 8  # ladders that ended so and are counted
 DEAF_SECONDS = 20.0  # without a sign of the relay: it is cut off
 REFRESH_SECONDS = 60.0  # between two times that the master is told of every job
 PING_SECONDS = 5.0  # between two signs of life of the relay
@@ -2647,6 +2668,11 @@ END_SECONDS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
 MAX_ACCOUNTS = 3  # times that accounting is asked about a job: it may lag behind
 MAX_OUTPUT = 4 * 1024 * 1024  # bytes of squeue's answer
 GREETING = b"* herd"
+# srun's words for a controller or a node that is slow: no refusal.  slurm_errno.c of Slurm
+SLOW_WORDS = (
+    r"timed out|Unable to contact|Connection (?:refused|reset)|Zero Bytes|[Tt]ry again"
+    r"|temporarily unable|Resource temporarily unavailable"
+)
 STEP_NAME = "sentinel"  # of ours, as squeue and sacct show it
 
 ENDED_STATES = (
@@ -2896,6 +2922,12 @@ def parse_job_gpus(text: str) -> Dict[str, str]:
     return gpus
 
 
+def parse_job_directory(text: str) -> str:
+    """Return where the job works, from the same lines; its path may hold blanks."""
+    found = re.search(r"^ +WorkDir=(/.*)$", text, re.M)
+    return found.group(1) if found else ""
+
+
 def parse_job_nodes(text: str) -> Dict[str, int]:
     """Return {node: CPUs of the job there} from the lines of `scontrol -d show job`."""
     cpus = {}
@@ -2991,11 +3023,14 @@ def read_pipe(pipe: Any) -> bytes:
 class Step:
     """One srun of ours within a job: an agent on each of its nodes."""
 
-    def __init__(self, key: str, command: List[str], text: bytes) -> None:
+    def __init__(
+        self, key: str, command: List[str], text: bytes, patience: float
+    ) -> None:
         import subprocess
 
         self.key = key
         self.since = time.monotonic()
+        self.patience = patience  # seconds for the first line
         self.lines = 0
         self.tasks: Set[bytes] = set()  # that have told something, and ...
         self.gone: Set[bytes] = set()  # ... have said goodbye
@@ -3087,6 +3122,10 @@ class Job:
         self.steps: List[Step] = []
         self.tries = 0
         self.rung = 0
+        self.slow_rung: Optional[int] = None  # the first that was too slow
+        self.slow_times = (
+            0  # times that the ladder ended so; then only that rung is tried
+        )
         self.attach_at = 0.0  # time.monotonic()
         self.question: Optional[Question] = None
         self.ended = False
@@ -3121,6 +3160,41 @@ class Job:
         if not self.ended and not self.ask_at:
             now = time.monotonic()
             self.ask_at = [now + seconds for seconds in END_SECONDS]
+
+    def patience(self, took: float) -> float:
+        """How long to wait for a step's first line, where scontrol took so long to answer.
+
+        A slow controller or a loaded node is no refusal: it is given more time, and more again.
+        """
+        seconds = max(ATTACH_SECONDS, ATTACH_FACTOR * took) * 2.0**self.slow_times
+        return min(seconds, max(ATTACH_SECONDS, MAX_ATTACH_SECONDS))
+
+    def step_down(self, is_slow: bool) -> Tuple[float, str]:
+        """Choose what follows a step that told nothing: after how many seconds, in words.
+
+        is_slow: there was no answer, or none that refuses.
+        """
+        if is_slow and self.slow_rung is None:
+            self.slow_rung = self.rung
+        is_last = self.rung == LAST_RUNG or (is_slow and self.slow_times)
+        if not is_last:
+            self.rung += 2 if self.rung == 0 and len(self.nodes) == 1 else 1
+            return 0.0, ("one step a node", "without GPUs")[self.rung - 1]
+        seconds = RETRY_SECONDS
+        self.rung = 0
+        if self.slow_rung is None:
+            self.slow_times = 0
+        else:  # slow, as far as anybody knows: soon again, where nothing was refused
+            seconds = min(seconds, SLOW_RETRY_SECONDS * 2.0**self.slow_times)
+            self.rung = self.slow_rung
+            self.slow_times = min(self.slow_times + 1, MAX_SLOW)
+            self.slow_rung = None
+        return seconds, "the next try is in %.0f s" % seconds
+
+    def take_answer(self) -> None:
+        """Note that a step of it has told something."""
+        self.slow_times = 0
+        self.slow_rung = None
 
     @property
     def name(self) -> str:
@@ -3329,6 +3403,7 @@ class Herd:
             "limit": job.facts.get("limit"),
             "cpus": cpus,
             "gpus": parse_job_gpus(text),
+            "directory": parse_job_directory(text),
         }
         job.tries += 1
         groups = [[node] for node in nodes] if job.rung == 1 else [nodes]
@@ -3336,7 +3411,8 @@ class Herd:
             key = "%s.%d-%d" % (job.facts["raw"], job.tries, number)
             command = self.step_command(job, group, facts)
             try:
-                job.steps.append(Step(key, command, self.text))
+                patience = job.patience(question.took)
+                job.steps.append(Step(key, command, self.text, patience))
             except OSError as error:
                 self.say("job %s: srun: %s" % (job.name, error.strerror))
                 job.attach_at = time.monotonic() + RETRY_SECONDS
@@ -3378,7 +3454,9 @@ class Herd:
                     self.put(b"\n".join(lines))
                     if all(other.has_left() for other in job.steps):
                         job.expect_end()
-                late = not step.lines and time.monotonic() - step.since > ATTACH_SECONDS
+                if step.lines:
+                    job.take_answer()
+                late = not step.lines and time.monotonic() - step.since > step.patience
                 if step.process.poll() is not None or late:
                     for line in step.read():
                         self.put(line)
@@ -3398,16 +3476,10 @@ class Herd:
             if job.tries >= MAX_STEPS:
                 job.attach_at = now + RETRY_SECONDS
             return
-        reason = "no answer in %.0f s" % ATTACH_SECONDS if late else step.reason()
-        one_node = len(job.nodes) == 1
-        job.rung += 2 if job.rung == 0 and one_node else 1
-        if job.rung > 2:
-            job.rung = 0
-            job.attach_at = now + RETRY_SECONDS
-            following = "the next try is in %.0f s" % RETRY_SECONDS
-        else:
-            job.attach_at = now
-            following = ("one step a node", "without GPUs")[job.rung - 1]
+        reason = "no answer in %.0f s" % step.patience if late else step.reason()
+        is_slow = late or bool(re.search(SLOW_WORDS, reason))
+        pause, following = job.step_down(is_slow)
+        job.attach_at = now + pause
         self.say("job %s: cannot attach (%s): %s" % (job.name, reason, following))
 
     # ---- endings ------------------------------------------------------------

@@ -168,6 +168,10 @@ METRICS = (
     Metric("swap", "d", "%", "Swap", "swap_percent", "Swap space in use"),
     Metric("disk", "d", "%", "Disk", "disk_percent", "Working directory's filesystem in use"),
     Metric("disk_tmp", "d", "%", "/tmp", "disk_tmp_percent", "Filesystem of /tmp in use"),
+    Metric("disk_shm", "d", "%", "/dev/shm", "disk_shm_percent", "Memory of /dev/shm in use"),
+    Metric("inodes", "d", "%", "Inodes", "inodes_percent",
+           "Inodes of the working directory's filesystem in use"),
+    Metric("inodes_tmp", "d", "%", "/tmp inodes", "inodes_tmp_percent", "Inodes of /tmp in use"),
     Metric("disk_read", "d", "B/s", "Disk read", "disk_read_bytes_per_second",
            "Read from the node's local disks"),
     Metric("disk_write", "d", "B/s", "Disk write", "disk_write_bytes_per_second",
@@ -2153,7 +2157,10 @@ LONG_SECONDS = 300.0  # the same for what a healthy job may do for a while, too
 SOON_SECONDS = 20.0  # and for what cannot wait
 CURVE_STEP = 10.0  # between two points of a curve
 MAX_HOLE = 2.5 * CURVE_STEP  # between two points: a longer hole is no evidence
-ALONE_SECONDS = 45.0  # the only node may be silent so long: Slurm tells ends every 30 s
+ALONE_SECONDS = (
+    45.0  # all nodes: those of a suspended job are, and Slurm is asked every 30 s
+)
+PATIENT_SECONDS = 1200.0  # for what a person or a service may wait for
 SILENT_SECONDS = 5.0  # and one of several that go on
 MAX_NUMBER = 1e18  # no reading is larger; what claims to be is unknown
 MAX_LISTED = 4  # names in a sentence
@@ -2162,6 +2169,10 @@ MAX_CPU_LIST = 90  # characters: a longer list of CPUs may have been cut
 GIB = 2.0**30
 MIB = 2.0**20
 IDLE_CPUS = 0.1  # CPUs in use, and less, are none
+WORKING_CPUS = 0.5  # and from this on some are
+CORE_CPUS = (
+    2  # the CPUs of one core where it has two threads: who asked for one has both
+)
 ONE_CPU = (0.85, 1.1)  # CPUs in use by one thread that never waits
 QUIET_BYTES = 1e5  # a second, read and written: no I/O to speak of
 SLOW_BYTES = 5e6  # a second: what waits for I/O and moves no more has a slow filesystem
@@ -2214,11 +2225,18 @@ SIGNAL_CURES = {
     "SIGBUS": "df -h /dev/shm /tmp  # in the job: a full one ends programs so",
     "SIGILL": "srun --nodes=1 --constraint=FEATURE ...  # or compile it on the node itself",
 }
+SHELLS = ("bash", "csh", "dash", "fish", "ksh", "sh", "tcsh", "zsh")
+# what waits for a person or for requests, by its name
+WAITERS = (
+    r"jupyter|ipykernel|ipython|rsession|rserver|code-server|vscode|tmux|screen|sshd"
+    r"|scheduler|server|snakemake|nextflow"
+)
 SEVERITIES = ("died", "problem", "advice", "fine")  # the worst first
 ARROW_COLUMN = 100  # where cures begin, at most
 MARKS = {"died": "died ", "problem": "! ", "advice": ". ", "fine": ""}
 EXIT_CODES = {"fine": 0, "advice": 1, "problem": 2, "died": 3}
 RUNNING_STATES = ("", "RUNNING", "COMPLETING")  # "": Slurm was not asked
+ENDING_STATE = "COMPLETING"  # what is left of it is being ended
 WAITING_STATES = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED")
 # key of a sample, what is full, percent from which on it is
 FILESYSTEMS = (
@@ -2228,6 +2246,16 @@ FILESYSTEMS = (
     ("disk", "the working directory's filesystem", 99.5),
     ("inodes", "the list of files (inodes) of the working directory", 99.5),
 )
+OWN_TMP = 'export TMPDIR="$SLURM_SUBMIT_DIR/tmp"; mkdir -p "$TMPDIR"'
+FREE_SHM = "ls -l /dev/shm  # remove what is yours, or ask for more --mem"
+LOOK_AROUND = "df -h . ; df -i .  # in the working directory"
+FULL_CURES = {
+    "disk_tmp": OWN_TMP,
+    "disk_shm": FREE_SHM,
+    "inodes_tmp": OWN_TMP,
+    "disk": LOOK_AROUND,
+    "inodes": LOOK_AROUND,
+}
 # keys that are texts; all others are numbers
 FACT_TEXTS = [key for key, code in JOB_FACTS if code.endswith("s")]
 RANK_TEXTS = ("part", "program", "cpus", "on", "state", "wchan", "gpu", "step")
@@ -2252,6 +2280,7 @@ class Verdict(NamedTuple):
     proof: str
     cure: str  # a line to paste, or ""
     rule: str  # name of the check
+    place: str = ""  # the nodes, the GPU, the CPUs or the filesystem that it is about
 
 
 class NodeEvidence(NamedTuple):
@@ -2318,6 +2347,8 @@ RUNNING = "running"
 ENDED = "ended"
 ANY = "any"
 LISTED = ("ranks", "gpus")
+# of a check's figures: what says where, in this order
+PLACES = ("name", "node", "nodes", "names", "index", "allowed")
 
 
 def diagnose(job: JobEvidence) -> List[Verdict]:
@@ -2360,8 +2391,28 @@ def judge_check(case: "Case", check: Check) -> List[Verdict]:
                 check.proof.format(**figures).rstrip("; "),
                 check.cure.format(**figures),
                 check.name,
+                place_words(figures),
             )
         )
+    return fold_verdicts(verdicts)
+
+
+def place_words(figures: Figures) -> str:
+    """What tells a verdict from others of the same check: c1, or c1 GPU 3."""
+    words = [str(figures[key]) for key in PLACES if key in figures]
+    return " ".join(words)
+
+
+def fold_verdicts(verdicts: List[Verdict]) -> List[Verdict]:
+    """Some of many verdicts of one check, the worst first; the last tells of the rest."""
+    verdicts.sort(key=lambda verdict: SEVERITIES.index(verdict.severity))
+    rest = len(verdicts) - MAX_LISTED
+    if rest > 0:
+        last = verdicts[MAX_LISTED - 1]
+        proof = "%s; and so at %d more places" % (last.proof, rest)
+        if rest == 1:
+            proof = "%s; and so at 1 more place" % last.proof
+        verdicts[MAX_LISTED - 1 :] = [last._replace(proof=proof)]
     return verdicts
 
 
@@ -2538,7 +2589,11 @@ class Case:
         self.has_ended = self.state in ENDED_STATES
         have_left = self.all_have_left()
         self.is_over = self.has_ended or have_left
-        self.is_running = self.state in RUNNING_STATES and not self.is_over
+        self.is_running = (
+            self.state in RUNNING_STATES
+            and self.state != ENDING_STATE
+            and not self.is_over
+        )
         ended_well = all(goodbye.bye == "exit 0" for goodbye in self.goodbyes)
         self.has_completed = self.state == "COMPLETED" or have_left and ended_well
 
@@ -2581,6 +2636,11 @@ class Case:
         return 0 < len(nodes) == len(self.nodes) and len(nodes) >= count
 
     @property
+    def is_part(self) -> bool:
+        """Whether it is a part of a heterogeneous job, which waits for the others: 12+1."""
+        return "+" in str(self.facts.get("job", ""))
+
+    @property
     def has_gpus(self) -> bool:
         """Whether the job has, or may have, GPUs."""
         if self.facts.get("gpus"):
@@ -2620,8 +2680,10 @@ class Case:
 
     @property
     def ran(self) -> Optional[float]:
-        """For how long it ran, in seconds."""
-        end = self.end
+        """For how long it ran, in seconds: by one clock, that of Slurm, where it tells both."""
+        end = self.facts.get("end") if self.has_ended else None
+        if end is None or end < self.start:
+            end = self.end
         return end - self.start if end and self.start and end >= self.start else None
 
     def testimony(self) -> str:
@@ -2819,17 +2881,36 @@ def cpus_in_use(node: NodeEvidence, percent: float) -> float:
 
 
 def is_idle_for(case: Case, node: NodeEvidence, seconds: float) -> bool:
-    """Whether a node has done nothing: no CPU, no I/O.  One that has worked is given more time."""
-    points = [cpus_in_use(node, value) for _, value in node.curves["job_cpu"]]
-    if sum(used >= 0.5 for used in points) >= 3:
-        seconds = max(seconds, LONG_SECONDS)
-    return lasts(
-        node,
-        "job_cpu",
-        case.now,
-        seconds,
-        lambda value: cpus_in_use(node, value) <= IDLE_CPUS,
-    ) and is_quiet(case, node, seconds)
+    """Whether a node has done nothing: no CPU, no I/O.
+
+    One that has worked is given more time: twice as long as it paused before and went on.
+    """
+
+    def is_idle(value: float) -> bool:
+        return cpus_in_use(node, value) <= IDLE_CPUS
+
+    if not lasts(node, "job_cpu", case.now, seconds, is_idle):
+        return False
+    points = node.curves["job_cpu"]
+    works = sum(cpus_in_use(node, value) >= WORKING_CPUS for _, value in points)
+    if works >= 3:
+        seconds = max(seconds, LONG_SECONDS, 2 * longest_pause(points, is_idle))
+    if not lasts(node, "job_cpu", case.now, seconds, is_idle):
+        return False
+    return is_quiet(case, node, min(seconds, LONG_SECONDS))
+
+
+def longest_pause(points: Curve, is_idle: Callable[[float], bool]) -> float:
+    """For how many seconds a curve was idle at most before it went on."""
+    longest = 0.0
+    since: Optional[float] = None
+    for moment, value in points:
+        if not is_idle(value):
+            longest = max(longest, moment - since if since is not None else 0.0)
+            since = None
+        elif since is None:
+            since = moment
+    return longest
 
 
 def is_quiet(case: Case, node: NodeEvidence, seconds: float) -> bool:
@@ -2841,10 +2922,10 @@ def is_quiet(case: Case, node: NodeEvidence, seconds: float) -> bool:
             for key in keys
         )
 
+    if any(rank.get("state") == "D" for rank in node.ranks):
+        return False  # a file that is mapped is read without a call
     if "job_read" in node.sample and "job_write" in node.sample:
         return all_quiet("job_read", "job_write")
-    if any(rank.get("state") == "D" for rank in node.ranks):
-        return False
     # all traffic of the node; a network of another kind shows in the wait for I/O
     waits = lasts(node, "psi_io", case.now, seconds, lambda value: value < 5)
     return waits and all_quiet("disk_read", "disk_write", "net_rx", "net_tx")
@@ -2853,18 +2934,35 @@ def is_quiet(case: Case, node: NodeEvidence, seconds: float) -> bool:
 def find_idle_job(
     case: Case, nodes: List[NodeEvidence], seconds: float
 ) -> Iterator[Figures]:
-    if case.has_gpus or not case.is_whole(nodes):
+    if case.has_gpus or case.is_part or not case.is_whole(nodes):
         return
+    may_wait = is_perhaps_waiting(nodes)
+    if may_wait:
+        seconds = PATIENT_SECONDS
     if all(is_idle_for(case, node, seconds) for node in nodes):
         idle = min(
             lasting(node, "job_cpu", case.now, lambda value: value <= 5)
             for node in nodes
         )
         yield {
+            "severity": "advice" if may_wait else "problem",
             "cpus": count_words(int(sum(n.sample["job_cpus"] for n in nodes)), "CPU"),
             "nodes": list_words([node.name for node in nodes]),
             "time": time_words(idle),
         }
+
+
+def is_perhaps_waiting(nodes: List[NodeEvidence]) -> bool:
+    """Whether a job may wait for a person, for requests, or for jobs that it has started itself.
+
+    It does for all that is known where no process of it is: after salloc, say.
+    """
+    if sum(node.sample["job_cpus"] for node in nodes) <= CORE_CPUS:
+        return True
+    programs = [str(rank.get("program", "")) for node in nodes for rank in node.ranks]
+    return all(program in SHELLS for program in programs) or any(
+        re.search(WAITERS, program) for program in programs
+    )
 
 
 def find_idle_nodes(
@@ -2928,8 +3026,8 @@ def is_one(node: NodeEvidence, percent: float) -> bool:
 
 
 def is_serial(case: Case, node: NodeEvidence, seconds: float) -> bool:
-    """Whether one thread does all the work of a node that has several CPUs, and always did."""
-    if node.sample["job_cpus"] < 2:
+    """Whether one thread does all the work of a node that has several cores, and always did."""
+    if node.sample["job_cpus"] <= CORE_CPUS:
         return False
     if len([rank for rank in node.ranks if rank.get("cpu", 0) > 20]) > 1:
         return False
@@ -2948,13 +3046,17 @@ def find_few_cpus(
             allowed = parse_cpu_list(rank.get("cpus"))
             if allowed and rank.get("cpu", 0) >= 2:
                 groups.setdefault(tuple(sorted(allowed)), []).append(rank)
-        for allowed_cpus, ranks in groups.items():
+        used = {cpu for allowed_cpus in groups for cpu in allowed_cpus}
+        for allowed_cpus, sharers in groups.items():
             count = len(allowed_cpus)
-            threads = sum(int(rank.get("running", 1)) for rank in ranks)
+            ranks = fair_sharers(sharers)
+            threads = sum(running_threads(rank) for rank in ranks)
             load = sum(rank["cpu"] for rank in ranks) / 100
             total = node.sample["job_cpus"]
             least = ONE_CPU[0] * count
-            is_full = load >= least and threads > count and count < total
+            # one thread more for a moment is no harm where the others have CPUs of their own
+            is_tight = threads >= 2 * count or threads > count and len(used) < total
+            is_full = load >= least and is_tight and count < total
             if is_full and lasts(
                 node,
                 "job_cpu",
@@ -2972,6 +3074,22 @@ def find_few_cpus(
                     "node": node.name,
                     "own": range_words(node.cpus) if node.cpus else own,
                 }
+
+
+def running_threads(rank: Dict[str, Any]) -> int:
+    """How many threads of a process could run at the last look."""
+    return int(rank.get("running", 1))
+
+
+def fair_sharers(ranks: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Those of some processes on the same CPUs that compute, not a small helper beside them."""
+    load = sum(rank["cpu"] for rank in ranks)
+    threads = sum(running_threads(rank) for rank in ranks)
+    return [
+        rank
+        for rank in ranks
+        if 2 * rank["cpu"] * threads >= load * running_threads(rank)
+    ]
 
 
 def ranks_words(numbers: List[int]) -> str:
@@ -2995,7 +3113,12 @@ def find_many_threads(
         ranks = [rank for rank in node.ranks if rank.get("running")]
         running = sum(rank["running"] for rank in ranks)
         is_full = lasts(node, "job_cpu", case.now, seconds, lambda value: value >= 95)
-        if is_full and running >= 1.2 * cpus and running >= cpus + 1:
+        if (
+            is_full
+            and is_crowded(node)
+            and running >= 1.2 * cpus
+            and running >= cpus + 1
+        ):
             yield {
                 "severity": "problem" if running >= 2 * cpus else "advice",
                 "running": int(running),
@@ -3004,6 +3127,13 @@ def find_many_threads(
                 "ranks": count_words(len(ranks), "process"),
                 "each": max(1, int(cpus // len(ranks))),
             }
+
+
+def is_crowded(node: NodeEvidence) -> bool:
+    """Whether threads have waited for CPUs for a while: a burst of them is soon over."""
+    if "psi_cpu" in node.sample:
+        return bool(node.sample["psi_cpu"] >= 50)
+    return bool(node.sample.get("load1", 0.0) >= 1.2 * node.sample["job_cpus"])
 
 
 def find_uneven(
@@ -3038,6 +3168,8 @@ def find_odd_node(
 ) -> Iterator[Figures]:
     if not case.is_whole(nodes) or len(nodes) < 4:
         return
+    if len({len(node.ranks) for node in nodes}) != 1:
+        return  # the last node often has fewer ranks
     sizes = {
         node.name: mean_of(recent(node, "job_mem", case.now, seconds)) for node in nodes
     }
@@ -3108,7 +3240,8 @@ def idle_gpus(
     are_all = len(idle) == len(node.gpus)
     key = "gpu" if are_all else "gpu_min"
     lasted = lasting(node, key, case.now, lambda value: value <= IDLE_GPU)
-    if lasted >= LONG_SECONDS - CURVE_STEP / 2:
+    patience = idle_gpu_patience(node) if are_all else LONG_SECONDS
+    if lasted >= patience - CURVE_STEP / 2:
         return idle, lasted
     works = any(
         gpu["gpu"] > IDLE_GPU
@@ -3120,6 +3253,16 @@ def idle_gpus(
     if works and lasted >= seconds - CURVE_STEP / 2:
         return unused, lasted
     return [], 0.0
+
+
+def idle_gpu_patience(node: NodeEvidence) -> float:
+    """For how long all GPUs of a node may be idle: CPUs prepare the data, a service waits."""
+    points = node.curves["job_cpu"]
+    is_known = bool(points) and "job_cpus" in node.sample
+    works = not is_known or cpus_in_use(node, points[-1][1]) >= WORKING_CPUS
+    if works or not all(is_unused(gpu) for gpu in node.gpus):
+        return PATIENT_SECONDS
+    return LONG_SECONDS
 
 
 def is_unused(gpu: Dict[str, Any]) -> bool:
@@ -3191,7 +3334,9 @@ def find_growth(
         is_steady = share >= 0.95 and all(step > 0 for step in steps)
         if is_steady and slope > 0 and limit / 2 <= used < limit:
             left = (limit - used) / slope
-            if left <= 600:
+            reads = recent(node, "job_read", case.now, seconds)
+            may_load = not reads or mean_of(reads) >= slope / 2
+            if left <= 600 and not (may_load and used < 0.8 * limit):
                 found.append((left, slope, used, limit, node))
     if found:
         left, slope, used, limit, node = min(found, key=lambda entry: entry[0])
@@ -3283,6 +3428,8 @@ def find_too_much_memory(
         return
     if any(not has_covered(node, "job_mem", seconds) for node in nodes):
         return
+    if all(has_whole_node(node) for node in nodes):
+        return  # nobody else could use its memory
     known = memory_peak(case, nodes)
     cached = max(node.sample["job_mem"] + node.sample["job_cache"] for node in nodes)
     ample = max(known.peak, cached)  # what the page cache had was of use, too
@@ -3292,6 +3439,11 @@ def find_too_much_memory(
         return
     if is_low and (not case.is_running or are_flat(case, nodes, known, seconds)):
         yield memory_figures(case, known, flag)
+
+
+def has_whole_node(node: NodeEvidence) -> bool:
+    """Whether all CPUs of a node are the job's."""
+    return bool(node.sample["job_cpus"] >= node.sample["cpus"] > CORE_CPUS)
 
 
 def find_tight_memory(
@@ -3393,17 +3545,18 @@ def find_full_filesystem(
                 "name": name,
                 "nodes": list_words([node.name for node in full]),
                 "percent": full[0].sample[key],
-                "cure": 'export TMPDIR="$SLURM_SUBMIT_DIR/tmp"; mkdir -p "$TMPDIR"'
-                if key != "disk" and key != "inodes"
-                else "df -h . ; df -i .  # in the working directory",
+                "cure": FULL_CURES[key],
             }
 
 
 def find_time_left(
     case: Case, nodes: List[NodeEvidence], seconds: float
 ) -> Iterator[Figures]:
-    left = min(node.sample["job_time_left"] for node in nodes)
+    # a node's clock may be wrong, and the limit may have been raised: Slurm knows
+    left = median_of([node.sample["job_time_left"] for node in nodes])
     limit = max(node.sample["job_time_limit"] for node in nodes)
+    end = case.facts.get("end", 0.0)
+    left = max(left, end - case.now)
     if left < 600 and left < limit * LAST_PART:
         yield {
             "left": time_words(left),
@@ -3535,9 +3688,12 @@ def memory_proof(case: Case) -> str:
     points = node.curves.get("job_mem", [])
     used = max([node.sample["job_mem"]] + [value for _, value in points])
     words = [BELOW_PEAK % (used / GIB, node.sample["job_mem_limit"] / GIB)]
+    if len(nodes) > 1:
+        words.insert(0, "fullest: %s" % node.name)
+    seen = sum(rank.get("mem", 0.0) for rank in node.ranks)
     largest = largest_rank_words(node.ranks)
-    if largest:
-        words.append(largest)
+    if largest and seen >= node.sample["job_mem_limit"] / 2:
+        words.append(largest)  # else it came and went between two looks
     slope, share = fit_line(points[-60:])
     if len(points) >= 5 and share >= 0.9 and 60 * slope > 0.01 * used:
         lasted = time_words(points[-1][0] - points[-60:][0][0])
@@ -3562,18 +3718,21 @@ def find_out_of_memory(
     counted = kills and case.state in ("", "RUNNING", "COMPLETING", "FAILED")
     if not told and not counted:
         return
+    names = list(kills)
+    if not kills and len(case.nodes) == 1:
+        names = [case.nodes[0].name]
+    where = " on %s" % list_words(names) if names else ""
     if kills:
-        words = OUT_OF_MEMORY % count_words(sum(kills.values()), "process")
+        words = OUT_OF_MEMORY % count_words(sum(kills.values()), "process") + where
     else:
-        words = "out of memory, says Slurm; the kernel's count was not seen"
-    where = " on %s" % list_words(list(kills)) if kills else ""
+        words = "out of memory%s, says Slurm; the kernel's count was not seen" % (where)
     limit = killed_limit(case)
     flag = memory_flag(limit) if limit else "--mem"
     proof = memory_proof(case)
     holder = one_holder(case)
     if holder:
         flag += "  # or distribute: %s holds it all" % holder
-    yield death(case, words=words, where=where, proof=proof, flag=flag)
+    yield death(case, words=words, proof=proof, flag=flag)
 
 
 def one_holder(case: Case) -> str:
@@ -3690,7 +3849,7 @@ def find_signal(
         full = full_shared_memory(case)
         if full:
             meaning = "its shared memory had no room: %s" % full
-            cure = "ls -l /dev/shm  # remove what is yours, or ask for more --mem"
+            cure = FREE_SHM
     if ending.signal == "SIGILL" and ending.node:
         meaning += " than %s has" % ending.node
     yield death(
@@ -3765,7 +3924,7 @@ CHECKS: Tuple[Check, ...] = (
         severity="died",
         phase=ENDED,
         find=find_out_of_memory,
-        what=DIED + "{words}{where}",
+        what=DIED + "{words}",
         proof="{proof}{testimony}",
         cure="{flag}",
         source="Linux cgroup-v2.rst, memory.events oom_kill; cgroup-v1 memory.oom_control",
@@ -4142,7 +4301,7 @@ CHECKS: Tuple[Check, ...] = (
         name="too_much_memory",
         severity="advice",
         phase=ANY,
-        needs=("job_mem", "job_cache", "job_mem_limit"),
+        needs=("job_mem", "job_cache", "job_mem_limit", "job_cpus", "cpus"),
         seconds=HOLD_SECONDS,
         find=find_too_much_memory,
         what="{peak}{so_far}",
@@ -4904,6 +5063,9 @@ PIN_CPU = 0.1  # of a core, from which on a collector is a busy one
 PIN_SECONDS = 5.0  # between two looks at where its threads are to run
 LINGER_SECONDS = 0.5  # for a peer to read why it is sent away
 THE_NODE = "the node"  # what comes and goes when it is no rule
+AGAIN_SECONDS = 600.0  # from one time that a problem of a job is told to the next
+
+VerdictKey = Tuple[str, str, str, str]  # raw id of the job, severity, rule, place
 
 
 def split_address(address: Address) -> Tuple[str, str]:
@@ -5634,52 +5796,120 @@ class Collector:
         self.table.add_event("refused", reason, source)
 
 
+class Told:
+    """What was told of one problem of a job."""
+
+    __slots__ = ("since", "changes")
+
+    def __init__(self, now: float) -> None:
+        self.since = now  # time.monotonic() when it was told last
+        self.changes = 0  # how often it has come since then
+
+
 class Judged:
-    """Picks from the verdicts what has become a problem or a death: each is told once.
+    """Picks from the verdicts what has become a problem or a death.
+
+    A death is told at once.  A problem that goes and comes back is told again after AGAIN_SECONDS
+    at the soonest, with how often it came; and no more than so many of one check of a job are told
+    within that time, wherever they are.
 
     How far they were told is noted in the table: a collector that starts again goes on there.
     """
 
     def __init__(self, table: Table) -> None:
-        self.told: Set[Tuple[str, str, str]] = set()  # raw id, severity, rule
+        self.known: Set[VerdictKey] = set()  # that there were at the last look
+        self.told: Dict[VerdictKey, Told] = {}
         self.changes = table.verdicts_told()
+        self.due = math.inf  # time.monotonic() when one that has waited may be told
+        now = time.monotonic()
         rows = VERDICT.iter_unpack(table.snapshot().verdict_rows)
         old = [row for row in rows if row[2] <= self.changes]
         for raw, _, _, severity, text in old:
             if severity.strip(b"\0"):
                 for verdict in json.loads(text.rstrip(b"\0")):
-                    self.told.add(key_of_verdict(str(from_field(raw)), verdict))
+                    key = key_of_verdict(str(from_field(raw)), verdict)
+                    self.known.add(key)
+                    self.told[key] = Told(now)
 
     def look(self, table: Table) -> List[Event]:
         """What is new since the last look."""
         changes = table.verdict_changes()
-        if changes == self.changes:
+        now = time.monotonic()
+        if changes == self.changes and now < self.due:
             return []
         self.changes = changes
-        events = self.pick(table.snapshot())
+        events = self.pick(table.snapshot(), now)
         table.note_told(changes)
         return events
 
-    def pick(self, view: Snapshot) -> List[Event]:
-        """What of the verdicts is new."""
+    def pick(self, view: Snapshot, now: float) -> List[Event]:
+        """What of the verdicts is to be told now."""
         names = {job["raw"]: job["job"] for job in view.jobs}
         events = []
         known = set()
+        self.due = math.inf
         for raw, verdicts in view.verdicts.items():
             for verdict in verdicts:
-                severity = verdict["severity"]
                 key = key_of_verdict(raw, verdict)
                 known.add(key)
-                if severity in ("problem", "died") and key not in self.told:
-                    words = words_of_verdict(verdict)
-                    events.append(event_of_job(severity, names.get(raw, raw), words))
-        self.told = known
+                words = self.words(key, verdict, now)
+                if words:
+                    job = names.get(raw, raw)
+                    events.append(event_of_job(verdict["severity"], job, words))
+        self.known = known
+        self.told = {
+            key: told
+            for key, told in self.told.items()
+            if key in known or now - told.since < AGAIN_SECONDS
+        }
         return events
 
+    def words(self, key: VerdictKey, verdict: Message, now: float) -> str:
+        """What is to be told of a verdict now; "" when that is nothing."""
+        severity = verdict["severity"]
+        told = self.told.get(key)
+        is_back = key not in self.known
+        if severity == "died":
+            self.told[key] = Told(now)
+            return words_of_verdict(verdict) if is_back else ""
+        if severity != "problem":
+            return ""
+        if told is None:
+            wait = self.wait(key, now)
+            if wait > 0:
+                self.due = min(self.due, now + wait)
+                return ""
+            self.told[key] = Told(now)
+            return words_of_verdict(verdict)
+        told.changes += is_back
+        if not told.changes:
+            return ""
+        again = told.since + AGAIN_SECONDS
+        if now < again:
+            self.due = min(self.due, again)
+            return ""
+        self.told[key] = Told(now)
+        times = "once" if told.changes == 1 else "%d times" % told.changes
+        last = "came back %s in %s" % (times, time_words(now - told.since))
+        return "%s; %s" % (words_of_verdict(verdict), last)
 
-def key_of_verdict(raw: str, verdict: Message) -> Tuple[str, str, str]:
-    """What makes a verdict another one: the job, its severity and the rule."""
-    return raw, str(verdict["severity"]), str(verdict["rule"])
+    def wait(self, key: VerdictKey, now: float) -> float:
+        """For how many seconds nothing more may be told of a check of a job."""
+        raw, severity, rule, _ = key
+        moments = sorted(
+            told.since
+            for other, told in self.told.items()
+            if other[:3] == (raw, severity, rule)
+        )
+        if len(moments) < MAX_LISTED:
+            return 0.0
+        return moments[-MAX_LISTED] + AGAIN_SECONDS - now
+
+
+def key_of_verdict(raw: str, verdict: Message) -> VerdictKey:
+    """What makes a verdict another one: the job, its severity, the rule and the place."""
+    place = str(verdict.get("place", ""))
+    return raw, str(verdict["severity"]), str(verdict["rule"]), place
 
 
 def event_of_job(kind: str, job: str, words: str) -> Event:

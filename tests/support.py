@@ -639,8 +639,13 @@ def events(port, kind=None):
 
 def page_text(port, path="/"):
     """What a reader sees of a page: without tags, styles and scripts, with single blanks."""
-    page = re.sub(r"(?s)<(style|script)\b.*?</\1>|<[^>]*>", " ", get(port, path).text)
-    return re.sub(r"\s+", " ", html.unescape(page))
+    return text_of_page(get(port, path).text)
+
+
+def text_of_page(page):
+    """The same of a page that is in a file."""
+    words = re.sub(r"(?s)<(style|script)\b.*?</\1>|<[^>]*>", " ", page)
+    return re.sub(r"\s+", " ", html.unescape(words))
 
 
 # ==========================================================================================

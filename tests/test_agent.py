@@ -402,7 +402,12 @@ class Trees(unittest.TestCase):
 
     def test_a_filesystem_that_is_gone_does_not_hide_the_other(self):
         real = os.statvfs
-        for gone, key in ((".", "disk_tmp"), ("/tmp", "disk")):
+        keys = {"disk", "disk_tmp", "disk_shm"}
+        for gone, key in (
+            (".", "disk"),
+            ("/tmp", "disk_tmp"),
+            ("/dev/shm", "disk_shm"),
+        ):
 
             def statvfs(path, gone=gone):
                 if path == gone:
@@ -411,7 +416,46 @@ class Trees(unittest.TestCase):
 
             with self.subTest(gone), mock.patch.object(agent.os, "statvfs", statvfs):
                 known = agent.collect(agent.Sampler(tree("bonded")).slow_readers)
-                self.assertEqual({"disk", "disk_tmp"} & set(known), {key})
+                self.assertEqual(keys & set(known), keys - {key})
+
+    def statvfs(self, **fields):
+        """What the filesystems read as, where each is like this."""
+        known = {"f_flag": 0, "f_blocks": 100, "f_bfree": 60, "f_bavail": 50}
+        known.update({"f_files": 1000, "f_ffree": 20, **fields})
+        answer = mock.Mock(**known)
+        with mock.patch.object(agent.os, "statvfs", return_value=answer) as asked:
+            known = agent.collect(agent.Sampler(tree("bonded")).slow_readers)
+        names = ("disk", "inodes", "disk_tmp", "inodes_tmp", "disk_shm", "inodes_shm")
+        return {key: known[key] for key in names if key in known}, asked
+
+    def test_space_and_inodes_are_those_of_df_where_somebody_can_write(self):
+        known, asked = self.statvfs()
+        self.assertEqual(known["disk"], 44.4)
+        self.assertEqual(
+            known,
+            {
+                "disk": 44.4,
+                "inodes": 98.0,
+                "disk_tmp": 44.4,
+                "inodes_tmp": 98.0,
+                "disk_shm": 44.4,
+            },
+        )
+        self.assertEqual(
+            [call[0][0] for call in asked.call_args_list], [".", "/tmp", "/dev/shm"]
+        )
+        known, _ = self.statvfs(f_files=0)
+        self.assertEqual(set(known), {"disk", "disk_tmp", "disk_shm"})
+        known, _ = self.statvfs(f_flag=os.ST_RDONLY)
+        self.assertEqual(known, {})
+
+    def test_the_working_directory_is_that_of_the_job(self):
+        sampler = agent.Sampler(tree("bonded"))
+        facts = {"job": "7", "job_name": "fit", "cpus": {}, "directory": "/scratch/a b"}
+        agent.apply_facts(sampler, facts)
+        with mock.patch.object(agent.os, "statvfs", side_effect=OSError) as asked:
+            agent.collect(sampler.slow_readers)
+        self.assertEqual(asked.call_args_list[0][0][0], "/scratch/a b")
 
     def test_a_limit_that_cannot_be_read_leaves_the_memory_of_the_job(self):
         probe, _ = copy_of(self, "slurm-v1")
@@ -764,10 +808,16 @@ class Truth(unittest.TestCase):
     def test_filesystems_are_those_of_df(self):
         def agrees():
             sample = agent.collect(agent.Sampler().slow_readers)
-            for key, path in (("disk", "."), ("disk_tmp", "/tmp")):
-                line = (
-                    subprocess.check_output(["df", "-P", path]).decode().splitlines()[1]
-                )
+            for key, path, flags in (
+                ("disk", ".", "-P"),
+                ("disk_tmp", "/tmp", "-P"),
+                ("disk_shm", "/dev/shm", "-P"),
+                ("inodes", ".", "-Pi"),
+            ):
+                words = subprocess.check_output(["df", flags, path]).decode()
+                line = words.splitlines()[1]
+                if line.split()[4] == "-":
+                    continue  # it counts none
                 self.assertAlmostEqual(
                     sample[key], int(line.split()[4][:-1]), delta=1.05
                 )
@@ -996,6 +1046,7 @@ class CommandLine(unittest.TestCase):
                 "version",
                 "disk",
                 "disk_tmp",
+                "disk_shm",
             }
             <= set(sample)
         )

@@ -42,6 +42,7 @@ SCONTROL = """\
 #!/bin/sh
 cd {folder}
 echo "$@" >>scontrol.calls
+sleep $(cat scontrol.mode)
 for raw; do :; done
 cat job.$raw 2>/dev/null && exit
 echo "slurm_load_jobs error: Invalid job id specified" >&2
@@ -67,6 +68,11 @@ mode=$(cat {folder}/srun.mode)
 case "$mode $words" in
 hang*)
     cat >/dev/null
+    exit 1
+    ;;
+slow*) sleep 2 ;;
+timeout*)
+    echo "srun: error: Unable to confirm allocation for job 7: Socket timed out on send/recv" >&2
     exit 1
     ;;
 gres*--gres=none*) ;;
@@ -214,6 +220,7 @@ class Slurm:
             os.chmod(path, stat.S_IRWXU)
         self.write("squeue.mode", "")
         self.write("srun.mode", "")
+        self.write("scontrol.mode", "0")
         self.write("queue", "")
         self.agent = support.with_constants("agent.py", **dict(HASTE, **seconds))
         shutil.copy(self.agent, self.folder)
@@ -291,6 +298,11 @@ class Parsers(unittest.TestCase):
                  Nodes=c7 CPU_IDs=2 Mem=100 GRES=
         """)
         self.assertEqual(agent.parse_job_nodes(text), {"c1": 5, "c2": 5, "c7": 1})
+
+    def test_the_working_directory_of_scontrol_with_a_blank_in_it(self):
+        text = "JobId=9 JobName=WorkDir=/a\n   WorkDir=/scratch/my fit\n   StdErr=/x\n"
+        self.assertEqual(agent.parse_job_directory(text), "/scratch/my fit")
+        self.assertEqual(agent.parse_job_directory("JobId=9\n   Power=\n"), "")
 
     def test_of_an_array_only_the_task_is_read_that_was_asked_about(self):
         """scontrol tells of all tasks when it is asked about the one with the array's id."""
@@ -387,6 +399,69 @@ class Asking(unittest.TestCase):
         self.assertNotIn("exit", job.facts)
         job.expect_end()
         self.assertTrue(job.ask_at)
+
+
+class Ladder(unittest.TestCase):
+    """What follows when no agent of a step has told anything."""
+
+    def steps(self, *answers, nodes="c[1-2]"):
+        """The rungs on which a job that gets these answers is tried, and the waits between."""
+        job = agent.Job(facts_of(nodes=nodes))
+        way = [job.rung]
+        for is_slow in answers:
+            pause, _ = job.step_down(is_slow)
+            way += [pause, job.rung] if pause else [job.rung]
+        return way
+
+    def test_refusals_are_tried_on_each_rung_and_again_after_five_minutes(self):
+        no = False
+        self.assertEqual(self.steps(no, no, no, no), [0, 1, 2, 300, 0, 1])
+        self.assertEqual(self.steps(no, no, no, nodes="c1"), [0, 2, 300, 0, 2])
+
+    def test_after_each_rung_was_slow_once_one_is_tried_again_later_and_later(self):
+        self.assertEqual(
+            self.steps(*9 * [True]),
+            [0, 1, 2, 30, 0, 60, 0, 120, 0, 240, 0, 300, 0, 300, 0, 300, 0],
+        )
+
+    def test_a_slow_rung_is_tried_again_where_another_was_refused(self):
+        slow, no = True, False
+        self.assertEqual(self.steps(no, slow, no), [0, 1, 2, 30, 1])
+        self.assertEqual(self.steps(no, no, slow, slow), [0, 1, 2, 30, 2, 60, 2])
+        self.assertEqual(
+            self.steps(slow, no, no, no, no, no)[3:], [30, 0, 1, 2, 300, 0]
+        )
+
+    def test_a_slow_one_is_given_more_time_and_what_answers_is_not_slow_any_more(self):
+        job = agent.Job(facts_of(nodes="c1"))
+        self.assertEqual([job.patience(took) for took in (0.1, 4, 25)], [20, 40, 120])
+        for patience in (20, 20, 40, 80, 120, 120):
+            self.assertEqual(job.patience(0.1), patience)
+            job.step_down(True)
+        job.take_answer()
+        self.assertEqual(job.patience(0.1), 20)
+        self.assertEqual(job.step_down(True), (0.0, "without GPUs"))
+
+    def test_what_srun_says_of_a_slow_controller_is_no_refusal(self):
+        for words, is_slow in (
+            ("Unable to confirm allocation: Socket timed out on send/recv", True),
+            ("Unable to contact slurm controller (connect failure)", True),
+            ("Unable to create step: Requested nodes are busy", False),
+            ("Unable to create step: Invalid generic resource", False),
+            ("Unable to confirm allocation: Access/permission denied", False),
+        ):
+            self.assertEqual(bool(re.search(agent.SLOW_WORDS, words)), is_slow, words)
+
+    def test_the_agents_are_told_where_the_job_works(self):
+        herd = agent.Herd([], b"")
+        job = herd.jobs["7"] = agent.Job(facts_of())
+        question = mock.Mock(error="", took=0.1)
+        question.text.return_value = details(more="WorkDir=/scratch/my fit")
+        with mock.patch.object(agent, "Step") as step:
+            herd.attach(job, question)
+        command = step.call_args[0][1]
+        facts = json.loads(command[command.index("--facts") + 1])
+        self.assertEqual(facts["directory"], "/scratch/my fit")
 
 
 class Watching(unittest.TestCase):
@@ -601,33 +676,54 @@ class Herding(Watching):
         watcher.logged(r"cannot attach \(.*generic resource.*\): without GPUs", BUSY)
         self.assertEqual(len(self.slurm.calls("srun")), 2)
 
-    def test_after_the_last_rung_nothing_is_tried_for_five_minutes(self):
-        with contextlib.ExitStack() as stack:  # both at once: they wait
+    def test_after_the_last_rung_nothing_is_tried_for_a_while(self):
+        with contextlib.ExitStack() as stack:  # all at once: they wait
             watchers = []
             # on a busy machine srun takes its time to refuse
-            for mode, reason, seconds in (
-                ("never", "denied", 20.0),
-                ("hang", "no answer in", 1.5),
+            for mode, reason, seconds, pause in (
+                ("never", "denied", 20.0, 300),
+                ("timeout", "timed out", 20.0, 30),
+                ("hang", "no answer in", 1.5, 30),
             ):
                 slurm = Slurm(self, ATTACH_SECONDS=seconds)
                 slurm.write("srun.mode", mode)
                 slurm.write("queue", row(nodes="c[1-2]"))
                 slurm.write("job.7", details(nodes=["c1", "c2"]))
                 watcher = stack.enter_context(slurm.watch(self.master))
-                watchers.append((slurm, watcher, reason))
-            for slurm, watcher, reason in watchers:
+                watchers.append((slurm, watcher, reason, pause))
+            for slurm, watcher, reason, pause in watchers:
                 with self.subTest(reason):
-                    self.assert_three_rungs(slurm, watcher, reason)
+                    self.assert_three_rungs(slurm, watcher, reason, pause)
 
-    def assert_three_rungs(self, slurm, watcher, reason):
+    def assert_three_rungs(self, slurm, watcher, reason, pause):
         refused = r"cannot attach \(.*%s.*\): " % reason
         watcher.logged(refused + "one step a node", BUSY)
         watcher.logged(refused + "without GPUs", BUSY)
-        watcher.logged(r"cannot attach .*: the next try is in 300 s", BUSY)
+        watcher.logged(r"cannot attach .*: the next try is in %d s" % pause, BUSY)
         seen = len(slurm.calls("squeue"))
         eventually(lambda: len(slurm.calls("squeue")) > seen + 2)
         self.assertEqual(len(slurm.calls("srun")), 4)
         self.assertEqual(watcher.log.count("cannot attach"), 3)
+
+    def test_a_slow_node_is_waited_for_longer_each_time(self):
+        self.slurm = Slurm(self, ATTACH_SECONDS=1.0, SLOW_RETRY_SECONDS=0.5)
+        self.slurm.write("srun.mode", "slow")
+        self.slurm.write("queue", row())
+        self.slurm.write("job.7", details())
+        watcher = self.watch()
+        eventually(lambda: self.rows() == [("c1", "7")])
+        watcher.logged(r"cannot attach \(no answer in 1 s\): the next try is in 0 s", 1)
+
+    def test_where_scontrol_is_slow_srun_is_given_more_time_at_once(self):
+        self.slurm = Slurm(self, ATTACH_SECONDS=1.0)
+        self.slurm.write("srun.mode", "slow")
+        self.slurm.write("scontrol.mode", "2")
+        self.slurm.write("queue", row())
+        self.slurm.write("job.7", details())
+        watcher = self.watch()
+        eventually(lambda: self.rows() == [("c1", "7")])
+        self.assertEqual(len(self.slurm.calls("srun")), 1)
+        self.assertNotIn("cannot attach", watcher.log)
 
     def test_nothing_is_left_whichever_half_is_killed(self):
         self.slurm.write("queue", row(nodes="c[1-2]"))

@@ -49,9 +49,10 @@ def wave(low, high, seconds=600, period=40):
     ]
 
 
-def node(name="c1", ranks=(), gpus=(), cpus=(), lost=None, **readings):
+def node(name="c1", ranks=(), gpus=(), cpus=(), lost=None, online=64, **readings):
     """A node with 4 CPUs at work, 1 of 4 GB and no I/O; a reading may be a number or a curve."""
     known = {
+        "cpus": online,
         "cpu": 100.0,
         "job_cpu": 100.0,
         "job_cpus": 4,
@@ -75,6 +76,13 @@ def node(name="c1", ranks=(), gpus=(), cpus=(), lost=None, **readings):
     return NodeEvidence(
         name, sample, curves, list(ranks), list(gpus), {}, set(cpus), lost
     )
+
+
+def asleep(name="c1", job_cpu=0.0, ranks=None, **readings):
+    """A node whose program does nothing."""
+    if ranks is None:
+        ranks = [rank(0, 0.0, state="S", running=0)]
+    return node(name, ranks, job_cpu=job_cpu, **readings)
 
 
 def silent(name, ago):
@@ -167,6 +175,9 @@ def clock(moment):
 
 ENDED_AT = clock(NOW - 60)
 
+NO_IO = {"job_read": flat(0, 600), "job_write": flat(0, 600)}
+LONG_NO_IO = {"job_read": flat(0, 1300), "job_write": flat(0, 1300)}
+
 # ---- sick jobs: name -> (evidence, the rule, what its line says) -----------------------
 
 BOUND = [rank(k, cpu=25.0, cpus="0") for k in range(4)]
@@ -199,17 +210,27 @@ SICK = {
         r"! 1 of 2 nodes idle for .*: c2: c1 uses 4\.0 of 4 CPUs",
     ),
     "everything asleep": (
-        job(node("c1", job_cpu=0.1), node("c2", job_cpu=0.0)),
+        job(asleep("c1", job_cpu=0.1), asleep("c2")),
         "idle_job",
         r"! 8 CPUs idle for .*: nothing computes, reads or writes on c1, c2",
     ),
+    "asleep for long, and perhaps it waits for a person": (
+        job(asleep(ranks=[], job_cpu=flat(0, 1250), **LONG_NO_IO)),
+        "idle_job",
+        r"\. 4 CPUs idle for 20 min: nothing computes",
+    ),
     "more threads than CPUs": (
-        job(node(ranks=[rank(0, 200.0, running=4), rank(1, 200.0, running=4)])),
+        job(
+            node(
+                ranks=[rank(0, 200.0, running=4), rank(1, 200.0, running=4)],
+                psi_cpu=90.0,
+            )
+        ),
         "many_threads",
         r"! 8 threads take turns on 4 CPUs of c1: .*-> export OMP_NUM_THREADS=2",
     ),
     "a few more threads than CPUs": (
-        job(node(ranks=[rank(0, 400.0, running=5)])),
+        job(node(ranks=[rank(0, 400.0, running=5)], load1=4.8)),
         "many_threads",
         r"\. 5 threads take turns on 4 CPUs of c1: .*-> export OMP_NUM_THREADS=4",
     ),
@@ -233,9 +254,9 @@ SICK = {
         r"  -> --gres=gpu:1  # or does the program know of more than one GPU\?",
     ),
     "all GPUs idle, though a program holds them": (
-        job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 400)), gpus=1),
+        job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 1300)), gpus=1),
         "idle_gpus",
-        r"! 1 of 1 GPUs idle for 6 min: c1 gpu 0 at 0 %, at most 20 GB each  -> srun --jobid=4711",
+        r"! 1 of 1 GPUs idle for 21 min: c1 gpu 0 at 0 %, at most 20 GB each  -> srun --jobid=4711",
     ),
     "a GPU that one data loader feeds": (
         job(node(job_cpu=25.0, gpu=20.0, gpus=[gpu(0, 20.0)]), gpus=1),
@@ -291,10 +312,21 @@ SICK = {
         "full_filesystem",
         r"! /tmp is full on c2: 100 % in use  -> export TMPDIR=\"\$SLURM_SUBMIT_DIR/tmp\"",
     ),
+    "/dev/shm full": (
+        job(node(disk_shm=99.0)),
+        "full_filesystem",
+        r"! /dev/shm is full on c1: 99 % in use  -> ls -l /dev/shm ",
+    ),
     "no inodes": (
         job(node(inodes=100.0)),
         "full_filesystem",
-        r"! the list of files \(inodes\) of the working directory is full on c1",
+        r"! the list of files \(inodes\) of the working directory is full on c1: 100 % in use"
+        r"  -> df -h \. ; df -i \.",
+    ),
+    "no inodes in /tmp": (
+        job(node(inodes_tmp=99.0)),
+        "full_filesystem",
+        r"! the list of files \(inodes\) of /tmp is full on c1: 99 % in use  -> export TMPDIR",
     ),
     "the time limit near": (
         job(node(job_time_left=400.0, job_time_limit=36000.0)),
@@ -441,7 +473,18 @@ DEAD = {
     "out of memory, by Slurm's word alone": (
         ended("OUT_OF_MEMORY", node(), exit="0:125"),
         "out_of_memory",
-        r"died %s: out of memory, says Slurm; the kernel's count was not seen: "
+        r"died %s: out of memory on c1, says Slurm; the kernel's count was not seen: memory peak"
+        % ENDED_AT,
+    ),
+    "out of memory on one of two nodes, by Slurm's word alone": (
+        ended(
+            "OUT_OF_MEMORY",
+            node("c1"),
+            node("c2", job_mem=1.9 * GB, ranks=[rank(5, mem=1.7 * GB)]),
+        ),
+        "out_of_memory",
+        r"died %s: out of memory, says Slurm; the kernel's count was not seen: fullest: c2; memory"
+        r" peak above the highest sample, 1\.9 GB of 2 GB; rank 5 \(my_app\) had"
         % ENDED_AT,
     ),
     "the kernel and Slurm disagree": (
@@ -452,7 +495,7 @@ DEAD = {
     "out of memory in a step, by Slurm's word": (
         ended("FAILED", node(), exit="1:0", derived_exit="0:125"),
         "out_of_memory",
-        r"died %s: out of memory, says Slurm; .*Slurm says FAILED \(1:0\);"
+        r"died %s: out of memory on c1, says Slurm; .*Slurm says FAILED \(1:0\);"
         r" its worst step ended with 0:125  ->" % ENDED_AT,
     ),
     "a step out of memory, and then the time limit": (
@@ -651,6 +694,20 @@ HEALTHY = {
     "GPUs at their power cap": job(
         node(gpus=[gpu(0, 99.0, throttle="power cap")], gpu=99.0), gpus=1
     ),
+    "a GPU job that prepares its data on the CPUs": job(
+        node(job_cpu=95.0, gpus=[unused(0)], gpu=flat(0, 900), gpu_min=flat(0, 900)),
+        gpus=1,
+    ),
+    "an inference server without requests": job(
+        node(
+            job_cpu=0.5,
+            gpus=[gpu(0, 0.0), gpu(1, 0.0)],
+            gpu=flat(0, 900),
+            gpu_min=flat(0, 900),
+            ranks=[rank(0, 1.0, program="vllm", state="S", running=0)],
+        ),
+        gpus=2,
+    ),
     "GPUs that take turns": job(
         node(gpus=[gpu(0), gpu(1, 0.0)], gpu=wave(30, 60), gpu_min=wave(0, 40)), gpus=2
     ),
@@ -660,6 +717,125 @@ HEALTHY = {
     "half of the CPUs, by two threads each": job(node(job_cpu=50.0)),
     "a serial end of a parallel job": job(
         node(job_cpu=flat(100, 600)[:-10] + flat(25, 90))
+    ),
+    "a notebook whose user thinks": job(
+        asleep(
+            ranks=[rank(0, 0.1, program="jupyter-lab", state="S", running=0)],
+            job_cpu=flat(0.1, 900),
+            **LONG_NO_IO,
+        )
+    ),
+    "salloc, and nothing is started yet": job(
+        asleep(ranks=[], job_cpu=flat(0, 900), **LONG_NO_IO)
+    ),
+    "a shell whose user is away": job(
+        asleep(
+            ranks=[rank(0, 0.0, program="bash", state="S", running=0)],
+            job_cpu=flat(0, 900),
+            **LONG_NO_IO,
+        )
+    ),
+    "the head of a workflow, which waits for jobs of its own": job(
+        asleep(job_cpus=1, job_cpu=flat(1.0, 900), **LONG_NO_IO)
+    ),
+    "the leader of a heterogeneous job": job(
+        asleep(job_cpu=flat(0, 600), **NO_IO), job="4711+0"
+    ),
+    "the workers of a heterogeneous job": job(node(), job="4711+1"),
+    "a file that is mapped and read from a slow filesystem": job(
+        asleep(ranks=[rank(0, 0.5, state="D", running=0)])
+    ),
+    "an I/O server that writes every four minutes": job(
+        node("c1"),
+        node(
+            "c2",
+            job_cpu=wave(0, 60, 1200, 480),
+            ranks=[rank(1, 1.0, state="S")],
+            **LONG_NO_IO,
+        ),
+    ),
+    "one thread on the two CPUs of a core": job(node(job_cpus=2, job_cpu=50.0)),
+    "two threads on two cores of two CPUs each": job(
+        node(job_cpu=50.0, ranks=[rank(0, cpus="0,64"), rank(1, cpus="1,65")])
+    ),
+    "hybrid ranks, each with one thread more for a moment": job(
+        node(
+            job_cpus=8,
+            job_cpu=88.0,
+            ranks=[
+                rank(k, 352.0, "%d-%d" % (4 * k, 4 * k + 3), running=5)
+                for k in range(2)
+            ],
+        )
+    ),
+    "a rank and a small helper on the same CPU": job(
+        node(
+            job_cpu=45.0,
+            job_cpus=4,
+            ranks=[rank(0, 96.0, "0"), rank(1, 3.0, "0")]
+            + [rank(k, 40.0, "1-3") for k in (2, 3)],
+        )
+    ),
+    "a burst of threads that collect garbage": job(
+        node(ranks=[rank(0, 390.0, running=16)], psi_cpu=8.0)
+    ),
+    "checkpoints: all ranks wait while they are written": job(
+        node(
+            job_cpu=wave(5, 100, 1200, 120),
+            psi_io=60.0,
+            job_write=3e8,
+            ranks=[rank(k, 5.0, state="D", write=8e7) for k in range(4)],
+        )
+    ),
+    "data that is loaded into memory, as fast as it is read": job(
+        node(
+            job_mem=ramp(1.0 * GB, 3.0 * GB, 100),
+            job_mem_limit=4 * GB,
+            job_read=2.1e7,
+        )
+    ),
+    "the last of five nodes with fewer ranks": job(
+        *[
+            node(
+                "c%d" % k,
+                job_mem=flat(3 * GB, 400),
+                job_mem_limit=6 * GB,
+                job_cpu=flat(100, 400),
+                ranks=[rank(4 * k + n) for n in range(4)],
+            )
+            for k in range(1, 5)
+        ],
+        node(
+            "c5",
+            job_mem=flat(1 * GB, 400),
+            job_mem_limit=6 * GB,
+            job_cpu=flat(50, 400),
+            ranks=[rank(20), rank(21)],
+        ),
+    ),
+    "little memory on nodes that nobody else can use": job(
+        node(job_mem_limit=256 * GB, online=4)
+    ),
+    "a node whose clock is an hour ahead": job(
+        node("c1", job_time_left=3000.0, job_time_limit=36000.0),
+        node("c2", job_time_left=0.0, job_time_limit=36000.0),
+        node("c3", job_time_left=3010.0, job_time_limit=36000.0),
+        end=NOW + 3000,
+    ),
+    "a time limit that was raised": job(
+        node(job_time_left=60.0, job_time_limit=3600.0), end=NOW + 7200
+    ),
+    "a master whose clock is an hour behind": ended(
+        "COMPLETED", node(), start=NOW + 100, end=NOW + 3500, limit=3600.0
+    ),
+    "all of a job that is suspended falls silent": job(silent("c1", 40)),
+    "a job that has just started": job(
+        node(job_cpu=flat(0, 0), job_mem=flat(0.01 * GB, 0)), start=NOW - 3
+    ),
+    "a job that is being ended": job(asleep(), silent("c2", 30), state="COMPLETING"),
+    "a task of an array on one CPU": job(node(job_cpus=1), job="4711_3", raw="4714"),
+    "a container's image and a full disk of others' are not known": job(
+        node(disk=None, disk_tmp=None)
     ),
     "ended well": ended("COMPLETED", node(), limit=3600.0),
     "ended well, told by the wrapper": job(node(), events=[left("exit 0")], state=""),
@@ -698,6 +874,37 @@ class Sick(unittest.TestCase):
                 self.assertEqual(rules(evidence), [rule])
                 self.assertRegex(lines(evidence)[0], r"\A" + pattern)
 
+    def test_what_explains_another_verdict_takes_its_place(self):
+        full = 0.97 * 2 * GB
+        for evidence, rule in (
+            (job(node(oom_kill=1, job_mem=full)), "kill_survived"),
+            (job(node(oom_kill=1, job_mem=full, swap=90)), "kill_survived"),
+            (
+                job(node(job_mem=ramp(1.1 * GB, 1.98 * GB, 120))),
+                "memory_grows",
+            ),
+            (
+                job(
+                    node("c1", job_cpu=25.0, ranks=BOUND),
+                    node("c2", ranks=[rank(5, 400.0, running=8)], psi_cpu=90.0),
+                ),
+                "few_cpus",
+            ),
+            (ended("FAILED", node(oom_kill=1), exit="127:0"), "out_of_memory"),
+            (ended("FAILED", node(oom_kill=1), exit="137:0"), "out_of_memory"),
+            (
+                ended("FAILED", node(), exit="0:11", events=[left("exit 127", ago=61)]),
+                "not_started",
+            ),
+        ):
+            with self.subTest(rule, evidence=evidence.facts):
+                self.assertEqual(rules(evidence), [rule])
+
+    def test_a_command_that_failed_on_one_node_is_no_death_while_another_goes_on(self):
+        for bye in ("exit 127", "exit 3", "SIGBUS"):
+            evidence = job(node("c1"), node("c2"), events=[left(bye, "c2")])
+            self.assertEqual(rules(evidence), ["failed_step"])
+
     def test_each_check_of_the_table_has_a_job_here(self):
         told = {rule for _, rule, _ in list(SICK.values()) + list(DEAD.values())}
         notes = {"page_cache"}
@@ -724,12 +931,50 @@ class Healthy(unittest.TestCase):
 # ---- edges: rule -> pairs of jobs, of which only the first is told -------------------
 
 IO = {"job_cpu": 10.0, "psi_io": 70.0}
-NO_IO = {"job_read": flat(0, 600), "job_write": flat(0, 600)}
 OTHER_IO = {"job_read": None, "job_write": None, "disk_read": 0.0, "disk_write": 0.0}
+
+
+def paused(before, since):
+    """A curve of work with a pause in it, and one that has lasted since then."""
+    work = flat(90, 1300)
+    points = len(work)
+    now = points - since // 10 - 1
+    first = now - before // 10 - 10
+    return [
+        (moment, 0.0 if k > now or first < k <= first + before // 10 else value)
+        for k, (moment, value) in enumerate(work)
+    ]
 
 
 def waiting(**more):
     return [rank(0, 2.0, **{"state": "D", "read": 1e5, **more})]
+
+
+LOADED = ramp(1.0 * GB, 3.0 * GB, 60)
+
+
+def clocks(*lefts):
+    """A job whose nodes do not agree how much time is left."""
+    return job(
+        *[
+            node("c%d" % k, job_time_left=left, job_time_limit=36000.0)
+            for k, left in enumerate(lefts)
+        ]
+    )
+
+
+def with_fewer_ranks(evidence, name):
+    """The same job with two ranks on each node but one on that."""
+    nodes = [
+        known._replace(ranks=[rank(0)] if known.name == name else [rank(0), rank(1)])
+        for known in evidence.nodes
+    ]
+    return evidence._replace(nodes=nodes)
+
+
+def pinned(running, **more):
+    """A rank of so many threads on CPUs 0 and 1."""
+    return [rank(0, 190.0, "0-1", **{"running": running, **more})]
 
 
 def leak(first, last, limit, seconds=60):
@@ -740,6 +985,11 @@ def leak(first, last, limit, seconds=60):
 
 def grown(used, limit, **more):
     return job(node(job_mem=used * GB, job_mem_limit=limit * GB, **more))
+
+
+def crowd(running, psi_cpu=90.0, **readings):
+    """A job with so many threads that can run."""
+    return job(node(ranks=[rank(0, running=running)], psi_cpu=psi_cpu, **readings))
 
 
 def peers(*sizes):
@@ -765,7 +1015,8 @@ EDGES = {
         (job(node(job_cpu=21.5)), job(node(job_cpu=21.0))),
         (job(node(job_cpu=27.0)), job(node(job_cpu=28.0))),
         (job(node(job_cpu=flat(25, 60))), job(node(job_cpu=flat(25, 40)))),
-        (job(node(job_cpu=50.0, job_cpus=2)), job(node(job_cpu=50.0, job_cpus=4))),
+        (job(node(job_cpu=34.0, job_cpus=3)), job(node(job_cpu=50.0, job_cpus=2))),
+        (job(node(job_cpu=25.0)), job(node(job_cpu=50.0))),
         (job(node(job_cpu=25.0)), job(node(job_cpu=25.0), gpus=1)),
         (
             job(node(job_cpu=25.0, ranks=[rank(0)])),
@@ -799,35 +1050,61 @@ EDGES = {
             job(node(job_cpu=flat(25, 60), ranks=BOUND)),
             job(node(job_cpu=flat(25, 40), ranks=BOUND)),
         ),
+        (
+            job(node(job_cpu=80.0, ranks=[*pinned(3), rank(9, 50.0, "2")])),
+            job(node(job_cpu=80.0, ranks=[*pinned(3), rank(9, 50.0, "2-3")])),
+        ),
+        (
+            job(node(job_cpu=80.0, ranks=[*pinned(4), rank(9, 50.0, "2-3")])),
+            job(node(job_cpu=80.0, ranks=[*pinned(3), rank(9, 50.0, "2-3")])),
+        ),
+        (
+            job(node(job_cpu=25.0, ranks=[rank(0, 70.0, "0"), rank(1, 30.0, "0")])),
+            job(node(job_cpu=25.0, ranks=[rank(0, 90.0, "0"), rank(1, 10.0, "0")])),
+        ),
     ),
     "idle_job": (
-        (job(node(job_cpu=flat(0, 60))), job(node(job_cpu=flat(0, 50)))),
-        (job(node(job_cpu=2.4)), job(node(job_cpu=2.6))),
-        (job(node(job_cpu=0)), job(node(job_cpu=0, job_read=2e5))),
-        (job(node(job_cpu=0)), job(node(job_cpu=0, job_write=2e5))),
-        (job(node(job_cpu=0)), job(node(job_cpu=0, gpu=50.0), gpus=1)),
-        (job(node(job_cpu=0)), job(node(job_cpu=0, job_read=None))),
+        (job(asleep(job_cpu=flat(0, 60))), job(asleep(job_cpu=flat(0, 50)))),
+        (job(asleep(job_cpu=2.4)), job(asleep(job_cpu=2.6))),
+        (job(asleep(job_cpu=0)), job(asleep(job_cpu=0, job_read=2e5))),
+        (job(asleep(job_cpu=0)), job(asleep(job_cpu=0, job_write=2e5))),
+        (job(asleep(job_cpu=0)), job(asleep(job_cpu=0, gpu=50.0), gpus=1)),
+        (job(asleep(job_cpu=0)), job(asleep(job_cpu=0, job_read=None))),
         (
-            job(node(job_cpu=0, net_rx=0.0, net_tx=0.0, **OTHER_IO)),
-            job(node(job_cpu=0, net_rx=2e5, net_tx=0.0, **OTHER_IO)),
+            job(asleep(job_cpu=0, net_rx=0.0, net_tx=0.0, **OTHER_IO)),
+            job(asleep(job_cpu=0, net_rx=2e5, net_tx=0.0, **OTHER_IO)),
         ),
         (
-            job(node(job_cpu=0, net_rx=0.0, net_tx=0.0, **OTHER_IO)),
-            job(node(job_cpu=0, net_rx=0.0, net_tx=0.0, **{**OTHER_IO, "psi_io": 9})),
+            job(asleep(job_cpu=0, net_rx=0.0, net_tx=0.0, **OTHER_IO)),
+            job(asleep(job_cpu=0, net_rx=0.0, net_tx=0.0, **{**OTHER_IO, "psi_io": 9})),
         ),
         (
-            job(node(job_cpu=0, net_rx=0.0, net_tx=0.0, **OTHER_IO)),
-            job(node(job_cpu=0, net_rx=0.0, net_tx=0.0, ranks=waiting(), **OTHER_IO)),
+            job(asleep(job_cpu=0, net_rx=0.0, net_tx=0.0, **OTHER_IO)),
+            job(asleep(job_cpu=0, net_rx=0.0, net_tx=0.0, ranks=waiting(), **OTHER_IO)),
         ),
         (
-            job(node(job_cpu=flat(90, 600)[:-31] + flat(0, 300), **NO_IO)),
-            job(node(job_cpu=flat(90, 600)[:-21] + flat(0, 200), **NO_IO)),
+            job(asleep(job_cpu=flat(90, 600)[:-31] + flat(0, 300), **NO_IO)),
+            job(asleep(job_cpu=flat(90, 600)[:-21] + flat(0, 200), **NO_IO)),
         ),
         (
-            job(node(job_cpu=flat(12, 600)[:-21] + flat(0, 200), **NO_IO)),
-            job(node(job_cpu=flat(13, 600)[:-21] + flat(0, 200), **NO_IO)),
+            job(asleep(job_cpu=flat(12, 600)[:-21] + flat(0, 200), **NO_IO)),
+            job(asleep(job_cpu=flat(13, 600)[:-21] + flat(0, 200), **NO_IO)),
         ),
-        (job(node(job_cpu=0), nodes=1), job(node(job_cpu=0), nodes=2)),
+        (job(asleep(), nodes=1), job(asleep(), nodes=2)),
+        (job(asleep()), job(asleep(), job="4711+1")),
+        (job(asleep(job_cpus=3)), job(asleep(job_cpus=2))),
+        (
+            job(asleep(job_cpu=flat(0, 1200), job_cpus=2, **LONG_NO_IO)),
+            job(asleep(job_cpu=flat(0, 1180), job_cpus=2, **LONG_NO_IO)),
+        ),
+        (job(asleep()), job(asleep(ranks=[]))),
+        (job(asleep()), job(asleep(ranks=[rank(0, 0.0, program="bash")]))),
+        (job(asleep()), job(asleep(ranks=[rank(0, 0.0, program="jupyter-lab")]))),
+        (job(asleep()), job(asleep(ranks=[rank(0, 0.0, state="D")]))),
+        (
+            job(asleep(job_cpu=paused(150, 310), **LONG_NO_IO)),
+            job(asleep(job_cpu=paused(180, 310), **LONG_NO_IO)),
+        ),
     ),
     "idle_nodes": (
         (
@@ -852,18 +1129,13 @@ EDGES = {
         ),
     ),
     "many_threads": (
-        (
-            job(node(job_cpu=95.0, ranks=[rank(0, running=5)])),
-            job(node(job_cpu=94.0, ranks=[rank(0, running=5)])),
-        ),
-        (
-            job(node(ranks=[rank(0, running=5)])),
-            job(node(ranks=[rank(0, running=4)])),
-        ),
-        (
-            job(node(job_cpus=20, ranks=[rank(0, running=24)])),
-            job(node(job_cpus=20, ranks=[rank(0, running=23)])),
-        ),
+        (crowd(5, job_cpu=95.0), crowd(5, job_cpu=94.0)),
+        (crowd(5, job_cpu=flat(95, 60)), crowd(5, job_cpu=flat(95, 40))),
+        (crowd(5), crowd(4)),
+        (crowd(24, job_cpus=20), crowd(23, job_cpus=20)),
+        (crowd(5, psi_cpu=50.0), crowd(5, psi_cpu=49.0)),
+        (crowd(5, psi_cpu=None, load1=4.8), crowd(5, psi_cpu=None, load1=4.7)),
+        (crowd(5), crowd(5, psi_cpu=None)),
     ),
     "uneven_nodes": (
         (uneven(95, 40), uneven(95, 50)),
@@ -894,12 +1166,32 @@ EDGES = {
             job(node(gpus=[gpu(0), dict(unused(1), processes=1)], gpu=45, gpu_min=0)),
         ),
         (
-            job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 300))),
-            job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 280))),
+            job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 1200))),
+            job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 1180))),
         ),
         (
-            job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 300))),
-            job(node(gpus=[{"index": 0, "mig": "1g.10gb"}], gpu=flat(0, 300))),
+            job(node(gpus=[unused(0)], gpu=flat(0, 300), job_cpu=12.0)),
+            job(node(gpus=[unused(0)], gpu=flat(0, 280), job_cpu=12.0)),
+        ),
+        (
+            job(node(gpus=[unused(0)], gpu=flat(0, 300), job_cpu=12.0)),
+            job(node(gpus=[unused(0)], gpu=flat(0, 300), job_cpu=13.0)),
+        ),
+        (
+            job(node(gpus=[unused(0)], gpu=flat(0, 300), job_cpu=12.0)),
+            job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 300), job_cpu=12.0)),
+        ),
+        (
+            job(node(gpus=[unused(0)], gpu=flat(0, 300), job_cpu=12.0)),
+            job(node(gpus=[unused(0)], gpu=flat(0, 300), job_cpu=None)),
+        ),
+        (
+            job(node(gpus=[gpu(0), gpu(1, 0.0)], gpu=45, gpu_min=flat(0, 300))),
+            job(node(gpus=[gpu(0), gpu(1, 0.0)], gpu=45, gpu_min=flat(0, 280))),
+        ),
+        (
+            job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 1200))),
+            job(node(gpus=[{"index": 0, "mig": "1g.10gb"}], gpu=flat(0, 1200))),
         ),
     ),
     "starved_gpus": (
@@ -940,6 +1232,14 @@ EDGES = {
         (leak(1.0, 2.0, 3.9), leak(1.0, 1.9, 4.0)),
         (leak(2.9, 3.0, 3.9), leak(2.9, 3.0, 4.1)),
         (leak(1.0, 3.0, 4.0, 60), leak(1.0, 3.0, 4.0, 40)),
+        (
+            job(node(job_mem=LOADED, job_mem_limit=4 * GB, job_read=0.01 * GB)),
+            job(node(job_mem=LOADED, job_mem_limit=4 * GB, job_read=0.02 * GB)),
+        ),
+        (
+            job(node(job_mem=LOADED, job_mem_limit=3.7 * GB, job_read=0.02 * GB)),
+            job(node(job_mem=LOADED, job_mem_limit=3.8 * GB, job_read=0.02 * GB)),
+        ),
         (
             leak(1.0, 3.0, 4.0),
             job(node(job_mem=wave(1.0 * GB, 3.0 * GB), job_mem_limit=4 * GB)),
@@ -989,6 +1289,8 @@ EDGES = {
         (job(node(disk_tmp=98.0)), job(node(disk_tmp=97.0))),
         (job(node(disk_shm=98.0)), job(node(disk_shm=97.0))),
         (job(node(disk=99.6)), job(node(disk=99.0))),
+        (job(node(inodes=99.6)), job(node(inodes=99.0))),
+        (job(node(inodes_tmp=98.0)), job(node(inodes_tmp=97.0))),
         (job(node(disk_tmp=flat(99, 20))), job(node(disk_tmp=flat(99, 10)))),
     ),
     "time_limit_near": (
@@ -1000,6 +1302,14 @@ EDGES = {
             job(node(job_time_left=29.0, job_time_limit=300.0)),
             job(node(job_time_left=31.0, job_time_limit=300.0)),
         ),
+        (
+            job(node(job_time_left=500.0, job_time_limit=36000.0), end=NOW + 599),
+            job(node(job_time_left=500.0, job_time_limit=36000.0), end=NOW + 601),
+        ),
+        (
+            clocks(500.0, 500.0, 9000.0),
+            clocks(500.0, 9000.0, 9000.0),
+        ),
     ),
     "odd_node": (
         (peers(3, 7, 3, 3), peers(3, 6, 3, 3)),
@@ -1008,6 +1318,7 @@ EDGES = {
         (peers(3, 7, 3, 3), peers(3, 7, 3)),
         (peers(3, 9, 3, 3), peers(3, 9, 4, 3)),
         (peers(3, 9, 3, 3), peers(0.3, 0.9, 0.3, 0.3)),
+        (peers(3, 1, 3, 3), with_fewer_ranks(peers(3, 1, 3, 3), "c2")),
     ),
     "node_silent": (
         (job(node("c1"), silent("c2", 5)), job(node("c1"), silent("c2", 4))),
@@ -1016,10 +1327,19 @@ EDGES = {
             job(node("c1"), silent("c2", 30)),
             job(node("c1"), silent("c2", 30), events=[left("exit 0", "c2", ago=30)]),
         ),
+        (
+            job(node("c1"), silent("c2", 30)),
+            job(node("c1"), silent("c2", 30), state="COMPLETING"),
+        ),
     ),
     "too_much_memory": (
         (grown(61, 256), grown(107, 256)),
         (grown(0.4, 2), grown(0.4, 1.2)),
+        (grown(61, 256, online=5), grown(61, 256, online=4)),
+        (
+            grown(61, 256, online=2, job_cpus=2),
+            grown(61, 256, online=3, job_cpus=3),
+        ),
         (
             grown(61, 256, job_mem_peak=61.0 * GB),
             grown(61, 256, job_mem_peak=200.0 * GB),
@@ -1056,6 +1376,10 @@ EDGES = {
         (
             ended("COMPLETED", node(), start=NOW - 660, limit=2401.0),
             ended("COMPLETED", node(), start=NOW - 660, limit=2399.0),
+        ),
+        (
+            ended("COMPLETED", node(), start=NOW - 600, end=NOW + 120, limit=3600),
+            ended("COMPLETED", node(), start=NOW - 600, end=NOW + 7200, limit=3600),
         ),
         (
             ended("COMPLETED", node(), start=NOW - 120),
@@ -1400,7 +1724,8 @@ class Text(unittest.TestCase):
 
     def test_json_and_back(self):
         rows = json.loads(json.dumps(master_server.verdicts_json(self.verdicts())))
-        self.assertEqual(set(rows[0]), {"severity", "what", "proof", "cure", "rule"})
+        keys = {"severity", "what", "proof", "cure", "rule", "place"}
+        self.assertEqual(set(rows[0]), keys)
         self.assertEqual(master_server.parse_verdicts(rows), self.verdicts())
         for odd in (None, 3, "x", {}, [None], [{}], [{"severity": "x", "what": "y"}]):
             self.assertEqual(master_server.parse_verdicts(odd), [])
@@ -1411,6 +1736,36 @@ class Text(unittest.TestCase):
         for count, code in ((4, 3), (3, 2), (2, 1), (1, 0), (0, 0)):
             last = self.verdicts()[4 - count :]
             self.assertEqual(master_server.explain_code(last), code)
+
+    def test_of_many_nodes_with_the_same_problem_four_are_told_the_worst_first(self):
+        def near(count):
+            shares = [0.96 if number == 7 else 0.92 for number in range(count)]
+            nodes = [
+                node("c%d" % number, job_mem=share * 2 * GB)
+                for number, share in enumerate(shares)
+            ]
+            return diagnose(job(*nodes))
+
+        self.assertEqual(len(near(4)), 4)
+        self.assertNotIn("more place", near(4)[-1].proof)
+        self.assertRegex(near(5)[-1].proof, "; and so at 1 more place$")
+        found = near(500)
+        self.assertEqual([verdict.place for verdict in found], ["c7", "c0", "c1", "c2"])
+        self.assertEqual(found[0].severity, "problem")
+        self.assertRegex(found[-1].proof, "; and so at 496 more places$")
+
+    def test_a_verdict_names_its_place_by_which_it_is_known_again(self):
+        for name, place in (
+            ("all on CPU 0", "c1 0"),
+            ("one of two nodes asleep", "c2"),
+            ("a GPU that is too hot", "c1 1"),
+            ("three of four GPUs idle", "c1 gpu 1, c2 gpu 0-1"),
+            ("/tmp full", "/tmp c2"),
+            ("everything asleep", "c1, c2"),
+            ("over-asked time", ""),
+        ):
+            with self.subTest(name):
+                self.assertEqual(diagnose(SICK[name][0])[0].place, place)
 
     def test_the_worst_comes_first(self):
         evidence = job(
@@ -1433,7 +1788,7 @@ class Text(unittest.TestCase):
         ):
             words = shlex.split(diagnose(evidence)[0].cure, comments=True)
             self.assertTrue([word for word in words if word.endswith(evil)], words)
-        evidence = job(node(job_cpu=0), raw="1; reboot", job="1; reboot")
+        evidence = job(asleep(), raw="1; reboot", job="1; reboot")
         self.assertIn("scontrol show job '1; reboot' |", diagnose(evidence)[0].cure)
 
     def test_a_cure_is_safe_to_paste(self):
