@@ -5917,6 +5917,10 @@ MAX_HEAD = 65536  # bytes of its begin or its end that a summary is read from
 SUMMARY_VERDICTS = 3  # in a summary
 KEPT_RECORDS = 4  # that an archive has at hand
 ARCHIVE_SECONDS = 3.0  # that a disk may take to answer it
+GROWS_SECONDS = (
+    600.0  # since it was last written: then a file is read as one that grows
+)
+SUMMARIZED = ("cpu", "job_cpu", "job_mem", "gpu")  # metrics that a summary rests upon
 RECORDED = (  # metrics with least, mean and most over the nodes
     "cpu",
     "job_cpu",
@@ -6389,6 +6393,9 @@ def largest(rows: Sequence[RecordRow], key: str) -> Optional[float]:
     return max((value for value in most if value is not None), default=None)
 
 
+BLANK_SUMMARY = summarize(Record(""))
+
+
 def merge_summaries(one: Message, other: Message) -> Message:
     """What two files say of one job: the newer one's facts, and what either has seen."""
     old, new = sorted((one, other), key=lambda summary: summary["time"] or 0)
@@ -6573,9 +6580,52 @@ def read_summary(file: RecordFile) -> Message:
             first = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, MAX_HEAD)
             for line in read_lines(first):
                 if isinstance(line.get("summary"), dict):
-                    blank = summarize(Record(file.job))
-                    return dict(blank, **line["summary"])
+                    return {**BLANK_SUMMARY, "job": file.job, **line["summary"]}
     return summarize(parse_record(file.job, read_file(file.path)))
+
+
+def read_from(path: str, at: int) -> bytes:
+    """The whole lines of a file from there on."""
+    with open(path, "rb") as file:
+        file.seek(at)
+        data = file.read(MAX_RECORD)
+    return data[: data.rfind(b"\n") + 1]
+
+
+class Digest:
+    """The summary of a file that grows: only what it has got since the last time is read.
+
+    It holds a thin record, with what a summary rests upon and nothing else.
+    """
+
+    def __init__(self, job: str) -> None:
+        self.record = Record(job)
+        self.size = 0  # bytes that have been read, up to the end of a line
+
+    def read_on(self, file: RecordFile) -> Message:
+        """The summary of the file as it is now."""
+        data = read_from(file.path, self.size)
+        self.size += len(data)
+        self.record.add(filter(None, map(thin_line, read_lines(data)))).finish()
+        return summarize(self.record)
+
+
+def thin_line(line: Message) -> Optional[Message]:
+    """A line of a record with what a summary rests upon; None without any of it.
+
+    A node that is known in a row has the mean of all, so that a late reading still counts as
+    it should.
+    """
+    if "row" not in line:
+        return None if {"gpus", "ranks", "event", "gap"} & set(line) else line
+    thin = {"row": line["row"], "step": line.get("step")}
+    for key in SUMMARIZED:
+        values = line.get(key)
+        if isinstance(values, list) and len(values) >= 3:
+            mean = values[1]
+            nodes = [mean if value is not None else None for value in values[3:]]
+            thin[key] = values[:3] + nodes
+    return thin
 
 
 def prune(folder: str, now: float, mark: str) -> int:
@@ -6629,6 +6679,7 @@ class Archive:
         self.seconds = seconds
         self.questions: queue.Queue[Any] = queue.Queue(64)
         self.summaries: Dict[str, Tuple[RecordFile, Message]] = {}
+        self.digests: Dict[str, Digest] = {}  # by path, of files that still grow
         self.records: Dict[str, Tuple[List[RecordFile], Optional[Record]]] = {}
         threading.Thread(target=self.run, name="archive", daemon=True).start()
 
@@ -6674,17 +6725,32 @@ class Archive:
         return record
 
     def read_list(self) -> List[Message]:
-        """The summaries; only files that have changed are read again."""
+        """The summaries: files that have changed are read again, of those that grew the rest."""
         known: Dict[str, Tuple[RecordFile, Message]] = {}
+        digests: Dict[str, Digest] = {}
         for file in list_files(self.folder):
+            digest = self.find_digest(file)
+            if digest:
+                digests[file.path] = digest
             before = self.summaries.get(file.path)
             if before and before[0] == file:
                 known[file.path] = before
                 continue
             with contextlib.suppress(FileNotFoundError):
-                known[file.path] = (file, read_summary(file))
+                summary = digest.read_on(file) if digest else read_summary(file)
+                known[file.path] = (file, summary)
         self.summaries = known
+        self.digests = digests
         return merge_by_job(known.values())
+
+    def find_digest(self, file: RecordFile) -> Optional[Digest]:
+        """The digest of a file that grows; None for one that does not."""
+        if file.is_packed or time.time() - file.changed / 1e9 > GROWS_SECONDS:
+            return None
+        digest = self.digests.get(file.path)
+        if digest is None or file.size < digest.size:
+            return Digest(file.job)
+        return digest
 
     def read(self, job: str) -> Optional[Record]:
         """The record of a job; the last few are kept, and of a file that grew the rest is read."""
@@ -9355,25 +9421,25 @@ def bands_of(rows: Sequence[RecordRow], key: str) -> List[List[Band]]:
 def pieces_of(rows: Sequence[RecordRow], key: str) -> List[List[RecordRow]]:
     """The rows in which a metric is known, in pieces without a gap."""
     pieces: List[List[RecordRow]] = []
+    before: Optional[RecordRow] = None
     for row in rows:
         values = row.values.get(key)
-        if values is None or values[1] is None:
+        if values is None or None in values[:3]:
             continue
-        if not pieces or is_gap(pieces[-1][-1], row):
+        if before is None or is_gap(before, row):
             pieces.append([])
         pieces[-1].append(row)
+        before = row
     return pieces
 
 
 def band_over(rows: List[RecordRow], key: str) -> Band:
     """One point in place of several rows."""
-    last = rows[-1]
-    columns = [row.values[key] for row in rows]
-    least = min(values[0] or 0.0 for values in columns)
-    most = max(values[2] or 0.0 for values in columns)
-    middle = sum(values[1] or 0.0 for values in columns) / len(columns)
-    step = last.time - rows[0].time + rows[0].step
-    return Band(last.time, step, least, middle, most)
+    first, last = rows[0], rows[-1]
+    least, means, most = zip(*[row.values[key][:3] for row in rows])
+    step = last.time - first.time + first.step
+    middle = sum(means) / len(means)
+    return Band(last.time, step, min(least), middle, max(most))
 
 
 def draw_chart(
@@ -9393,8 +9459,11 @@ def draw_chart(
     top, step = nice_top(key, float(limit or 0) if is_near else most)
     drawn = [draw_axes(key, axis, top, step)]
     for series, bands in curves:
-        drawn += [draw_band(series, piece, axis, top) for piece in bands]
-        drawn += [draw_mean(series, piece, axis, top) for piece in bands]
+        places = [places_of(series, piece, axis) for piece in bands]
+        for piece, texts in zip(bands, places):
+            drawn.append(draw_band(series, piece, texts, top))
+        for piece, texts in zip(bands, places):
+            drawn.append(draw_mean(series, piece, texts, top))
     if limit is not None and limit <= top:
         path = "M%d %.1fH%d" % (CHART_LEFT, height_of(limit, top), CHART_RIGHT)
         drawn.append(fill(PATH_SVG, kind="limit", path=path))
@@ -9459,26 +9528,38 @@ def time_texts(axis: Axis, y: int) -> List[Html]:
     return texts
 
 
-def draw_band(series: Series, piece: List[Band], axis: Axis, top: float) -> Html:
+def places_of(series: Series, piece: Sequence[Band], axis: Axis) -> List[str]:
+    """Where the points of a piece are on the time axis, as text."""
+    return ["%.1f" % axis.place(band.time - series.shift) for band in piece]
+
+
+def draw_band(
+    series: Series, piece: Sequence[Band], places: Sequence[str], top: float
+) -> Html:
     """The area between least and most."""
-    there = []
-    back = []
-    for band in piece:
-        x = axis.place(band.time - series.shift)
-        there.append("%.1f %.1f" % (x, height_of(band.most, top)))
-        back.append("%.1f %.1f" % (x, height_of(band.least, top)))
+    there = curve_points(places, [band.most for band in piece], top)
+    back = curve_points(places, [band.least for band in piece], top)
     path = "M%sZ" % "L".join(there + back[::-1])
     return fill(PATH_SVG, kind=("band " + series.kind).rstrip(), path=path)
 
 
-def draw_mean(series: Series, piece: List[Band], axis: Axis, top: float) -> Html:
+def draw_mean(
+    series: Series, piece: Sequence[Band], places: Sequence[str], top: float
+) -> Html:
     """The curve of the mean; a point alone is a short line."""
-    points = []
-    for band in piece:
-        x = axis.place(band.time - series.shift)
-        points.append("%.1f %.1f" % (x, height_of(band.mean, top)))
+    points = curve_points(places, [band.mean for band in piece], top)
     end = "h1" if len(points) == 1 else ""
     return fill(PATH_SVG, kind=series.kind, path="M" + "L".join(points) + end)
+
+
+def curve_points(
+    places: Sequence[str], values: Sequence[float], top: float
+) -> List[str]:
+    """The points of a curve, as a path has them."""
+    return [
+        "%s %.1f" % (place, height_of(value, top))
+        for place, value in zip(places, values)
+    ]
 
 
 def draw_map(record: Record, key: str, axis: Axis) -> Optional[Html]:
@@ -9545,35 +9626,43 @@ def map_means(
     """The mean of a node in each column in which it is known."""
     means = {}
     for column, first, last in slices:
-        mean_there = mean_known(values[first:last])
-        if mean_there is not None:
-            means[column] = mean_there
+        there = values[first:last]
+        try:
+            means[column] = sum(there) / len(there)  # type: ignore[arg-type]
+        except TypeError:  # not all of them are known
+            mean_there = mean_known(there)
+            if mean_there is not None:
+                means[column] = mean_there
     return means
 
 
 def map_paths(means: List[Dict[int, float]], top: float) -> Dict[int, str]:
     """For each level of shade: the path around its cells."""
     width = (CHART_RIGHT - CHART_LEFT) / MAP_COLUMNS
+    lengths = ["%.1f" % (width * count) for count in range(MAP_COLUMNS + 1)]
+    places = ["%.1f" % (CHART_LEFT + width * count) for count in range(MAP_COLUMNS)]
     cell = map_cell(len(means))
-    paths: Dict[int, str] = {}
+    paths: Dict[int, List[str]] = {}
     for node, cells in enumerate(means):
         y = CHART_TOP + cell * node
-        levels = {
-            column: round(MAP_LEVELS * min(max(value / top, 0.0), 1.0))
-            for column, value in cells.items()
-        }
+        levels: List[Optional[int]] = [None] * MAP_COLUMNS
+        for column, value in cells.items():
+            levels[column] = round(MAP_LEVELS * min(max(value / top, 0.0), 1.0))
         column = 0
-        while column < MAP_COLUMNS:
-            level = levels.get(column)
+        for level, same in itertools.groupby(levels):
             first = column
-            while column < MAP_COLUMNS and levels.get(column) == level:
-                column += 1
+            column += len(list(same))
             if level is not None:
-                x = CHART_LEFT + width * first
-                length = width * (column - first)
-                path = "M%.1f %dh%.1fv%dh-%.1fz" % (x, y, length, cell - 1, length)
-                paths[level] = paths.get(level, "") + path
-    return paths
+                length = lengths[column - first]
+                path = "M%s %dh%sv%dh-%sz" % (
+                    places[first],
+                    y,
+                    length,
+                    cell - 1,
+                    length,
+                )
+                paths.setdefault(level, []).append(path)
+    return {level: "".join(pieces) for level, pieces in paths.items()}
 
 
 # ---- tables
@@ -9848,21 +9937,15 @@ def show_amount(value: Any) -> str:
 
 def run_node_rows(record: Record) -> List[Message]:
     """What each node did over the whole job."""
-    totals = {}  # mean and most, by node and metric
-    for key in BY_NODE:
-        steps = [row.step for row in record.rows_of(key)]
-        for name, values in zip(record.nodes, record.columns(key)):
-            known = [value for value in values if value is not None]
-            if len(known) == len(steps):
-                mean_there = sum(map(operator.mul, known, steps)) / sum(steps)
-                totals[name, key] = (mean_there, max(known))
-            elif known:
-                totals[name, key] = (sum(known) / len(known), max(known))
+    of_job = node_totals(record, "job_cpu")
+    of_node = node_totals(record, "cpu") if len(of_job) < len(record.nodes) else {}
+    memories = node_totals(record, "job_mem")
+    gpus = node_totals(record, "gpu")
     rows = []
     for name in sorted(record.nodes, key=natural):
-        cpu = totals.get((name, "job_cpu")) or totals.get((name, "cpu"))
-        memory = totals.get((name, "job_mem"))
-        gpu = totals.get((name, "gpu"))
+        cpu = of_job.get(name) or of_node.get(name)
+        memory = memories.get(name)
+        gpu = gpus.get(name)
         rows.append(
             {
                 "node": name,
@@ -9875,6 +9958,22 @@ def run_node_rows(record: Record) -> List[Message]:
             }
         )
     return rows
+
+
+def node_totals(record: Record, key: str) -> Dict[str, Tuple[float, float]]:
+    """The mean and the most of a metric on each node of which it is known."""
+    steps = [row.step for row in record.rows_of(key)]
+    duration = sum(steps)
+    totals = {}
+    for name, values in zip(record.nodes, record.columns(key)):
+        try:
+            mean_there = sum(map(operator.mul, values, steps)) / duration
+            totals[name] = (mean_there, max(values))  # type: ignore[type-var]
+        except TypeError:  # not all of them are known
+            known = [value for value in values if value is not None]
+            if known:
+                totals[name] = (sum(known) / len(known), max(known))
+    return totals  # type: ignore[return-value]
 
 
 def gpu_rows(record: Record) -> List[Message]:
@@ -10119,18 +10218,26 @@ def render_record_json(view: Snapshot, query: Query, site: Site) -> str:
 
 def select_jobs(view: Snapshot, query: Query, site: Site) -> List[Message]:
     """The jobs that a query asks for, live and past, in its order."""
+    return pick_jobs(all_summaries(view, site), query)
+
+
+def all_summaries(view: Snapshot, site: Site) -> List[Message]:
+    """The summaries of all jobs, live and past."""
     jobs = {job["job"]: job for job in site.archive.list()}
     for facts in view.jobs:
         summary = jobs.get(facts["job"]) or summarize(Record(facts["job"]))
         told = {key: facts[key] for key in JOB_KEYS if facts[key] is not None}
         is_over = facts["state"] in ENDED_STATES
         jobs[facts["job"]] = dict(summary, has_ended=is_over, **told)
-    words = query.get("q", "").lower().split()
-    found = []
     for job in jobs.values():
         job["severity"] = severity_of(job) or None
-        if is_job_asked_for(job, query, words):
-            found.append(job)
+    return list(jobs.values())
+
+
+def pick_jobs(jobs: Iterable[Message], query: Query) -> List[Message]:
+    """Those that a query asks for, in its order."""
+    words = query.get("q", "").lower().split()
+    found = [job for job in jobs if is_job_asked_for(job, query, words)]
     return in_order(found, query.get("sort") or "-time")
 
 
@@ -10157,8 +10264,8 @@ def jobs_link(path: str, query: Query, **state: object) -> str:
 
 def render_jobs_page(view: Snapshot, query: Query, site: Site) -> str:
     """The page of all jobs, of today and of the past."""
-    jobs = select_jobs(view, query, site)
-    everything = select_jobs(view, {}, site)
+    everything = all_summaries(view, site)
+    jobs = pick_jobs(everything, query)
     last = max(1, -(-len(jobs) // JOBS_PAGE))
     asked = query.get("page", "")
     page = min(max(int(asked), 1), last) if asked.isdecimal() else 1
@@ -11009,7 +11116,8 @@ class Dashboard:
             *options.allow_host,
         }
         self.archive: Optional[Archive] = None  # until it is asked for
-        # (path, query) -> files and facts that it was made of, body: a page of records
+        # (path, whether it is packed, query) -> files and facts that it was made of, body:
+        # a page of records
         self.reports: Dict[Any, Tuple[Any, bytes]] = {}
 
     def run(self) -> None:
@@ -11173,7 +11281,8 @@ class Dashboard:
         kind, render = REPORT_ROUTES[path]
         with self.lock:
             self.archive = self.archive or Archive(self.options.archive)
-        key = (path, tuple(sorted(query.items())))
+        is_zipped = "gzip" in fields.get("accept-encoding", "")
+        key = (path, is_zipped, tuple(sorted(query.items())))
         view = self.fresh()
         jobs = {query[name] for name in ("job", "a", "b") if name in query}
         try:
@@ -11182,6 +11291,8 @@ class Dashboard:
             made_of, body = self.reports.get(key, (None, b""))
             if made_of != (files, facts):
                 body = render(view, query, self).encode("utf-8", "replace")
+                if body and is_zipped:
+                    body = gzip.compress(body, 1)
                 with self.lock:
                     while len(self.reports) >= MAX_REPORTS:
                         del self.reports[next(iter(self.reports))]
@@ -11192,9 +11303,8 @@ class Dashboard:
             raise HTTPError(404, "no such job; /jobs has a list of them")
         headers.update({"Content-Type": kind, "Vary": "Accept-Encoding"})
         headers["Content-Security-Policy"] = REPORT_POLICY
-        if "gzip" in fields.get("accept-encoding", ""):
+        if is_zipped:
             headers["Content-Encoding"] = "gzip"
-            return gzip.compress(body, 1)
         return body
 
     def check_host(self, request: Request) -> None:
