@@ -865,6 +865,7 @@ FOLDER = "/dev/shm/"  # where Linux shows segments as files
 MAGIC = b"SENTINEL"
 SLOT = struct.Struct("i64sff")  # native, as the plan has it: 76 bytes, no padding
 DETAIL = struct.Struct("=dd64s" + "".join(m.code for m in DETAILS))
+SEEN = struct.Struct("=d")  # the first field of DETAIL
 EVENT = struct.Struct("=d12s64s24s32s64sdd256s")
 JOB = struct.Struct("=d" + "".join(code for _, code in JOB_FACTS))
 # raw job id, time, number of the change that wrote it, severity, JSON
@@ -877,7 +878,7 @@ PART_BODIES = {
 PART_SIZE = PART_HEAD.size + max(body.size for body in PART_BODIES.values())
 PAST_HEAD = struct.Struct("=QQ")  # written ever, and of these taken
 PAST_ROW = struct.Struct("=d64s24s%dd" % len(PAST_KEYS))  # time, node, job
-NOTES = struct.Struct("=QQQQ128sQQQQ")
+NOTES = struct.Struct("=QQQQ128sQQQQQQ")
 HEADER = struct.Struct("=8sIIqq")
 SEQUENCE = struct.Struct("=Q")
 COUNTS = struct.Struct("=QQdQ")
@@ -902,6 +903,7 @@ LAYOUT = zlib.crc32(
 NODE_KEYS = ("slot", "address", "cpu", "ram", "age", "since", "alerts") + tuple(
     m.key for m in DETAILS
 )
+NODE_TEXTS = ("address", "alerts", *TEXTS)
 EVENT_KEYS = ("time", "kind", "node", "job", "user", "address", "cpu", "ram", "text")
 JOB_RAW = 1 + JOB_KEYS.index("raw")  # in a row of JOB, which begins with the time seen
 JOB_STATE = 1 + JOB_KEYS.index("state")
@@ -936,22 +938,20 @@ def has_ended(row: Row) -> bool:
 
 
 def find_job_place(rows: List[Row], raw: bytes, now: float) -> int:
-    """The index of a job's row: its own, a free one, or that of one to be forgotten; else -1."""
+    """The index of a job's row: its own, a new one, or that of one to be forgotten; else -1.
+
+    rows: those that are in use, of JOBS.
+    """
     best = -1
     oldest = math.inf
     for index, row in enumerate(rows):
         if row[JOB_RAW] == raw:
             return index
-        if not row[JOB_RAW].strip(b"\0"):
-            seen = -math.inf
-        elif has_ended(row) or now - row[0] > JOB_SECONDS:
-            seen = row[0]
-        else:
-            continue
-        if seen < oldest:
-            oldest = seen
+        may_go = has_ended(row) or now - row[0] > JOB_SECONDS
+        if may_go and row[0] < oldest:
+            oldest = row[0]
             best = index
-    return best
+    return len(rows) if len(rows) < JOBS else best
 
 
 def start_time(pid: int) -> Optional[int]:
@@ -1077,6 +1077,8 @@ class Notes(NamedTuple):
     parts_left_out: int  # looks that there was no room for
     verdict_changes: int  # so far
     verdicts_told: int  # the last change that the collector has told of
+    jobs_used: int  # no place of a job from this index on is taken
+    verdicts_used: int  # nor one of a verdict
 
 
 class Copy(NamedTuple):
@@ -1113,6 +1115,7 @@ class Snapshot:
         self.part_rows = copy.parts
         self.looks: Optional[Dict[int, Parts]] = None  # once they were asked for
         self.dicts: Optional[List[Message]] = None  # nodes, once they were asked for
+        self.before: Optional[Snapshot] = None  # one that was just like it in many rows
         self.made: Dict[str, Any] = {}  # what pages have made of it, to be made once
         self.samples = copy.counts.samples
         self.beat = self.copied - copy.counts.beat
@@ -1138,12 +1141,47 @@ class Snapshot:
         """The used slots as dicts."""
         if self.dicts is None:
             # assigned when it is whole: another thread may ask meanwhile
-            self.dicts = [self.make_node(row) for row in self.rows()]
+            before = self.before
+            if before is None or before.dicts is None:
+                self.dicts = [self.make_node(row) for row in self.rows()]
+            else:
+                self.dicts = self.make_nodes_after(before, before.dicts)
+            self.before = None
         return self.dicts
+
+    def make_nodes_after(
+        self, before: "Snapshot", dicts: Iterable[Message]
+    ) -> List[Message]:
+        """The used slots as dicts: of a row that is as it was before, the dict is copied."""
+        known = {node["slot"] - 1: node for node in dicts}
+        nodes = []
+        for index in range(len(self.slots) // SLOT.size):
+            slot, detail = self.row_at(index)
+            old = known.get(index)
+            if old and before.row_at(index) == (slot, detail):
+                (seen,) = SEEN.unpack_from(detail)
+                age = round(max(0.0, self.copied - seen), 2)
+                nodes.append(dict(old, age=age))
+                continue
+            row = SLOT.unpack(slot) + DETAIL.unpack(detail)
+            if row[0]:
+                nodes.append(self.make_node(row))
+        return nodes
+
+    def row_at(self, index: int) -> Tuple[bytes, bytes]:
+        """The bytes of a slot, and of the details beside it."""
+        at = index * SLOT.size
+        detail_at = index * DETAIL.size
+        slot = self.slots[at : at + SLOT.size]
+        return slot, self.details[detail_at : detail_at + DETAIL.size]
 
     def make_node(self, row: Row) -> Message:
         """A row of rows() as a dict."""
-        node: Message = dict(zip(NODE_KEYS, map(from_field, row)))
+        node: Message = dict(
+            zip(NODE_KEYS, [None if value != value else value for value in row])
+        )
+        for key in NODE_TEXTS:
+            node[key] = node[key].rstrip(b"\0").decode("utf-8", "ignore") or None
         node["cpu"] = round(node["cpu"], 2)
         node["ram"] = round(node["ram"], 2)
         seen = node["age"]
@@ -1156,8 +1194,6 @@ class Snapshot:
         """What Slurm says of each job that is not forgotten: dicts with JOB_KEYS."""
         jobs = []
         for seen, *row in JOB.iter_unpack(self.job_rows):
-            if not row[0][0]:
-                continue  # there is none in this place
             job: Message = dict(zip(JOB_KEYS, map(from_field, row)))
             if job["job"] is None:
                 continue
@@ -1236,10 +1272,10 @@ class Table:
                     parts     PARTS x PART_SIZE   PART_HEAD, then PART_FIELDS of its kind
                     past      PAST_HEAD           readings so far, and those the recorder has taken
                               PAST x PAST_ROW     a ring: reading n is in row n % PAST
-        size - 264  NOTES     1 once the table has moved, jobs there was no room for,
+        size - 280  NOTES     1 once the table has moved, jobs there was no room for,
                               agents turned away, lately, and why; part rows to look at,
                               looks there was no room for, changes of verdicts so far,
-                              and of these those that were told
+                              and of these those that were told; jobs and verdicts to look at
         size - 72   HEADER    magic, layout, capacity, the master's pid and its start time
         size - 40   SEQUENCE  odd while a write is under way
         size - 32   COUNTS    events and samples so far, the collector's heartbeat, slots to look at
@@ -1286,7 +1322,8 @@ class Table:
         self.jobs_left_out = notes.jobs_left_out
         self.parts_used = notes.parts_used
         self.parts_left_out = notes.parts_left_out
-        self.free_parts = list(range(PARTS))  # a heap
+        self.free_parts: List[int] = []  # a heap of places that were given back
+        self.fresh_parts = 0  # the first place that was never given
 
     def notes(self) -> Notes:
         """What is noted beside the counts, as it is now."""
@@ -1560,17 +1597,21 @@ class Table:
         """
         self.acquire()
         try:
-            jobs = bytes(self.buf[self.jobs_at : self.verdicts_at])
+            jobs = self._copy_jobs()
         finally:
             self.lock.release()
         now = time.time()
         raw = row[JOB_KEYS.index("raw")].ljust(24, b"\0")
-        place = find_job_place(list(JOB.iter_unpack(jobs)), raw, now)
+        rows = list(JOB.iter_unpack(jobs))
+        place = find_job_place(rows, raw, now)
         with self:
             if place < 0:
                 self.jobs_left_out += 1
             else:
                 JOB.pack_into(self.buf, self.jobs_at + place * JOB.size, now, *row)
+            if place == len(rows):
+                notes = self.notes()._replace(jobs_used=place + 1)
+                NOTES.pack_into(self.buf, self.notes_at, *notes)
 
     def write_parts(self, index: int, look: List[PartRow], places: List[int]) -> None:
         """Put a look of the node in a slot into the places, which are made as many as it needs.
@@ -1579,16 +1620,24 @@ class Table:
         own, as it has many threads.
         """
         missing = len(look) - len(places)
-        if missing > len(self.free_parts):
+        if missing > len(self.free_parts) + PARTS - self.fresh_parts:
             self.parts_left_out += 1
             return
         for _ in range(missing):
-            places.append(heapq.heappop(self.free_parts))
+            if self.free_parts:
+                places.append(heapq.heappop(self.free_parts))
+            else:
+                places.append(self.fresh_parts)
+                self.fresh_parts += 1
         places.sort()  # readers find a look in its order
         now = time.time()
         rows = [self.pack_part(index, part, now) for part in look]
-        self.parts_used = max(self.parts_used, max(places) + 1)
+        used = max(self.parts_used, max(places) + 1)
         with self:
+            if used > self.parts_used:  # readers are to see all of the look
+                self.parts_used = used
+                notes = self.notes()._replace(parts_used=used)
+                NOTES.pack_into(self.buf, self.notes_at, *notes)
             for place, row in zip(places, rows):
                 self.put_part(place, row)
             for place in places[len(rows) :]:
@@ -1655,18 +1704,21 @@ class Table:
             text = json.dumps(verdicts)
         self.acquire()
         try:
-            rows = bytes(self.buf[self.verdicts_at : self.parts_at])
+            rows = self._copy_verdicts()
         finally:
             self.lock.release()
         job = raw.encode()[:24].ljust(24, b"\0")
-        best = (True, math.inf, -1)  # not its own, when, place
+        used = len(rows) // VERDICT.size
+        # not its own, when, place
+        best = (True, -math.inf if used < JOBS else math.inf, used)
         for place, (owner, when, _, _, _) in enumerate(VERDICT.iter_unpack(rows)):
             best = min(best, (owner != job, when, place))
         place = best[2]
         with self:
             notes = self.notes()
             change = notes.verdict_changes + 1
-            notes = notes._replace(verdict_changes=change)
+            used = max(used, place + 1)
+            notes = notes._replace(verdict_changes=change, verdicts_used=used)
             NOTES.pack_into(self.buf, self.notes_at, *notes)
             row = (job, time.time(), change, severity.encode(), text.encode())
             at = self.verdicts_at + place * VERDICT.size
@@ -1748,12 +1800,23 @@ class Table:
             bytes(self.buf[: used * SLOT.size]),
             bytes(self.buf[self.details_at : details_end]),
             bytes(self.buf[self.events_at : self.jobs_at]),
-            bytes(self.buf[self.jobs_at : self.verdicts_at]),
-            bytes(self.buf[self.verdicts_at : self.parts_at]),
+            self._copy_jobs(),
+            self._copy_verdicts(),
             bytes(self.buf[self.parts_at : self.parts_at + parts_used * PART_SIZE]),
             bytes(self.buf[self.notes_at : self.header_at]),
             counts,
         )
+
+    def _copy_jobs(self) -> bytes:
+        """The places of jobs that are in use.  Lock must be held by the caller."""
+        used = min(self.notes().jobs_used, JOBS)
+        return bytes(self.buf[self.jobs_at : self.jobs_at + used * JOB.size])
+
+    def _copy_verdicts(self) -> bytes:
+        """The places of verdicts that are in use.  Lock must be held by the caller."""
+        used = min(self.notes().verdicts_used, JOBS)
+        end = self.verdicts_at + used * VERDICT.size
+        return bytes(self.buf[self.verdicts_at : end])
 
 
 # ============================================================================
@@ -7477,12 +7540,12 @@ class Html(str):
 
 def as_markup(value: object) -> str:
     """A value as markup: a list stands for its items, None for nothing."""
-    if isinstance(value, Html):
-        return value
+    if isinstance(value, str):
+        is_plain = isinstance(value, Html) or not SPECIAL.search(value)
+        return value if is_plain else html.escape(value)
     if isinstance(value, list):
         return "".join(map(as_markup, value))
-    text = "" if value is None else str(value)
-    return html.escape(text) if SPECIAL.search(text) else text
+    return "" if value is None else as_markup(str(value))
 
 
 def fill(template: str, *values: object, **named: object) -> Html:
@@ -7553,6 +7616,7 @@ def path_of(row: Message) -> str:
     return named_path("node", name_of(row))
 
 
+@functools.lru_cache(maxsize=4096)
 def named_path(folder: str, name: str) -> str:
     """Where the page of that name in a folder is, seen from the overview.
 
@@ -7566,9 +7630,13 @@ def named_path(folder: str, name: str) -> str:
 
 def natural(value: Any) -> Any:
     """A key to sort by: c2 comes before c10."""
-    if not isinstance(value, str):
-        return value
-    return re.sub(r"\d+", lambda digits: digits.group().zfill(20), value.lower())
+    return natural_text(value) if isinstance(value, str) else value
+
+
+@functools.lru_cache(maxsize=4096)
+def natural_text(text: str) -> str:
+    """A text with its numbers so long that they sort as numbers."""
+    return re.sub(r"\d+", lambda digits: digits.group().zfill(20), text.lower())
 
 
 def mean(rows: Sequence[Message], key: str) -> float:
@@ -7600,7 +7668,9 @@ def select(view: Snapshot, query: Query) -> List[Message]:
     for job, rows in jobs.items():
         if job:
             mark_idle(rows)
-        found += [row for row in rows if is_asked_for(row, query, words)]
+        found += rows
+    if words or query.get("job") or query.get("user"):
+        found = [row for row in found if is_asked_for(row, query, words)]
     return in_order(found, query.get("sort") or "node")
 
 
@@ -8202,16 +8272,18 @@ def draw_curves(series: Dict[str, List[float]], points: int, top: float) -> Html
 
 def path_through(values: List[float], top: float) -> str:
     """The path of a curve in a box that is 100 high (SVG 2, 9.3)."""
-    path = ""
+    path = []
     pen = MOVE
+    scale = 100 / top
     for x, value in enumerate(values):
-        if math.isnan(value):
+        if value != value:
             pen = MOVE
             continue
-        share = min(max(value / top, 0), 1)
-        path += pen % (x, 100 - 100 * share)
+        height = scale * value
+        height = 0 if height < 0 else 100 if height > 100 else height
+        path.append(pen % (x, 100 - height))
         pen = DRAW
-    return path
+    return "".join(path)
 
 
 class Column(NamedTuple):
@@ -11197,6 +11269,8 @@ class Dashboard:
             if time.monotonic() - self.viewed > FRESH_SECONDS:
                 view = self.table.snapshot()
                 view.left = self.who_left(view)
+                if self.view.dicts is not None:
+                    view.before = self.view
                 self.view = view
                 self.viewed = time.monotonic()
                 self.bodies = {}
