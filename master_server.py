@@ -869,6 +869,7 @@ FOLDER = "/dev/shm/"  # where Linux shows segments as files
 MAGIC = b"SENTINEL"
 SLOT = struct.Struct("i64sff")  # native, as the plan has it: 76 bytes, no padding
 DETAIL = struct.Struct("=dd64s" + "".join(m.code for m in DETAILS))
+SEEN = struct.Struct("=d")  # the first field of DETAIL
 EVENT = struct.Struct("=d12s64s24s32s64sdd256s")
 JOB = struct.Struct("=d" + "".join(code for _, code in JOB_FACTS))
 # raw job id, time, number of the change that wrote it, severity, JSON
@@ -881,7 +882,7 @@ PART_BODIES = {
 PART_SIZE = PART_HEAD.size + max(body.size for body in PART_BODIES.values())
 PAST_HEAD = struct.Struct("=QQ")  # written ever, and of these taken
 PAST_ROW = struct.Struct("=d64s24s%dd" % len(PAST_KEYS))  # time, node, job
-NOTES = struct.Struct("=QQQQ128sQQQQ")
+NOTES = struct.Struct("=QQQQ128sQQQQQQ")
 HEADER = struct.Struct("=8sIIqq")
 SEQUENCE = struct.Struct("=Q")
 COUNTS = struct.Struct("=QQdQ")
@@ -906,6 +907,7 @@ LAYOUT = zlib.crc32(
 NODE_KEYS = ("slot", "address", "cpu", "ram", "age", "since", "alerts") + tuple(
     m.key for m in DETAILS
 )
+NODE_TEXTS = ("address", "alerts", *TEXTS)
 EVENT_KEYS = ("time", "kind", "node", "job", "user", "address", "cpu", "ram", "text")
 JOB_RAW = 1 + JOB_KEYS.index("raw")  # in a row of JOB, which begins with the time seen
 JOB_STATE = 1 + JOB_KEYS.index("state")
@@ -940,22 +942,20 @@ def has_ended(row: Row) -> bool:
 
 
 def find_job_place(rows: List[Row], raw: bytes, now: float) -> int:
-    """The index of a job's row: its own, a free one, or that of one to be forgotten; else -1."""
+    """The index of a job's row: its own, a new one, or that of one to be forgotten; else -1.
+
+    rows: those that are in use, of JOBS.
+    """
     best = -1
     oldest = math.inf
     for index, row in enumerate(rows):
         if row[JOB_RAW] == raw:
             return index
-        if not row[JOB_RAW].strip(b"\0"):
-            seen = -math.inf
-        elif has_ended(row) or now - row[0] > JOB_SECONDS:
-            seen = row[0]
-        else:
-            continue
-        if seen < oldest:
-            oldest = seen
+        may_go = has_ended(row) or now - row[0] > JOB_SECONDS
+        if may_go and row[0] < oldest:
+            oldest = row[0]
             best = index
-    return best
+    return len(rows) if len(rows) < JOBS else best
 
 
 def start_time(pid: int) -> Optional[int]:
@@ -1081,6 +1081,8 @@ class Notes(NamedTuple):
     parts_left_out: int  # looks that there was no room for
     verdict_changes: int  # so far
     verdicts_told: int  # the last change that the collector has told of
+    jobs_used: int  # no place of a job from this index on is taken
+    verdicts_used: int  # nor one of a verdict
 
 
 class Copy(NamedTuple):
@@ -1117,6 +1119,7 @@ class Snapshot:
         self.part_rows = copy.parts
         self.looks: Optional[Dict[int, Parts]] = None  # once they were asked for
         self.dicts: Optional[List[Message]] = None  # nodes, once they were asked for
+        self.before: Optional[Snapshot] = None  # one that was just like it in many rows
         self.made: Dict[str, Any] = {}  # what pages have made of it, to be made once
         self.samples = copy.counts.samples
         self.beat = self.copied - copy.counts.beat
@@ -1142,12 +1145,47 @@ class Snapshot:
         """The used slots as dicts."""
         if self.dicts is None:
             # assigned when it is whole: another thread may ask meanwhile
-            self.dicts = [self.make_node(row) for row in self.rows()]
+            before = self.before
+            if before is None or before.dicts is None:
+                self.dicts = [self.make_node(row) for row in self.rows()]
+            else:
+                self.dicts = self.make_nodes_after(before, before.dicts)
+            self.before = None
         return self.dicts
+
+    def make_nodes_after(
+        self, before: "Snapshot", dicts: Iterable[Message]
+    ) -> List[Message]:
+        """The used slots as dicts: of a row that is as it was before, the dict is copied."""
+        known = {node["slot"] - 1: node for node in dicts}
+        nodes = []
+        for index in range(len(self.slots) // SLOT.size):
+            slot, detail = self.row_at(index)
+            old = known.get(index)
+            if old and before.row_at(index) == (slot, detail):
+                (seen,) = SEEN.unpack_from(detail)
+                age = round(max(0.0, self.copied - seen), 2)
+                nodes.append(dict(old, age=age))
+                continue
+            row = SLOT.unpack(slot) + DETAIL.unpack(detail)
+            if row[0]:
+                nodes.append(self.make_node(row))
+        return nodes
+
+    def row_at(self, index: int) -> Tuple[bytes, bytes]:
+        """The bytes of a slot, and of the details beside it."""
+        at = index * SLOT.size
+        detail_at = index * DETAIL.size
+        slot = self.slots[at : at + SLOT.size]
+        return slot, self.details[detail_at : detail_at + DETAIL.size]
 
     def make_node(self, row: Row) -> Message:
         """A row of rows() as a dict."""
-        node: Message = dict(zip(NODE_KEYS, map(from_field, row)))
+        node: Message = dict(
+            zip(NODE_KEYS, [None if value != value else value for value in row])
+        )
+        for key in NODE_TEXTS:
+            node[key] = node[key].rstrip(b"\0").decode("utf-8", "ignore") or None
         node["cpu"] = round(node["cpu"], 2)
         node["ram"] = round(node["ram"], 2)
         seen = node["age"]
@@ -1160,8 +1198,6 @@ class Snapshot:
         """What Slurm says of each job that is not forgotten: dicts with JOB_KEYS."""
         jobs = []
         for seen, *row in JOB.iter_unpack(self.job_rows):
-            if not row[0][0]:
-                continue  # there is none in this place
             job: Message = dict(zip(JOB_KEYS, map(from_field, row)))
             if job["job"] is None:
                 continue
@@ -1240,10 +1276,10 @@ class Table:
                     parts     PARTS x PART_SIZE   PART_HEAD, then PART_FIELDS of its kind
                     past      PAST_HEAD           readings so far, and those the recorder has taken
                               PAST x PAST_ROW     a ring: reading n is in row n % PAST
-        size - 264  NOTES     1 once the table has moved, jobs there was no room for,
+        size - 280  NOTES     1 once the table has moved, jobs there was no room for,
                               agents turned away, lately, and why; part rows to look at,
                               looks there was no room for, changes of verdicts so far,
-                              and of these those that were told
+                              and of these those that were told; jobs and verdicts to look at
         size - 72   HEADER    magic, layout, capacity, the master's pid and its start time
         size - 40   SEQUENCE  odd while a write is under way
         size - 32   COUNTS    events and samples so far, the collector's heartbeat, slots to look at
@@ -1290,7 +1326,8 @@ class Table:
         self.jobs_left_out = notes.jobs_left_out
         self.parts_used = notes.parts_used
         self.parts_left_out = notes.parts_left_out
-        self.free_parts = list(range(PARTS))  # a heap
+        self.free_parts: List[int] = []  # a heap of places that were given back
+        self.fresh_parts = 0  # the first place that was never given
 
     def notes(self) -> Notes:
         """What is noted beside the counts, as it is now."""
@@ -1564,17 +1601,21 @@ class Table:
         """
         self.acquire()
         try:
-            jobs = bytes(self.buf[self.jobs_at : self.verdicts_at])
+            jobs = self._copy_jobs()
         finally:
             self.lock.release()
         now = time.time()
         raw = row[JOB_KEYS.index("raw")].ljust(24, b"\0")
-        place = find_job_place(list(JOB.iter_unpack(jobs)), raw, now)
+        rows = list(JOB.iter_unpack(jobs))
+        place = find_job_place(rows, raw, now)
         with self:
             if place < 0:
                 self.jobs_left_out += 1
             else:
                 JOB.pack_into(self.buf, self.jobs_at + place * JOB.size, now, *row)
+            if place == len(rows):
+                notes = self.notes()._replace(jobs_used=place + 1)
+                NOTES.pack_into(self.buf, self.notes_at, *notes)
 
     def write_parts(self, index: int, look: List[PartRow], places: List[int]) -> None:
         """Put a look of the node in a slot into the places, which are made as many as it needs.
@@ -1583,16 +1624,24 @@ class Table:
         own, as it has many threads.
         """
         missing = len(look) - len(places)
-        if missing > len(self.free_parts):
+        if missing > len(self.free_parts) + PARTS - self.fresh_parts:
             self.parts_left_out += 1
             return
         for _ in range(missing):
-            places.append(heapq.heappop(self.free_parts))
+            if self.free_parts:
+                places.append(heapq.heappop(self.free_parts))
+            else:
+                places.append(self.fresh_parts)
+                self.fresh_parts += 1
         places.sort()  # readers find a look in its order
         now = time.time()
         rows = [self.pack_part(index, part, now) for part in look]
-        self.parts_used = max(self.parts_used, max(places) + 1)
+        used = max(self.parts_used, max(places) + 1)
         with self:
+            if used > self.parts_used:  # readers are to see all of the look
+                self.parts_used = used
+                notes = self.notes()._replace(parts_used=used)
+                NOTES.pack_into(self.buf, self.notes_at, *notes)
             for place, row in zip(places, rows):
                 self.put_part(place, row)
             for place in places[len(rows) :]:
@@ -1659,18 +1708,21 @@ class Table:
             text = json.dumps(verdicts)
         self.acquire()
         try:
-            rows = bytes(self.buf[self.verdicts_at : self.parts_at])
+            rows = self._copy_verdicts()
         finally:
             self.lock.release()
         job = raw.encode()[:24].ljust(24, b"\0")
-        best = (True, math.inf, -1)  # not its own, when, place
+        used = len(rows) // VERDICT.size
+        # not its own, when, place
+        best = (True, -math.inf if used < JOBS else math.inf, used)
         for place, (owner, when, _, _, _) in enumerate(VERDICT.iter_unpack(rows)):
             best = min(best, (owner != job, when, place))
         place = best[2]
         with self:
             notes = self.notes()
             change = notes.verdict_changes + 1
-            notes = notes._replace(verdict_changes=change)
+            used = max(used, place + 1)
+            notes = notes._replace(verdict_changes=change, verdicts_used=used)
             NOTES.pack_into(self.buf, self.notes_at, *notes)
             row = (job, time.time(), change, severity.encode(), text.encode())
             at = self.verdicts_at + place * VERDICT.size
@@ -1752,12 +1804,23 @@ class Table:
             bytes(self.buf[: used * SLOT.size]),
             bytes(self.buf[self.details_at : details_end]),
             bytes(self.buf[self.events_at : self.jobs_at]),
-            bytes(self.buf[self.jobs_at : self.verdicts_at]),
-            bytes(self.buf[self.verdicts_at : self.parts_at]),
+            self._copy_jobs(),
+            self._copy_verdicts(),
             bytes(self.buf[self.parts_at : self.parts_at + parts_used * PART_SIZE]),
             bytes(self.buf[self.notes_at : self.header_at]),
             counts,
         )
+
+    def _copy_jobs(self) -> bytes:
+        """The places of jobs that are in use.  Lock must be held by the caller."""
+        used = min(self.notes().jobs_used, JOBS)
+        return bytes(self.buf[self.jobs_at : self.jobs_at + used * JOB.size])
+
+    def _copy_verdicts(self) -> bytes:
+        """The places of verdicts that are in use.  Lock must be held by the caller."""
+        used = min(self.notes().verdicts_used, JOBS)
+        end = self.verdicts_at + used * VERDICT.size
+        return bytes(self.buf[self.verdicts_at : end])
 
 
 # ============================================================================
@@ -6147,6 +6210,10 @@ MAX_HEAD = 65536  # bytes of its begin or its end that a summary is read from
 SUMMARY_VERDICTS = 3  # in a summary
 KEPT_RECORDS = 4  # that an archive has at hand
 ARCHIVE_SECONDS = 3.0  # that a disk may take to answer it
+GROWS_SECONDS = (
+    600.0  # since it was last written: then a file is read as one that grows
+)
+SUMMARIZED = ("cpu", "job_cpu", "job_mem", "gpu")  # metrics that a summary rests upon
 RECORDED = (  # metrics with least, mean and most over the nodes
     "cpu",
     "job_cpu",
@@ -6619,6 +6686,9 @@ def largest(rows: Sequence[RecordRow], key: str) -> Optional[float]:
     return max((value for value in most if value is not None), default=None)
 
 
+BLANK_SUMMARY = summarize(Record(""))
+
+
 def merge_summaries(one: Message, other: Message) -> Message:
     """What two files say of one job: the newer one's facts, and what either has seen."""
     old, new = sorted((one, other), key=lambda summary: summary["time"] or 0)
@@ -6803,9 +6873,52 @@ def read_summary(file: RecordFile) -> Message:
             first = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, MAX_HEAD)
             for line in read_lines(first):
                 if isinstance(line.get("summary"), dict):
-                    blank = summarize(Record(file.job))
-                    return dict(blank, **line["summary"])
+                    return {**BLANK_SUMMARY, "job": file.job, **line["summary"]}
     return summarize(parse_record(file.job, read_file(file.path)))
+
+
+def read_from(path: str, at: int) -> bytes:
+    """The whole lines of a file from there on."""
+    with open(path, "rb") as file:
+        file.seek(at)
+        data = file.read(MAX_RECORD)
+    return data[: data.rfind(b"\n") + 1]
+
+
+class Digest:
+    """The summary of a file that grows: only what it has got since the last time is read.
+
+    It holds a thin record, with what a summary rests upon and nothing else.
+    """
+
+    def __init__(self, job: str) -> None:
+        self.record = Record(job)
+        self.size = 0  # bytes that have been read, up to the end of a line
+
+    def read_on(self, file: RecordFile) -> Message:
+        """The summary of the file as it is now."""
+        data = read_from(file.path, self.size)
+        self.size += len(data)
+        self.record.add(filter(None, map(thin_line, read_lines(data)))).finish()
+        return summarize(self.record)
+
+
+def thin_line(line: Message) -> Optional[Message]:
+    """A line of a record with what a summary rests upon; None without any of it.
+
+    A node that is known in a row has the mean of all, so that a late reading still counts as
+    it should.
+    """
+    if "row" not in line:
+        return None if {"gpus", "ranks", "event", "gap"} & set(line) else line
+    thin = {"row": line["row"], "step": line.get("step")}
+    for key in SUMMARIZED:
+        values = line.get(key)
+        if isinstance(values, list) and len(values) >= 3:
+            mean = values[1]
+            nodes = [mean if value is not None else None for value in values[3:]]
+            thin[key] = values[:3] + nodes
+    return thin
 
 
 def prune(folder: str, now: float, mark: str) -> int:
@@ -6859,6 +6972,7 @@ class Archive:
         self.seconds = seconds
         self.questions: queue.Queue[Any] = queue.Queue(64)
         self.summaries: Dict[str, Tuple[RecordFile, Message]] = {}
+        self.digests: Dict[str, Digest] = {}  # by path, of files that still grow
         self.records: Dict[str, Tuple[List[RecordFile], Optional[Record]]] = {}
         threading.Thread(target=self.run, name="archive", daemon=True).start()
 
@@ -6904,17 +7018,32 @@ class Archive:
         return record
 
     def read_list(self) -> List[Message]:
-        """The summaries; only files that have changed are read again."""
+        """The summaries: files that have changed are read again, of those that grew the rest."""
         known: Dict[str, Tuple[RecordFile, Message]] = {}
+        digests: Dict[str, Digest] = {}
         for file in list_files(self.folder):
+            digest = self.find_digest(file)
+            if digest:
+                digests[file.path] = digest
             before = self.summaries.get(file.path)
             if before and before[0] == file:
                 known[file.path] = before
                 continue
             with contextlib.suppress(FileNotFoundError):
-                known[file.path] = (file, read_summary(file))
+                summary = digest.read_on(file) if digest else read_summary(file)
+                known[file.path] = (file, summary)
         self.summaries = known
+        self.digests = digests
         return merge_by_job(known.values())
+
+    def find_digest(self, file: RecordFile) -> Optional[Digest]:
+        """The digest of a file that grows; None for one that does not."""
+        if file.is_packed or time.time() - file.changed / 1e9 > GROWS_SECONDS:
+            return None
+        digest = self.digests.get(file.path)
+        if digest is None or file.size < digest.size:
+            return Digest(file.job)
+        return digest
 
     def read(self, job: str) -> Optional[Record]:
         """The record of a job; the last few are kept, and of a file that grew the rest is read."""
@@ -7641,12 +7770,12 @@ class Html(str):
 
 def as_markup(value: object) -> str:
     """A value as markup: a list stands for its items, None for nothing."""
-    if isinstance(value, Html):
-        return value
+    if isinstance(value, str):
+        is_plain = isinstance(value, Html) or not SPECIAL.search(value)
+        return value if is_plain else html.escape(value)
     if isinstance(value, list):
         return "".join(map(as_markup, value))
-    text = "" if value is None else str(value)
-    return html.escape(text) if SPECIAL.search(text) else text
+    return "" if value is None else as_markup(str(value))
 
 
 def fill(template: str, *values: object, **named: object) -> Html:
@@ -7717,6 +7846,7 @@ def path_of(row: Message) -> str:
     return named_path("node", name_of(row))
 
 
+@functools.lru_cache(maxsize=4096)
 def named_path(folder: str, name: str) -> str:
     """Where the page of that name in a folder is, seen from the overview.
 
@@ -7730,9 +7860,13 @@ def named_path(folder: str, name: str) -> str:
 
 def natural(value: Any) -> Any:
     """A key to sort by: c2 comes before c10."""
-    if not isinstance(value, str):
-        return value
-    return re.sub(r"\d+", lambda digits: digits.group().zfill(20), value.lower())
+    return natural_text(value) if isinstance(value, str) else value
+
+
+@functools.lru_cache(maxsize=4096)
+def natural_text(text: str) -> str:
+    """A text with its numbers so long that they sort as numbers."""
+    return re.sub(r"\d+", lambda digits: digits.group().zfill(20), text.lower())
 
 
 def mean(rows: Sequence[Message], key: str) -> float:
@@ -7764,7 +7898,9 @@ def select(view: Snapshot, query: Query) -> List[Message]:
     for job, rows in jobs.items():
         if job:
             mark_idle(rows)
-        found += [row for row in rows if is_asked_for(row, query, words)]
+        found += rows
+    if words or query.get("job") or query.get("user"):
+        found = [row for row in found if is_asked_for(row, query, words)]
     return in_order(found, query.get("sort") or "node")
 
 
@@ -8366,16 +8502,18 @@ def draw_curves(series: Dict[str, List[float]], points: int, top: float) -> Html
 
 def path_through(values: List[float], top: float) -> str:
     """The path of a curve in a box that is 100 high (SVG 2, 9.3)."""
-    path = ""
+    path = []
     pen = MOVE
+    scale = 100 / top
     for x, value in enumerate(values):
-        if math.isnan(value):
+        if value != value:
             pen = MOVE
             continue
-        share = min(max(value / top, 0), 1)
-        path += pen % (x, 100 - 100 * share)
+        height = scale * value
+        height = 0 if height < 0 else 100 if height > 100 else height
+        path.append(pen % (x, 100 - height))
         pen = DRAW
-    return path
+    return "".join(path)
 
 
 class Column(NamedTuple):
@@ -9585,25 +9723,25 @@ def bands_of(rows: Sequence[RecordRow], key: str) -> List[List[Band]]:
 def pieces_of(rows: Sequence[RecordRow], key: str) -> List[List[RecordRow]]:
     """The rows in which a metric is known, in pieces without a gap."""
     pieces: List[List[RecordRow]] = []
+    before: Optional[RecordRow] = None
     for row in rows:
         values = row.values.get(key)
-        if values is None or values[1] is None:
+        if values is None or None in values[:3]:
             continue
-        if not pieces or is_gap(pieces[-1][-1], row):
+        if before is None or is_gap(before, row):
             pieces.append([])
         pieces[-1].append(row)
+        before = row
     return pieces
 
 
 def band_over(rows: List[RecordRow], key: str) -> Band:
     """One point in place of several rows."""
-    last = rows[-1]
-    columns = [row.values[key] for row in rows]
-    least = min(values[0] or 0.0 for values in columns)
-    most = max(values[2] or 0.0 for values in columns)
-    middle = sum(values[1] or 0.0 for values in columns) / len(columns)
-    step = last.time - rows[0].time + rows[0].step
-    return Band(last.time, step, least, middle, most)
+    first, last = rows[0], rows[-1]
+    least, means, most = zip(*[row.values[key][:3] for row in rows])
+    step = last.time - first.time + first.step
+    middle = sum(means) / len(means)
+    return Band(last.time, step, min(least), middle, max(most))
 
 
 def draw_chart(
@@ -9623,8 +9761,11 @@ def draw_chart(
     top, step = nice_top(key, float(limit or 0) if is_near else most)
     drawn = [draw_axes(key, axis, top, step)]
     for series, bands in curves:
-        drawn += [draw_band(series, piece, axis, top) for piece in bands]
-        drawn += [draw_mean(series, piece, axis, top) for piece in bands]
+        places = [places_of(series, piece, axis) for piece in bands]
+        for piece, texts in zip(bands, places):
+            drawn.append(draw_band(series, piece, texts, top))
+        for piece, texts in zip(bands, places):
+            drawn.append(draw_mean(series, piece, texts, top))
     if limit is not None and limit <= top:
         path = "M%d %.1fH%d" % (CHART_LEFT, height_of(limit, top), CHART_RIGHT)
         drawn.append(fill(PATH_SVG, kind="limit", path=path))
@@ -9689,26 +9830,38 @@ def time_texts(axis: Axis, y: int) -> List[Html]:
     return texts
 
 
-def draw_band(series: Series, piece: List[Band], axis: Axis, top: float) -> Html:
+def places_of(series: Series, piece: Sequence[Band], axis: Axis) -> List[str]:
+    """Where the points of a piece are on the time axis, as text."""
+    return ["%.1f" % axis.place(band.time - series.shift) for band in piece]
+
+
+def draw_band(
+    series: Series, piece: Sequence[Band], places: Sequence[str], top: float
+) -> Html:
     """The area between least and most."""
-    there = []
-    back = []
-    for band in piece:
-        x = axis.place(band.time - series.shift)
-        there.append("%.1f %.1f" % (x, height_of(band.most, top)))
-        back.append("%.1f %.1f" % (x, height_of(band.least, top)))
+    there = curve_points(places, [band.most for band in piece], top)
+    back = curve_points(places, [band.least for band in piece], top)
     path = "M%sZ" % "L".join(there + back[::-1])
     return fill(PATH_SVG, kind=("band " + series.kind).rstrip(), path=path)
 
 
-def draw_mean(series: Series, piece: List[Band], axis: Axis, top: float) -> Html:
+def draw_mean(
+    series: Series, piece: Sequence[Band], places: Sequence[str], top: float
+) -> Html:
     """The curve of the mean; a point alone is a short line."""
-    points = []
-    for band in piece:
-        x = axis.place(band.time - series.shift)
-        points.append("%.1f %.1f" % (x, height_of(band.mean, top)))
+    points = curve_points(places, [band.mean for band in piece], top)
     end = "h1" if len(points) == 1 else ""
     return fill(PATH_SVG, kind=series.kind, path="M" + "L".join(points) + end)
+
+
+def curve_points(
+    places: Sequence[str], values: Sequence[float], top: float
+) -> List[str]:
+    """The points of a curve, as a path has them."""
+    return [
+        "%s %.1f" % (place, height_of(value, top))
+        for place, value in zip(places, values)
+    ]
 
 
 def draw_map(record: Record, key: str, axis: Axis) -> Optional[Html]:
@@ -9775,35 +9928,43 @@ def map_means(
     """The mean of a node in each column in which it is known."""
     means = {}
     for column, first, last in slices:
-        mean_there = mean_known(values[first:last])
-        if mean_there is not None:
-            means[column] = mean_there
+        there = values[first:last]
+        try:
+            means[column] = sum(there) / len(there)  # type: ignore[arg-type]
+        except TypeError:  # not all of them are known
+            mean_there = mean_known(there)
+            if mean_there is not None:
+                means[column] = mean_there
     return means
 
 
 def map_paths(means: List[Dict[int, float]], top: float) -> Dict[int, str]:
     """For each level of shade: the path around its cells."""
     width = (CHART_RIGHT - CHART_LEFT) / MAP_COLUMNS
+    lengths = ["%.1f" % (width * count) for count in range(MAP_COLUMNS + 1)]
+    places = ["%.1f" % (CHART_LEFT + width * count) for count in range(MAP_COLUMNS)]
     cell = map_cell(len(means))
-    paths: Dict[int, str] = {}
+    paths: Dict[int, List[str]] = {}
     for node, cells in enumerate(means):
         y = CHART_TOP + cell * node
-        levels = {
-            column: round(MAP_LEVELS * min(max(value / top, 0.0), 1.0))
-            for column, value in cells.items()
-        }
+        levels: List[Optional[int]] = [None] * MAP_COLUMNS
+        for column, value in cells.items():
+            levels[column] = round(MAP_LEVELS * min(max(value / top, 0.0), 1.0))
         column = 0
-        while column < MAP_COLUMNS:
-            level = levels.get(column)
+        for level, same in itertools.groupby(levels):
             first = column
-            while column < MAP_COLUMNS and levels.get(column) == level:
-                column += 1
+            column += len(list(same))
             if level is not None:
-                x = CHART_LEFT + width * first
-                length = width * (column - first)
-                path = "M%.1f %dh%.1fv%dh-%.1fz" % (x, y, length, cell - 1, length)
-                paths[level] = paths.get(level, "") + path
-    return paths
+                length = lengths[column - first]
+                path = "M%s %dh%sv%dh-%sz" % (
+                    places[first],
+                    y,
+                    length,
+                    cell - 1,
+                    length,
+                )
+                paths.setdefault(level, []).append(path)
+    return {level: "".join(pieces) for level, pieces in paths.items()}
 
 
 # ---- tables
@@ -10078,21 +10239,15 @@ def show_amount(value: Any) -> str:
 
 def run_node_rows(record: Record) -> List[Message]:
     """What each node did over the whole job."""
-    totals = {}  # mean and most, by node and metric
-    for key in BY_NODE:
-        steps = [row.step for row in record.rows_of(key)]
-        for name, values in zip(record.nodes, record.columns(key)):
-            known = [value for value in values if value is not None]
-            if len(known) == len(steps):
-                mean_there = sum(map(operator.mul, known, steps)) / sum(steps)
-                totals[name, key] = (mean_there, max(known))
-            elif known:
-                totals[name, key] = (sum(known) / len(known), max(known))
+    of_job = node_totals(record, "job_cpu")
+    of_node = node_totals(record, "cpu") if len(of_job) < len(record.nodes) else {}
+    memories = node_totals(record, "job_mem")
+    gpus = node_totals(record, "gpu")
     rows = []
     for name in sorted(record.nodes, key=natural):
-        cpu = totals.get((name, "job_cpu")) or totals.get((name, "cpu"))
-        memory = totals.get((name, "job_mem"))
-        gpu = totals.get((name, "gpu"))
+        cpu = of_job.get(name) or of_node.get(name)
+        memory = memories.get(name)
+        gpu = gpus.get(name)
         rows.append(
             {
                 "node": name,
@@ -10105,6 +10260,22 @@ def run_node_rows(record: Record) -> List[Message]:
             }
         )
     return rows
+
+
+def node_totals(record: Record, key: str) -> Dict[str, Tuple[float, float]]:
+    """The mean and the most of a metric on each node of which it is known."""
+    steps = [row.step for row in record.rows_of(key)]
+    duration = sum(steps)
+    totals = {}
+    for name, values in zip(record.nodes, record.columns(key)):
+        try:
+            mean_there = sum(map(operator.mul, values, steps)) / duration
+            totals[name] = (mean_there, max(values))  # type: ignore[type-var]
+        except TypeError:  # not all of them are known
+            known = [value for value in values if value is not None]
+            if known:
+                totals[name] = (sum(known) / len(known), max(known))
+    return totals  # type: ignore[return-value]
 
 
 def gpu_rows(record: Record) -> List[Message]:
@@ -10349,18 +10520,26 @@ def render_record_json(view: Snapshot, query: Query, site: Site) -> str:
 
 def select_jobs(view: Snapshot, query: Query, site: Site) -> List[Message]:
     """The jobs that a query asks for, live and past, in its order."""
+    return pick_jobs(all_summaries(view, site), query)
+
+
+def all_summaries(view: Snapshot, site: Site) -> List[Message]:
+    """The summaries of all jobs, live and past."""
     jobs = {job["job"]: job for job in site.archive.list()}
     for facts in view.jobs:
         summary = jobs.get(facts["job"]) or summarize(Record(facts["job"]))
         told = {key: facts[key] for key in JOB_KEYS if facts[key] is not None}
         is_over = facts["state"] in ENDED_STATES
         jobs[facts["job"]] = dict(summary, has_ended=is_over, **told)
-    words = query.get("q", "").lower().split()
-    found = []
     for job in jobs.values():
         job["severity"] = severity_of(job) or None
-        if is_job_asked_for(job, query, words):
-            found.append(job)
+    return list(jobs.values())
+
+
+def pick_jobs(jobs: Iterable[Message], query: Query) -> List[Message]:
+    """Those that a query asks for, in its order."""
+    words = query.get("q", "").lower().split()
+    found = [job for job in jobs if is_job_asked_for(job, query, words)]
     return in_order(found, query.get("sort") or "-time")
 
 
@@ -10387,8 +10566,8 @@ def jobs_link(path: str, query: Query, **state: object) -> str:
 
 def render_jobs_page(view: Snapshot, query: Query, site: Site) -> str:
     """The page of all jobs, of today and of the past."""
-    jobs = select_jobs(view, query, site)
-    everything = select_jobs(view, {}, site)
+    everything = all_summaries(view, site)
+    jobs = pick_jobs(everything, query)
     last = max(1, -(-len(jobs) // JOBS_PAGE))
     asked = query.get("page", "")
     page = min(max(int(asked), 1), last) if asked.isdecimal() else 1
@@ -11239,7 +11418,8 @@ class Dashboard:
             *options.allow_host,
         }
         self.archive: Optional[Archive] = None  # until it is asked for
-        # (path, query) -> files and facts that it was made of, body: a page of records
+        # (path, whether it is packed, query) -> files and facts that it was made of, body:
+        # a page of records
         self.reports: Dict[Any, Tuple[Any, bytes]] = {}
 
     def run(self) -> None:
@@ -11319,6 +11499,8 @@ class Dashboard:
             if time.monotonic() - self.viewed > FRESH_SECONDS:
                 view = self.table.snapshot()
                 view.left = self.who_left(view)
+                if self.view.dicts is not None:
+                    view.before = self.view
                 self.view = view
                 self.viewed = time.monotonic()
                 self.bodies = {}
@@ -11403,7 +11585,8 @@ class Dashboard:
         kind, render = REPORT_ROUTES[path]
         with self.lock:
             self.archive = self.archive or Archive(self.options.archive)
-        key = (path, tuple(sorted(query.items())))
+        is_zipped = "gzip" in fields.get("accept-encoding", "")
+        key = (path, is_zipped, tuple(sorted(query.items())))
         view = self.fresh()
         jobs = {query[name] for name in ("job", "a", "b") if name in query}
         try:
@@ -11412,6 +11595,8 @@ class Dashboard:
             made_of, body = self.reports.get(key, (None, b""))
             if made_of != (files, facts):
                 body = render(view, query, self).encode("utf-8", "replace")
+                if body and is_zipped:
+                    body = gzip.compress(body, 1)
                 with self.lock:
                     while len(self.reports) >= MAX_REPORTS:
                         del self.reports[next(iter(self.reports))]
@@ -11422,9 +11607,8 @@ class Dashboard:
             raise HTTPError(404, "no such job; /jobs has a list of them")
         headers.update({"Content-Type": kind, "Vary": "Accept-Encoding"})
         headers["Content-Security-Policy"] = REPORT_POLICY
-        if "gzip" in fields.get("accept-encoding", ""):
+        if is_zipped:
             headers["Content-Encoding"] = "gzip"
-            return gzip.compress(body, 1)
         return body
 
     def check_host(self, request: Request) -> None:

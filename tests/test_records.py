@@ -1,6 +1,8 @@
 """Records: a job's life as a file, read back wherever it was cut; no process but many writers."""
 
 import gzip
+import io
+import math
 import multiprocessing
 import os
 import random
@@ -77,8 +79,10 @@ def a_record(rows=20, job="4711", state="COMPLETED"):
 
 
 def write(folder, name, data):
-    with open(os.path.join(folder, name), "wb") as file:
+    path = os.path.join(folder, name)
+    with open(path, "wb") as file:
         file.write(data)
+    return path
 
 
 class Lines(unittest.TestCase):
@@ -444,22 +448,89 @@ class Archives(unittest.TestCase):
             os.unlink(fifo)
             self.assertIsNone(support.eventually(lambda: [archive.record("1")])[0])
 
-    def test_only_what_changed_is_read_again(self):
+    def reading(self, question):
+        """What an archive answers, and the bytes that it read of each file."""
+        counts = {}
+        real = open
+
+        def counted(path, mode):
+            file = real(path, mode)
+            name = os.path.basename(path)
+            counts.setdefault(name, 0)
+
+            class Counted(io.BufferedReader):
+                def read(self, size=-1):
+                    data = super().read(size)
+                    counts[name] += len(data)
+                    return data
+
+            return Counted(file.detach())
+
+        with unittest.mock.patch.object(master, "open", counted, create=True):
+            return question(), counts
+
+    def test_only_what_changed_is_read_again_and_of_what_grew_the_rest(self):
         with tempfile.TemporaryDirectory() as folder:
             for number in range(5):
                 write(folder, "%d.a-1-1.jsonl" % number, a_record(2, str(number)))
             archive = master.Archive(folder)
-            self.assertEqual(len(archive.list()), 5)
+            jobs, first = self.reading(archive.list)
+            self.assertEqual((len(jobs), len(first)), (5, 5))
+            added = master.job_line(facts("3", state="FAILED"), NOW + 99)
             with open(os.path.join(folder, "3.a-1-1.jsonl"), "ab") as file:
-                file.write(master.job_line(facts("3", state="FAILED"), NOW + 99))
-            read = []
-            real = master.read_summary
-            with unittest.mock.patch.object(
-                master, "read_summary", lambda file: read.append(file.job) or real(file)
-            ):
-                states = {job["job"]: job["state"] for job in archive.list()}
-            self.assertEqual(read, ["3"])
+                file.write(added)
+            jobs, again = self.reading(archive.list)
+            self.assertEqual(again, {"3.a-1-1.jsonl": len(added)})
+            states = {job["job"]: job["state"] for job in jobs}
             self.assertEqual(states["3"], "FAILED")
+            self.assertEqual(self.reading(archive.list)[1], {})
+
+    def test_a_file_that_is_packed_or_written_anew_is_read_again(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = write(folder, "3.a-1-1.jsonl", a_record(20, "3"))
+            archive = master.Archive(folder)
+            archive.list()
+            with open(path, "wb") as file:
+                file.write(master.job_line(facts("3", state="PENDING"), NOW))
+            self.assertEqual(archive.list()[0]["state"], "PENDING")
+            master.pack(path, "3", "m")
+            (job,), read = self.reading(archive.list)
+            self.assertEqual(job["state"], "PENDING")
+            self.assertEqual(list(read), ["3.a-1-1.jsonl.gz"])
+            self.assertEqual(archive.digests, {})
+
+    def test_what_is_read_line_by_line_is_what_the_whole_file_says(self):
+        lines = a_record(30).splitlines(True)
+        late = {"cpu": 90.0, "job_mem": 5e9}
+        readings = [late.get(key, math.nan) for key in master.PAST_KEYS]
+        lines.append(master.row_line(row(NOW + 310, [5.0, None])))
+        lines.append(master.late_line(NOW + 305, "c2", readings))
+        lines.append(master.late_line(NOW + 404, "c2", readings))
+        with tempfile.TemporaryDirectory() as folder:
+            path = write(folder, "1.a-1-1.jsonl", b"")
+            archive = master.Archive(folder)
+            for count in range(len(lines)):
+                with open(path, "ab") as file:
+                    file.write(lines[count][:7])
+                archive.list()  # half a line, which is read again once it is whole
+                with open(path, "ab") as file:
+                    file.write(lines[count][7:])
+                (found,) = archive.list()
+            whole = master.summarize(master.read_record(folder, "1"))
+        for key, value in whole.items():
+            with self.subTest(key):
+                if isinstance(value, float):
+                    self.assertAlmostEqual(found[key], value, places=6)
+                else:
+                    self.assertEqual(found[key], value)
+
+    def test_a_thousand_records_are_listed_by_their_beginnings(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = write(folder, "0.a-1-1.jsonl", a_record(8000, "0"))
+            master.pack(path, "0", "m")
+            archive = master.Archive(folder)
+            _, read = self.reading(archive.list)
+            self.assertLessEqual(sum(read.values()), master.MAX_HEAD)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 import unittest
+import unittest.mock
 
 import beside
 import support
@@ -415,6 +416,76 @@ class WholeCopies(TableTest):
                     for node in each.snapshot().nodes
                 }
                 self.assertEqual(found, expected)
+
+    def test_of_a_row_that_is_as_it_was_the_dict_is_copied_and_only_its_age_is_new(
+        self,
+    ):
+        table = self.create(8)
+        table.beat(0, 8)
+        for index in range(5):
+            table.write(index, "a%d" % index, row(cpu=10.0 * index), 0.0, "")
+        before = table.snapshot()
+        self.assertEqual(len(before.nodes), 5)
+        table.write(1, "a1", row(cpu=99.0), 0.0, "cpu>90")
+        table.clear(2)
+        table.write(6, "a6", row(cpu=66.0), 0.0, "")
+        time.sleep(0.02)  # an age that can be seen
+        after = table.snapshot()
+        plain = [after.make_node(each) for each in after.rows()]
+        after.before = before
+        made = []
+        real = master_server.Snapshot.make_node
+        with unittest.mock.patch.object(
+            master_server.Snapshot,
+            "make_node",
+            lambda view, each: made.append(each[0]) or real(view, each),
+        ):
+            self.assertEqual(after.nodes, plain)
+        self.assertEqual(made, [2, 7])
+        self.assertIsNone(after.before)  # else all snapshots would be kept
+        self.assertIsNot(after.nodes[0], before.nodes[0])
+
+    def test_jobs_and_verdicts_are_copied_as_far_as_there_are_some(self):
+        table = self.create()
+        self.assertEqual(table.snapshot().job_rows, b"")
+        self.assertEqual(table.snapshot().verdict_rows, b"")
+        fine = dict.fromkeys(("what", "proof", "cure", "rule"), "x")
+        for number in range(3):
+            table.write_job(self.job(number))
+            table.write_job(self.job(number))
+            table.write_verdicts(str(number), [dict(fine, severity="fine")])
+        for view in (table.snapshot(), self.attach(table).snapshot()):
+            self.assertEqual(len(view.job_rows), 3 * master_server.JOB.size)
+            self.assertEqual(len(view.verdict_rows), 3 * master_server.VERDICT.size)
+            self.assertEqual([job["job"] for job in view.jobs], ["0", "1", "2"])
+            self.assertEqual(sorted(view.verdicts), ["0", "1", "2"])
+
+    def test_a_job_that_has_ended_makes_room_only_when_there_is_no_other(self):
+        with unittest.mock.patch.object(master_server, "JOBS", 4):
+            table = self.create()
+            for number in range(4):
+                table.write_job(
+                    self.job(number, "COMPLETED" if number < 2 else "RUNNING")
+                )
+            self.assertEqual(len(table.snapshot().jobs), 4)
+            table.write_job(self.job(4))
+            table.write_job(self.job(5))
+            table.write_job(self.job(6))
+            jobs = {job["job"] for job in table.snapshot().jobs}
+            self.assertEqual(jobs, {"2", "3", "4", "5"})
+            self.assertEqual(table.jobs_left_out, 1)
+
+    def test_a_look_can_be_read_as_soon_as_it_is_written(self):
+        table = self.create()
+        rank = master_server.check_part({"part": "rank", "pid": 1})
+        table.write_parts(0, [rank] * 3, [])
+        self.assertEqual(len(table.snapshot().parts(1).ranks), 3)
+
+    @staticmethod
+    def job(number, state="RUNNING"):
+        """A job as the table takes it."""
+        facts = {"job": str(number), "raw": str(number), "state": state}
+        return master_server.check_job(facts)
 
 
 # ==========================================================================================
