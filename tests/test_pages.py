@@ -355,7 +355,7 @@ class Sentence(unittest.TestCase):
         self.assertEqual(self.title(view()), "No nodes")
         self.assertEqual(
             self.title(view([node(1, alerts="cpu>90")], [event("lost", "c9")])),
-            "\u26a0 Alerts: 1, lost: 1",
+            "\u26a0 alerts on 1 node, 1 node lost",
         )
 
     def test_a_collector_that_stopped_is_said_instead_of_showing_old_numbers_as_live(
@@ -864,7 +864,7 @@ class TurnedAway(unittest.TestCase):
         title = master.figures(full, master.select(full, {}))[0]
         self.assertEqual(
             title,
-            "\u26a0 Alerts: 1; 1 agent turned away in the last minute: <no threads>",
+            "\u26a0 alerts on 1 node; 1 agent turned away in the last minute: <no threads>",
         )
         self.assertIn(title, words(render("/", full)))
         self.assertNotIn("<no threads>", render("/", full))
