@@ -6901,6 +6901,11 @@ label {
   flex: 0 1 10rem;
   min-width: 7rem;
 }
+form button {
+  align-self: end;
+  padding: 0.25rem 0.8rem;
+  font: inherit;
+}
 input,
 select {
   font: inherit;
@@ -6920,9 +6925,19 @@ section {
   overflow-x: auto;
 }
 #jobs .w {
-  width: 34%;
+  width: 26%;
 }
-@media (max-width: 700px) {
+#jobs td:not(.n) {
+  white-space: normal;
+}
+.t {
+  min-width: 8rem;
+  overflow-wrap: anywhere;
+}
+#ended .bar {
+  display: none;
+}
+@media (max-width: 1150px) {
   /* a row is a card: what is said in it matters most, and must not be outside of the screen */
   .cards thead {
     display: none;
@@ -6936,18 +6951,16 @@ section {
   .cards td,
   .cards th {
     border: 0;
-    min-width: 0;
+    min-width: 5.5rem;
     max-width: 100%;
     white-space: normal;
   }
   .cards caption {
     display: block;
   }
-  .cards .w {
+  .cards .w,
+  #jobs .w {
     width: auto;
-  }
-  .cards td.w {
-    width: 100%;
   }
   .cards .u {
     display: none;
@@ -6955,6 +6968,16 @@ section {
   .cards [data-what]::before {
     content: attr(data-what) " ";
     color: var(--dim);
+  }
+}
+@media (max-width: 700px) {
+  .cards td,
+  .cards th {
+    min-width: 0;
+  }
+  .cards td.w,
+  #jobs td.w {
+    width: 100%;
   }
 }
 table {
@@ -7610,12 +7633,22 @@ def with_marks(node: Message) -> Message:
 
 def mark_idle(rows: List[Message]) -> None:
     """Mark the nodes of one job that idle while the others work."""
-    total = sum(row["load"] for row in rows)
-    others = len(rows) - 1
-    for row in rows:
-        rest = total - row["load"]
-        if row["load"] < IDLE and rest > BUSY * others:
-            row["marks"].append("idle")
+    for place in idle_places(rows):
+        rows[place]["marks"].append("idle")
+
+
+def idle_places(nodes: List[Message]) -> List[int]:
+    """Which nodes of one job idle while the others work, by their places in the list."""
+    loads = [
+        node["cpu"] if node["job_cpu"] is None else node["job_cpu"] for node in nodes
+    ]
+    total = sum(loads)
+    others = len(loads) - 1
+    return [
+        place
+        for place, load in enumerate(loads)
+        if load < IDLE and total - load > BUSY * others
+    ]
 
 
 def is_asked_for(row: Message, query: Query, words: List[str]) -> bool:
@@ -7755,6 +7788,8 @@ def job_row(view: Snapshot, tasks: List[Message], nodes: List[Message]) -> Messa
     """
     job = tasks[0]
     severity, text = judge_job(view, tasks)
+    if severity not in NEEDS:
+        severity, text = trouble_of_nodes(nodes, len(tasks) == 1) or (severity, text)
     row = dict(job, slot=job["raw"], severity=severity, text=text, tasks=len(tasks))
     row["phase"] = phase_of(tasks)
     ran = run_time(job, view.time)
@@ -7764,12 +7799,31 @@ def job_row(view: Snapshot, tasks: List[Message], nodes: List[Message]) -> Messa
     elif ran is not None:
         row["clock"] = render_clock(ran)
         if job["limit"]:
-            row["clock"] += " of " + render_clock(job["limit"])
+            limit = render_clock(job["limit"])
+            if limit.endswith(" h"):  # one unit is enough for both
+                row["clock"] = row["clock"].replace(" h", "")
+            row["clock"] += " of " + limit
             row["clock_share"] = 100 * ran / job["limit"]
     row["cpu"] = mean_of_known(nodes, "job_cpu", "cpu")
     row.update(memory_of_job(nodes))
     row["gpu"] = render_gpus(view, nodes)
     return row
+
+
+def trouble_of_nodes(
+    nodes: List[Message], is_one_job: bool
+) -> Optional[Tuple[str, str]]:
+    """(severity, what) of a job's nodes: rules that fire, one that idles; None if all is well."""
+    alerts = [node for node in nodes if node["alerts"]]
+    if len(alerts) == 1:
+        rules = ", ".join(alerts[0]["alerts"].split()).replace("_for_", " for ")
+        return "problem", "%s: %s" % (name_of(alerts[0]), rules)
+    if alerts:
+        return "problem", "alerts on %d nodes" % len(alerts)
+    idle = idle_places(nodes) if is_one_job and len(nodes) > 1 else []
+    if len(idle) == 1:
+        return "advice", "%s idle" % name_of(nodes[idle[0]])
+    return ("advice", "%d nodes idle" % len(idle)) if idle else None
 
 
 # What squeue folds into one line, tasks of an array that wait: 4711_[4-9,12-30:6%2].  A long
@@ -7792,7 +7846,8 @@ def count_tasks(tasks: List[Message]) -> str:
     for state, count in counts.items():
         if count:
             more = "+" if state in cut else ""
-            words.append("%d%s %s" % (count, more, state.lower().replace("_", " ")))
+            word = "done" if state == "COMPLETED" else state.lower().replace("_", " ")
+            words.append("%d%s %s" % (count, more, word))
     return ", ".join(words)
 
 
@@ -7883,7 +7938,8 @@ def memory_of_job(nodes: List[Message]) -> Message:
     worst = max(known, key=lambda node: node["job_ram"])
     text = "%.0f %%" % worst["job_ram"]
     if worst["job_mem_limit"]:
-        text += " of " + render_value("job_mem_limit", worst["job_mem_limit"])
+        limit = render_value("job_mem_limit", worst["job_mem_limit"])
+        text += " of " + limit.replace(".0 ", " ")
     return {"memory": text, "memory_share": worst["job_ram"]}
 
 
@@ -8114,6 +8170,7 @@ def figures(view: Snapshot, rows: List[Message]) -> Tuple[str, List[Card]]:
 LEFT = ""  # classes of the style sheet
 RIGHT = "n"
 WRAPPED = "w"
+BREAKABLE = "t"  # anywhere, when there is little room
 UNKNOWN_CELL = "u"  # beside one of the others
 CARD_TABLES = ("jobs", "ended", "verdicts", "events", "lost", "finished")
 SELF_EVIDENT = "severity job job_name user state time kind node text what".split()
@@ -8378,10 +8435,10 @@ RANK_COLUMNS = (
     Column("rank", "Rank", RIGHT),
     Column("pid", "PID", RIGHT),
     Column("program", "Program"),
-    Column("step", "Step"),
     Column("cpu", "CPU (of one core)", RIGHT, draw_rank_cpu),
     Column("mem", "Memory", RIGHT),
     Column("peak", "Peak", RIGHT),
+    Column("gpu", "GPU", RIGHT),
     Column("threads", "Threads", RIGHT),
     Column("running", "Can run", RIGHT),
     Column("cpus", "May use CPUs"),
@@ -8392,7 +8449,7 @@ RANK_COLUMNS = (
     Column("write", "Writes", RIGHT),
     Column("read_total", "Read", RIGHT),
     Column("write_total", "Written", RIGHT),
-    Column("gpu", "GPU"),
+    Column("step", "Step"),
 )
 GPU_COLUMNS = (
     NODE,
@@ -8424,14 +8481,14 @@ VERDICT_COLUMNS = (
 JOB_COLUMNS = (
     Column("severity", "Verdict", LEFT, draw_severity),
     Column("job", "Job", LEFT, draw_job_page),
-    of_metric("job_name"),
+    Column("job_name", "Job name", BREAKABLE),
     of_metric("user"),
     Column("state", "State"),
     Column("nodes", "Nodes", RIGHT),
     Column("clock", "Time", RIGHT, draw_share),
     Column("cpu", "CPU", RIGHT, draw_percent),
     Column("memory", "Memory", RIGHT, draw_share),
-    Column("gpu", "GPU %"),
+    Column("gpu", "GPU %", BREAKABLE),
     WHAT,
 )
 
@@ -8629,7 +8686,7 @@ class Page:
             PAGE_HTML,
             title=title,
             root=root,
-            notice=self.notice(),
+            notice=demo_notice(self.site),
             now=render_value("time", self.view.time),
             state="live" if self.view.beat <= STALE_SECONDS else "old",
             style=Html(STYLE),
@@ -8637,12 +8694,6 @@ class Page:
             cost=self.site.cost.get("text"),
             script=Html(SCRIPT),
         )
-
-    def notice(self) -> Optional[Html]:
-        """That all is invented, if it is."""
-        if not getattr(self.site.options, "demo", False):
-            return None
-        return fill(NOTICE_HTML, text=DEMO_NOTICE)
 
     # -- parts of the page of all nodes ------------------------------------
 
@@ -8974,6 +9025,13 @@ class Page:
         return fill(ROW_HTML, id="%s_%s" % (name, number), cells=cells)
 
 
+def demo_notice(site: Site) -> Optional[Html]:
+    """That all is invented, if it is."""
+    if not getattr(site.options, "demo", False):
+        return None
+    return fill(NOTICE_HTML, text=DEMO_NOTICE)
+
+
 def has_any(rows: List[Message], column: Column) -> bool:
     """Whether some row has a value for the column."""
     return any(row.get(column.key) is not None for row in rows)
@@ -9075,9 +9133,16 @@ def render_nodes_text(view: Snapshot, query: Query, site: Site = None) -> str:
     if view.jobs or verdicts_of(view):  # of others the nodes tell as much
         lines += text_table(jobs, JOB_COLUMNS) + [""]
     lines += text_table(nodes, COLUMNS)
+    return cut_lines("".join(line + "\n" for line in lines), query)
+
+
+def cut_lines(text: str, query: Query) -> str:
+    """A text whose lines are cut at the width in the query, if there is one."""
     width = query.get("width", "")
-    cut = int(width) if width.isdecimal() else None
-    return "".join(line[:cut] + "\n" for line in lines)
+    if not width.isdecimal():
+        return text
+    cut = int(width)
+    return "".join(line[:cut] + "\n" for line in text.splitlines())
 
 
 def text_table(rows: List[Message], columns: Sequence[Column]) -> List[str]:
@@ -9101,7 +9166,8 @@ def text_cell(column: Column, row: Message) -> str:
     if column.key == "node":
         return name_of(row)
     text = render_value(column.key, row.get(column.key))
-    return text if column.align == WRAPPED else text[:MAX_CELL]
+    is_ours = column.align == WRAPPED or column.key == "state"
+    return text if is_ours else text[:MAX_CELL]
 
 
 def text_width(text: str) -> int:
@@ -9396,7 +9462,7 @@ REPORT_HTML = """\
 </html>
 """
 REPORT_NAV_HTML = """
-    <nav aria-label="Pages"><a href="{root}./">Live</a> <a href="{root}jobs">Jobs</a></nav>"""
+    <nav aria-label="Pages"><a href="{root}./">Live</a> <a href="{root}jobs">All jobs</a></nav>"""
 PARAGRAPH_HTML = """
     <p>{text}</p>"""
 SECTION_HTML = """
@@ -9435,7 +9501,7 @@ JOBS_FORM_HTML = """
       <button type="submit">Show</button>
     </form>"""
 JOBS_LINKS_HTML = """
-    <p><a href="{csv}">CSV</a> <a href="{json}">JSON</a></p>"""
+    <p><a href="{text}">Text</a> <a href="{csv}">CSV</a> <a href="{json}">JSON</a></p>"""
 BARS_HTML = (
     '<td><svg class="line" viewBox="0 0 {width} 100" preserveAspectRatio="none"'
     ' role="img" aria-label="{words}"><path class="cell" d="{path}"/></svg></td>'
@@ -10300,9 +10366,14 @@ def record_as_json(record: Record) -> Message:
 
 
 def is_past(view: Snapshot, job: str) -> bool:
-    """Whether the live page of a job has nothing to show, but the records may."""
-    live = find_job(view, job)
-    return live is None or live["state"] in ENDED_STATES
+    """Whether the live page of a job has nothing to show, but the records may.
+
+    The page of an array lists its tasks, also those that have ended.
+    """
+    tasks = find_tasks(view, job)
+    if len(tasks) > 1:
+        return False
+    return not tasks or tasks[0]["state"] in ENDED_STATES
 
 
 def find_record(view: Optional[Snapshot], job: str, site: Site) -> Optional[Record]:
@@ -10331,7 +10402,7 @@ def render_record_page(view: Snapshot, query: Query, site: Site) -> str:
             link_query = urllib.parse.urlencode({field: name})
             parts.append(fill(RUNS_LINK_HTML, query=link_query, name=name))
     parts.append(fill(COMPARE_FORM_HTML, root="../", job=record.job))
-    return render_document(title_of(summary), parts, "../", "")
+    return render_document(title_of(summary), [demo_notice(site), *parts], "../", "")
 
 
 def render_record_json(view: Snapshot, query: Query, site: Site) -> str:
@@ -10398,11 +10469,12 @@ def render_jobs_page(view: Snapshot, query: Query, site: Site) -> str:
         page_list(query, page, last) if last > 1 else None,
         fill(
             JOBS_LINKS_HTML,
+            text=jobs_link("jobs.txt", query),
             csv=jobs_link("jobs.csv", query),
             json=jobs_link("jobs.json", query),
         ),
     ]
-    return render_document("Jobs", parts, "", "")
+    return render_document("Jobs", [demo_notice(site), *parts], "", "")
 
 
 def jobs_form(jobs: Sequence[Message], query: Query) -> Html:
@@ -10523,7 +10595,7 @@ def render_compare_page(view: Snapshot, query: Query, site: Site) -> str:
         draw_section("Over time", charts, words),
     ]
     title = "Jobs %s and %s" % (one.job, other.job)
-    return render_document(title, parts, "", "")
+    return render_document(title, [demo_notice(site), *parts], "", "")
 
 
 COMPARED = (  # what is compared: a label, the key, and how it is written
@@ -10759,7 +10831,7 @@ def render_runs_page(view: Snapshot, query: Query, site: Site) -> str:
         fill(SECTION_HTML, heading="To ask for next time", parts=paste),
         draw_table("jobs", "Jobs", RECORD_COLUMNS, jobs),
     ]
-    return render_document(title, parts, "", "")
+    return render_document(title, [demo_notice(site), *parts], "", "")
 
 
 # ---- text
@@ -10781,6 +10853,11 @@ def render_jobs_text(jobs: Sequence[Message]) -> str:
     for texts in table:
         lines.append("  ".join(map(align, columns, texts, widths)).rstrip())
     return "".join(line + "\n" for line in lines)
+
+
+def render_jobs_list(view: Snapshot, query: Query, site: Site) -> str:
+    """The list of jobs as aligned text, live and past; width in the query cuts its lines."""
+    return cut_lines(render_jobs_text(select_jobs(view, query, site)), query)
 
 
 def job_cell(column: Column, job: Message) -> str:
@@ -10838,6 +10915,7 @@ def explain(folder: str, job: str, as_program: bool) -> Tuple[str, int]:
 REPORT_ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
     "/jobs": (HTML, render_jobs_page),
     "/jobs.csv": (CSV, render_jobs_csv),
+    "/jobs.txt": (TEXT, render_jobs_list),
     "/jobs.json": (JSON, render_records_json),
     "/record/": (HTML, render_record_page),
     "/api/record/": (JSON, render_record_json),
@@ -11374,8 +11452,8 @@ class Dashboard:
         self.check_token(request, headers)
         path, name = find_route(request.path)
         query = request.query
-        if path == "/" and "text/html" not in request.fields.get("accept", "text/html"):
-            path = "/nodes.txt"  # curl
+        if "text/html" not in request.fields.get("accept", "text/html"):  # curl
+            path = {"/": "/nodes.txt", "/jobs": "/jobs.txt"}.get(path, path)
         if path in NAMED_ROUTES:
             query[NAMED_ROUTES[path]] = name or query.get("name", "")
         if path in ("/job/", "/api/job/") and is_past(self.fresh(), query["job"]):
@@ -11416,7 +11494,7 @@ class Dashboard:
             raise HTTPError(503, str(error)) from None
         if not body:
             raise HTTPError(404, "no such job; /jobs has a list of them")
-        headers.update({"Content-Type": kind, "Vary": "Accept-Encoding"})
+        headers.update({"Content-Type": kind, "Vary": "Accept, Accept-Encoding"})
         headers["Content-Security-Policy"] = REPORT_POLICY
         if "gzip" in fields.get("accept-encoding", ""):
             headers["Content-Encoding"] = "gzip"
