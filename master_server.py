@@ -7111,6 +7111,7 @@ STYLE_SHEET = """\
   --cpu: #2563c9;
   --ram: #0b8a70;
   --bad: #b3261e;
+  --good: #08705a;
   --tile: #7ba3ea;
   font: clamp(14px, 10.5px + 0.33vw, 24px)/1.5 system-ui;
 }
@@ -7124,6 +7125,7 @@ STYLE_SHEET = """\
     --cpu: #6ea8ff;
     --ram: #35b79b;
     --bad: #ff8a80;
+    --good: #4cc9ad;
     --tile: #3b6cb8;
   }
 }
@@ -7155,6 +7157,23 @@ h1 {
   line-height: 1.2;
   overflow-wrap: anywhere;
 }
+header {
+  display: flex;
+  flex-wrap: wrap;
+  gap: 0 1.5rem;
+  align-items: baseline;
+  justify-content: space-between;
+}
+header p {
+  margin: 0 0 0.6rem;
+  color: var(--dim);
+}
+nav {
+  margin: 0 0 0.8rem;
+}
+nav a {
+  margin-right: 1rem;
+}
 caption,
 h2 {
   text-align: left;
@@ -7169,6 +7188,12 @@ thead th,
 .finished {
   color: var(--dim);
   font-size: 0.85rem;
+}
+.fine {
+  color: var(--good);
+}
+.u {
+  color: var(--dim);
 }
 .bad {
   color: var(--bad);
@@ -7203,6 +7228,9 @@ dl,
   gap: 0.6rem;
   margin: 0;
 }
+dl {
+  margin-top: 1.4rem;
+}
 dl div,
 figure,
 pre {
@@ -7232,6 +7260,11 @@ label {
   flex: 0 1 10rem;
   min-width: 7rem;
 }
+form button {
+  align-self: end;
+  padding: 0.25rem 0.8rem;
+  font: inherit;
+}
 input,
 select {
   font: inherit;
@@ -7250,32 +7283,60 @@ section {
 .scroll {
   overflow-x: auto;
 }
-#jobs {
-  margin-top: 1rem;
-}
 #jobs .w {
-  width: 34%;
+  width: 26%;
 }
-@media (max-width: 700px) {
-  /* a job is a card: what is said of it matters most, and must not be outside of the screen */
-  #jobs thead {
+#jobs td:not(.n) {
+  white-space: normal;
+}
+.t {
+  min-width: 8rem;
+  overflow-wrap: anywhere;
+}
+#ended .bar {
+  display: none;
+}
+@media (max-width: 1150px) {
+  /* a row is a card: what is said in it matters most, and must not be outside of the screen */
+  .cards thead {
     display: none;
   }
-  #jobs tr {
+  .cards tr {
     display: flex;
     flex-wrap: wrap;
     padding: 0.3rem 0;
     border-bottom: 1px solid var(--line);
   }
-  #jobs td {
+  .cards td,
+  .cards th {
     border: 0;
+    min-width: 5.5rem;
+    max-width: 100%;
+    white-space: normal;
+  }
+  .cards caption {
+    display: block;
+  }
+  .cards .w,
+  #jobs .w {
+    width: auto;
+  }
+  .cards .u {
+    display: none;
+  }
+  .cards [data-what]::before {
+    content: attr(data-what) " ";
+    color: var(--dim);
+  }
+}
+@media (max-width: 700px) {
+  .cards td,
+  .cards th {
     min-width: 0;
   }
-  #jobs .w {
+  .cards td.w,
+  #jobs td.w {
     width: 100%;
-  }
-  #jobs .u {
-    display: none;
   }
 }
 table {
@@ -7346,9 +7407,17 @@ path {
   stroke-linecap: round;
   vector-effect: non-scaling-stroke;
 }
-path.ram {
+path.ram,
+path.job_ram,
+path.job_mem {
   stroke: var(--ram);
+}
+td path.ram {
   stroke-dasharray: 3 2;
+}
+path.at {
+  stroke: var(--fg);
+  stroke-width: 1;
 }
 .graphs {
   grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr));
@@ -7362,6 +7431,8 @@ path.ram {
 figure .line {
   width: 100%;
   height: 6rem;
+  background: linear-gradient(var(--line), var(--line)) 0 50% / 100% 1px no-repeat;
+  border-top: 1px solid var(--line);
 }
 figure .line:hover {
   cursor: crosshair;
@@ -7381,10 +7452,10 @@ figcaption output {
   grid-column: 2;
 }
 @media (min-width: 700px) {
-  figure.large {
-    grid-column: span 2;
+  .large {
+    grid-template-columns: repeat(auto-fill, minmax(28rem, 1fr));
   }
-  figure.large .line {
+  .large .line {
     height: 9rem;
   }
 }
@@ -7569,6 +7640,10 @@ function tell() {
   const unit = figure.dataset.unit;
   const words = value === "" ? "unknown" : (value / figure.dataset.size).toFixed(1) + unit;
   figure.querySelector("output").textContent = time.toTimeString().slice(0, 8) + " " + words;
+  const line = figure.querySelector(".line");
+  const mark = line.querySelector(".at") || line.appendChild(line.firstChild.cloneNode());
+  mark.setAttribute("class", "at");
+  mark.setAttribute("d", `M${at} 0v100`);
 }
 document.addEventListener("pointermove", event => {
   const figure = event.target.closest("figure");
@@ -7628,7 +7703,10 @@ PAGE_HTML = """\
 <body>
   <p id="notice" class="old" role="status" hidden></p>
   <main>
-    <h1>{title}</h1>{notice}
+    <header>
+      <h1>{title}</h1>
+      <p>{now}, {state}</p>
+    </header>{notice}
     {parts}
     <footer>
       <a href="./jobs">Jobs of the past</a>
@@ -7645,10 +7723,12 @@ PAGE_HTML = """\
 """
 NOTICE_HTML = """
     <p><strong>{text}</strong></p>"""
-ALL_NODES_LINK_HTML = """
-    <p><a href="./">All nodes</a></p>"""
+PLACES_HTML = """
+    <nav aria-label="Pages"><a href="./">All jobs and nodes</a>{more}</nav>"""
 RECORD_LINK_HTML = """
-    <p><a href="{href}">From its start until now</a></p>"""
+      <a href="{href}">This job from its start until now</a>"""
+JOB_LINK_HTML = """
+      <a href="{href}">Job {job} {words}</a>"""
 EMPTY_HTML = """
     <section>
       <p>No agents yet: run on the node that you want to see</p>
@@ -7693,7 +7773,7 @@ TILE_HTML = """
         <a id="t{slot}" class="{kind}" href="{href}" aria-label="{label}"></a>"""
 
 TABLE_HTML = """
-    <section id="{name}" class="scroll" tabindex="0" aria-label="{caption}">
+    <section id="{name}" class="{kind}" tabindex="0" aria-label="{caption}">
       <table>
         <caption>{caption}</caption>
         <thead>
@@ -7711,8 +7791,10 @@ BODY_HEADING_HTML = """
 ROW_HTML = """
           <tr id="{id}">{cells}</tr>"""
 CELL_HTML = '<td class="{kind}">{content}</td>'
+CELL_START = "<td"
+NAMED_CELL_START_HTML = '<td data-what="{what}"'
 CURVES_CELL_HTML = "<td>{curves}</td>"
-BAD_CELL_HTML = '<td><b class="bad">\u26a0\xa0{severity}</b></td>'
+BAD_CELL_HTML = '<td><b class="bad">{words}</b></td>'
 LINK_CELL_HTML = '<td><a href="{href}">{text}</a></td>'
 NODE_CELL_HTML = '<th scope="row" class="w"><a href="{href}">{name}</a>{marks}</th>'
 NO_NODE_CELL_HTML = '<th scope="row" class="w">-</th>'
@@ -7726,7 +7808,7 @@ JOB_HEADING_HTML = '<b>Job <a href="{href}">{job}</a></b> {words}'
 NO_JOB_HEADING_HTML = "<b>No job</b> "
 LINK_HTML = '<a href="{href}">{text}</a>'
 PAGES_HTML = """
-      <nav>Pages:{links}
+      <nav aria-label="Pages of the table">Pages:{links}
       </nav>"""
 PAGE_LINK_HTML = """
         <a href="{href}">{number}</a>"""
@@ -7743,16 +7825,18 @@ STRIP_CELL_HTML = (
     ' role="img" aria-label="{label}">{paths}</svg></td>'
 )
 GRAPHS_HTML = """
-    <div class="graphs">{graphs}
+    <div class="graphs {kind}">{graphs}
     </div>"""
 GRAPH_HTML = """
-      <figure id="{id}" class="{kind}" tabindex="0" aria-label="{label}" data-values="{values}"
+      <figure id="{id}" tabindex="0" aria-label="{label}" data-values="{values}"
        data-end="{end}" data-step="{step}" data-size="{size}" data-unit="{unit}">
         <figcaption>{label} <b>{now}</b> <output></output></figcaption>
         <div class="plot">
-          <div class="axis y"><span>{top}</span><span>0</span></div>
+          <div class="axis y"><span>{top}</span><span>{half}</span><span>0</span></div>
           {curve}
-          <div class="axis x"><span>{from_time}</span><span>{to_time}</span></div>
+          <div class="axis x">
+            <span>{from_time}</span><span>{mid_time}</span><span>{to_time}</span>
+          </div>
         </div>
       </figure>"""
 ASIDE_HTML = """
@@ -7915,12 +7999,22 @@ def with_marks(node: Message) -> Message:
 
 def mark_idle(rows: List[Message]) -> None:
     """Mark the nodes of one job that idle while the others work."""
-    total = sum(row["load"] for row in rows)
-    others = len(rows) - 1
-    for row in rows:
-        rest = total - row["load"]
-        if row["load"] < IDLE and rest > BUSY * others:
-            row["marks"].append("idle")
+    for place in idle_places(rows):
+        rows[place]["marks"].append("idle")
+
+
+def idle_places(nodes: List[Message]) -> List[int]:
+    """Which nodes of one job idle while the others work, by their places in the list."""
+    loads = [
+        node["cpu"] if node["job_cpu"] is None else node["job_cpu"] for node in nodes
+    ]
+    total = sum(loads)
+    others = len(loads) - 1
+    return [
+        place
+        for place, load in enumerate(loads)
+        if load < IDLE and total - load > BUSY * others
+    ]
 
 
 def is_asked_for(row: Message, query: Query, words: List[str]) -> bool:
@@ -8060,23 +8154,85 @@ def job_row(view: Snapshot, tasks: List[Message], nodes: List[Message]) -> Messa
     """
     job = tasks[0]
     severity, text = judge_job(view, tasks)
+    if severity not in NEEDS:
+        severity, text = trouble_of_nodes(nodes, len(tasks) == 1) or (severity, text)
     row = dict(job, slot=job["raw"], severity=severity, text=text, tasks=len(tasks))
     row["phase"] = phase_of(tasks)
     ran = run_time(job, view.time)
     row.update(clock=None, clock_share=None)
     if len(tasks) > 1:
-        states = collections.Counter(task["state"] or "UNKNOWN" for task in tasks)
-        counts = ["%d %s" % (count, state.lower()) for state, count in states.items()]
-        row.update(job=job["array"], state=", ".join(counts), nodes=None)
+        row.update(job=job["array"], state=count_tasks(tasks), nodes=None)
     elif ran is not None:
         row["clock"] = render_clock(ran)
         if job["limit"]:
-            row["clock"] += " of " + render_clock(job["limit"])
+            limit = render_clock(job["limit"])
+            if limit.endswith(" h"):  # one unit is enough for both
+                row["clock"] = row["clock"].replace(" h", "")
+            row["clock"] += " of " + limit
             row["clock_share"] = 100 * ran / job["limit"]
     row["cpu"] = mean_of_known(nodes, "job_cpu", "cpu")
     row.update(memory_of_job(nodes))
     row["gpu"] = render_gpus(view, nodes)
     return row
+
+
+def trouble_of_nodes(
+    nodes: List[Message], is_one_job: bool
+) -> Optional[Tuple[str, str]]:
+    """(severity, what) of a job's nodes: rules that fire, one that idles; None if all is well."""
+    alerts = [node for node in nodes if node["alerts"]]
+    if len(alerts) == 1:
+        rules = ", ".join(alerts[0]["alerts"].split()).replace("_for_", " for ")
+        return "problem", "%s: %s" % (name_of(alerts[0]), rules)
+    if alerts:
+        return "problem", "alerts on %d nodes" % len(alerts)
+    idle = idle_places(nodes) if is_one_job and len(nodes) > 1 else []
+    if len(idle) == 1:
+        return "advice", "%s idle" % name_of(nodes[idle[0]])
+    return ("advice", "%d nodes idle" % len(idle)) if idle else None
+
+
+# What squeue folds into one line, tasks of an array that wait: 4711_[4-9,12-30:6%2].  A long
+# id is cut, also here.
+FOLDED_TASKS = re.compile(r"_\[([\d,:-]+)(?:%\d+)?(\]?)")
+TASK_RANGE = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
+
+
+def count_tasks(tasks: List[Message]) -> str:
+    """How many tasks of an array are in which state: 12 running, 150 pending, 1 failed."""
+    counts = {"RUNNING": 0, "PENDING": 0}  # these come first
+    cut = set()
+    for task in tasks:
+        state = task["state"] or "UNKNOWN"
+        count, is_whole = tasks_in(task["job"] or "")
+        counts[state] = counts.get(state, 0) + count
+        if not is_whole:
+            cut.add(state)
+    words = []
+    for state, count in counts.items():
+        if count:
+            more = "+" if state in cut else ""
+            word = "done" if state == "COMPLETED" else state.lower().replace("_", " ")
+            words.append("%d%s %s" % (count, more, word))
+    return ", ".join(words)
+
+
+def tasks_in(job: str) -> Tuple[int, bool]:
+    """How many tasks an id stands for, at least; and whether it is the whole id."""
+    folded = FOLDED_TASKS.search(job)
+    if not folded:
+        return 1, True
+    is_whole = bool(folded.group(2))
+    ranges = folded.group(1).split(",")
+    if not is_whole:
+        ranges.pop()  # it may be half of one
+    count = 0
+    for text in ranges:
+        found = TASK_RANGE.fullmatch(text)
+        if found:
+            first, last, step = (int(number or 0) for number in found.groups())
+            count += max(0, last - first) // (step or 1) + 1
+    return max(1, count), is_whole
 
 
 def verdicts_of(view: Snapshot) -> Dict[str, List[Message]]:
@@ -8148,7 +8304,8 @@ def memory_of_job(nodes: List[Message]) -> Message:
     worst = max(known, key=lambda node: node["job_ram"])
     text = "%.0f %%" % worst["job_ram"]
     if worst["job_mem_limit"]:
-        text += " of " + render_value("job_mem_limit", worst["job_mem_limit"])
+        limit = render_value("job_mem_limit", worst["job_mem_limit"])
+        text += " of " + limit.replace(".0 ", " ")
     return {"memory": text, "memory_share": worst["job_ram"]}
 
 
@@ -8165,8 +8322,11 @@ def render_gpus(view: Snapshot, nodes: List[Message]) -> Optional[str]:
         return None
     if len(busy) <= SHOWN_GPUS:
         return " ".join("%.0f" % value for value in busy)
-    total = sum(busy) / len(busy)
-    return "%.0f to %.0f, mean %.0f (%d)" % (min(busy), max(busy), total, len(busy))
+    idle = sum(value < IDLE for value in busy)
+    words = "mean %.0f" % (sum(busy) / len(busy))
+    if idle:
+        return "%s, %d of %d idle" % (words, idle, len(busy))
+    return "%s, %.0f to %.0f (%d)" % (words, min(busy), max(busy), len(busy))
 
 
 def run_time(job: Message, now: float) -> Optional[float]:
@@ -8203,6 +8363,20 @@ def find_job(view: Snapshot, name: str) -> Optional[Message]:
             return job
     rows = [node for node in view.nodes if node["job"] == name]
     return job_of_nodes(name, rows) if rows and name else None
+
+
+def find_tasks(view: Snapshot, name: str) -> List[Message]:
+    """The tasks of the array of that id, or the job as a list of one; empty for no such job."""
+    tasks = [job for job in view.jobs if name and job["array"] == name]
+    if len(tasks) > 1:
+        return tasks
+    job = find_job(view, name)
+    return [job] if job else tasks
+
+
+def nodes_of_jobs(view: Snapshot, jobs: Sequence[Message]) -> List[Message]:
+    """The nodes on which an agent watches one of the jobs, in their order."""
+    return [row for job in jobs for row in nodes_of_job(view, job)]
 
 
 def nodes_of_job(view: Snapshot, job: Message) -> List[Message]:
@@ -8289,14 +8463,14 @@ def trouble_of(view: Snapshot, rows: List[Message]) -> str:
             "The collector has been silent for %.0f s: what you see is old" % view.beat
         )
     counts = (
-        ("alerts", sum(bool(row["alerts"]) for row in rows)),
-        ("idle", sum("idle" in row["marks"] for row in rows)),
-        ("lost", len(gone(view, "lost"))),
+        ("alerts on %s", sum(bool(row["alerts"]) for row in rows)),
+        ("%s idle", sum("idle" in row["marks"] for row in rows)),
+        ("%s lost", len(gone(view, "lost"))),
     )
-    kinds = ["%s: %d" % (kind, count) for kind, count in counts if count]
+    kinds = [kind % counted(count, "node") for kind, count in counts if count]
     trouble = trouble_of_jobs(view)
     if kinds:
-        trouble.append(", ".join(kinds).capitalize())
+        trouble.append(", ".join(kinds))
     if view.turned_away_lately:
         trouble.append(render_turned_away(view))
     return "; ".join(trouble)
@@ -8312,8 +8486,12 @@ def trouble_of_jobs(view: Snapshot) -> List[str]:
             counts.append("%d %s" % (count, words))
     if not counts:
         return []
-    jobs = "1 job" if len(severities) == 1 else "%d jobs" % len(severities)
-    return ["%s: %s" % (jobs, ", ".join(counts))]
+    return ["%s: %s" % (counted(len(severities), "job"), ", ".join(counts))]
+
+
+def counted(count: int, word: str) -> str:
+    """1 job, 2 jobs."""
+    return "%d %s%s" % (count, word, "" if count == 1 else "s")
 
 
 def headline(view: Snapshot, rows: List[Message]) -> str:
@@ -8321,7 +8499,9 @@ def headline(view: Snapshot, rows: List[Message]) -> str:
     trouble = trouble_of(view, rows)
     if trouble:
         return "\u26a0 " + trouble
-    return "All is well" if rows else "No nodes"
+    jobs = len(job_rows(view))
+    words = "All is well" if rows or jobs else "No nodes"
+    return "%s: %s" % (words, counted(jobs, "job")) if jobs else words
 
 
 Card = NamedTuple("Card", [("label", str), ("figure", str), ("remark", str)])
@@ -8356,9 +8536,13 @@ def figures(view: Snapshot, rows: List[Message]) -> Tuple[str, List[Card]]:
 LEFT = ""  # classes of the style sheet
 RIGHT = "n"
 WRAPPED = "w"
-UNKNOWN_CELL = "n u"
+BREAKABLE = "t"  # anywhere, when there is little room
+UNKNOWN_CELL = "u"  # beside one of the others
+CARD_TABLES = ("jobs", "ended", "verdicts", "events", "lost", "finished")
+SELF_EVIDENT = "severity job job_name user state time kind node text what".split()
 RECENT_POINTS = 30  # of a curve in a table
 RECENT_STEP = 5  # every fifth tick: the last five minutes
+SIGNS = {"died": "\u2716", "problem": "\u26a0", "advice": "\u2022", "fine": "\u2713"}
 MOVE = "M%d %dh0"  # a path begins anew with a dot, should no line follow
 DRAW = "L%d %d"
 
@@ -8378,7 +8562,9 @@ def link(query: Query, **state: object) -> str:
 def draw_text(column: "Column", row: Message, site: Site) -> Html:
     """The reading and nothing more."""
     text = render_value(column.key, row.get(column.key))
-    kind = UNKNOWN_CELL if text == "-" else column.align
+    kind = column.align
+    if text == "-":
+        kind = (kind + " " + UNKNOWN_CELL).strip()
     return fill(CELL_HTML, kind=kind, content=text)
 
 
@@ -8422,9 +8608,13 @@ def draw_job_page(column: "Column", row: Message, site: Site) -> Html:
 def draw_severity(column: "Column", row: Message, site: Site) -> Html:
     """A verdict in a word, with a sign when it needs the user."""
     severity = row.get("severity") or ""
+    sign = SIGNS.get(severity)
+    if not sign:
+        return fill(CELL_HTML, kind=UNKNOWN_CELL, content=severity or "-")
+    words = "%s\xa0%s" % (sign, severity)
     if severity in ("died", "problem"):
-        return fill(BAD_CELL_HTML, severity=severity)
-    return fill(CELL_HTML, kind=severity or UNKNOWN_CELL, content=severity or "-")
+        return fill(BAD_CELL_HTML, words=words)
+    return fill(CELL_HTML, kind=severity, content=words)
 
 
 def draw_share(column: "Column", row: Message, site: Site) -> Html:
@@ -8437,6 +8627,20 @@ def draw_share(column: "Column", row: Message, site: Site) -> Html:
         text=row[column.key],
         key=column.key,
         width="%.1f" % min(max(share, 0), 100),
+    )
+
+
+def draw_rank_cpu(column: "Column", row: Message, site: Site) -> Html:
+    """Percent of one core, with a bar for the share of all CPUs that the process may use."""
+    value = row.get(column.key)
+    if value is None:
+        return draw_text(column, row, site)
+    cpus = max(1, len(parse_cpu_list(row.get("cpus"))))
+    return fill(
+        PERCENT_CELL_HTML,
+        text=render_value(column.key, value),
+        key=column.key,
+        width="%.1f" % min(max(value / cpus, 0), 100),
     )
 
 
@@ -8529,6 +8733,29 @@ class Column(NamedTuple):
     draw: Draw = draw_text
 
 
+def kind_of_table(name: str) -> str:
+    """The class of a table: on a phone the rows of some are cards."""
+    return "scroll cards" if name in CARD_TABLES else "scroll"
+
+
+def draw_cells(
+    name: str, columns: Sequence[Column], row: Message, site: Site
+) -> List[Html]:
+    """The cells of a row; those of a card say what they are, as its table shows no headings."""
+    cells = [column.draw(column, row, site) for column in columns]
+    if name in CARD_TABLES:
+        return [name_cell(*pair) for pair in zip(columns, cells)]
+    return cells
+
+
+def name_cell(column: Column, cell: Html) -> Html:
+    """A cell with the heading of its column, unless it tells that by itself."""
+    if column.key in SELF_EVIDENT or not cell.startswith(CELL_START):
+        return cell
+    start = fill(NAMED_CELL_START_HTML, what=column.heading)
+    return Html(start + cell[len(CELL_START) :])
+
+
 def of_metric(key: str) -> Column:
     """The column of a metric, as METRICS describes it."""
     metric = METRICS[INDEX[key]]
@@ -8576,10 +8803,10 @@ RANK_COLUMNS = (
     Column("rank", "Rank", RIGHT),
     Column("pid", "PID", RIGHT),
     Column("program", "Program"),
-    Column("step", "Step"),
-    Column("cpu", "CPU (of one core)", RIGHT, draw_percent),
+    Column("cpu", "CPU (of one core)", RIGHT, draw_rank_cpu),
     Column("mem", "Memory", RIGHT),
     Column("peak", "Peak", RIGHT),
+    Column("gpu", "GPU", RIGHT),
     Column("threads", "Threads", RIGHT),
     Column("running", "Can run", RIGHT),
     Column("cpus", "May use CPUs"),
@@ -8590,7 +8817,7 @@ RANK_COLUMNS = (
     Column("write", "Writes", RIGHT),
     Column("read_total", "Read", RIGHT),
     Column("write_total", "Written", RIGHT),
-    Column("gpu", "GPU"),
+    Column("step", "Step"),
 )
 GPU_COLUMNS = (
     NODE,
@@ -8613,7 +8840,8 @@ CPU_COLUMNS = (
     Column("busy", "Busy, idle, not of the job", LEFT, draw_strip),
 )
 VERDICT_COLUMNS = (
-    Column("severity", "Verdict"),
+    Column("severity", "Verdict", LEFT, draw_severity),
+    Column("job", "Job", LEFT, draw_job_page),
     Column("what", "What", WRAPPED),
     Column("proof", "Proof", WRAPPED),
     Column("cure", "What to do", WRAPPED),
@@ -8621,14 +8849,14 @@ VERDICT_COLUMNS = (
 JOB_COLUMNS = (
     Column("severity", "Verdict", LEFT, draw_severity),
     Column("job", "Job", LEFT, draw_job_page),
-    of_metric("job_name"),
+    Column("job_name", "Job name", BREAKABLE),
     of_metric("user"),
     Column("state", "State"),
     Column("nodes", "Nodes", RIGHT),
     Column("clock", "Time", RIGHT, draw_share),
     Column("cpu", "CPU", RIGHT, draw_percent),
     Column("memory", "Memory", RIGHT, draw_share),
-    Column("gpu", "GPU %"),
+    Column("gpu", "GPU %", BREAKABLE),
     WHAT,
 )
 
@@ -8663,10 +8891,22 @@ NO_GRAPHS = (
 GRAPHS = tuple(key for key in NUMBERS if key not in NO_GRAPHS)
 FINE_GRAPHS = GRAPHS[:2]  # CPU and RAM
 # What matters most, in this order
-LARGE_GRAPHS = ("job_cpu", "cpu", "job_ram", "ram", "gpu")
+LARGE_GRAPHS = ("job_cpu", "cpu", "job_ram", "ram", "gpu", "gpu_min")
 LAST_GRAPHS = ("agent_cpu", "agent_rss")
 TICK_SECONDS = 2.0  # between two looks at the table, for the graphs
 SCALED_NODES = 64  # of a job: more of them do not share a scale
+
+# What the tables of a job's page have, by their names
+JOB_PAGE_COLUMNS = {
+    "jobs": JOB_COLUMNS,
+    "verdicts": VERDICT_COLUMNS,
+    "nodes": COLUMNS,
+    "cores": CPU_COLUMNS,
+    "ranks": RANK_COLUMNS,
+    "gpus": GPU_COLUMNS,
+    "events": EVENT_COLUMNS,
+}
+TOLD_OF_JOB = ("job", "job_name", "user")  # the page tells it of all nodes
 
 # rows of a table, under a heading of their own or none
 Body = NamedTuple("Body", [("heading", Optional[Html]), ("rows", List[Message])])
@@ -8689,8 +8929,8 @@ class Page:
         title, cards = figures(self.view, self.rows)
         return self.whole(
             title,
-            self.cards(cards),
             self.jobs(),
+            self.cards(cards),
             self.form() if self.view.nodes else self.empty(),
             self.node_map() if len(self.rows) >= MAP_FROM else None,
             self.nodes() if self.rows else None,
@@ -8705,7 +8945,7 @@ class Page:
         rows = [row for row in self.rows if name_of(row) == name] or events[:1]
         if not rows:
             return ""
-        parts = [fill(ALL_NODES_LINK_HTML), self.last_known(rows)]
+        parts = [self.places(rows), self.last_known(rows)]
         for number, row in enumerate(rows, 1):
             parts.append(self.graphs(row))
             parts.append(self.readings(number, row))
@@ -8716,31 +8956,61 @@ class Page:
 
     def one_job(self) -> str:
         """The page of a job: what is asked for, its nodes, CPUs, processes, GPUs and events."""
-        job = find_job(self.view, self.query["job"])
-        if not job:
+        tasks = find_tasks(self.view, self.query["job"])
+        if not tasks:
             return ""
-        rows = nodes_of_job(self.view, job)
-        names = (job["job"], job["raw"])
+        rows = nodes_of_jobs(self.view, tasks)
+        names = {name for job in tasks for name in (job["job"], job["raw"])}
         events = [event for event in self.view.events if event["job"] in names][::-1]
-        judged = verdicts_of(self.view).get(job["raw"], [])
-        verdicts = [dict(row, slot=number) for number, row in enumerate(judged, 1)]
-        row = job_row(self.view, [job], rows)
-        title = "Job %s %s" % (job["job"], job["job_name"] or "")
+        several = len(tasks) > 1
+        name = tasks[0]["array"] if several else tasks[0]["job"]
+        title = "Job %s %s" % (name, tasks[0]["job_name"] or "")
+        jobs = [
+            job_row(self.view, [job], nodes_of_job(self.view, job)) for job in tasks
+        ]
+        jobs.sort(key=job_order)
         return self.whole(
             title.strip(),
-            fill(ALL_NODES_LINK_HTML),
-            self.record_link(job),
-            self.known_table("jobs", "Job", JOB_COLUMNS, [row]),
-            self.known_table("verdicts", "Verdicts", VERDICT_COLUMNS, verdicts),
-            self.known_table("nodes", "Nodes", COLUMNS, rows),
-            self.known_table("cores", "CPUs", CPU_COLUMNS, self.cpu_rows(rows)),
-            self.known_table(
-                "ranks", "Processes", RANK_COLUMNS, ranks_of_job(self.view, rows)
-            ),
-            self.known_table("gpus", "GPUs", GPU_COLUMNS, gpus_of_job(self.view, rows)),
-            self.known_table("events", "Events", NODE_EVENT_COLUMNS, events),
+            fill(PLACES_HTML, more=None if several else self.record_link(tasks[0])),
+            self.known_table("jobs", count_tasks(tasks) if several else "Job", jobs),
+            self.known_table("verdicts", "Verdicts", self.verdict_rows(tasks)),
+            self.known_table("nodes", "Nodes", rows, () if several else TOLD_OF_JOB),
+            self.known_table("cores", "CPUs", self.cpu_rows(rows)),
+            self.known_table("ranks", "Processes", ranks_of_job(self.view, rows)),
+            self.known_table("gpus", "GPUs", gpus_of_job(self.view, rows)),
+            self.known_table("events", "Events", events, () if several else ("job",)),
             root="../",
         )
+
+    def verdict_rows(self, tasks: List[Message]) -> List[Message]:
+        """What is judged of a job, or of the tasks of an array, the worst first."""
+        judged = verdicts_of(self.view)
+        rows = []
+        for task in tasks:
+            for verdict in judged.get(task["raw"], []):
+                job = task["job"] if len(tasks) > 1 else None
+                rows.append(dict(verdict, job=job))
+        order = (*NEEDS, "fine")
+        rows.sort(
+            key=lambda row: (
+                order.index(row["severity"]) if row["severity"] in order else 9
+            )
+        )
+        return [dict(row, slot=number) for number, row in enumerate(rows, 1)]
+
+    def places(self, rows: List[Message]) -> Html:
+        """Links from the page of a node: to all, and to the jobs that it is in."""
+        links = [
+            fill(
+                JOB_LINK_HTML,
+                href=named_path("job", row["job"]),
+                job=row["job"],
+                words=row.get("job_name"),
+            )
+            for row in rows
+            if row["job"]
+        ]
+        return fill(PLACES_HTML, more=links)
 
     def record_link(self, job: Message) -> Optional[Html]:
         """The way to what is recorded of a job, if anything is."""
@@ -8762,13 +9032,17 @@ class Page:
         return found
 
     def known_table(
-        self, name: str, caption: str, columns: Sequence[Column], rows: List[Message]
+        self, name: str, caption: str, rows: List[Message], told: Sequence[str] = ()
     ) -> Optional[Html]:
-        """A table with the columns that have something to tell; None without rows."""
+        """A table of a job's page, without the columns that have nothing to tell, or nothing new.
+
+        None without rows.
+        """
         known = [
             column
-            for column in columns
+            for column in JOB_PAGE_COLUMNS[name]
             if column.draw is draw_recent or has_any(rows, column)
+            if column.key not in told
         ]
         if not rows:
             return None
@@ -8780,18 +9054,14 @@ class Page:
             PAGE_HTML,
             title=title,
             root=root,
-            notice=self.notice(),
+            notice=demo_notice(self.site),
+            now=render_value("time", self.view.time),
+            state="live" if self.view.beat <= STALE_SECONDS else "old",
             style=Html(STYLE),
             parts=list(parts),
             cost=self.site.cost.get("text"),
             script=Html(SCRIPT),
         )
-
-    def notice(self) -> Optional[Html]:
-        """That all is invented, if it is."""
-        if not getattr(self.site.options, "demo", False):
-            return None
-        return fill(NOTICE_HTML, text=DEMO_NOTICE)
 
     # -- parts of the page of all nodes ------------------------------------
 
@@ -9003,9 +9273,13 @@ class Page:
     def graphs(self, row: Message) -> Html:
         """A graph for each metric of which some reading of the last ten minutes is known."""
         small = [key for key in GRAPHS if key not in LARGE_GRAPHS + LAST_GRAPHS]
-        order = [*LARGE_GRAPHS, *small, *LAST_GRAPHS]
-        graphs = [self.graph(row, NUMBERS[key]) for key in order if key in GRAPHS]
-        return fill(GRAPHS_HTML, graphs=graphs)
+        groups = []
+        for kind, keys in (("large", LARGE_GRAPHS), ("", (*small, *LAST_GRAPHS))):
+            drawn = [self.graph(row, NUMBERS[key]) for key in keys]
+            graphs = [graph for graph in drawn if graph]
+            if graphs:
+                groups.append(fill(GRAPHS_HTML, kind=kind, graphs=graphs))
+        return Html("".join(groups))
 
     def graph(self, row: Message, metric: Metric) -> Optional[Html]:
         """What is known of a metric's last ten minutes; None if nothing is."""
@@ -9023,7 +9297,6 @@ class Page:
         return fill(
             GRAPH_HTML,
             id="graph-%s-%s" % (key, row.get("slot", 0)),
-            kind="large" if key in LARGE_GRAPHS else "",
             label=metric.label,
             now=render_value(key, row.get(key)),
             curve=draw_curves({key: values}, max(2, len(values)), top),
@@ -9035,7 +9308,9 @@ class Page:
             size=size,
             unit=" " + unit if unit else "",
             top=render_value(key, top),
+            half=render_value(key, top / 2),
             from_time=render_value("time", end - span),
+            mid_time=render_value("time", end - span / 2),
             to_time=render_value("time", end),
         )
 
@@ -9081,6 +9356,7 @@ class Page:
         return fill(
             TABLE_HTML,
             name=name,
+            kind=kind_of_table(name),
             caption=caption,
             headings=[self.heading(column, sort) for column in columns],
             bodies=[self.body(name, columns, body) for body in bodies],
@@ -9113,8 +9389,15 @@ class Page:
     def row(self, name: str, columns: Sequence[Column], row: Message) -> Html:
         """A row of a table: a node or a reading by its slot, an event by its time."""
         number = row.get("slot") or int(row["time"] * 1e6)
-        cells = [column.draw(column, row, self.site) for column in columns]
+        cells = draw_cells(name, columns, row, self.site)
         return fill(ROW_HTML, id="%s_%s" % (name, number), cells=cells)
+
+
+def demo_notice(site: Site) -> Optional[Html]:
+    """That all is invented, if it is."""
+    if not getattr(site.options, "demo", False):
+        return None
+    return fill(NOTICE_HTML, text=DEMO_NOTICE)
 
 
 def has_any(rows: List[Message], column: Column) -> bool:
@@ -9218,9 +9501,16 @@ def render_nodes_text(view: Snapshot, query: Query, site: Site = None) -> str:
     if view.jobs or verdicts_of(view):  # of others the nodes tell as much
         lines += text_table(jobs, JOB_COLUMNS) + [""]
     lines += text_table(nodes, COLUMNS)
+    return cut_lines("".join(line + "\n" for line in lines), query)
+
+
+def cut_lines(text: str, query: Query) -> str:
+    """A text whose lines are cut at the width in the query, if there is one."""
     width = query.get("width", "")
-    cut = int(width) if width.isdecimal() else None
-    return "".join(line[:cut] + "\n" for line in lines)
+    if not width.isdecimal():
+        return text
+    cut = int(width)
+    return "".join(line[:cut] + "\n" for line in text.splitlines())
 
 
 def text_table(rows: List[Message], columns: Sequence[Column]) -> List[str]:
@@ -9244,7 +9534,8 @@ def text_cell(column: Column, row: Message) -> str:
     if column.key == "node":
         return name_of(row)
     text = render_value(column.key, row.get(column.key))
-    return text if column.align == WRAPPED else text[:MAX_CELL]
+    is_ours = column.align == WRAPPED or column.key == "state"
+    return text if is_ours else text[:MAX_CELL]
 
 
 def text_width(text: str) -> int:
@@ -9539,7 +9830,7 @@ REPORT_HTML = """\
 </html>
 """
 REPORT_NAV_HTML = """
-    <nav aria-label="Pages"><a href="{root}./">Live</a> <a href="{root}jobs">Jobs</a></nav>"""
+    <nav aria-label="Pages"><a href="{root}./">Live</a> <a href="{root}jobs">All jobs</a></nav>"""
 PARAGRAPH_HTML = """
     <p>{text}</p>"""
 SECTION_HTML = """
@@ -9578,7 +9869,7 @@ JOBS_FORM_HTML = """
       <button type="submit">Show</button>
     </form>"""
 JOBS_LINKS_HTML = """
-    <p><a href="{csv}">CSV</a> <a href="{json}">JSON</a></p>"""
+    <p><a href="{text}">Text</a> <a href="{csv}">CSV</a> <a href="{json}">JSON</a></p>"""
 BARS_HTML = (
     '<td><svg class="line" viewBox="0 0 {width} 100" preserveAspectRatio="none"'
     ' role="img" aria-label="{words}"><path class="cell" d="{path}"/></svg></td>'
@@ -10122,12 +10413,13 @@ def draw_table(
         ]
     lines = []
     for number, row in enumerate(rows[:MAX_ROWS]):
-        cells = [columns[place].draw(columns[place], row, None) for place in known]
+        cells = draw_cells(name, [columns[place] for place in known], row, None)
         lines.append(fill(ROW_HTML, id="%s_%d" % (name, number), cells=cells))
     body = fill(BODY_HTML, id=name + "-all", heading=None, rows=lines)
     return fill(
         TABLE_HTML,
         name=name,
+        kind=kind_of_table(name),
         caption=caption,
         headings=[headings[place] for place in known],
         bodies=body,
@@ -10475,9 +10767,14 @@ def record_as_json(record: Record) -> Message:
 
 
 def is_past(view: Snapshot, job: str) -> bool:
-    """Whether the live page of a job has nothing to show, but the records may."""
-    live = find_job(view, job)
-    return live is None or live["state"] in ENDED_STATES
+    """Whether the live page of a job has nothing to show, but the records may.
+
+    The page of an array lists its tasks, also those that have ended.
+    """
+    tasks = find_tasks(view, job)
+    if len(tasks) > 1:
+        return False
+    return not tasks or tasks[0]["state"] in ENDED_STATES
 
 
 def find_record(view: Optional[Snapshot], job: str, site: Site) -> Optional[Record]:
@@ -10506,7 +10803,7 @@ def render_record_page(view: Snapshot, query: Query, site: Site) -> str:
             link_query = urllib.parse.urlencode({field: name})
             parts.append(fill(RUNS_LINK_HTML, query=link_query, name=name))
     parts.append(fill(COMPARE_FORM_HTML, root="../", job=record.job))
-    return render_document(title_of(summary), parts, "../", "")
+    return render_document(title_of(summary), [demo_notice(site), *parts], "../", "")
 
 
 def render_record_json(view: Snapshot, query: Query, site: Site) -> str:
@@ -10581,11 +10878,12 @@ def render_jobs_page(view: Snapshot, query: Query, site: Site) -> str:
         page_list(query, page, last) if last > 1 else None,
         fill(
             JOBS_LINKS_HTML,
+            text=jobs_link("jobs.txt", query),
             csv=jobs_link("jobs.csv", query),
             json=jobs_link("jobs.json", query),
         ),
     ]
-    return render_document("Jobs", parts, "", "")
+    return render_document("Jobs", [demo_notice(site), *parts], "", "")
 
 
 def jobs_form(jobs: Sequence[Message], query: Query) -> Html:
@@ -10706,7 +11004,7 @@ def render_compare_page(view: Snapshot, query: Query, site: Site) -> str:
         draw_section("Over time", charts, words),
     ]
     title = "Jobs %s and %s" % (one.job, other.job)
-    return render_document(title, parts, "", "")
+    return render_document(title, [demo_notice(site), *parts], "", "")
 
 
 COMPARED = (  # what is compared: a label, the key, and how it is written
@@ -10942,7 +11240,7 @@ def render_runs_page(view: Snapshot, query: Query, site: Site) -> str:
         fill(SECTION_HTML, heading="To ask for next time", parts=paste),
         draw_table("jobs", "Jobs", RECORD_COLUMNS, jobs),
     ]
-    return render_document(title, parts, "", "")
+    return render_document(title, [demo_notice(site), *parts], "", "")
 
 
 # ---- text
@@ -10964,6 +11262,11 @@ def render_jobs_text(jobs: Sequence[Message]) -> str:
     for texts in table:
         lines.append("  ".join(map(align, columns, texts, widths)).rstrip())
     return "".join(line + "\n" for line in lines)
+
+
+def render_jobs_list(view: Snapshot, query: Query, site: Site) -> str:
+    """The list of jobs as aligned text, live and past; width in the query cuts its lines."""
+    return cut_lines(render_jobs_text(select_jobs(view, query, site)), query)
 
 
 def job_cell(column: Column, job: Message) -> str:
@@ -11021,6 +11324,7 @@ def explain(folder: str, job: str, as_program: bool) -> Tuple[str, int]:
 REPORT_ROUTES: Dict[str, Tuple[str, Callable[..., str]]] = {
     "/jobs": (HTML, render_jobs_page),
     "/jobs.csv": (CSV, render_jobs_csv),
+    "/jobs.txt": (TEXT, render_jobs_list),
     "/jobs.json": (JSON, render_records_json),
     "/record/": (HTML, render_record_page),
     "/api/record/": (JSON, render_record_json),
@@ -11560,8 +11864,8 @@ class Dashboard:
         self.check_token(request, headers)
         path, name = find_route(request.path)
         query = request.query
-        if path == "/" and "text/html" not in request.fields.get("accept", "text/html"):
-            path = "/nodes.txt"  # curl
+        if "text/html" not in request.fields.get("accept", "text/html"):  # curl
+            path = {"/": "/nodes.txt", "/jobs": "/jobs.txt"}.get(path, path)
         if path in NAMED_ROUTES:
             query[NAMED_ROUTES[path]] = name or query.get("name", "")
         if path in ("/job/", "/api/job/") and is_past(self.fresh(), query["job"]):
@@ -11605,7 +11909,7 @@ class Dashboard:
             raise HTTPError(503, str(error)) from None
         if not body:
             raise HTTPError(404, "no such job; /jobs has a list of them")
-        headers.update({"Content-Type": kind, "Vary": "Accept-Encoding"})
+        headers.update({"Content-Type": kind, "Vary": "Accept, Accept-Encoding"})
         headers["Content-Security-Policy"] = REPORT_POLICY
         if is_zipped:
             headers["Content-Encoding"] = "gzip"
@@ -11702,9 +12006,13 @@ DEMO_AGAIN = 60.0  # seconds after which all facts of jobs are told again
 DEMO_SILENCE = (90.0, 130.0)  # seconds of every ten minutes: a node sends nothing
 DEMO_SILENT_NODE = "c12"
 DEMO_IDLE_NODE = "c03"
+DEMO_SLOWED_GPU = ("c04", 2)
+DEMO_UNUSED_GPU = ("c02", 3)
 DEMO_CPUS = 32  # of a node
 DEMO_RANKS = 4  # processes of a job on a node
 DEMO_SECONDS = 2.0  # to connect, or for a line of the collector
+DEMO_KNOWN_SECONDS = 3600.0  # after its end a job is known for so long
+DEMO_KNOWN_TASKS = 4  # of an array, that have ended
 
 
 class DemoJob(NamedTuple):
@@ -11758,6 +12066,20 @@ def demo_run(job: DemoJob, began: float, now: float) -> DemoRun:
         min(passed, job.seconds),
         passed >= job.seconds,
     )
+
+
+def demo_ended(job: DemoJob, began: float, now: float) -> List[DemoRun]:
+    """The runs of a job before the one of now, as long as they are known."""
+    run = demo_run(job, began, now)
+    cycle = job.seconds + DEMO_PAUSE
+    ended = []
+    for back in range(1, 1 + (DEMO_KNOWN_TASKS if job.array else 1)):
+        start = run.start - back * cycle
+        number = run.number - back * (1 if job.array else 1000)
+        is_known = now - start - job.seconds < DEMO_KNOWN_SECONDS
+        if is_known and number > int(job.array or 0):
+            ended.append(DemoRun(number, start, job.seconds, True))
+    return ended
 
 
 def demo_id(job: DemoJob, run: DemoRun) -> str:
@@ -11835,14 +12157,15 @@ def demo_cpu(job: DemoJob, name: str, run: DemoRun, now: float) -> float:
     return min(100.0, max(0.5, (job.cpu + swing) * begin))
 
 
-def demo_sample(job: DemoJob, name: str, run: DemoRun, now: float) -> Message:
-    """What the agent of a node would send."""
-    cpu = demo_cpu(job, name, run, now)
+def demo_memory(job: DemoJob, name: str, run: DemoRun, now: float) -> float:
+    """Percent of its memory that a job uses on a node: it grows."""
     share = run.passed / job.seconds
     full = job.full * (0.5 + 0.5 * share) + demo_wave(name, "ram", now)
-    full = min(100.0, max(1.0, full))
-    memory = 256 * GIB
-    used = full / 100 * job.memory
+    return min(100.0, max(1.0, full))
+
+
+def demo_sample(job: DemoJob, name: str, run: DemoRun, now: float) -> Message:
+    """What the agent of a node would send."""
     sample: Message = {
         "node": name,
         "job": demo_id(job, run),
@@ -11850,53 +12173,118 @@ def demo_sample(job: DemoJob, name: str, run: DemoRun, now: float) -> Message:
         "user": DEMO_USER,
         "version": "demo",
         "interval": DEMO_INTERVAL,
-        "cpu": cpu,
-        "ram": 100 * (used + 6 * GIB) / memory,
-        "load1": cpu * DEMO_CPUS / 100,
-        "cpus": DEMO_CPUS,
-        "mem_total": memory,
-        "mem_used": used + 6 * GIB,
-        "disk_read": 2e6 * (1 + demo_wave(name, "read", now)),
-        "disk_write": 4e6 * (1 + demo_wave(name, "write", now)),
-        "net_rx": 9e6 * (1 + demo_wave(name, "rx", now)),
-        "net_tx": 8e6 * (1 + demo_wave(name, "tx", now)),
-        "job_cpus": DEMO_CPUS,
-        "job_cpu": cpu,
-        "job_mem": used,
-        "job_mem_limit": job.memory,
-        "job_ram": full,
-        "job_time_limit": job.limit,
-        "job_time_left": job.limit - run.passed,
     }
+    sample.update(demo_node(job, name, run, now))
+    sample.update(demo_job(job, name, run, now))
     if job.gpus:
-        readings = [gpu["gpu"] for gpu in demo_gpus(job, name, now)]
+        gpus = demo_gpus(job, name, now)
+        busy = [gpu["gpu"] for gpu in gpus]
+        used = sum(gpu["mem_used"] for gpu in gpus)
         sample["gpus"] = job.gpus
-        sample["gpu"] = sum(readings) / len(readings)
-        sample["gpu_mem"] = 72.0
+        sample["gpu"] = sum(busy) / len(busy)
+        sample["gpu_min"] = min(busy)
+        sample["gpu_mem"] = 100 * used / sum(gpu["mem_total"] for gpu in gpus)
     return sample
 
 
+def demo_node(job: DemoJob, name: str, run: DemoRun, now: float) -> Message:
+    """The readings of a node as a whole."""
+    cpu = demo_cpu(job, name, run, now)
+    memory = 256 * GIB
+    used = demo_memory(job, name, run, now) / 100 * job.memory + 6 * GIB
+    readings: Message = {
+        "cpu": cpu,
+        "ram": 100 * used / memory,
+        "load1": cpu * DEMO_CPUS / 100,
+        "cpus": DEMO_CPUS,
+        "mem_total": memory,
+        "mem_used": used,
+        "swap": 0.0,
+        "disk": 61.0,
+        "disk_tmp": 12.0,
+        "psi_cpu": 0.6,
+        "psi_mem": 0.0,
+        "psi_io": 1.4,
+        "nfs_rtt": 0.0014,
+        "procs": 412,
+        "uptime": 1e6 + now - run.start,
+        "agent_cpu": 0.04,
+        "agent_rss": 14 * 2.0**20,
+    }
+    for key, mean in (
+        ("disk_read", 2e6),
+        ("disk_write", 4e6),
+        ("net_rx", 9e6),
+        ("net_tx", 8e6),
+        ("nfs_ops", 40.0),
+    ):
+        readings[key] = mean * (1 + demo_wave(name, key, now))
+    if len(job.nodes) > 1:
+        for key in ("ib_rx", "ib_tx"):
+            readings[key] = 6e8 * (1 + demo_wave(name, key, now))
+    if job.gpus:
+        readings["lustre_read"] = 1.8e8 * (1 + demo_wave(name, "lustre", now))
+        readings["lustre_write"] = 3e5
+    return readings
+
+
+def demo_job(job: DemoJob, name: str, run: DemoRun, now: float) -> Message:
+    """The readings of a job on a node; one whose memory is full is killed at its very end."""
+    full = demo_memory(job, name, run, now)
+    used = full / 100 * job.memory
+    is_killed = (
+        job.ending == "OUT_OF_MEMORY" and job.seconds - run.passed < 2 * DEMO_INTERVAL
+    )
+    busy = demo_busy(job, name, run, now)
+    return {
+        "job_cpus": DEMO_CPUS,
+        "job_cpu": demo_cpu(job, name, run, now),
+        "cores_busy": sum(tenths >= "5" for tenths in busy),
+        "job_mem": used,
+        "job_cache": min(0.05 * job.memory, job.memory - used),
+        "job_mem_limit": job.memory,
+        "job_mem_peak": min(job.memory, used + 0.05 * job.memory),
+        "job_mem_failcnt": 7 if is_killed else 0,
+        "oom_kill": 1 if is_killed else 0,
+        "job_ram": full,
+        "job_read": 2e7 * (1 + demo_wave(name, "job_read", now)),
+        "job_write": 5e6 * (1 + demo_wave(name, "job_write", now)),
+        "job_time_limit": job.limit,
+        "job_time_left": job.limit - run.passed,
+    }
+
+
+def demo_busy(job: DemoJob, name: str, run: DemoRun, now: float) -> str:
+    """How busy each CPU of a node is, in tenths."""
+    mean = demo_cpu(job, name, run, now) / 10
+    tenths = [mean + demo_wave(name, "cpu%d" % cpu, now) for cpu in range(DEMO_CPUS)]
+    return "".join("%d" % min(9, max(0, value)) for value in tenths)
+
+
 def demo_gpus(job: DemoJob, name: str, now: float) -> List[Message]:
-    """The GPUs of a node; the last of one node does nothing."""
+    """The GPUs of a node: one of all does nothing, and one is slowed by its power limit."""
     gpus = []
     for index in range(job.gpus):
         busy = 93 + 5 * demo_wave(name, "gpu%d" % index, now)
-        if name == DEMO_IDLE_NODE or (name, index) == ("c02", 3):
+        is_used = (name, index) != DEMO_UNUSED_GPU
+        if name == DEMO_IDLE_NODE or not is_used:
             busy = 0.0
-        gpus.append(
-            {
-                "part": "gpu",
-                "index": index,
-                "name": "invented GPU",
-                "gpu": busy,
-                "mem_used": 0.72 * 80 * GIB,
-                "mem_total": 80 * GIB,
-                "power": 60 + 3.2 * busy,
-                "power_limit": 400.0,
-                "temp": 34 + busy / 3,
-                "processes": 1,
-            }
-        )
+        gpu: Message = {
+            "part": "gpu",
+            "index": index,
+            "uuid": "GPU-demo-%s-%d" % (name, index),
+            "name": "invented GPU",
+            "gpu": busy,
+            "mem_used": (0.72 if is_used else 0.01) * 80 * GIB,
+            "mem_total": 80 * GIB,
+            "power": 60 + 3.2 * busy,
+            "power_limit": 400.0,
+            "temp": 34 + busy / 3,
+            "processes": 1 if is_used else 0,
+        }
+        if (name, index) == DEMO_SLOWED_GPU:
+            gpu.update(throttle="power cap", power=399.0, temp=71.0)
+        gpus.append(gpu)
     return gpus
 
 
@@ -11905,25 +12293,36 @@ def demo_ranks(job: DemoJob, name: str, run: DemoRun, now: float) -> List[Messag
     ranks = []
     cpus = DEMO_CPUS // DEMO_RANKS
     first = job.nodes.index(name) * DEMO_RANKS
-    used = demo_sample(job, name, run, now)["job_mem"] / DEMO_RANKS
+    used = demo_job(job, name, run, now)["job_mem"] / DEMO_RANKS
+    mean = demo_cpu(job, name, run, now)
     for local_rank in range(DEMO_RANKS):
         begin = local_rank * cpus
-        ranks.append(
-            {
-                "part": "rank",
-                "pid": 4000 + local_rank,
-                "rank": first + local_rank,
-                "local_rank": local_rank,
-                "step": "0",
-                "program": job.name.partition("_")[0],
-                "cpu": cpus * demo_cpu(job, name, run, now),
-                "mem": used,
-                "peak": used,
-                "threads": cpus,
-                "cpus": "%d-%d" % (begin, begin + cpus - 1),
-                "state": "R",
-            }
-        )
+        share = 1 + 0.04 * demo_wave(name, "rank%d" % local_rank, now)
+        rank: Message = {
+            "part": "rank",
+            "pid": 4000 + local_rank,
+            "rank": first + local_rank,
+            "local_rank": local_rank,
+            "step": "0",
+            "program": job.name.partition("_")[0],
+            "cpu": min(100.0, mean * share) * cpus,
+            "mem": used,
+            "peak": used,
+            "threads": cpus,
+            "running": round(cpus * mean / 100),
+            "cpus": "%d-%d" % (begin, begin + cpus - 1),
+            "on": "%d-%d" % (begin, begin + cpus - 1),
+            "state": "R",
+            "read": 5e6 * share,
+            "write": 1e6 * share,
+            "read_total": 5e6 * run.passed,
+            "write_total": 1e6 * run.passed,
+        }
+        if name == DEMO_IDLE_NODE:
+            rank.update(state="S", wchan="futex_wait_queue", read=0.0, write=0.0)
+        if job.gpus:
+            rank["gpu"] = str(local_rank)
+        ranks.append(rank)
     return ranks
 
 
@@ -11931,7 +12330,6 @@ def demo_parts(
     job: DemoJob, name: str, run: DemoRun, now: float, look: int
 ) -> List[Message]:
     """What a look at a node finds: its CPUs, the job's processes and GPUs."""
-    busy = min(9, int(demo_cpu(job, name, run, now) / 10))
     parts: List[Message] = [
         {
             "part": "look",
@@ -11939,7 +12337,7 @@ def demo_parts(
             "shown": DEMO_RANKS,
             "cpus": "0-%d" % (DEMO_CPUS - 1),
         },
-        {"part": "core", "first": 0, "busy": str(busy) * DEMO_CPUS},
+        {"part": "core", "first": 0, "busy": demo_busy(job, name, run, now)},
     ]
     parts += demo_ranks(job, name, run, now)
     parts += demo_gpus(job, name, now)
@@ -12019,7 +12417,8 @@ class Demo:
         self.look += 1
         for job in DEMO_JOBS:
             run = demo_run(job, self.began, now)
-            facts.append(demo_facts(job, run))
+            for each in (*demo_ended(job, self.began, now), run):
+                facts.append(demo_facts(job, each))
             for name in job.nodes:
                 self.play_node(job, name, run, now)
         self.tell(facts, now)

@@ -320,10 +320,9 @@ def row_of_tasks(master_server: Any, snapshot: Any, tasks: List[Message]) -> Mes
     row = dict(job, slot=job["raw"], severity=severity, text=text)
     row["ran"] = master_server.run_time(job, snapshot.time)
     if len(tasks) > 1:
-        counts = collections.Counter(task["state"] or "UNKNOWN" for task in tasks)
-        words = ["%d %s" % (count, state.lower()) for state, count in counts.items()]
         row.update(job=job["array"], state=main_state(tasks), nodes=None, ran=None)
-        row["text"] = "; ".join(([text] if text else []) + [", ".join(words)])
+        counts = master_server.count_tasks(tasks)
+        row["text"] = "; ".join(([text] if text else []) + [counts])
     return row
 
 

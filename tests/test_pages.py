@@ -355,7 +355,7 @@ class Sentence(unittest.TestCase):
         self.assertEqual(self.title(view()), "No nodes")
         self.assertEqual(
             self.title(view([node(1, alerts="cpu>90")], [event("lost", "c9")])),
-            "\u26a0 Alerts: 1, lost: 1",
+            "\u26a0 alerts on 1 node, 1 node lost",
         )
 
     def test_a_collector_that_stopped_is_said_instead_of_showing_old_numbers_as_live(
@@ -443,7 +443,8 @@ class Html(unittest.TestCase):
             ["Nodes", "Recently gone", "Recently finished", "Events"],
         )
         for section in sections:
-            self.assertEqual((section["class"], section["tabindex"]), ("scroll", "0"))
+            self.assertIn("scroll", section["class"].split())
+            self.assertEqual(section["tabindex"], "0")
         self.assertEqual(page.count("<caption>"), 4)
 
     def test_links_lead_nowhere_else_whatever_a_node_is_called(self):
@@ -652,8 +653,8 @@ class NodePage(unittest.TestCase):
         )
         self.assertIn('<path class="cpu" d="M0 100h0L1 0M3 50h0"/>', page)
         self.assertIn('<path class="net_rx" d="M0 100h0L1 0"/>', page)
-        begin, end = (master.render_value("time", NOW - ago) for ago in (10, 0))
-        self.assertIn("4.0 KiB/s 0 %s %s" % (begin, end), words(page))
+        times = " ".join(master.render_value("time", NOW - ago) for ago in (10, 5, 0))
+        self.assertIn("Received 4.0 KiB/s 4.0 KiB/s 2.0 KiB/s 0 " + times, words(page))
         self.assertIn('data-values="0 100  50"', page)
         self.assertEqual(page.count("<figure "), 2)
 
@@ -666,10 +667,12 @@ class NodePage(unittest.TestCase):
         )
         page = master.ROUTES["/node/"][1](view(rows), {"node": "c1"}, about)
         self.assertIn('d="M0 100h0L1 75"', page)
-        order = re.findall(r'id="graph-(\w+)-1" class="(\w*)"', page)
-        self.assertEqual([key for key, kind in order if kind], [*master.LARGE_GRAPHS])
-        self.assertEqual([key for key, _ in order[:5]], [*master.LARGE_GRAPHS])
-        self.assertEqual([key for key, _ in order[-2:]], ["agent_cpu", "agent_rss"])
+        large, small = page.split('<div class="graphs large">')[1].split(
+            '<div class="graphs ">'
+        )
+        shown = re.compile(r'id="graph-(\w+)-1"')
+        self.assertEqual(shown.findall(large), [*master.LARGE_GRAPHS])
+        self.assertEqual(shown.findall(small)[-2:], ["agent_cpu", "agent_rss"])
 
     def test_a_young_node_has_a_curve_from_its_second_sample_on(self):
         about = site()
@@ -816,10 +819,10 @@ class JobsFirst(unittest.TestCase):
 
     def test_a_row_says_what_is_used_of_what_was_asked_for(self):
         row = {row["job"]: row for row in master.job_rows(self.view)}["1"]
-        self.assertEqual(row["clock"], "2:13 h of 12:00 h")
+        self.assertEqual(row["clock"], "2:13 of 12:00 h")
         self.assertAlmostEqual(row["clock_share"], 18.5, places=1)
         self.assertEqual((row["cpu"], row["gpu"]), (78.0, "94"))
-        self.assertEqual(row["memory"], "66 % of 128.0 GiB")
+        self.assertEqual(row["memory"], "66 % of 128 GiB")
 
     def test_the_headline_counts_those_that_died_and_those_with_a_problem(self):
         title = master.figures(self.view, master.select(self.view, {}))[0]
@@ -832,8 +835,108 @@ class JobsFirst(unittest.TestCase):
 
     def test_the_tasks_of_an_array_are_one_row(self):
         row = {row["job"]: row for row in master.job_rows(self.view)}["6"]
-        self.assertEqual(row["state"], "1 running, 1 completed")
+        self.assertEqual(row["state"], "1 running, 1 done")
         self.assertEqual(row["phase"], "running")
+
+    def test_the_tasks_that_squeue_folds_into_one_line_are_counted(self):
+        for name, count, is_whole in (
+            ("4711", 1, True),
+            ("4711_3", 1, True),
+            ("4711_[6-40]", 35, True),
+            ("4711_[6-40%4]", 35, True),
+            ("4711_[0-20:5]", 5, True),
+            ("4711_[1,3,7-9]", 5, True),
+            ("4711_[1,3,5,7,...]", 4, False),
+            ("4711_[1000-1200,1400-1", 201, False),  # the table has 24 bytes for an id
+            ("4711_[1000-", 1, False),
+            ("4711_[9-1]", 1, True),
+            ("4711_[0-9999999999999999999]", 10**19, True),
+            ("4711_[1-9:0]", 9, True),
+        ):
+            with self.subTest(name):
+                self.assertEqual(master.tasks_in(name), (count, is_whole))
+        tasks = [
+            job(1, job="1_[6-40]", state="PENDING"),
+            job(2, job="1_2", state="OUT_OF_MEMORY"),
+            job(3, job="1_3"),
+            job(4, job="1_[1,2,...]", state="PENDING"),
+        ]
+        told = "1 running, 37+ pending, 1 out of memory"
+        self.assertEqual(master.count_tasks(tasks), told)
+
+    def test_the_page_of_an_array_has_its_tasks_and_their_nodes_as_long_as_any_is_known(
+        self,
+    ):
+        nodes = [node(1, node="c1", job="6_1"), node(2, node="c2", job="7_1")]
+        verdicts = {"6": self.judged("problem", "one busy thread")}
+        tasks = [row for row in self.view.jobs if row["array"]]
+        snapshot = view(nodes, jobs=tasks, verdicts=verdicts)
+        page = render("/job/", snapshot, job="6")
+        self.assertIn("Job 6", words(page))
+        self.assertEqual(names(page), ["c1"])
+        for text in ("6_1", "6_2", "1 running, 1 done", "one busy thread"):
+            self.assertIn(text, words(page))
+        for task in tasks:
+            task["state"] = "COMPLETED"
+        self.assertFalse(master.is_past(snapshot, "6"))
+        self.assertTrue(master.is_past(snapshot, "6_1"))
+        self.assertTrue(master.is_past(snapshot, "8"))
+        self.assertEqual(render("/job/", snapshot, job="8"), "")
+
+    def test_a_job_with_an_idle_node_or_an_alert_is_not_called_fine(self):
+        busy = [dict(node(number, job="1"), cpu=90.0) for number in (1, 2)]
+        idle = dict(node(3, node="c3", job="1"), cpu=1.0)
+        alert = dict(node(4, node="c4", job="1"), cpu=90.0, alerts="cpu>80_for_9 ram>9")
+        fine = {"1": self.judged("fine", "nothing is wrong")}
+        for more, severity, what in (
+            ([], "fine", None),
+            ([idle], "advice", "c3 idle"),
+            ([idle, dict(idle, slot=5)], "advice", "2 nodes idle"),
+            ([dict(idle, slot=slot) for slot in (3, 5, 6)], "fine", None),  # most do
+            ([idle, alert], "problem", "c4: cpu>80 for 9, ram>9"),
+            ([alert, dict(alert, slot=6)], "problem", "alerts on 2 nodes"),
+        ):
+            snapshot = view(busy + more, jobs=[job(1)], verdicts=fine)
+            (row,) = master.job_rows(snapshot)
+            self.assertEqual((row["severity"], row["text"]), (severity, what))
+        died = {"1": self.judged("died", "out of memory")}
+        (row,) = master.job_rows(view(busy + [idle], jobs=[job(1)], verdicts=died))
+        self.assertEqual(row["text"], "out of memory")
+
+    def test_gpus_are_told_one_by_one_and_many_by_those_that_idle(self):
+        for busy, told in (
+            ([95.0, 93.0, 94.0, 0.0], "95 93 94 0"),
+            ([90.0] * 11 + [0.0] * 5, "mean 62, 5 of 16 idle"),
+            ([80.0, 90.0] * 8, "mean 85, 80 to 90 (16)"),
+        ):
+            gpus = [{"gpu": value} for value in busy]
+            snapshot = view([node(1, job="1")])
+            snapshot.parts = lambda slot, gpus=gpus: master.Parts({}, [], [], gpus)
+            self.assertEqual(master.render_gpus(snapshot, snapshot.nodes), told)
+
+    def test_on_a_phone_a_cell_says_what_it_is_as_there_are_no_headings(self):
+        page = render("/", self.view)
+        self.assertIn('<td data-what="Time" class="n">2:13 of 12:00 h', page)
+        self.assertIn('<td data-what="CPU" class="n">78.0 %', page)
+        self.assertNotIn('data-what="Job name"', page)
+        nodes = page[page.index('<section id="nodes"') :]
+        self.assertNotIn("data-what", nodes[: nodes.index("</section>")])
+
+    def test_the_page_says_of_when_it_is_and_whether_that_is_now(self):
+        told = master.render_value("time", NOW)
+        self.assertIn(told + ", live", words(render("/", self.view)))
+        self.assertIn(told + ", old", words(render("/", view(beat=60.0))))
+
+    def test_the_headline_counts_the_jobs_also_when_all_is_well(self):
+        for nodes, jobs, title in (
+            ([], [], "No nodes"),
+            ([node(1)], [], "All is well"),
+            ([node(1)], [job(1)], "All is well: 1 job"),
+            ([], [job(1, state="PENDING"), job(2)], "All is well: 2 jobs"),
+        ):
+            snapshot = view(nodes, jobs=jobs)
+            rows = master.select(snapshot, {})
+            self.assertEqual(master.headline(snapshot, rows), title)
 
     def test_a_job_that_only_agents_tell_of_is_one_as_well(self):
         snapshot = view([node(1, job="9"), node(2, job="9"), node(3)])
@@ -864,7 +967,7 @@ class TurnedAway(unittest.TestCase):
         title = master.figures(full, master.select(full, {}))[0]
         self.assertEqual(
             title,
-            "\u26a0 Alerts: 1; 1 agent turned away in the last minute: <no threads>",
+            "\u26a0 alerts on 1 node; 1 agent turned away in the last minute: <no threads>",
         )
         self.assertIn(title, words(render("/", full)))
         self.assertNotIn("<no threads>", render("/", full))
@@ -944,7 +1047,7 @@ class Text(unittest.TestCase):
     def test_it_begins_with_what_matters(self):
         self.assertTrue(
             render("/nodes.txt", view(self.rows)).startswith(
-                "All is well | Nodes 3 jobs: 2 |"
+                "All is well: 2 jobs | Nodes 3 jobs: 2 |"
             )
         )
         self.assertTrue(render("/nodes.txt", view()).startswith("No nodes\n"))
