@@ -898,6 +898,7 @@ LAYOUT = zlib.crc32(
     ).encode()
 )
 
+PICK_PAST = operator.itemgetter(*(INDEX[key] for key in PAST_KEYS))
 # A row of Snapshot.rows(): a slot's fields, then its details'
 NODE_KEYS = ("slot", "address", "cpu", "ram", "age", "since", "alerts") + tuple(
     m.key for m in DETAILS
@@ -1223,6 +1224,14 @@ def write_whole(row: Message, keys: Iterable[str]) -> None:
         value = row[key]
         if value is not None and value.is_integer():
             row[key] = int(value)
+
+
+def past_rows(ring: bytes, first: int, end: int) -> List[Row]:
+    """The readings with these numbers: time, node, job, PAST_KEYS."""
+    return [
+        PAST_ROW.unpack_from(ring, number % PAST * PAST_ROW.size)
+        for number in range(first, end)
+    ]
 
 
 class Table:
@@ -1637,10 +1646,34 @@ class Table:
             written, taken = PAST_HEAD.unpack_from(self.buf, self.parts_end)
             ring = bytes(self.buf[self.past_at : self.past_end])
             PAST_HEAD.pack_into(self.buf, self.parts_end, written, written)
-        return [
-            PAST_ROW.unpack_from(ring, number % PAST * PAST_ROW.size)
-            for number in range(taken, written)
-        ]
+        return past_rows(ring, taken, written)
+
+    def read_past(self, known: int) -> Tuple[int, List[Row]]:
+        """How many readings there were, and of them those after so many: as take_past().
+
+        For whoever shows them: the recorder takes its own all the same.
+        """
+        ring = b""
+        self.acquire()
+        try:
+            written, _ = PAST_HEAD.unpack_from(self.buf, self.parts_end)
+            if written != known:
+                ring = bytes(self.buf[self.past_at : self.past_end])
+        finally:
+            self.lock.release()
+        return written, past_rows(ring, max(known, written - PAST), written)
+
+    def last_reading(self, index: int) -> PastRow:
+        """The sample of a slot as a reading of the past.  For the collector."""
+        self.acquire()
+        try:
+            slot = SLOT.unpack_from(self.buf, index * SLOT.size)
+            at = self.details_at + index * DETAIL.size
+            seen, _, _, *details = DETAIL.unpack_from(self.buf, at)
+        finally:
+            self.lock.release()
+        when = time.time() - (time.monotonic() - seen)
+        return when, PICK_PAST(slot[2:] + tuple(details))
 
     def write_verdicts(self, raw: str, verdicts: List[Message]) -> None:
         """Put what is judged of a job in its place, or in that of the one judged longest ago.
@@ -5514,10 +5547,18 @@ class Collector:
             is_kept = self.table.write_past(peer.known_as, peer.job, readings)
         peer.say(b"ok past\n" if is_kept else b"full past\n")
 
+    def keep_last(self, peer: Peer) -> None:
+        """Hand the last sample of a job's node to the recorder, which may not have looked since."""
+        last = self.table.last_reading(peer.slot)
+        with self.lock:
+            self.table.write_past(peer.known_as, peer.job, [last])
+
     def leave(self, peer: Peer, kind: str, text: str) -> None:
         """Free the peer's slot and tell how it ended."""
         if peer.past:
             self.keep_past(peer)
+        if self.options.record and peer.job and kind != "refused":
+            self.keep_last(peer)
         self.table.clear(peer.slot)
         if peer.places:
             self.write_look(peer, [])
@@ -10852,6 +10893,20 @@ def put_readings(ring: Any, tick: int, values: Sequence[float]) -> None:
         ring[first::COARSE] = array.array("f", values[FINE_COUNT:])
 
 
+def fill_readings(ring: Any, tick: int, values: Sequence[float]) -> None:
+    """Write what GRAPHS were at a tick, where that is not known yet."""
+    for number in range(FINE_COUNT):
+        at = number * FINE + tick % FINE
+        if math.isnan(ring[at]):
+            ring[at] = values[number]
+    if tick % FIFTH == 0:
+        first = FINE_COUNT * FINE + tick // FIFTH % COARSE
+        for number, value in enumerate(values[FINE_COUNT:]):
+            at = first + number * COARSE
+            if math.isnan(ring[at]):
+                ring[at] = value
+
+
 class History:
     """The last ten minutes of every node, in a ring of floats for each; unknown is NaN.
 
@@ -10885,6 +10940,19 @@ class History:
         if last < tick:
             put_readings(ring, tick, values)
         self.rings[key] = tick, ring
+
+    def add_past(self, rows: Sequence[Row], now: float) -> None:
+        """Put readings of the time of a cut in their place: each stands for FIFTH ticks."""
+        for when, node, job, *readings in rows:
+            key = (from_field(node), from_field(job))
+            tick = self.tick - round((now - when) / TICK_SECONDS)
+            known = dict(zip(PAST_KEYS, readings))
+            values = [known.get(metric, math.nan) for metric in GRAPHS]
+            if self.rings.get(key, (-1,))[0] < self.tick:
+                self.note(key, GAP, self.tick)
+            _, ring = self.rings[key]
+            for at in range(max(tick - FIFTH, self.tick - FINE) + 1, tick + 1):
+                fill_readings(ring, at, values)
 
     def forget(self, tick: int, limit: int) -> None:
         """Drop the rings with nothing left in them; all that are not in use when too many are."""
@@ -11001,6 +11069,7 @@ class Dashboard:
         self.cost: Message = {"text": "What this master takes is not known"}
         self.accounts: Deque[Account] = collections.deque(maxlen=ACCOUNTS)
         self.history = History()
+        self.past = 0  # readings of the time of a cut that are in it
         self.series = self.history.series
         self.hosts = {
             socket.gethostname().lower(),
@@ -11064,6 +11133,8 @@ class Dashboard:
         is_due = tick % FIFTH == 0 or tick == 1
         if is_due or self.is_watched():
             self.history.add(self.fresh(), tick)
+            self.past, late = self.table.read_past(self.past)
+            self.history.add_past(late, time.time())
         taken = measure(self.table.pid) if is_due else None
         if taken:
             self.account(*taken)
@@ -12208,6 +12279,8 @@ class Recording:
         step = float(ROW_SECONDS)
         if self.tail:
             step = min(step, when - self.tail[-1].time)
+        else:
+            step = min(step, max(LOOK_SECONDS, when - self.begun))
         return RecordRow(when, round(step, 1), list(self.traces), values)
 
     def write_rows(self) -> None:
@@ -12343,6 +12416,16 @@ class Recording:
         return lines
 
 
+def row_of_past(node: bytes, job: bytes, readings: Sequence[float]) -> Row:
+    """A reading of the past as a row of NODE_KEYS: of the rest nothing is known."""
+    row = [0, b"", *UNKNOWN[:2], math.nan, math.nan, b"", *UNKNOWN[2:]]
+    row[NODE_AT] = node
+    row[JOB_AT] = job
+    for key, reading in zip(PAST_KEYS, readings):
+        row[NODE_KEYS.index(key)] = reading
+    return tuple(row)
+
+
 class NoWriter:
     """Stands for a RecordWriter with --no-record: jobs are judged, and nothing is written."""
 
@@ -12418,8 +12501,8 @@ class Recorder:
             self.places = {}
         if view.beat < STALE_SECONDS:  # else what is in the table is old
             self.take_samples(view, now)
+        self.take_past(now)
         self.take_events(view)
-        self.take_past()
         if not is_due:
             self.judge_ends(view, now)
         else:
@@ -12522,15 +12605,24 @@ class Recorder:
         if recording.judge(self.diagnose, view, now, jobs):
             self.table.write_verdicts(recording.raw, recording.told_verdicts())
 
-    def take_past(self) -> None:
-        """Record what agents told of the time of a cut, also of jobs that ended meanwhile."""
+    def take_past(self, now: float) -> None:
+        """Record what agents told of the time of a cut, also of jobs that ended meanwhile.
+
+        What a node said last is there, too: that of one which came and went between two looks
+        is all that there is of it.
+        """
         late: Dict[str, List[bytes]] = {}
         for when, node, known_as, *readings in self.table.take_past():
-            name = from_field(node)
+            name = str(from_field(node))
             job = str(from_field(known_as))
             facts = self.facts.get(job)
-            lines = late.setdefault(facts["job"] if facts else job, [])
-            lines.append(late_line(when, str(name), readings))
+            job = facts["job"] if facts else job
+            if self.has_missed(job, name):
+                row = row_of_past(node, known_as, readings)
+                self.recording(job, when).take(name, row, min(when, now))
+            else:
+                line = late_line(when, name, readings)
+                late.setdefault(job, []).append(line)
         for job, lines in late.items():
             if job in self.recordings:
                 self.recordings[job].lines += lines
@@ -12538,6 +12630,12 @@ class Recorder:
                 self.writer.post(Work("lines", job, b"".join(lines)))
                 self.writer.post(Work("pack", job))
                 self.writer.post(Work("report", job))
+
+    def has_missed(self, job: str, name: str) -> bool:
+        """Whether no look has found that node of a job that is, or may be, recorded."""
+        if job in self.recordings:
+            return name not in self.recordings[job].traces
+        return job not in self.done and len(self.recordings) < MAX_RECORDINGS
 
     def go_on(self, recording: Recording, view: Snapshot, now: float) -> None:
         """Every ROW_SECONDS: a row, a verdict, or the end."""
