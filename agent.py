@@ -2414,7 +2414,7 @@ RECORDED = ("cpu", "job_cpu", "job_mem", "gpu")  # those of REPORTED that a row 
 TOLD_OF_JOB = (
     ("partition", "SLURM_JOB_PARTITION", str),
     ("nodes", "SLURM_JOB_NUM_NODES", int),
-    ("mem", "SLURM_MEM_PER_NODE", lambda text: int(text) * 2 ** 20),
+    ("mem", "SLURM_MEM_PER_NODE", lambda text: int(text) * 2**20),
 )
 
 
@@ -2500,7 +2500,7 @@ def record_lines(
     facts.update(life.state(report.risen("oom_kill", last)))
     yield {"job": facts, "time": round(life.end, 3), "format": RECORD_FORMAT}
     cpus = int(last.get("job_cpus") or last.get("cpus") or 1)
-    known = {"job_cpus": cpus}
+    known: Sample = {"job_cpus": cpus}
     for key in ("cpus", "mem_total", "gpus", "job_mem_limit"):
         if key in last:
             known[key] = last[key]

@@ -6105,7 +6105,10 @@ def is_gap(before: RecordRow, after: RecordRow) -> bool:
 
 
 def without_overlap(rows: Iterable[RecordRow]) -> List[RecordRow]:
-    """The rows by time; where several stand for the same time, the finest, then the widest."""
+    """The rows by time; where several stand for the same time, the finest, then the widest.
+
+    Rows of other nodes tell of something else: each command of several leaves its own record.
+    """
     times: List[float] = []
     steps: List[float] = []
     kept: List[RecordRow] = []
@@ -6113,6 +6116,7 @@ def without_overlap(rows: Iterable[RecordRow]) -> List[RecordRow]:
         place = bisect.bisect_left(times, row.time)
         is_told = any(
             abs(times[index] - row.time) < 0.75 * steps[index]
+            and not are_of_others(row.names, kept[index].names)
             for index in (place - 1, place)
             if 0 <= index < len(times)
         )
@@ -6121,6 +6125,11 @@ def without_overlap(rows: Iterable[RecordRow]) -> List[RecordRow]:
             steps.insert(place, row.step)
             kept.insert(place, row)
     return kept
+
+
+def are_of_others(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether no node is in both, as far as they are known."""
+    return bool(names and others) and set(names).isdisjoint(others)
 
 
 def add_late(rows: List[RecordRow], late: Iterable[Late], names: List[str]) -> None:
@@ -6272,8 +6281,8 @@ class Record:
 
     def finish(self) -> "Record":
         """Put in order what came from several files."""
-        self.put_nodes_in_order()
         self.rows = without_overlap(self.rows)
+        self.put_nodes_in_order()
         add_late(self.rows, self.late, list(self.nodes))
         self.late = []
         events = {
@@ -6285,6 +6294,8 @@ class Record:
             readings.sort(key=operator.itemgetter(0))
         if self.has_ended and self.facts["state"] not in ENDED_STATES:
             self.facts["state"] = None  # its agents said goodbye, and Slurm nothing
+        if self.verdicts is None and self.facts["state"] in DEADLY_STATES:
+            self.verdicts = verdicts_json(find_deaths(self)) or None
         return self
 
     def put_nodes_in_order(self) -> None:
@@ -6362,6 +6373,26 @@ class Record:
         if self.end:
             lines.append(record_line({"end": self.end}))
         return lines
+
+
+def find_deaths(record: Record) -> List[Verdict]:
+    """What a job died of that no recorder has judged: agent.py wrote its record, or Slurm did."""
+    nodes = []
+    for place, (name, facts) in enumerate(record.nodes.items()):
+        curves = {}
+        for key in BY_NODE:
+            columns = record.columns(key)
+            means = columns[place] if place < len(columns) else ()
+            points = zip(record.rows_of(key), means)
+            curves[key] = [(row.time, mean) for row, mean in points if mean is not None]
+        sample: Message = dict.fromkeys(INDEX)
+        sample.update(facts)
+        sample.update({key: curve[-1][1] for key, curve in curves.items() if curve})
+        ranks = [rank for rank in record.ranks if rank.get("node") == name]
+        nodes.append(NodeEvidence(name, sample, curves, ranks, [], {}, set(), None))
+    _, end = record.span
+    evidence = JobEvidence(record.facts, nodes, record.events, end)
+    return [verdict for verdict in diagnose(evidence) if verdict.severity == "died"]
 
 
 def in_order_of(row: RecordRow, names: List[str]) -> RecordRow:

@@ -21,7 +21,7 @@ from support import eventually
 from test_reports import AXE
 
 sys.path.insert(0, support.ROOT)
-import master_server as master  # noqa: E402
+import master_server as master
 
 JOB_SECONDS = 180  # how long the job lives ...
 CUT_SECONDS = 60  # ... of which the laptop's cable is out
@@ -47,11 +47,14 @@ while rank == "1":
     time.sleep(0.1)
 time.sleep(600)
 """
-SCRIPT = """#!/bin/bash
+SCRIPT = (
+    """#!/bin/bash
 srun --overlap --mem=0 --nodes=$SLURM_NNODES --ntasks=$SLURM_NNODES --ntasks-per-node=1 \\
     python3 agent.py --host login --port %d &
 srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit python3 grow.py
-""" % test_lab.BRIDGE
+"""
+    % test_lab.BRIDGE
+)
 # As tests/README.md has it: the tunnel comes back by itself
 TUNNEL = (
     "while true; do ssh -N -o ExitOnForwardFailure=yes -o ServerAliveInterval=5"
@@ -180,7 +183,10 @@ class Survival(test_lab.LabTest):
     def check_end(self, record, died):
         """The death has its name, and what was measured reaches to it."""
         died_of = [v["what"] for v in record.verdicts if v["severity"] == "died"]
-        self.assertRegex(" ".join(died_of), "out of memory: the kernel killed 1 process")
+        self.assertTrue(died_of, (record.verdicts, record.events))
+        self.assertRegex(
+            " ".join(died_of), "out of memory: the kernel killed 1 process"
+        )
         self.assertRegex(" ".join(died_of), "on c2")
         for key, name in (("job_mem", "c2"), ("cpu", "c1")):
             place = 3 + list(record.nodes).index(name)
