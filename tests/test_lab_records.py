@@ -1,8 +1,8 @@
 """A job's record after all that can happen to it: real Slurm, sshd and a cable (lab.sh).
 
-The master is on the laptop, the agents are a sidecar of the job and dial through a tunnel and
-the bridge (Solution B): agents of --my-jobs and --ssh end with the master, and what is not
-measured nobody can send later.  About five minutes.
+The master is on the laptop.  The agents are around the work and dial through the bridge and a
+tunnel (Solution B): those of --my-jobs and --ssh end with the master or the ssh, and what is
+not measured nobody can send later.  About five minutes.
 """
 
 import html
@@ -49,9 +49,8 @@ time.sleep(600)
 """
 SCRIPT = (
     """#!/bin/bash
-srun --overlap --mem=0 --nodes=$SLURM_NNODES --ntasks=$SLURM_NNODES --ntasks-per-node=1 \\
-    python3 agent.py --host login --port %d &
-srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit python3 grow.py
+srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit \\
+    python3 agent.py --host login --port %d -- python3 grow.py
 """
     % test_lab.BRIDGE
 )
