@@ -10973,8 +10973,11 @@ class History:
         self.rings[key] = tick, ring
 
     def add_past(self, rows: Sequence[Row], now: float) -> None:
-        """Put readings of the time of a cut in their place: each stands for FIFTH ticks."""
-        for when, node, job, *readings in rows:
+        """Put readings of the time of a cut in their place, where nothing is known.
+
+        Each stands for FIFTH ticks, and the newest until the live ones of a node that is back.
+        """
+        for when, node, job, *readings in reversed(rows):
             key = (from_field(node), from_field(job))
             tick = self.tick - round((now - when) / TICK_SECONDS)
             known = dict(zip(PAST_KEYS, readings))
@@ -10982,7 +10985,9 @@ class History:
             if self.rings.get(key, (-1,))[0] < self.tick:
                 self.note(key, GAP, self.tick)
             _, ring = self.rings[key]
-            for at in range(max(tick - FIFTH, self.tick - FINE) + 1, tick + 1):
+            is_live = not math.isnan(ring[self.tick % FINE])
+            end = min(tick + 2 * FIFTH, self.tick) if is_live else tick + 1
+            for at in range(max(tick - FIFTH, self.tick - FINE) + 1, end):
                 fill_readings(ring, at, values)
 
     def forget(self, tick: int, limit: int) -> None:
@@ -12449,7 +12454,8 @@ class Recording:
 
 def row_of_past(node: bytes, job: bytes, readings: Sequence[float]) -> Row:
     """A reading of the past as a row of NODE_KEYS: of the rest nothing is known."""
-    row = [0, b"", *UNKNOWN[:2], math.nan, math.nan, b"", *UNKNOWN[2:]]
+    seen = time.monotonic()
+    row = [0, b"", *UNKNOWN[:2], seen, math.nan, b"", *UNKNOWN[2:]]
     row[NODE_AT] = node
     row[JOB_AT] = job
     for key, reading in zip(PAST_KEYS, readings):
