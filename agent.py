@@ -2335,6 +2335,7 @@ class Report(Dict[str, Tuple[float, float, float]]):
         self.before = before or {}
         self.samples = 0
         self.seconds = 0.0  # covered by all samples
+        self.least: Dict[str, float] = {}
 
     def add(self, sample: Sample, seconds: float) -> None:
         """Count a sample that covers so many seconds."""
@@ -2346,6 +2347,7 @@ class Report(Dict[str, Tuple[float, float, float]]):
                 known, mean, peak = self.get(key, (0.0, 0.0, 0.0))
                 mean += (value - mean) * seconds / (known + seconds)
                 self[key] = (known + seconds, mean, max(peak, value))
+                self.least[key] = min(self.least.get(key, value), value)
 
     def lines(self, last: Sample, ended: str = "") -> Iterable[str]:
         """Yield the report for people, a line a subject; last is the last sample."""
@@ -2418,6 +2420,156 @@ class Report(Dict[str, Tuple[float, float, float]]):
         return "CPU mean %.1f %%, peak %.1f %% of %s%s CPUs" % (mean, peak, owner, cpus)
 
 
+# ---- the record of a command, as the masters' recorders write theirs -----------------
+
+RECORD_SECONDS = 2.0  # that a disk may keep us from ending
+RECORD_FORMAT = 1  # of the lines: see the room of the records in master_server.py
+RECORDED = ("cpu", "job_cpu", "job_mem", "gpu")  # those of REPORTED that a row can have
+# what Slurm tells in the environment and a sample does not have: key, variable, its type
+TOLD_OF_JOB = (
+    ("partition", "SLURM_JOB_PARTITION", str),
+    ("nodes", "SLURM_JOB_NUM_NODES", int),
+    ("mem", "SLURM_MEM_PER_NODE", lambda text: int(text) * 2**20),
+)
+
+
+class Life(NamedTuple):
+    """A command from its start to its end."""
+
+    command: List[str]
+    start: float  # time.time()
+    seconds: float
+    code: Optional[int]  # as subprocess has it; None while it runs on
+    usage: Any  # of it and its children, as os.wait4() has it; None while it runs on
+
+    @property
+    def end(self) -> float:
+        return self.start + self.seconds
+
+    def state(self, kills: int) -> Sample:
+        """Return how it ended, as Slurm would say it; nothing while it runs on."""
+        if self.code is None:
+            return {}
+        if self.code == 0:
+            return {"state": "COMPLETED", "exit": "0:0"}
+        codes = (self.code, 0) if self.code > 0 else (0, -self.code)
+        state = "OUT_OF_MEMORY" if kills else "FAILED"
+        return {"state": state, "exit": "%d:%d" % codes}
+
+
+def own_job(last: Sample, life: Life) -> Sample:
+    """Return the facts of the job that a command is in; without a job it is one of its own."""
+    environ = os.environ
+    facts: Sample = {"start": round(life.start, 3), "end": round(life.end, 3)}
+    if "job" in last:
+        facts["job"] = facts["raw"] = last["job"]
+    else:
+        facts["job"] = "%s-%d-%d" % (last["node"], life.start, os.getpid())
+    facts["job_name"] = last.get("job_name", clip(os.path.basename(life.command[0])))
+    for key, known in (("user", "user"), ("limit", "job_time_limit")):
+        if known in last:
+            facts[key] = last[known]
+    array = environ.get("SLURM_ARRAY_JOB_ID")
+    if "job" in last and array:
+        facts["array"] = array
+        facts["job"] = "%s_%s" % (array, environ.get("SLURM_ARRAY_TASK_ID"))
+    for key, variable, kind in TOLD_OF_JOB:
+        with contextlib.suppress(KeyError, ValueError):
+            facts[key] = kind(environ[variable])
+    return facts
+
+
+def record_row(last: Sample, report: Report, life: Life, cpus: int) -> Dict[str, Any]:
+    """Return the one row of a record: least, mean, most and the node's mean of each metric.
+
+    What the kernel has counted of the command tells of more than samples do, if it was short.
+    """
+    row: Dict[str, Any] = {
+        "row": round(life.end, 3),
+        "step": round(life.seconds, 3),
+    }
+    for key in RECORDED:
+        if key in report:
+            _, mean, peak = report[key]
+            row[key] = [report.least[key], mean, peak, mean]
+    if life.usage is not None:
+        spent = life.usage.ru_utime + life.usage.ru_stime
+        mean = 100 * spent / life.seconds / cpus
+        least, _, most, _ = row.get("job_cpu", [mean] * 4)
+        row["job_cpu"] = [min(least, mean), mean, max(most, mean), mean]
+        unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2)
+        peak = float(life.usage.ru_maxrss * unit)
+        least, mean, most, _ = row.get("job_mem", [None, None, peak, None])
+        row["job_mem"] = [least, mean, max(most, peak), mean]
+    for key in RECORDED:
+        if key in row:
+            row[key] = [value and float("%.4g" % value) for value in row[key]]
+    return row
+
+
+def record_lines(
+    last: Sample, report: Report, life: Life, told: str
+) -> Iterable[Dict[str, Any]]:
+    """Yield the record of a command, a line each; told is its report."""
+    facts = own_job(last, life)
+    facts.update(life.state(report.risen("oom_kill", last)))
+    yield {"job": facts, "time": round(life.end, 3), "format": RECORD_FORMAT}
+    cpus = int(last.get("job_cpus") or last.get("cpus") or 1)
+    known: Sample = {"job_cpus": cpus}
+    for key in ("cpus", "mem_total", "gpus", "job_mem_limit"):
+        if key in last:
+            known[key] = last[key]
+    yield {"nodes": {last["node"]: known}}
+    yield record_row(last, report, life, cpus)
+    event = {"time": round(life.end, 3), "kind": "finished", "node": last["node"]}
+    yield {"event": dict(event, text=told)}
+    if life.code is not None:
+        yield {"end": {"time": round(life.end, 3)}}
+
+
+def record_path(folder: str, job: str, start: float) -> str:
+    """Return the path of the one file that this process writes of a job."""
+    name = ""
+    for byte in job.encode("utf-8", "replace"):
+        is_plain = chr(byte).isalnum() and byte < 128 or byte == ord("_")
+        name += chr(byte) if is_plain else "%%%02X" % byte
+    host = re.sub(r"[^A-Za-z0-9_]", "_", socket.gethostname())[:40]
+    mark = "%s-%d-%d" % (host, os.getpid(), start)
+    return os.path.join(folder, "%s.%s.jsonl" % (name, mark))
+
+
+def append_record(path: str, lines: Iterable[Dict[str, Any]]) -> None:
+    """Append lines to the record of a command, for its owner alone; OSError."""
+    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    data = text.encode()
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+    file = os.open(path, flags, 0o600)
+    try:
+        if os.write(file, data) < len(data):
+            raise OSError("no room for all of it")
+    finally:
+        os.close(file)  # which is where a network filesystem tells of a quota
+
+
+def try_to_record(path: str, lines: Iterable[Dict[str, Any]]) -> None:
+    """Append them, for a while at most: a disk that hangs or is full is one line."""
+    failures = ["it does not answer"]
+
+    def append() -> None:
+        try:
+            append_record(path, lines)
+            failures.clear()
+        except Exception as error:
+            failures[:] = [getattr(error, "strerror", None) or str(error)]
+
+    thread = threading.Thread(target=append, daemon=True)
+    thread.start()
+    thread.join(RECORD_SECONDS)
+    for why in failures:
+        log("cannot record in %s: %s" % (os.path.dirname(path), why))
+
+
 # ============================================================================
 # Loop: wait, sample, send, on the beat
 # ============================================================================
@@ -2464,6 +2616,13 @@ class Agent:
         self.ending = ""  # why it ends, once it does
         self.signals: List[int] = []
         self.command: Any = None
+        self.start_time = time.time()  # of the command
+        self.started = time.monotonic()
+        self.seconds = 0.0  # that the command took, once it has ended ...
+        self.usage: Any = None  # ... and what of the machine: see os.wait4()
+        self.last = dict(sampler.fixed)  # the newest sample
+        self.told = ""  # at the goodbye
+        self.recorded = ""  # where a part of the record is
         self.awake, self.wake = os.pipe()  # signals and dialled links write a byte
         os.set_blocking(self.wake, False)
 
@@ -2476,6 +2635,8 @@ class Agent:
         if self.args.command:
             import subprocess
 
+            self.start_time = time.time()
+            self.started = time.monotonic()
             self.command = subprocess.Popen(self.args.command, close_fds=False)
 
     def run(self) -> int:
@@ -2487,6 +2648,8 @@ class Agent:
             log("stopped watching: %r" % error)
         if self.command:
             self.outlast()
+            if self.args.record:
+                self.record()
             return exit_status(self.command.returncode)
         return 0 if self.ending else 1
 
@@ -2494,7 +2657,7 @@ class Agent:
         """Pass signals on until the command has ended, whatever has become of the watching."""
         poll = select.poll()
         poll.register(self.awake, select.POLLIN)
-        while self.command.poll() is None:
+        while self.poll_command() is None:
             if poll.poll(WAIT_SECONDS * 1000):
                 os.read(self.awake, FILE_BYTES)
             self.handle_signals()
@@ -2561,9 +2724,25 @@ class Agent:
         elif ready:
             self.link.exchange()
         self.handle_signals()
-        code = self.command.poll() if self.command else None
+        code = self.poll_command() if self.command else None
         if code is not None:
             self.ending = ending_of(code)
+
+    def poll_command(self) -> Optional[int]:
+        """Return the code of the command once it has ended; what it has used is kept."""
+        if self.command.returncode is None:
+            # as Popen.poll(), which drops what the kernel has counted
+            with contextlib.suppress(ChildProcessError):
+                pid, status, usage = os.wait4(self.command.pid, os.WNOHANG)
+                if pid and os.WIFSIGNALED(status):
+                    self.command.returncode = -os.WTERMSIG(status)
+                elif pid:
+                    self.command.returncode = os.WEXITSTATUS(status)
+                if pid:
+                    self.seconds = time.monotonic() - self.started
+                    self.usage = usage
+        code: Optional[int] = self.command.poll()
+        return code
 
     def poll(self, until: float) -> Dict[int, int]:
         """Wait for a wake-up, the master, our reader or our input: {descriptor: what}."""
@@ -2603,6 +2782,7 @@ class Agent:
         """Take one sample, for the report, too, and show it."""
         before = self.sampler.now
         sample = self.sampler.sample()
+        self.last = sample
         self.report.add(sample, self.sampler.now - before)
         if self.args.verbose:
             log(repr(sample))
@@ -2623,10 +2803,26 @@ class Agent:
                 log("report of %s, %s: %s" % (last["node"], self.ending, line))
         log("goodbye: %s" % self.ending)
         self.link.close(farewell)
+        self.told = clip("; ".join([self.ending, *lines]))
+        if self.args.record and self.command.returncode is None:
+            self.record()  # it may be killed before it ends
         if self.args.report:
             facts = dict(last, ended=self.ending, text=lines, totals=self.report)
             with self.args.report as file:
                 json.dump(facts, file)
+
+    def record(self) -> None:
+        """Write the record of the command, or how it ended if the rest is there."""
+        seconds = self.seconds or time.monotonic() - self.started
+        code = self.command.returncode
+        life = Life(self.args.command, self.start_time, seconds, code, self.usage)
+        lines = list(record_lines(self.last, self.report, life, self.told))
+        if self.recorded:
+            lines = [line for line in lines if "job" in line or "end" in line]
+        else:
+            job = lines[0]["job"]["job"]
+            self.recorded = record_path(self.args.record, job, life.start)
+        try_to_record(self.recorded, lines)
 
 
 # ============================================================================
@@ -4030,6 +4226,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="write the end-of-job report there as JSON, too",
     )
+    add(
+        "--record",
+        metavar="DIR",
+        help="leave a record of the COMMAND there, for /jobs, /runs and --explain",
+    )
     add("--once", action="store_true", help="print one sample as JSON and exit")
     add("--stdout", action="store_true", help="print samples, a line of JSON each")
     add(
@@ -4072,6 +4273,8 @@ def parse_words(
             "%s; allowed: --%s, or -- and a COMMAND (not with --once)"
             % (" ".join(unknown), " --".join(flags))
         )
+    if args.record and not args.command:
+        parser.error("--record: only with -- and a COMMAND")
     args.piped = not (args.command or sys.stdout is None or sys.stdout.isatty())
     args.live = not args.command and sys.stderr is not None and sys.stderr.isatty()
     return args

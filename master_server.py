@@ -903,6 +903,7 @@ LAYOUT = zlib.crc32(
     ).encode()
 )
 
+PICK_PAST = operator.itemgetter(*(INDEX[key] for key in PAST_KEYS))
 # A row of Snapshot.rows(): a slot's fields, then its details'
 NODE_KEYS = ("slot", "address", "cpu", "ram", "age", "since", "alerts") + tuple(
     m.key for m in DETAILS
@@ -1263,6 +1264,14 @@ def write_whole(row: Message, keys: Iterable[str]) -> None:
         value = row[key]
         if value is not None and value.is_integer():
             row[key] = int(value)
+
+
+def past_rows(ring: bytes, first: int, end: int) -> List[Row]:
+    """The readings with these numbers: time, node, job, PAST_KEYS."""
+    return [
+        PAST_ROW.unpack_from(ring, number % PAST * PAST_ROW.size)
+        for number in range(first, end)
+    ]
 
 
 class Table:
@@ -1690,10 +1699,34 @@ class Table:
             written, taken = PAST_HEAD.unpack_from(self.buf, self.parts_end)
             ring = bytes(self.buf[self.past_at : self.past_end])
             PAST_HEAD.pack_into(self.buf, self.parts_end, written, written)
-        return [
-            PAST_ROW.unpack_from(ring, number % PAST * PAST_ROW.size)
-            for number in range(taken, written)
-        ]
+        return past_rows(ring, taken, written)
+
+    def read_past(self, known: int) -> Tuple[int, List[Row]]:
+        """How many readings there were, and of them those after so many: as take_past().
+
+        For whoever shows them: the recorder takes its own all the same.
+        """
+        ring = b""
+        self.acquire()
+        try:
+            written, _ = PAST_HEAD.unpack_from(self.buf, self.parts_end)
+            if written != known:
+                ring = bytes(self.buf[self.past_at : self.past_end])
+        finally:
+            self.lock.release()
+        return written, past_rows(ring, max(known, written - PAST), written)
+
+    def last_reading(self, index: int) -> PastRow:
+        """The sample of a slot as a reading of the past.  For the collector."""
+        self.acquire()
+        try:
+            slot = SLOT.unpack_from(self.buf, index * SLOT.size)
+            at = self.details_at + index * DETAIL.size
+            seen, _, _, *details = DETAIL.unpack_from(self.buf, at)
+        finally:
+            self.lock.release()
+        when = time.time() - (time.monotonic() - seen)
+        return when, PICK_PAST(slot[2:] + tuple(details))
 
     def write_verdicts(self, raw: str, verdicts: List[Message]) -> None:
         """Put what is judged of a job in its place, or in that of the one judged longest ago.
@@ -5739,10 +5772,18 @@ class Collector:
             is_kept = self.table.write_past(peer.known_as, peer.job, readings)
         peer.say(b"ok past\n" if is_kept else b"full past\n")
 
+    def keep_last(self, peer: Peer) -> None:
+        """Hand the last sample of a job's node to the recorder, which may not have looked since."""
+        last = self.table.last_reading(peer.slot)
+        with self.lock:
+            self.table.write_past(peer.known_as, peer.job, [last])
+
     def leave(self, peer: Peer, kind: str, text: str) -> None:
         """Free the peer's slot and tell how it ended."""
         if peer.past:
             self.keep_past(peer)
+        if self.options.record and peer.job and kind != "refused":
+            self.keep_last(peer)
         self.table.clear(peer.slot)
         if peer.places:
             self.write_look(peer, [])
@@ -6361,7 +6402,10 @@ def is_gap(before: RecordRow, after: RecordRow) -> bool:
 
 
 def without_overlap(rows: Iterable[RecordRow]) -> List[RecordRow]:
-    """The rows by time; where several stand for the same time, the finest, then the widest."""
+    """The rows by time; where several stand for the same time, the finest, then the widest.
+
+    Rows of other nodes tell of something else: each command of several leaves its own record.
+    """
     times: List[float] = []
     steps: List[float] = []
     kept: List[RecordRow] = []
@@ -6369,6 +6413,7 @@ def without_overlap(rows: Iterable[RecordRow]) -> List[RecordRow]:
         place = bisect.bisect_left(times, row.time)
         is_told = any(
             abs(times[index] - row.time) < 0.75 * steps[index]
+            and not are_of_others(row.names, kept[index].names)
             for index in (place - 1, place)
             if 0 <= index < len(times)
         )
@@ -6377,6 +6422,11 @@ def without_overlap(rows: Iterable[RecordRow]) -> List[RecordRow]:
             steps.insert(place, row.step)
             kept.insert(place, row)
     return kept
+
+
+def are_of_others(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether no node is in both, as far as they are known."""
+    return bool(names and others) and set(names).isdisjoint(others)
 
 
 def add_late(rows: List[RecordRow], late: Iterable[Late], names: List[str]) -> None:
@@ -6528,8 +6578,8 @@ class Record:
 
     def finish(self) -> "Record":
         """Put in order what came from several files."""
-        self.put_nodes_in_order()
         self.rows = without_overlap(self.rows)
+        self.put_nodes_in_order()
         add_late(self.rows, self.late, list(self.nodes))
         self.late = []
         events = {
@@ -6541,6 +6591,8 @@ class Record:
             readings.sort(key=operator.itemgetter(0))
         if self.has_ended and self.facts["state"] not in ENDED_STATES:
             self.facts["state"] = None  # its agents said goodbye, and Slurm nothing
+        if self.verdicts is None and self.facts["state"] in DEADLY_STATES:
+            self.verdicts = verdicts_json(find_deaths(self)) or None
         return self
 
     def put_nodes_in_order(self) -> None:
@@ -6618,6 +6670,26 @@ class Record:
         if self.end:
             lines.append(record_line({"end": self.end}))
         return lines
+
+
+def find_deaths(record: Record) -> List[Verdict]:
+    """What a job died of that no recorder has judged: agent.py wrote its record, or Slurm did."""
+    nodes = []
+    for place, (name, facts) in enumerate(record.nodes.items()):
+        curves = {}
+        for key in BY_NODE:
+            columns = record.columns(key)
+            means = columns[place] if place < len(columns) else ()
+            points = zip(record.rows_of(key), means)
+            curves[key] = [(row.time, mean) for row, mean in points if mean is not None]
+        sample: Message = dict.fromkeys(INDEX)
+        sample.update(facts)
+        sample.update({key: curve[-1][1] for key, curve in curves.items() if curve})
+        ranks = [rank for rank in record.ranks if rank.get("node") == name]
+        nodes.append(NodeEvidence(name, sample, curves, ranks, [], {}, set(), None))
+    _, end = record.span
+    evidence = JobEvidence(record.facts, nodes, record.events, end)
+    return [verdict for verdict in diagnose(evidence) if verdict.severity == "died"]
 
 
 def in_order_of(row: RecordRow, names: List[str]) -> RecordRow:
@@ -11565,6 +11637,20 @@ def put_readings(ring: Any, tick: int, values: Sequence[float]) -> None:
         ring[first::COARSE] = array.array("f", values[FINE_COUNT:])
 
 
+def fill_readings(ring: Any, tick: int, values: Sequence[float]) -> None:
+    """Write what GRAPHS were at a tick, where that is not known yet."""
+    for number in range(FINE_COUNT):
+        at = number * FINE + tick % FINE
+        if math.isnan(ring[at]):
+            ring[at] = values[number]
+    if tick % FIFTH == 0:
+        first = FINE_COUNT * FINE + tick // FIFTH % COARSE
+        for number, value in enumerate(values[FINE_COUNT:]):
+            at = first + number * COARSE
+            if math.isnan(ring[at]):
+                ring[at] = value
+
+
 class History:
     """The last ten minutes of every node, in a ring of floats for each; unknown is NaN.
 
@@ -11598,6 +11684,24 @@ class History:
         if last < tick:
             put_readings(ring, tick, values)
         self.rings[key] = tick, ring
+
+    def add_past(self, rows: Sequence[Row], now: float) -> None:
+        """Put readings of the time of a cut in their place, where nothing is known.
+
+        Each stands for FIFTH ticks, and the newest until the live ones of a node that is back.
+        """
+        for when, node, job, *readings in reversed(rows):
+            key = (from_field(node), from_field(job))
+            tick = self.tick - round((now - when) / TICK_SECONDS)
+            known = dict(zip(PAST_KEYS, readings))
+            values = [known.get(metric, math.nan) for metric in GRAPHS]
+            if self.rings.get(key, (-1,))[0] < self.tick:
+                self.note(key, GAP, self.tick)
+            _, ring = self.rings[key]
+            is_live = not math.isnan(ring[self.tick % FINE])
+            end = min(tick + 2 * FIFTH, self.tick) if is_live else tick + 1
+            for at in range(max(tick - FIFTH, self.tick - FINE) + 1, end):
+                fill_readings(ring, at, values)
 
     def forget(self, tick: int, limit: int) -> None:
         """Drop the rings with nothing left in them; all that are not in use when too many are."""
@@ -11714,6 +11818,7 @@ class Dashboard:
         self.cost: Message = {"text": "What this master takes is not known"}
         self.accounts: Deque[Account] = collections.deque(maxlen=ACCOUNTS)
         self.history = History()
+        self.past = 0  # readings of the time of a cut that are in it
         self.series = self.history.series
         self.hosts = {
             socket.gethostname().lower(),
@@ -11778,6 +11883,8 @@ class Dashboard:
         is_due = tick % FIFTH == 0 or tick == 1
         if is_due or self.is_watched():
             self.history.add(self.fresh(), tick)
+            self.past, late = self.table.read_past(self.past)
+            self.history.add_past(late, time.time())
         taken = measure(self.table.pid) if is_due else None
         if taken:
             self.account(*taken)
@@ -13021,6 +13128,8 @@ class Recording:
         step = float(ROW_SECONDS)
         if self.tail:
             step = min(step, when - self.tail[-1].time)
+        else:
+            step = min(step, max(LOOK_SECONDS, when - self.begun))
         return RecordRow(when, round(step, 1), list(self.traces), values)
 
     def write_rows(self) -> None:
@@ -13156,6 +13265,17 @@ class Recording:
         return lines
 
 
+def row_of_past(node: bytes, job: bytes, readings: Sequence[float]) -> Row:
+    """A reading of the past as a row of NODE_KEYS: of the rest nothing is known."""
+    seen = time.monotonic()
+    row = [0, b"", *UNKNOWN[:2], seen, math.nan, b"", *UNKNOWN[2:]]
+    row[NODE_AT] = node
+    row[JOB_AT] = job
+    for key, reading in zip(PAST_KEYS, readings):
+        row[NODE_KEYS.index(key)] = reading
+    return tuple(row)
+
+
 class NoWriter:
     """Stands for a RecordWriter with --no-record: jobs are judged, and nothing is written."""
 
@@ -13231,8 +13351,8 @@ class Recorder:
             self.places = {}
         if view.beat < STALE_SECONDS:  # else what is in the table is old
             self.take_samples(view, now)
+        self.take_past(now)
         self.take_events(view)
-        self.take_past()
         if not is_due:
             self.judge_ends(view, now)
         else:
@@ -13335,15 +13455,24 @@ class Recorder:
         if recording.judge(self.diagnose, view, now, jobs):
             self.table.write_verdicts(recording.raw, recording.told_verdicts())
 
-    def take_past(self) -> None:
-        """Record what agents told of the time of a cut, also of jobs that ended meanwhile."""
+    def take_past(self, now: float) -> None:
+        """Record what agents told of the time of a cut, also of jobs that ended meanwhile.
+
+        What a node said last is there, too: that of one which came and went between two looks
+        is all that there is of it.
+        """
         late: Dict[str, List[bytes]] = {}
         for when, node, known_as, *readings in self.table.take_past():
-            name = from_field(node)
+            name = str(from_field(node))
             job = str(from_field(known_as))
             facts = self.facts.get(job)
-            lines = late.setdefault(facts["job"] if facts else job, [])
-            lines.append(late_line(when, str(name), readings))
+            job = facts["job"] if facts else job
+            if self.has_missed(job, name):
+                row = row_of_past(node, known_as, readings)
+                self.recording(job, when).take(name, row, min(when, now))
+            else:
+                line = late_line(when, name, readings)
+                late.setdefault(job, []).append(line)
         for job, lines in late.items():
             if job in self.recordings:
                 self.recordings[job].lines += lines
@@ -13351,6 +13480,12 @@ class Recorder:
                 self.writer.post(Work("lines", job, b"".join(lines)))
                 self.writer.post(Work("pack", job))
                 self.writer.post(Work("report", job))
+
+    def has_missed(self, job: str, name: str) -> bool:
+        """Whether no look has found that node of a job that is, or may be, recorded."""
+        if job in self.recordings:
+            return name not in self.recordings[job].traces
+        return job not in self.done and len(self.recordings) < MAX_RECORDINGS
 
     def go_on(self, recording: Recording, view: Snapshot, now: float) -> None:
         """Every ROW_SECONDS: a row, a verdict, or the end."""

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import socket
 import sys
 import tempfile
@@ -429,6 +430,86 @@ class InTheRecord(unittest.TestCase):
         )
         record = master.Record("1").add(lines).finish()
         self.assertEqual(record.rows, [])
+
+
+class OnThePage(unittest.TestCase):
+    """The curves of the live pages have what came late, too."""
+
+    TICKS = 150  # five minutes of them
+
+    def setUp(self):
+        self.now = time.time()
+        self.history = master.History()
+        self.row = {"node": "c1", "address": "a", "job": "4711"}
+
+    def live(self, ticks):
+        """What the dashboard has seen live: readings of 10 %, at these ticks."""
+        row = master.row_of_past(b"c1", b"4711", [10.0] * len(master.PAST_KEYS))
+        for tick in ticks:
+            self.history.tick = tick
+            self.history.note(("c1", "4711"), master.PICK_GRAPHS(row), tick)
+
+    def late(self, first, last, value=50.0):
+        """What a node tells of the time between two ticks, one reading for five of them."""
+        values = (value,) * len(master.PAST_KEYS)
+        rows = []
+        for tick in range(first, last + 1, master.FIFTH):
+            when = self.now - (self.history.tick - tick) * master.TICK_SECONDS
+            rows.append((when, b"c1", b"4711") + values)
+        self.history.add_past(rows, self.now)
+
+    def known(self, metric):
+        ticks = 1 if metric in master.FINE_GRAPHS else master.FIFTH
+        count = self.TICKS // ticks
+        return self.history.series(self.row, metric, count, 1)
+
+    def test_a_hole_is_filled_and_what_was_live_stays(self):
+        self.live([*range(100), *range(130, 151)])  # away for a minute
+        for metric in ("cpu", "job_mem"):
+            self.assertTrue(any(map(math.isnan, self.known(metric))))
+        self.late(90, 127)
+        self.assertEqual(set(self.known("cpu")), {10.0, 50.0})
+        self.assertEqual(self.known("cpu").count(50.0), 30)
+        self.assertEqual(self.known("job_mem").count(50.0), 6)
+        self.assertFalse(any(map(math.isnan, self.known("job_mem"))))
+
+    def test_a_dashboard_that_began_after_the_cut_has_what_was_before(self):
+        self.live([3])
+        self.late(-60, 0)
+        cpu = self.known("cpu")
+        self.assertEqual(cpu.count(50.0), 65 + 2)  # and a short gap is bridged
+        self.assertEqual(cpu[-1], 10.0)
+
+    def test_a_node_that_no_look_has_found_yet_and_what_is_too_old(self):
+        self.history.tick = 400
+        self.late(-1000, 395)
+        self.assertEqual(self.known("cpu").count(50.0), self.TICKS - master.FIFTH)
+        self.live([401])
+        self.assertEqual(self.known("cpu")[-1], 10.0)
+
+    def test_a_page_after_a_cut_has_no_hole(self):
+        with tempfile.TemporaryDirectory() as folder:
+            patch = FAST + "; master_server.TICK_SECONDS = 0.2"
+            with start_master("--record", folder, patch=patch) as tool:
+                peer = PlainAgent(tool.port)
+                self.addCleanup(peer.close)
+                first = {"cpu": 10.0, "ram": 2.0, "node": "c1", "job": "4711"}
+                first.update(version="1.0", ack=True)
+
+                def values():
+                    peer.send(first)
+                    page = support.get(tool.page, "/node/c1").text
+                    curve = re.search(
+                        r'id="graph-cpu-[^>]*?data-values="([^"]*)"', page
+                    )
+                    return curve.group(1).split(" ") if curve else [""]
+
+                eventually(lambda: values()[-1] == "10")
+                for age in range(1, 21):  # 20 s, a hundred ticks
+                    part = {"part": "past", "age": float(age), "cpu": 90.0, "ram": 3.0}
+                    peer.send(part)
+                eventually(lambda: values().count("90") >= 20)
+                self.assertNotIn("", values())
 
 
 class Whole(unittest.TestCase):

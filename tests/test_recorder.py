@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -326,6 +327,39 @@ class Looks(Work):
         self.look()
         self.assertEqual(self.record().rows[1].values["job_cpu"], [10, 50, 90, 50])
 
+    def test_a_node_that_came_and_went_between_two_looks_has_its_last_sample(self):
+        values = [70.0] + [math.nan] * (len(master.PAST_KEYS) - 1)
+        values[master.PAST_KEYS.index("job_mem")] = 5e9
+        self.table.write_past("c1", "8", [(self.now + 3.0, tuple(values))])
+        self.table.write_past("c2", "8", [(self.now + 3.1, tuple(values))])
+        self.look()
+        record = self.record("8")
+        self.assertEqual(list(record.nodes), ["c1", "c2"])
+        (row,) = record.rows
+        self.assertEqual(row.values["job_mem"], [5e9] * 5)
+        self.assertAlmostEqual(row.time, self.now - 10 + 3.1, delta=0.11)
+        self.assertLessEqual(row.step, master.LOOK_SECONDS)
+        self.assertNotIn("gpu", row.values)
+
+    def test_the_last_sample_of_a_node_that_left_after_the_last_look_is_there(self):
+        self.send(0, "c1", job_mem=1e9)
+        self.look()
+        self.table.clear(0)
+        values = [5e9] * len(master.PAST_KEYS)
+        self.table.write_past("c1", "4711", [(self.now + 1.5, tuple(values))])
+        self.look()
+        rows = self.record().rows
+        self.assertEqual([row.values["job_mem"][2] for row in rows], [1e9, 5e9])
+        self.assertAlmostEqual(rows[1].time - rows[0].time, 1.5, delta=0.11)
+
+    def test_jobs_that_only_left_are_bounded(self):
+        with unittest.mock.patch.object(master, "MAX_RECORDINGS", 3):
+            for number in range(9):
+                values = (1.0,) * len(master.PAST_KEYS)
+                self.table.write_past("c1", str(number), [(self.now, values)])
+            self.look()
+            self.assertEqual(len(self.recorder.recordings), 3)
+
     def test_a_collector_that_is_silent_leaves_a_gap_and_no_old_samples(self):
         self.send(0, "c1")
         self.look()
@@ -560,6 +594,28 @@ class Roles(unittest.TestCase):
         record = self.record()
         self.assertEqual(record.rows[: len(before.rows)], before.rows)
         self.assertEqual(len(master.list_files(self.folder)), 2)
+
+    def test_a_job_that_is_over_before_the_first_look_is_recorded_and_reported(self):
+        patch = FAST + "; master_server.LOOK_SECONDS = master_server.ROW_SECONDS = 2.0"
+        with self.master(patch=patch) as tool:
+            tool.logged("recorder started")
+            for node, job in (("c1", "4711"), ("c2", "4711"), ("c1", "4712")):
+                with PlainAgent(tool.port) as agent:
+                    agent.send(sample(node, job, version="1.0", job_mem=3e9))
+                    agent.send({"bye": "exit 3", "report": "ran 0:00:01"})
+                    agent.read_to_end()
+            for job in ("4711", "4712"):
+                eventually(lambda job=job: self.record(job).has_ended)
+                report = master.report_path(self.folder, job)
+                eventually(lambda report=report: os.path.exists(report))
+        record = self.record()
+        self.assertEqual(sorted(record.nodes), ["c1", "c2"])
+        self.assertEqual(master.summarize(record)["peak"], 3e9)
+        texts = [
+            event["text"] for event in record.events if event["kind"] == "finished"
+        ]
+        self.assertEqual(texts, ["exit 3; ran 0:00:01"] * 2)
+        self.assertLess(master.summarize(record)["ran"], 10)
 
     def test_ctrl_c_writes_what_was_seen_and_nothing_is_left_behind(self):
         patch = FAST + "; master_server.ROW_SECONDS = 4"
