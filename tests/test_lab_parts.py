@@ -1,14 +1,16 @@
-"""Parts of a real Slurm job of known truth, against taskset and /proc (lab.sh, lab.md).
+"""Parts of real Slurm jobs of known truth, against taskset, /proc and time -v (lab.sh, lab.md).
 
 The job has five ranks: one pinned by taskset, one with a thread pinned by sched_setaffinity, one
 with 200 MB more, one that sleeps, one that writes 5 MB/s.  A second job of the same user runs on
 the node.  The witness, in the job itself, starts agent.py --stdout and looks at /proc and taskset
-whenever a look has come.  About a minute and a half.
+whenever a look has come.  Three ranks on the other node run under /usr/bin/time -v.  About two
+minutes.
 """
 
 import contextlib
 import json
 import os
+import re
 import subprocess
 import unittest
 
@@ -104,6 +106,42 @@ exec python3 witness.py >witness.json
 OTHER = """#!/bin/bash
 exec python3 -c 'import time; time.sleep(600)'
 """
+# Ranks under time -v: they start small, keep memory and work from .begin to .stop, and go with .end
+TIMED = r"""
+import os, time
+rank = int(os.environ["SLURM_PROCID"])
+
+def wait(name):
+    while not os.path.exists("timed." + name):
+        time.sleep(0.2)
+
+wait("begin")
+kept = b"x" * ((60, 200, 80)[rank] << 20)
+del kept
+kept = b"y" * (40 << 20)
+while not os.path.exists("timed.stop"):
+    if rank == 0:                       # user time
+        for _ in range(100000):
+            pass
+    elif rank == 1:                     # system time
+        with open("/dev/zero", "rb", buffering=0) as file:
+            for _ in range(20):
+                file.read(1 << 20)
+    else:
+        time.sleep(0.2)
+wait("end")
+"""
+TIMED_JOB = r"""#!/bin/bash
+srun --ntasks=3 --mem=0 sh -c 'exec /usr/bin/time -v -o time.$SLURM_PROCID python3 timed.py' &
+exec python3 -c '
+import json, subprocess, time
+agent = subprocess.Popen(["python3", "agent.py", "--stdout"], stdout=subprocess.PIPE)
+for line in agent.stdout:
+    part = json.loads(line.decode())
+    if part.get("part") == "rank":
+        print(json.dumps(dict(part, time=time.monotonic())), flush=True)
+' >timed.json
+"""
 # A master as far as it takes: says that it takes parts, keeps what comes
 TAKER = r"""
 import json, pickle, socket, sys, threading
@@ -152,11 +190,14 @@ class Truth(unittest.TestCase):
                 ("job.sh", JOB),
                 ("other.sh", OTHER),
                 ("taker.py", TAKER),
+                ("timed.py", TIMED),
+                ("timed.sh", TIMED_JOB),
             ):
                 with open(LAB.path(name), "w") as file:
                     file.write(text)
             cls.other = LAB.sbatch("-w", "c1", "--mem=100", "other.sh")
             cls.job = LAB.sbatch("-w", "c1", "--ntasks=6", "--mem=900", "job.sh")
+            cls.timed = LAB.sbatch("-w", "c2", "--ntasks=4", "--mem=900", "timed.sh")
             cls.tools.callback(LAB.no_jobs)
         except BaseException:
             cls.tearDownClass()
@@ -300,6 +341,50 @@ class Truth(unittest.TestCase):
         self.assertEqual(set(ranks), set(range(5)))
         self.assertEqual(ranks[0]["cpus"], "0")
         self.assertIn("write_total", ranks[4])
+
+    @support.requires("/usr/bin/time")
+    def test_8_time_v_says_the_same_of_peak_and_cpu(self):
+        def looks():
+            """{rank: its parts, the oldest first}."""
+            found = {rank: [] for rank in range(3)}
+            for line in LAB.text("timed.json").splitlines(True):
+                part = json.loads(line) if line.endswith("\n") else {}
+                if part.get("program") == "python3" and "rank" in part:
+                    found[part["rank"]].append(part)
+            return found
+
+        def are_known(busy, more):
+            """Whether that many more looks say that rank 0 is busy, or is not."""
+            parts = looks()[0][more:]
+            return parts and "cpu" in parts[-1] and (parts[-1]["cpu"] > 5) == busy
+
+        def tell(word):
+            with open(LAB.path("timed." + word), "w"):
+                pass
+            return len(looks()[0])
+
+        eventually(lambda: are_known(False, 1), 2 * LONG, "looks before the work")
+        count = tell("begin")
+        eventually(lambda: are_known(True, count + 2), 2 * LONG, "looks at the work")
+        count = tell("stop")
+        # the look after the next one has seen nothing of the work
+        eventually(lambda: are_known(False, count + 1), 2 * LONG, "looks after it")
+        seen = looks()
+        tell("end")
+        for rank, parts in seen.items():
+            text = eventually(lambda rank=rank: LAB.text("time.%d" % rank), LONG)
+            true = dict(re.findall(r"\t([^\n]+?)(?: \([^\n]*\))?: ([\d.]+)\n", text))
+            cpu = sum(
+                part["cpu"] / 100 * (part["time"] - before["time"])
+                for before, part in zip(parts, parts[1:])
+            )
+            spent = float(true["User time"]) + float(true["System time"])
+            with self.subTest(rank=rank, cpu=cpu, peak=parts[-1]["peak"], truth=true):
+                resident = 1024 * int(true["Maximum resident set size"])
+                self.within_2_percent(parts[-1]["peak"], resident, "peak")
+                # what it used before it was first seen is not in the table: a tenth of a second
+                self.assertAlmostEqual(cpu, spent, delta=max(0.1, 0.02 * spent))
+                self.assertEqual(spent > 1, rank < 2)
 
 
 def shown_in(parts):
