@@ -142,6 +142,15 @@ for line in agent.stdout:
         print(json.dumps(dict(part, time=time.monotonic())), flush=True)
 ' >timed.json
 """
+CORES_JOB = r"""#!/bin/bash
+srun --overcommit --ntasks=2 --mem=0 python3 -c '
+import time
+end = time.monotonic() + 600
+while time.monotonic() < end:
+    pass
+' &
+exec python3 -u agent.py --stdout >cores.$SLURM_JOB_ID.json
+"""
 # A master as far as it takes: says that it takes parts, keeps what comes
 TAKER = r"""
 import json, pickle, socket, sys, threading
@@ -170,7 +179,12 @@ LAB = None
 
 @support.slow("a Slurm cluster")
 @support.requires(*test_lab_job.NEEDS)
-class Truth(unittest.TestCase):
+class LabTest(unittest.TestCase):
+    """A lab with jobs that run."""
+
+    SETTINGS = {}  # of lab.sh
+    SCRIPTS = {}
+
     @classmethod
     def setUpClass(cls):
         global LAB
@@ -183,22 +197,12 @@ class Truth(unittest.TestCase):
         LAB = test_lab_job.Lab()
         cls.tools.callback(LAB.down)
         try:
-            LAB.up()
-            for name, text in (
-                ("rank.py", RANK),
-                ("witness.py", WITNESS),
-                ("job.sh", JOB),
-                ("other.sh", OTHER),
-                ("taker.py", TAKER),
-                ("timed.py", TIMED),
-                ("timed.sh", TIMED_JOB),
-            ):
+            LAB.up(**cls.SETTINGS)
+            for name, text in cls.SCRIPTS.items():
                 with open(LAB.path(name), "w") as file:
                     file.write(text)
-            cls.other = LAB.sbatch("-w", "c1", "--mem=100", "other.sh")
-            cls.job = LAB.sbatch("-w", "c1", "--ntasks=6", "--mem=900", "job.sh")
-            cls.timed = LAB.sbatch("-w", "c2", "--ntasks=4", "--mem=900", "timed.sh")
             cls.tools.callback(LAB.no_jobs)
+            cls.submit()
         except BaseException:
             cls.tearDownClass()
             raise
@@ -206,6 +210,37 @@ class Truth(unittest.TestCase):
     @classmethod
     def tearDownClass(cls):
         cls.tools.close()
+
+    @classmethod
+    def submit(cls):
+        """Submit the jobs."""
+
+    @staticmethod
+    def pids_of(job):
+        """The pids of a job's processes, as words, as its node numbers them."""
+        folder = "/sys/fs/cgroup/freezer/slurm_c1/uid_4242/job_" + job
+        script = "cat $(find %s -name cgroup.procs)" % folder
+        return set(LAB.run("c1", "sh", "-c", script, user="root").split())
+
+
+class Truth(LabTest):
+    """Ranks of known truth, and another job of the same user beside them."""
+
+    SCRIPTS = {
+        "rank.py": RANK,
+        "witness.py": WITNESS,
+        "job.sh": JOB,
+        "other.sh": OTHER,
+        "taker.py": TAKER,
+        "timed.py": TIMED,
+        "timed.sh": TIMED_JOB,
+    }
+
+    @classmethod
+    def submit(cls):
+        cls.other = LAB.sbatch("-w", "c1", "--mem=100", "other.sh")
+        cls.job = LAB.sbatch("-w", "c1", "--ntasks=6", "--mem=900", "job.sh")
+        cls.timed = LAB.sbatch("-w", "c2", "--ntasks=4", "--mem=900", "timed.sh")
 
     @staticmethod
     def looks():
@@ -227,12 +262,6 @@ class Truth(unittest.TestCase):
         self.assertLessEqual(
             abs(value - truth), 0.02 * truth, "%s: %s, not %s" % (words, value, truth)
         )
-
-    def other_pids(self):
-        """The pids of the second job, as its node numbers them."""
-        folder = "/sys/fs/cgroup/freezer/slurm_c1/uid_4242/job_" + self.other
-        script = "cat $(find %s -name cgroup.procs)" % folder
-        return set(LAB.run("c1", "sh", "-c", script, user="root").split())
 
     def test_1_ranks_are_what_taskset_and_proc_say(self):
         looks = self.wait_for(4)
@@ -273,7 +302,7 @@ class Truth(unittest.TestCase):
         self.assertAlmostEqual(ranks[4]["write"], 5e6, delta=1e5)
 
     def test_3_no_process_of_another_job_of_the_same_user_is_shown(self):
-        others = self.other_pids()
+        others = self.pids_of(self.other)
         self.assertTrue(others)
         for look in self.wait_for(4):
             self.assertFalse(shown_in(look["look"]) & others)
@@ -320,7 +349,7 @@ class Truth(unittest.TestCase):
         ranks = eventually(whole_look, 2 * LONG)
         self.assertEqual(set(ranks), set(range(5)))
         self.assertGreater(ranks[2]["mem"] - ranks[3]["mem"], 195 * MIB)
-        self.assertFalse(shown_in(taken()) & self.other_pids())
+        self.assertFalse(shown_in(taken()) & self.pids_of(self.other))
         words = LAB.run("c1", "pgrep", "-f", "--", "--lifeline", user="root").split()
         self.assertTrue(words)
         # the agent in the job does not take that step for one of the ranks either
@@ -385,6 +414,57 @@ class Truth(unittest.TestCase):
                 # what it used before it was first seen is not in the table: a tenth of a second
                 self.assertAlmostEqual(cpu, spent, delta=max(0.1, 0.02 * spent))
                 self.assertEqual(spent > 1, rank < 2)
+
+
+@support.requires("/sys/fs/cgroup/cpuset/cpuset.cpus")
+class Cores(LabTest):
+    """Two jobs on a node of two CPUs, each bound to one of them by a cpuset (ConstrainCores)."""
+
+    SETTINGS = {"LAB_CORES": "1", "LAB_CPUS": "2"}
+    SCRIPTS = {"cores.sh": CORES_JOB}
+
+    @classmethod
+    def submit(cls):
+        cls.jobs = [LAB.sbatch("-w", "c1", "-n1", "cores.sh") for _ in range(2)]
+
+    @staticmethod
+    def parts(job):
+        """What the agent in a job has printed since its third look began."""
+        lines = LAB.text("cores.%s.json" % job).splitlines(True)
+        parts = [json.loads(line) for line in lines if line.endswith("\n")]
+        begins = [n for n, part in enumerate(parts) if part.get("part") == "look"]
+        return parts[begins[2] :]
+
+    def test_a_jobs_cpus_are_those_of_its_cpuset_and_no_others_count(self):
+        found = set()
+        for job in self.jobs:
+            with self.subTest(job=job):
+                kernel = eventually(
+                    lambda job=job: LAB.read("cpuset", job, "cpuset.cpus").strip(),
+                    LONG,
+                    "the cpuset of the job",
+                )
+                self.assertRegex(kernel, r"\A[01]\Z")
+                found.add(kernel)
+
+                def sample(job=job):
+                    return [x for x in self.parts(job) if "cores_busy" in x][-1]
+
+                sample = eventually(sample, 2 * LONG, "a sample after the third look")
+                self.assertEqual((sample["cores_busy"], sample["job_cpus"]), (1, 1))
+                parts = self.parts(job)
+                self.assertEqual(parts[0]["cpus"], kernel)
+                ranks = [part for part in parts if part.get("rank") is not None]
+                self.assertEqual({part["rank"] for part in ranks}, {0, 1})
+                for part in ranks:
+                    self.assertEqual((part["cpus"], part["on"]), (kernel, kernel))
+                    told = LAB.run("c1", "taskset", "-c", "-p", part["pid"])
+                    self.assertEqual(told.split()[-1], kernel)
+                self.assertLessEqual(shown_in(parts), self.pids_of(job))
+                # both CPUs of the node are busy
+                strip = [x["busy"] for x in parts if x.get("part") == "core"][0]
+                self.assertRegex(strip, r"\A[5-9]{%d}\Z" % os.cpu_count())
+        self.assertEqual(found, {"0", "1"})
 
 
 def shown_in(parts):
