@@ -57,12 +57,15 @@ while subprocess.call([sys.executable, "test_reader.py"], stdout=2):
 print(time.monotonic() - start)
 """
 
-# A job that knows nothing of us: one rank keeps memory and burns a CPU, the other one sleeps.
+# A job that knows nothing of us: one rank keeps memory and burns a CPU, the other one sleeps.  It
+# begins to burn when a step of ours is in it: on an emulated machine that takes too long beside it.
 KNOWS_NOTHING = """#!/bin/bash
 srun --ntasks=2 --mem=0 python3 -c '
 import os, time
 if os.environ["SLURM_PROCID"] == "1":
     time.sleep(3600)
+while not os.path.exists("go"):
+    time.sleep(0.2)
 kept = bytearray(os.urandom(1 << 20) * 100)
 while True:
     pass
@@ -110,6 +113,20 @@ HOG_IN_STEP = """#!/bin/bash
 exec srun --ntasks=2 --mem=0 --kill-on-bad-exit python3 hog.py
 """
 
+# Sick once it is told to be: all of it on one CPU, or a fault; else it sleeps.
+SICK = """
+import os, signal, sys, time
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.2)
+if sys.argv[1] == "fault":
+    os.kill(os.getpid(), signal.SIGSEGV)
+while True:
+    pass
+"""
+SICK_JOB = """#!/bin/bash
+exec $BEFORE python3 sick.py $1
+"""
+
 # As root: ends a process, and prints after how many seconds nothing of us is left: no step
 # and no process of tester's but those that had been there before.
 LEAVE = """
@@ -138,6 +155,8 @@ SCRIPTS = {  # in tester's home
     "rank.py": RANK,
     "witness.py": SHOWN_WITNESS,
     "hog.py": HOG,
+    "sick.py": SICK,
+    "sick.sh": SICK_JOB,
     "knows_nothing.sh": KNOWS_NOTHING,
     "true_ranks.sh": TRUE_RANKS,
     "other.sh": OTHER,
@@ -318,6 +337,20 @@ class VmTest(unittest.TestCase):
 
         return eventually(find, seconds, "job %s" % wanted)
 
+    def explained(self, job, words):
+        """What --explain tells of a job that has died of that."""
+        explain = (
+            "python3 master_server.py --record records --explain %s; echo code $?" % job
+        )
+
+        def told():
+            text = VM.run("cd /home/tester; " + explain, user="root")
+            self.assertIn("code 3", text)
+            self.assertRegex(text, words)
+            return text
+
+        return eventually(told, ATTACH, "the record of job %s" % job)
+
 
 class Jobs(VmTest):
     def test_the_agents_job_figures_are_those_of_the_kernel(self):
@@ -392,11 +425,18 @@ class MyJobs(VmTest):
 
     def begin(self):
         """Submit the job and wait for its ranks; its id."""
+        VM.run("rm -f /home/tester/go", user="root")
         job = VM.sbatch(
             "--ntasks=2", "--mem=400", "--time=60", "-Jknown", "knows_nothing.sh"
         )
         eventually(lambda: len(self.own_processes()) >= 4, LONG, "srun and two ranks")
         return job
+
+    def attached(self, job):
+        """Wait until an agent is in the job, and let the job work; the job's row."""
+        row = self.row(job, ATTACH, job_mem_limit=True)
+        VM.run("touch /home/tester/go", user="root")
+        return row
 
     def leaves_nothing(self, job, number, before):
         """End the master by that signal: no step and no process is left, and the job runs on."""
@@ -416,7 +456,7 @@ class MyJobs(VmTest):
         job = self.begin()
         before = self.own_processes()
         self.start_master("--my-jobs")
-        row = self.row(job, ATTACH, job_cpu=True)
+        row = self.attached(job)
         self.assertEqual(
             (row["job_name"], row["job_cpus"], row["job_mem_limit"]),
             ("known", 2, 400 * MIB),
@@ -470,7 +510,7 @@ class MyJobs(VmTest):
         job = self.begin()
         before = self.own_processes()
         self.start_master("--my-jobs")
-        self.row(job, ATTACH)
+        self.attached(job)
         self.leaves_nothing(job, 9, before)
 
     def cpu_agrees(self, job):
@@ -640,20 +680,6 @@ class OutOfMemory(VmTest):
         log = VM.run("journalctl -k -o cat | grep ^oom-kill: || true", user="root")
         return len(re.findall(r"oom_memcg=\S*/job_%s\b" % job, log))
 
-    def explained(self, job):
-        """What --explain tells of a job that has died."""
-        words = (
-            "python3 master_server.py --record records --explain %s; echo code $?" % job
-        )
-
-        def told():
-            text = VM.run("cd /home/tester; " + words, user="root")
-            self.assertIn("code 3", text)
-            self.assertIn("out of memory", text)
-            return text
-
-        return eventually(told, ATTACH, "the record of job %s" % job)
-
     def test_in_the_batch_step_whose_script_goes_on(self):
         job = self.watched("hog_in_batch.sh")
         VM.run("touch /home/tester/hog", user="root")
@@ -669,7 +695,7 @@ class OutOfMemory(VmTest):
             "the kernel's peak",
         )
         VM.run("touch /home/tester/enough", user="root")
-        text = self.explained(job)
+        text = self.explained(job, "out of memory")
         self.assertRegex(text, r"out of memory: the kernel killed 1 process on vm\b")
         self.assertEqual(VM.state(job), "OUT_OF_MEMORY")
 
@@ -680,8 +706,62 @@ class OutOfMemory(VmTest):
         eventually(lambda: VM.state(job) == "FAILED", LONG, "the job ends")
         killed = self.killed(job)
         self.assertGreaterEqual(killed, 1)
-        text = self.explained(job)
+        text = self.explained(job, "out of memory")
         self.assertRegex(text, r"the kernel killed %d process\w* on vm\b" % killed)
+
+
+class SickJobs(VmTest):
+    """What is wrong with jobs, told while they run and once they have died."""
+
+    def submit(self, word, *flags, before=""):
+        """Submit a job that is sick once there is a file of that name; its id."""
+        export = "--export=ALL,BEFORE=" + before
+        flags += ("--mem=100", "--output=sick.log", export)
+        return VM.sbatch(*flags, "sick.sh", word)
+
+    def says(self, job, pattern, seconds):
+        """Wait until a verdict on a job that runs is that, and its cure."""
+
+        def told():
+            verdicts = json.loads(VM.page("/api/job/" + job))["job"]["verdicts"]
+            lines = ["%(what)s: %(proof)s -> %(cure)s" % found for found in verdicts]
+            self.assertRegex("\n".join(lines), pattern)
+            return True
+
+        eventually(told, seconds, pattern)
+
+    def test_what_is_wrong_is_told_and_of_what_they_died(self):
+        self.addCleanup(VM.no_jobs)
+        VM.run("cd /home/tester && rm -rf records bound serial fault", user="root")
+        # the first one gets the CPUs 0 and 1
+        bound = self.submit("bound", "-n2", before="srun -n2 --mem=0 taskset -c 0")
+        serial = self.submit("serial", "-c2")
+        self.start_master("--my-jobs", "--record", "records")
+        # an emulated node of which all is burnt takes minutes to start a step
+        for job in bound, serial:
+            self.row(job, ATTACH, job_cpus=True)
+        VM.run("touch /home/tester/bound /home/tester/serial", user="root")
+        self.says(
+            bound,
+            r"(?m)^2 threads of ranks 0-1 share CPU 0 of vm: they may use: 0; the job has"
+            r" (CPUs )?0-1 -> srun --cpu-bind=cores",
+            2 * ATTACH,
+        )
+        self.says(
+            serial,
+            r"(?m)^1 of 2 CPUs of vm at work for .* -> --cpus-per-task=1",
+            ATTACH,
+        )
+        VM.run("scancel %s %s" % (bound, serial), user="root")
+        fault = self.submit("fault")
+        limited = self.submit("never", "--time=1")
+        self.explained(bound, r"\d\d:\d\d: cancelled")
+        self.row(fault, ATTACH, job_cpus=True)
+        VM.run("touch /home/tester/fault", user="root")
+        self.explained(fault, r"\d\d:\d\d: SIGSEGV[^\n]*memory that is not its own")
+        self.explained(limited, r"time limit of (60 s|1\.0 min) reached")
+        states = [VM.state(job) for job in (bound, fault, limited)]
+        self.assertEqual(states, ["CANCELLED", "FAILED", "TIMEOUT"])
 
 
 class RemoveIPC(VmTest):
