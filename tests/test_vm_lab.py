@@ -18,9 +18,17 @@ import unittest
 
 import support
 from support import PATIENCE, eventually
-from test_lab_parts import RANK, WITNESS, numbers, shown_in
+from test_lab_parts import (
+    RANK,
+    TIMED,
+    TIMED_JOB,
+    WITNESS,
+    compare_with_time_v,
+    numbers,
+    shown_in,
+)
 
-NEEDS = ("qemu-system-x86_64", "ssh")
+NEEDS = ("qemu-system-x86_64", "ssh", "/usr/bin/time")
 SCRIPT = os.path.join(support.ROOT, "tests", "vm-lab.sh")
 TOOLS = ("agent.py", "master_server.py", "test_reader.py", "run_agent.slurm")
 BUILD_SECONDS = 1200  # a busy machine needs so long; an idle one 65
@@ -87,10 +95,14 @@ while True:
 # Ranks of known truth (test_lab_parts.py), and another job of the same user beside them.  Here a
 # look costs much and a process more: looks are not to wait until they cost little of a core, and
 # what taskset says is asked from outside.
-SHOWN_WITNESS = WITNESS.replace(
-    '["python3", "agent.py", "--stdout"]',
-    '["python3", "-c", "import agent; agent.PART_SHARE = 1; agent.main([\'--stdout\'])"]',
-).replace(
+AGENT = '["python3", "agent.py", "--stdout"]'
+OFTEN = '["python3", "often.py"]'
+OFTEN_SCRIPT = """
+import agent
+agent.PART_SHARE = 1
+agent.main(["--stdout"])
+"""
+SHOWN_WITNESS = WITNESS.replace(AGENT, OFTEN).replace(
     'subprocess.check_output(["taskset", "-p", str(pid)], universal_newlines=True)',
     '"%x" % sum(1 << cpu for cpu in os.sched_getaffinity(pid))',
 )
@@ -100,6 +112,8 @@ srun --overcommit --ntasks=5 --mem=0 python3 rank.py &
 sleep 5
 exec python3 witness.py >witness.json
 """
+# Its disk has no time(1)
+VM_TIMED_JOB = TIMED_JOB.replace(AGENT, OFTEN).replace("/usr/bin/time", "./time")
 OTHER = """#!/bin/bash
 exec python3 -c 'import time; time.sleep(3600)'
 """
@@ -164,7 +178,10 @@ print(time.monotonic() - start)
 SCRIPTS = {  # in tester's home
     "work.py": WORK,
     "rank.py": RANK,
+    "often.py": OFTEN_SCRIPT,
     "witness.py": SHOWN_WITNESS,
+    "timed.py": TIMED,
+    "timed.sh": VM_TIMED_JOB,
     "hog.py": HOG,
     "sick.py": SICK,
     "sick.sh": SICK_JOB,
@@ -212,7 +229,7 @@ class Machine:
 
     def up(self):
         self.must("up", seconds=BUILD_SECONDS)
-        self.put("tester", *TOOLS, **SCRIPTS)
+        self.put("tester", *TOOLS, "/usr/bin/time", **SCRIPTS)
         self.put(
             "root", "agent.py", "tests/load.py", **{"leave.py": LEAVE, "gone.py": GONE}
         )
@@ -671,6 +688,22 @@ class Ranks(VmTest):
         beside_pids = {str(part["pid"]) for part in beside["ranks"]}
         self.assertTrue(beside_pids)
         self.assertLessEqual(beside_pids, others)
+
+
+class TimeV(VmTest):
+    """The peak and the CPU of ranks that run under time -v."""
+
+    def test_time_v_says_the_same_of_peak_and_cpu(self):
+        self.addCleanup(VM.no_jobs)
+        VM.sbatch("--ntasks=4", "--mem=900", "timed.sh")
+
+        def text_of(name):
+            return VM.run("cat /home/tester/" + name, user="root")
+
+        def tell(word):
+            VM.run("touch /home/tester/timed." + word, user="root")
+
+        compare_with_time_v(self, text_of, tell, ATTACH)
 
 
 class OutOfMemory(VmTest):
