@@ -13743,7 +13743,8 @@ class Supervisor:
         """Until a signal comes, a process ends, one is to be started, or a look is due."""
         ends = [process.sentinel for process in self.running.values()]
         missing = [self.delay[name] for name in self.names if name not in self.running]
-        seconds = min([NAME_SECONDS] + missing)
+        next_look = self.looked + NAME_SECONDS - time.monotonic()
+        seconds = max(0.0, min([next_look] + missing))
         multiprocessing.connection.wait([self.wakeup] + ends, seconds)
 
     # -- starting ----------------------------------------------------------

@@ -63,6 +63,12 @@ COMPILED = True  # tools start from bytecode that is there; bench.py has them st
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
+# Under nohup, or in the background of a script, a signal is ignored, also by the tools that are
+# started here.  One that is caught is a tool's own again, execve(2), and still ends no test.
+for _number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, lambda number, frame: None)
+
 
 # ==========================================================================================
 # Patience: wait for what is to come, watch what is to stay

@@ -99,8 +99,9 @@ LAB = None
 
 
 class Lab(test_lab.Lab):
-    def up(self):
+    def up(self, **settings):
         self.env["LAB_CPUS"] = "8"  # what a node claims: room for all jobs at once
+        self.env.update(settings)
         super().up()
 
     def take(self, python):

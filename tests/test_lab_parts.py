@@ -1,14 +1,16 @@
-"""Parts of a real Slurm job of known truth, against taskset and /proc (lab.sh, lab.md).
+"""Parts of real Slurm jobs of known truth, against taskset, /proc and time -v (lab.sh, lab.md).
 
 The job has five ranks: one pinned by taskset, one with a thread pinned by sched_setaffinity, one
 with 200 MB more, one that sleeps, one that writes 5 MB/s.  A second job of the same user runs on
 the node.  The witness, in the job itself, starts agent.py --stdout and looks at /proc and taskset
-whenever a look has come.  About a minute and a half.
+whenever a look has come.  Three ranks on the other node run under /usr/bin/time -v.  About two
+minutes.
 """
 
 import contextlib
 import json
 import os
+import re
 import subprocess
 import unittest
 
@@ -104,6 +106,54 @@ exec python3 witness.py >witness.json
 OTHER = """#!/bin/bash
 exec python3 -c 'import time; time.sleep(600)'
 """
+# Ranks under time -v: they start small, keep memory and work from .begin to .stop, and go with
+# .end.  What CPU they had used before, when there was no look yet, they tell in .start.RANK.
+TIMED = r"""
+import os, time
+rank = int(os.environ["SLURM_PROCID"])
+
+def wait(name):
+    while not os.path.exists("timed." + name):
+        time.sleep(0.2)
+
+wait("begin")
+with open("timed.start.%d" % rank, "w") as file:
+    print(time.process_time(), file=file)
+kept = b"x" * ((60, 200, 80)[rank] << 20)
+del kept
+kept = b"y" * (40 << 20)
+while not os.path.exists("timed.stop"):
+    if rank == 0:                       # user time
+        for _ in range(100000):
+            pass
+    elif rank == 1:                     # system time
+        with open("/dev/zero", "rb", buffering=0) as file:
+            for _ in range(20):
+                file.read(1 << 20)
+    else:
+        time.sleep(0.2)
+wait("end")
+"""
+TIMED_JOB = r"""#!/bin/bash
+srun --ntasks=3 --mem=0 sh -c 'exec /usr/bin/time -v -o timed.time.$SLURM_PROCID python3 timed.py' &
+exec python3 -c '
+import json, subprocess, time
+agent = subprocess.Popen(["python3", "agent.py", "--stdout"], stdout=subprocess.PIPE)
+for line in agent.stdout:
+    part = json.loads(line.decode())
+    if part.get("part") == "rank":
+        print(json.dumps(dict(part, time=time.monotonic())), flush=True)
+' >timed.json
+"""
+CORES_JOB = r"""#!/bin/bash
+srun --overcommit --ntasks=2 --mem=0 python3 -c '
+import time
+end = time.monotonic() + 600
+while time.monotonic() < end:
+    pass
+' &
+exec python3 -u agent.py --stdout >cores.$SLURM_JOB_ID.json
+"""
 # A master as far as it takes: says that it takes parts, keeps what comes
 TAKER = r"""
 import json, pickle, socket, sys, threading
@@ -132,7 +182,12 @@ LAB = None
 
 @support.slow("a Slurm cluster")
 @support.requires(*test_lab_job.NEEDS)
-class Truth(unittest.TestCase):
+class LabTest(unittest.TestCase):
+    """A lab with jobs that run."""
+
+    SETTINGS = {}  # of lab.sh
+    SCRIPTS = {}
+
     @classmethod
     def setUpClass(cls):
         global LAB
@@ -145,19 +200,12 @@ class Truth(unittest.TestCase):
         LAB = test_lab_job.Lab()
         cls.tools.callback(LAB.down)
         try:
-            LAB.up()
-            for name, text in (
-                ("rank.py", RANK),
-                ("witness.py", WITNESS),
-                ("job.sh", JOB),
-                ("other.sh", OTHER),
-                ("taker.py", TAKER),
-            ):
+            LAB.up(**cls.SETTINGS)
+            for name, text in cls.SCRIPTS.items():
                 with open(LAB.path(name), "w") as file:
                     file.write(text)
-            cls.other = LAB.sbatch("-w", "c1", "--mem=100", "other.sh")
-            cls.job = LAB.sbatch("-w", "c1", "--ntasks=6", "--mem=900", "job.sh")
             cls.tools.callback(LAB.no_jobs)
+            cls.submit()
         except BaseException:
             cls.tearDownClass()
             raise
@@ -165,6 +213,37 @@ class Truth(unittest.TestCase):
     @classmethod
     def tearDownClass(cls):
         cls.tools.close()
+
+    @classmethod
+    def submit(cls):
+        """Submit the jobs."""
+
+    @staticmethod
+    def pids_of(job):
+        """The pids of a job's processes, as words, as its node numbers them."""
+        folder = "/sys/fs/cgroup/freezer/slurm_c1/uid_4242/job_" + job
+        script = "cat $(find %s -name cgroup.procs)" % folder
+        return set(LAB.run("c1", "sh", "-c", script, user="root").split())
+
+
+class Truth(LabTest):
+    """Ranks of known truth, and another job of the same user beside them."""
+
+    SCRIPTS = {
+        "rank.py": RANK,
+        "witness.py": WITNESS,
+        "job.sh": JOB,
+        "other.sh": OTHER,
+        "taker.py": TAKER,
+        "timed.py": TIMED,
+        "timed.sh": TIMED_JOB,
+    }
+
+    @classmethod
+    def submit(cls):
+        cls.other = LAB.sbatch("-w", "c1", "--mem=100", "other.sh")
+        cls.job = LAB.sbatch("-w", "c1", "--ntasks=6", "--mem=900", "job.sh")
+        cls.timed = LAB.sbatch("-w", "c2", "--ntasks=4", "--mem=900", "timed.sh")
 
     @staticmethod
     def looks():
@@ -186,12 +265,6 @@ class Truth(unittest.TestCase):
         self.assertLessEqual(
             abs(value - truth), 0.02 * truth, "%s: %s, not %s" % (words, value, truth)
         )
-
-    def other_pids(self):
-        """The pids of the second job, as its node numbers them."""
-        folder = "/sys/fs/cgroup/freezer/slurm_c1/uid_4242/job_" + self.other
-        script = "cat $(find %s -name cgroup.procs)" % folder
-        return set(LAB.run("c1", "sh", "-c", script, user="root").split())
 
     def test_1_ranks_are_what_taskset_and_proc_say(self):
         looks = self.wait_for(4)
@@ -232,7 +305,7 @@ class Truth(unittest.TestCase):
         self.assertAlmostEqual(ranks[4]["write"], 5e6, delta=1e5)
 
     def test_3_no_process_of_another_job_of_the_same_user_is_shown(self):
-        others = self.other_pids()
+        others = self.pids_of(self.other)
         self.assertTrue(others)
         for look in self.wait_for(4):
             self.assertFalse(shown_in(look["look"]) & others)
@@ -279,7 +352,7 @@ class Truth(unittest.TestCase):
         ranks = eventually(whole_look, 2 * LONG)
         self.assertEqual(set(ranks), set(range(5)))
         self.assertGreater(ranks[2]["mem"] - ranks[3]["mem"], 195 * MIB)
-        self.assertFalse(shown_in(taken()) & self.other_pids())
+        self.assertFalse(shown_in(taken()) & self.pids_of(self.other))
         words = LAB.run("c1", "pgrep", "-f", "--", "--lifeline", user="root").split()
         self.assertTrue(words)
         # the agent in the job does not take that step for one of the ranks either
@@ -300,6 +373,118 @@ class Truth(unittest.TestCase):
         self.assertEqual(set(ranks), set(range(5)))
         self.assertEqual(ranks[0]["cpus"], "0")
         self.assertIn("write_total", ranks[4])
+
+    @support.requires("/usr/bin/time")
+    def test_8_time_v_says_the_same_of_peak_and_cpu(self):
+        def tell(word):
+            with open(LAB.path("timed." + word), "w"):
+                pass
+
+        compare_with_time_v(self, LAB.text, tell, LONG)
+
+
+@support.requires("/sys/fs/cgroup/cpuset/cpuset.cpus")
+class Cores(LabTest):
+    """Two jobs on a node of two CPUs, each bound to one of them by a cpuset (ConstrainCores)."""
+
+    SETTINGS = {"LAB_CORES": "1", "LAB_CPUS": "2"}
+    SCRIPTS = {"cores.sh": CORES_JOB}
+
+    @classmethod
+    def submit(cls):
+        cls.jobs = [LAB.sbatch("-w", "c1", "-n1", "cores.sh") for _ in range(2)]
+
+    @staticmethod
+    def parts(job):
+        """What the agent in a job has printed since its third look began."""
+        lines = LAB.text("cores.%s.json" % job).splitlines(True)
+        parts = [json.loads(line) for line in lines if line.endswith("\n")]
+        begins = [n for n, part in enumerate(parts) if part.get("part") == "look"]
+        return parts[begins[2] :]
+
+    def test_a_jobs_cpus_are_those_of_its_cpuset_and_no_others_count(self):
+        found = set()
+        for job in self.jobs:
+            with self.subTest(job=job):
+                kernel = eventually(
+                    lambda job=job: LAB.read("cpuset", job, "cpuset.cpus").strip(),
+                    LONG,
+                    "the cpuset of the job",
+                )
+                self.assertRegex(kernel, r"\A[01]\Z")
+                found.add(kernel)
+
+                def sample(job=job):
+                    return [x for x in self.parts(job) if "cores_busy" in x][-1]
+
+                sample = eventually(sample, 2 * LONG, "a sample after the third look")
+                self.assertEqual((sample["cores_busy"], sample["job_cpus"]), (1, 1))
+                parts = self.parts(job)
+                self.assertEqual(parts[0]["cpus"], kernel)
+                ranks = [part for part in parts if part.get("rank") is not None]
+                self.assertEqual({part["rank"] for part in ranks}, {0, 1})
+                for part in ranks:
+                    self.assertEqual((part["cpus"], part["on"]), (kernel, kernel))
+                    told = LAB.run("c1", "taskset", "-c", "-p", part["pid"])
+                    self.assertEqual(told.split()[-1], kernel)
+                self.assertLessEqual(shown_in(parts), self.pids_of(job))
+                # both CPUs of the node are busy
+                strip = [x["busy"] for x in parts if x.get("part") == "core"][0]
+                self.assertRegex(strip, r"\A[5-9]{2}")
+        self.assertEqual(found, {"0", "1"})
+
+
+def compare_with_time_v(case, text_of, tell, seconds):
+    """Let the ranks of TIMED_JOB work for three looks, and compare these with time -v.
+
+    text_of(name) is what a file of theirs holds, tell(word) makes timed.WORD for them.
+    """
+
+    def looks():
+        """{rank: its parts, the oldest first}."""
+        found = {rank: [] for rank in range(3)}
+        for line in text_of("timed.json").splitlines():
+            part = json.loads(line) if line.endswith("}") else {}
+            if part.get("program") == "python3" and "rank" in part:
+                found[part["rank"]].append(part)
+        return found
+
+    def look(is_busy, count):
+        """Wait until there are so many looks, and the last of them finds rank 0 busy, or not."""
+
+        def found():
+            parts = looks()[0]
+            cpu = parts[-1]["cpu"]  # the first look has none
+            return len(parts) >= count and (cpu > 5) == is_busy and len(parts)
+
+        return eventually(found, seconds, "look %d" % count)
+
+    def time_v(rank):
+        told = text_of("timed.time.%d" % rank)
+        return "Exit status: 0" in told and told
+
+    count = look(False, 2)
+    tell("begin")
+    count = look(True, count + 3)
+    tell("stop")
+    look(False, count + 2)  # the one that has seen nothing of the work
+    seen = looks()
+    tell("end")
+    for rank, parts in seen.items():
+        told = eventually(lambda rank=rank: time_v(rank), seconds, "time -v")
+        true = dict(re.findall(r"(?m)^\s*(\w[\w ]+)(?: \(\w+\))?: ([\d.]+)$", told))
+        spent = float(true["User time"]) + float(true["System time"])
+        spent -= float(text_of("timed.start.%d" % rank))
+        cpu = sum(
+            part["cpu"] / 100 * (part["time"] - before["time"])
+            for before, part in zip(parts, parts[1:])
+        )
+        peak = parts[-1]["peak"]
+        resident = 1024 * int(true["Maximum resident set size"])
+        with case.subTest(rank=rank, cpu=cpu, spent=spent, peak=peak, true=resident):
+            case.assertAlmostEqual(peak, resident, delta=0.02 * resident)
+            case.assertAlmostEqual(cpu, spent, delta=max(0.1, 0.02 * spent))
+            case.assertEqual(spent > 1, rank < 2)
 
 
 def shown_in(parts):

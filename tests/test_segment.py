@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import time
 import unittest
 from unittest import mock
 
@@ -38,6 +39,17 @@ class Vanished(unittest.TestCase):
         self,
     ):
         self.assertLessEqual(master_server.NAME_SECONDS, 8)
+
+    def test_a_process_that_ends_puts_the_look_at_the_name_off_by_nothing(self):
+        supervisor = object.__new__(master_server.Supervisor)
+        passed = 0.75 * master_server.NAME_SECONDS
+        vars(supervisor).update(names=[], running={}, delay={}, wakeup=0)
+        supervisor.looked = time.monotonic() - passed
+        with mock.patch("multiprocessing.connection.wait") as wait:
+            supervisor.wait()
+        seconds = wait.call_args[0][1]
+        self.assertLessEqual(0, seconds)
+        self.assertLessEqual(seconds, master_server.NAME_SECONDS - passed)
 
     def test_the_name_is_made_again_and_no_agent_notices(self):
         master = self.begin()
