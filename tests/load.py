@@ -2,13 +2,16 @@
 """load.py sends what a thousand agents would, from one process that costs little itself.
 
     python3 tests/load.py PORT COUNT [--pace even|burst] [--interval 2] [--churn 5] [--ramp 10]
+                                     [--jobs 10] [--looks FILE]
 
 An agent here is a socket and a place in a heap of due times. Its samples are pickled once, and only
-its name, cpu and ram are written into the bytes of each; --samples names a JSON list of samples
-(of the real agent, say) to take in turn. Even: one after another, spread over the interval. Burst:
-all of them at once, every interval. Once a second a line of JSON tells on stdout how it goes, see
-`Load.report`. Every sample reads the answer to the one before, so an agent that the master dropped
-is noticed within an interval. It ends on SIGTERM or SIGINT, or when nobody reads its stdout.
+its name, job, cpu and ram are written into the bytes of each; --samples names a JSON list of
+samples (of the real agent, say) to take in turn. With --jobs they are the nodes of so many jobs,
+and with --looks each tells of its ranks and GPUs behind every fifth sample. Even: one after
+another, spread over the interval. Burst: all of them at once, every interval. Once a second a line
+of JSON tells on stdout how it goes, see `Load.report`. Every sample reads the answer to the one
+before, so an agent that the master dropped is noticed within an interval. It ends on SIGTERM or
+SIGINT, or when nobody reads its stdout.
 """
 
 import argparse
@@ -29,6 +32,8 @@ import time
 
 PLAIN = [{"cpu": 15.5, "ram": 40.2, "version": "1.0", "ack": True}]
 NAME = "node-%07d"  # all of one length: a name is written over another
+JOB = "7%06d"  # likewise
+LOOK_EVERY = 5  # samples from one look of an agent to the next
 TICK = 0.001  # seconds: a shorter sleep costs more than it spreads
 REPORT_SECONDS = 1.0
 VALUES = 1024  # different values of cpu and ram
@@ -47,12 +52,15 @@ SILENT_SECONDS = 10.0  # then a silent one's socket is closed; the master was so
 
 
 class Template:
-    """The bytes of one sample, and where name, cpu and ram stand in them."""
+    """The bytes of one sample, and where name, job, cpu and ram stand in them."""
 
-    def __init__(self, sample):
+    def __init__(self, sample, in_jobs=False):
         sample = dict(sample, node=NAME % 0)
+        if in_jobs:
+            sample["job"] = JOB % 0
         self.data = bytearray(pickle.dumps(sample, protocol=4))
         self.name = self.data.index((NAME % 0).encode())
+        self.job = self.data.index((JOB % 0).encode()) if in_jobs else None
         self.floats = [self.find_float(key) for key in ("cpu", "ram")]
 
     def find_float(self, key):
@@ -62,14 +70,16 @@ class Template:
         )  # text, memoize, float
         return self.data.index(lead) + len(lead)
 
-    def fill(self, name, cpu, ram):
-        """The bytes with another name (bytes) and values (8 bytes each)."""
+    def fill(self, name, cpu, ram, job=b""):
+        """The bytes with another name and job (bytes) and values (8 bytes each)."""
         data = self.data
         if len(name) != len(NAME % 0):
             raise ValueError(
                 "a name of another length would spoil the pickle: %r" % name
             )
         data[self.name : self.name + len(name)] = name
+        if self.job is not None:
+            data[self.job : self.job + len(job)] = job
         for at, value in zip(self.floats, (cpu, ram)):
             data[at : at + 8] = value
         return data
@@ -81,6 +91,15 @@ def read_samples(path):
         return PLAIN
     with open(path, encoding="utf-8") as file:
         return [dict(sample, cpu=0.0, ram=0.0) for sample in json.load(file)]
+
+
+def read_looks(path):
+    """The looks in a JSON file, each a list of parts, as bytes that follow a sample; or none."""
+    if not path:
+        return []
+    with open(path, encoding="utf-8") as file:
+        looks = json.load(file)
+    return [b"".join(pickle.dumps(part, protocol=4) for part in look) for look in looks]
 
 
 # ==========================================================================================
@@ -115,8 +134,10 @@ class Load:
             for sample in read_samples(options.samples)
         ]
         self.templates = itertools.cycle(
-            [Template(sample) for sample in self.templates]
+            [Template(sample, options.jobs > 0) for sample in self.templates]
         )
+        self.looks = read_looks(options.looks)
+        self.looked = collections.Counter()  # index: samples sent
         self.values = itertools.cycle(
             [
                 struct.pack(">d", round(random.uniform(LOWEST, HIGHEST), 1))
@@ -175,10 +196,15 @@ class Load:
                 self.name_of[index] = (NAME % next(self.names)).encode()
             sock.send(
                 next(self.templates).fill(
-                    self.name_of[index], next(self.values), next(self.values)
+                    self.name_of[index],
+                    next(self.values),
+                    next(self.values),
+                    self.job_of(index),
                 )
             )
             self.sent += 1
+            if self.looks:
+                self.tell_look(index, sock)
             return True
         except OSError as error:
             self.lost += 1
@@ -187,6 +213,19 @@ class Load:
             if index in self.socks:
                 self.socks.pop(index).close()
             return False
+
+    def job_of(self, index):
+        """The job of an agent, as bytes: the agents are dealt out to the jobs in turn."""
+        return (
+            (JOB % (index % self.options.jobs)).encode() if self.options.jobs else b""
+        )
+
+    def tell_look(self, index, sock):
+        """Send a look behind every fifth sample of an agent; not all of them at once."""
+        count = self.looked[index]
+        self.looked[index] += 1
+        if (count + index) % LOOK_EVERY == 0:
+            sock.send(self.looks[count // LOOK_EVERY % len(self.looks)])
 
     def connect(self, index):
         """A new connection."""
@@ -297,6 +336,8 @@ def build_parser():
         help="agents replaced by new ones each second",
     )
     add("--samples", help="JSON file: list of samples to send in turn")
+    add("--jobs", type=int, default=0, help="so many jobs have the agents as nodes")
+    add("--looks", help="JSON file: list of looks, each a list of parts, sent in turn")
     return parser
 
 
