@@ -157,6 +157,7 @@ class Report(unittest.TestCase):
             with self.subTest(text):
                 record = a_record(
                     job=text,
+                    hours=0.1,
                     job_name=text,
                     user=text,
                     reason=text,
