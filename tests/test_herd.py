@@ -22,7 +22,7 @@ import support  # before the tools: it knows where they are
 import agent
 from support import nodes, start, start_master
 
-load_tests = beside.load_tests  # in a process of its own: it mostly waits
+load_tests = beside.in_parts(2)  # in processes of their own: they mostly wait
 
 # They are shell scripts where they can be: thirty of them start at once.
 SQUEUE = """\
