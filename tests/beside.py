@@ -97,7 +97,7 @@ def flat(suite):
 
 
 class Beside(unittest.TestSuite):
-    """The tests of a module, or a part of them. The first one to be run starts all, the last tells."""
+    """The tests of a module, or a part. The first one to be run starts all, the last one tells."""
 
     every = []  # of this run, in unittest's order
     folder = ""  # that is shared with the processes
