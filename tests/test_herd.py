@@ -547,6 +547,7 @@ class Herding(Watching):
         eventually(lambda: self.rows() == [("c2", "8")])
         self.assertEqual(len(self.slurm.calls("srun")), 1)
 
+    @support.slow("thirty steps")
     def test_of_forty_jobs_thirty_are_attached_to_and_the_rest_is_named(self):
         self.slurm = Slurm(self, ATTACH_SECONDS=60.0)
         self.slurm.write("srun.mode", "hang")
@@ -558,6 +559,7 @@ class Herding(Watching):
         watcher.logged(r"10 more run unwatched: --my-jobs 130,131", BUSY)
         eventually(lambda: len(self.slurm.calls("srun")) == 30)
 
+    @support.slow("waits for looks")
     def test_a_squeue_that_fails_is_told_once_and_asked_again_later(self):
         self.slurm.write("squeue.mode", "fail")
         watcher = self.watch()
@@ -571,6 +573,7 @@ class Herding(Watching):
         self.slurm.write("squeue.mode", "")
         eventually(lambda: self.rows() == [("c1", "7")])
 
+    @support.slow("waits for limits")
     def test_a_squeue_that_hangs_is_given_up_and_asked_again_later(self):
         self.slurm = Slurm(self, QUESTION_SECONDS=3.0)
         self.slurm.write("squeue.mode", "hang")
@@ -601,6 +604,7 @@ class Herding(Watching):
         watcher.logged(r"cannot attach \(.*generic resource.*\): without GPUs", BUSY)
         self.assertEqual(len(self.slurm.calls("srun")), 2)
 
+    @support.slow("waits for each rung")
     def test_after_the_last_rung_nothing_is_tried_for_five_minutes(self):
         with contextlib.ExitStack() as stack:  # both at once: they wait
             watchers = []
@@ -659,6 +663,7 @@ class Herding(Watching):
                 eventually(lambda: not any(map(support.alive, family)))  # noqa: B023
                 eventually(lambda: not self.rows())
 
+    @support.slow("waits for limits")
     def test_a_relay_that_falls_silent_leaves_no_step_and_is_back_when_it_wakes(self):
         """As a laptop that was cut off, or sleeps: its ssh stays open on the other side."""
         self.slurm = Slurm(self, DEAF_SECONDS=5.0)
@@ -673,6 +678,7 @@ class Herding(Watching):
         eventually(lambda: self.rows() == [("c1", "7")])
         self.assertNotEqual(support.descendants(watcher.pid), family)
 
+    @support.slow("another Python")
     def test_the_oldest_python_herds_and_is_all_that_a_node_has(self):
         version, python = min(support.pythons().items())
         folder = tempfile.mkdtemp()
