@@ -2,6 +2,7 @@
 """beside.py runs test modules that mostly wait in processes of their own, beside the other ones.
 
     load_tests = beside.load_tests          # in such a module
+    load_tests = beside.in_parts(2)         # in one that takes long: two processes share its tests
 
 unittest runs one test after the other, and the tests here wait twice as long as they work. So in
 the fast run each module with this line has its own process, AT_ONCE of them at a time, while the
@@ -72,6 +73,20 @@ def load_tests(loader, tests, pattern):
     return Beside(wanted)
 
 
+def in_parts(count):
+    """A load_tests for a module whose tests so many processes share."""
+
+    def load(loader, tests, pattern):
+        wanted = list(flat(tests))
+        if IN_TURN or not wanted:
+            return tests
+        size = -(-len(wanted) // count)
+        parts = [wanted[at : at + size] for at in range(0, len(wanted), size)]
+        return unittest.TestSuite(map(Beside, parts))
+
+    return load
+
+
 def flat(suite):
     """The tests of a suite of suites."""
     for each in suite:
@@ -82,7 +97,7 @@ def flat(suite):
 
 
 class Beside(unittest.TestSuite):
-    """The tests of one module. The first one to be run starts all, the last one tells of all."""
+    """The tests of a module, or a part. The first one to be run starts all, the last one tells."""
 
     every = []  # of this run, in unittest's order
     folder = ""  # that is shared with the processes
@@ -90,10 +105,11 @@ class Beside(unittest.TestSuite):
 
     def __init__(self, tests):
         super().__init__(tests)
+        self.module = tests[0].__class__.__module__
         Beside.every.append(self)
 
     def run(self, result, debug=False):
-        if debug or len(Beside.every) == 1:
+        if debug or len({suite.module for suite in Beside.every}) == 1:
             return super().run(result, debug)
         if self is Beside.every[0]:
             self.start_all()

@@ -179,10 +179,11 @@ def descendants(pid):
 # ==========================================================================================
 
 
-def _command(argv, python, as_typed):
-    """A tool's name stands for its path; anything else ("-c", "-m", a path) goes as it is.
+def command_of(argv, python=None, as_typed=False):
+    """The command line of a tool: command_of(["agent.py", "--once"]); its name stands for its path.
 
-    What starts a tool of this repository, or imports one, has the bytecode ready, see compiled.py.
+    Anything else ("-c", "-m", a path) goes as it is. What starts a tool of this repository, or
+    imports one, has the bytecode ready, see compiled.py.
     """
     words = [str(word) for word in argv]
     if not os.path.isabs(words[0]) and os.path.exists(os.path.join(ROOT, words[0])):
@@ -240,7 +241,7 @@ def run(*argv, python=None, env=None, stdin="", seconds=60, as_typed=False, **mo
     as_typed: without the bytecode that is ready, as a person does.
     """
     return subprocess.run(
-        _command(argv, python, as_typed),
+        command_of(argv, python, as_typed),
         env=_environment(env),
         input=stdin,
         timeout=seconds,
@@ -251,9 +252,49 @@ def run(*argv, python=None, env=None, stdin="", seconds=60, as_typed=False, **mo
     )
 
 
+_EACH = """\
+import json, os, signal, sys, tempfile
+import %(module)s as tool
+results = []
+for flags in json.load(sys.stdin):
+    files = [tempfile.TemporaryFile() for _ in range(2)]
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        for number, file in enumerate(files, 1):
+            os.dup2(file.fileno(), number)
+        sys.argv[:] = [%(path)r] + flags
+        sys.exit(tool.main())
+    status = os.waitpid(child, 0)[1]
+    code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    for file in files:
+        file.seek(0)
+    results.append([code] + [file.read().decode("utf-8", "replace") for file in files])
+print(json.dumps(results))
+"""
+
+
+def run_each(tool, table, seconds=60):
+    """Run a tool to its end with each list of flags of a table: a CompletedProcess for each.
+
+    Each is a process of its own, but all are forks of one that has imported the tool: for tables
+    of what ends at once, as after 20 s it is killed. What is to be seen of a start needs `run`.
+    """
+    names = {"module": tool[:-3], "path": os.path.join(ROOT, tool)}
+    table = [[str(word) for word in flags] for flags in table]
+    done = run("-c", _EACH % names, stdin=json.dumps(table), cwd=ROOT, seconds=seconds)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert len(results) == len(table), done
+    return [
+        subprocess.CompletedProcess([tool, *flags], *result)
+        for flags, result in zip(table, results)
+    ]
+
+
 def start(*argv, python=None, env=None, as_typed=False, **more):
     """Start a tool: start("agent.py", "--port", 13579).  Close what comes back, or use `with`."""
-    return Tool(_command(argv, python, as_typed), _environment(env), **more)
+    return Tool(command_of(argv, python, as_typed), _environment(env), **more)
 
 
 class Tool:
@@ -387,8 +428,10 @@ class Tool:
 # it in the background of a script has SIGINT ignored: the tools must not inherit that.
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# Nor must they inherit what few users have: it hides what becomes of lines that nobody takes.
+# Nor must they inherit what few users have: it hides what becomes of lines that nobody takes, or
+# makes each test_reader.py compile the master_server.py that it imports.
 os.environ.pop("PYTHONUNBUFFERED", None)
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @atexit.register

@@ -353,20 +353,27 @@ class BadRequests(MasterTest):
 class BadFlags(unittest.TestCase):
     """One line that says what was wrong and what is allowed; exit 2."""
 
-    def check(self, tool, flags, reason):
-        with self.subTest(" ".join([tool, *map(str, flags)])):
-            done = support.run(tool, *flags, seconds=20)
-            lines = [line for line in done.stderr.splitlines() if "error:" in line]
-            self.assertEqual(
-                (done.returncode, done.stdout, len(lines)), (2, "", 1), done.stderr
-            )
-            self.assertEqual(done.stderr.splitlines()[-1], lines[0])
-            self.assertRegex(lines[0], reason)
-            self.assertNotIn("Traceback", done.stderr)
+    def check(self, tool, table):
+        """The first row by a start of its own, too."""
+        flags = [flags for flags, _ in table]
+        done = [support.run(tool, *flags[0], seconds=20)]
+        done += support.run_each(tool, flags)
+        for each, (words, reason) in zip(done, [table[0], *table]):
+            with self.subTest(" ".join([tool, *words])):
+                self.assertRefused(each, reason)
+
+    def assertRefused(self, done, reason):
+        lines = [line for line in done.stderr.splitlines() if "error:" in line]
+        self.assertEqual(
+            (done.returncode, done.stdout, len(lines)), (2, "", 1), done.stderr
+        )
+        self.assertEqual(done.stderr.splitlines()[-1], lines[0])
+        self.assertRegex(lines[0], reason)
+        self.assertNotIn("Traceback", done.stderr)
 
     def test_of_the_master(self):
         free = ["--port", "0", "--dashboard-port", "0"]
-        for flags, reason in (
+        table = (
             (["--nope"], "--nope"),
             (["extra"], "extra"),
             (["--port", "http"], "port.*http"),
@@ -396,11 +403,11 @@ class BadFlags(unittest.TestCase):
             (["--shm-name", "a/b"], "shm-name"),
             (["--shm-name", ""], "shm-name"),
             (["--shm-name", "x" * 300], "shm-name"),
-        ):
-            self.check("master_server.py", flags, reason)
+        )
+        self.check("master_server.py", table)
 
     def test_of_the_agent(self):
-        for flags, reason in (
+        table = (
             (["--nope"], "--nope"),
             (["--port", "65536"], "port.*65535"),
             (["--port", "0"], "port.*1"),
@@ -414,29 +421,29 @@ class BadFlags(unittest.TestCase):
             (["--name", ""], "name"),
             (["--name", "x" * 256], "name.*(63|255)"),
             (["--name", "a\nb"], "name"),
-        ):
-            self.check("agent.py", flags, reason)
+        )
+        self.check("agent.py", table)
 
     def test_of_the_bridge(self):
-        for flags, reason in (
+        table = (
             (["--nope"], "--nope"),
             (["--local-port", "65536"], "port.*65535"),
             (["--remote-port", "0"], "port"),
             (["--remote-port", "x"], "port"),
             (["--host", "256.1.1.1", "--local-port", "0"], "host"),
-        ):
-            self.check("port_forward.py", flags, reason)
+        )
+        self.check("port_forward.py", table)
 
     def test_of_the_reader(self):
-        for flags, reason in (
+        table = (
             (["--nope"], "--nope"),
             (["--port", "65536"], "port.*65535"),
             (["--port", "x"], "port"),
             (["--shm-name", "a/b"], "shm-name"),
             (["--shm-name", ""], "shm-name"),
             (["--port", "1", "--shm-name", "x"], "not allowed"),
-        ):
-            self.check("test_reader.py", flags, reason)
+        )
+        self.check("test_reader.py", table)
 
     def test_help_is_a_result_and_names_the_default_port(self):
         for tool in (

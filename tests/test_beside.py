@@ -76,6 +76,17 @@ class Process(unittest.TestCase):
             file.write("%%d\\n" %% os.getpid())
 """
 
+IN_PARTS = """
+import os, unittest, beside
+load_tests = beside.in_parts(2)
+
+class Parts(unittest.TestCase):
+    def note(self):
+        with open(%r, "a") as file:
+            file.write("%%d\\n" %% os.getpid())
+    test_a = test_b = test_c = note
+"""
+
 ENDLESS = """
 import os, time, unittest
 import support
@@ -167,6 +178,24 @@ class Told(unittest.TestCase):
                 self.assertEqual(self.discover(*flags, in_turn=in_turn)[0], 0)
                 with open(pids) as file:
                     self.assertEqual(len(set(file)), processes)
+
+    @unittest.skipIf((os.cpu_count() or 1) < 2, "one CPU: nothing runs beside")
+    def test_a_module_in_parts_has_a_process_for_each(self):
+        pids = os.path.join(self.folder, "pids")
+        self.write(test_a=IN_PARTS % pids, test_b=WAITING)
+        for flags, in_turn, processes in (
+            ((), False, 2),
+            ((), True, 1),
+            (("-p", "test_a.py"), False, 1),
+        ):
+            with self.subTest(flags=flags, in_turn=in_turn):
+                said = self.discover(*flags, in_turn=in_turn)[1]
+                for name in ("test_a", "test_b", "test_c"):
+                    self.assertRegex(said, name + r" \(test_a\.Parts.*ok")
+                with open(pids) as file:
+                    found = file.read().split()
+                os.unlink(pids)
+                self.assertEqual((len(found), len(set(found))), (3, processes))
 
     @unittest.skipIf((os.cpu_count() or 1) < 2, "one CPU: nothing runs beside")
     def test_an_interrupted_run_leaves_no_process(self):

@@ -76,9 +76,9 @@ class Compiled(unittest.TestCase):
             ((self.path,), False),
         ):
             with self.subTest(words):
-                command = support._command(words, None, False)
+                command = support.command_of(words)
                 self.assertEqual(COMPILED in command, is_compiled)
-                self.assertNotIn(COMPILED, support._command(words, None, True))
+                self.assertNotIn(COMPILED, support.command_of(words, as_typed=True))
 
 
 class AsTyped(unittest.TestCase):

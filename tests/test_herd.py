@@ -22,7 +22,7 @@ import support  # before the tools: it knows where they are
 import agent
 from support import nodes, start, start_master
 
-load_tests = beside.load_tests  # in a process of its own: it mostly waits
+load_tests = beside.in_parts(2)  # in processes of their own: they mostly wait
 
 # They are shell scripts where they can be: thirty of them start at once.
 SQUEUE = """\
@@ -622,6 +622,7 @@ class Herding(Watching):
         eventually(lambda: self.rows() == [("c2", "8")])
         self.assertEqual(len(self.slurm.calls("srun")), 1)
 
+    @support.slow("thirty steps")
     def test_of_forty_jobs_thirty_are_attached_to_and_the_rest_is_named(self):
         self.slurm = Slurm(self, ATTACH_SECONDS=60.0)
         self.slurm.write("srun.mode", "hang")
@@ -633,6 +634,7 @@ class Herding(Watching):
         watcher.logged(r"10 more run unwatched: --my-jobs 130,131", BUSY)
         eventually(lambda: len(self.slurm.calls("srun")) == 30)
 
+    @support.slow("waits for looks")
     def test_a_squeue_that_fails_is_told_once_and_asked_again_later(self):
         self.slurm.write("squeue.mode", "fail")
         watcher = self.watch()
@@ -646,6 +648,7 @@ class Herding(Watching):
         self.slurm.write("squeue.mode", "")
         eventually(lambda: self.rows() == [("c1", "7")])
 
+    @support.slow("waits for limits")
     def test_a_squeue_that_hangs_is_given_up_and_asked_again_later(self):
         self.slurm = Slurm(self, QUESTION_SECONDS=3.0)
         self.slurm.write("squeue.mode", "hang")
@@ -676,6 +679,7 @@ class Herding(Watching):
         watcher.logged(r"cannot attach \(.*generic resource.*\): without GPUs", BUSY)
         self.assertEqual(len(self.slurm.calls("srun")), 2)
 
+    @support.slow("waits for each rung")
     def test_after_the_last_rung_nothing_is_tried_for_a_while(self):
         with contextlib.ExitStack() as stack:  # all at once: they wait
             watchers = []
@@ -755,6 +759,7 @@ class Herding(Watching):
                 eventually(lambda: not any(map(support.alive, family)))  # noqa: B023
                 eventually(lambda: not self.rows())
 
+    @support.slow("waits for limits")
     def test_a_relay_that_falls_silent_leaves_no_step_and_is_back_when_it_wakes(self):
         """As a laptop that was cut off, or sleeps: its ssh stays open on the other side."""
         self.slurm = Slurm(self, DEAF_SECONDS=5.0)
@@ -769,6 +774,7 @@ class Herding(Watching):
         eventually(lambda: self.rows() == [("c1", "7")])
         self.assertNotEqual(support.descendants(watcher.pid), family)
 
+    @support.slow("another Python")
     def test_the_oldest_python_herds_and_is_all_that_a_node_has(self):
         version, python = min(support.pythons().items())
         folder = tempfile.mkdtemp()

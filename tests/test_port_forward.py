@@ -550,7 +550,7 @@ class CommandLine(unittest.TestCase):
         )
 
     def test_a_mistake_is_one_line_with_what_is_allowed_and_exit_2(self):
-        for flags, says in (
+        table = (
             (["--local-port", "65536"], r"--local-port: '65536' is no port \(.*65535"),
             (["--local-port", "-1"], "--local-port"),
             (["--local-port", "ssh"], "--local-port: 'ssh' is no port"),
@@ -570,9 +570,11 @@ class CommandLine(unittest.TestCase):
                 ["--local-port", "7", "--remote-port", "7"],
                 "not the port that it listens on",
             ),
-        ):
+        )
+        every = support.run_each("port_forward.py", [flags for flags, _ in table])
+        every.append(support.run("port_forward.py", *table[0][0]))
+        for done, (flags, says) in zip(every, [*table, table[0]]):
             with self.subTest(" ".join(flags)[:80]):
-                done = support.run("port_forward.py", *flags)
                 self.assertEqual((done.returncode, done.stdout), (2, ""), done.stderr)
                 self.assertEqual(len(done.stderr.splitlines()), 1, done.stderr)
                 self.assertRegex(done.stderr, says)

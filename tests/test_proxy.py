@@ -260,6 +260,7 @@ class WithToken(Behind):
         return cookie.partition(";")[0], folder
 
 
+@support.slow("a browser")
 @requires("nginx", "chromium", "chromedriver")
 class InBrowser(Behind):
     """The script under a prefix: live update, sort, filter, node page, back."""
@@ -305,6 +306,7 @@ class InBrowser(Behind):
         self.assertEqual(self.browser.messages(), [])
 
 
+@support.slow("a browser")
 @requires("nginx", "chromium", "chromedriver")
 class InBrowserWithToken(InBrowser):
     """The cookie under a prefix, as a real browser keeps it."""

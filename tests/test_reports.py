@@ -139,6 +139,7 @@ class Report(unittest.TestCase):
         with self.assertRaises(master.RecordError):
             master.record_of_report("1", "<html>")
 
+    @support.slow("a large record")
     def test_a_day_of_sixteen_nodes_takes_a_mebibyte_at_most(self):
         record = a_record(nodes=16, hours=24)
         page = master.render_report(record)
@@ -157,6 +158,7 @@ class Report(unittest.TestCase):
             with self.subTest(text):
                 record = a_record(
                     job=text,
+                    hours=0.1,
                     job_name=text,
                     user=text,
                     reason=text,

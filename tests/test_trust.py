@@ -641,7 +641,7 @@ class Secret(unittest.TestCase):
 
     def test_a_file_that_is_no_secret_is_one_line_that_names_the_cure(self):
         missing = os.path.join(self.folder, "no", "such", "folder", "secret")
-        for what, path, cure in (
+        table = (
             ("others can read it", self.file("open", mode=0o644), "chmod 600"),
             ("the group can", self.file("group", mode=0o640), "chmod 600"),
             ("others can write it", self.file("write", mode=0o602), "chmod 600"),
@@ -649,21 +649,14 @@ class Secret(unittest.TestCase):
             ("blank", self.file("blank", b" \n\n"), "remove the file|empty"),
             ("no folder", missing, "No such file"),
             ("a folder", self.folder, "directory"),
+        )
+        for tool, flags in (
+            ("master_server.py", ["--port", 0, "--dashboard-port", 0]),
+            ("agent.py", ["--port", self.master.port]),
         ):
-            for tool in ("master_server.py", "agent.py"):
+            rows = [[*flags, "--secret-file", path] for _, path, _ in table]
+            for done, (what, _, cure) in zip(support.run_each(tool, rows), table):
                 with self.subTest(what, tool=tool):
-                    flags = (
-                        ("--dashboard-port", "0") if tool == "master_server.py" else ()
-                    )
-                    done = support.run(
-                        tool,
-                        "--port",
-                        self.master.port if not flags else 0,
-                        "--secret-file",
-                        path,
-                        *flags,
-                        seconds=20,
-                    )
                     self.assertEqual((done.returncode, done.stdout), (1, ""))
                     self.assertRegex(
                         done.stderr, r"\Aerror: [^\n]*(%s)[^\n]*\n\Z" % cure
