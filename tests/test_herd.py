@@ -360,6 +360,20 @@ def facts_of(**words):
 class Asking(unittest.TestCase):
     """When Slurm is asked about an end, and what of two answers holds."""
 
+    def test_a_squeue_that_takes_20_s_is_asked_every_400_s_and_a_fast_one_every_30(
+        self,
+    ):
+        for took, pause in ((20.0, 400), (1.6, 32), (0.1, 30)):
+            herd = agent.Herd([], b"")
+            asked = mock.Mock(took=took, error="", asked=0.0)
+            asked.text.return_value = row()
+            with mock.patch.object(agent, "Question", return_value=asked), mock.patch(
+                "agent.time.monotonic", return_value=5000.0
+            ), mock.patch.object(herd, "put"):
+                herd.look()
+            self.assertEqual(list(herd.jobs), ["7"])
+            self.assertEqual(herd.look_at, 5000 + pause)
+
     def test_of_many_jobs_that_had_ended_before_five_are_asked_about_a_look_and_once(
         self,
     ):

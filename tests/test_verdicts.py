@@ -890,6 +890,14 @@ class Sick(unittest.TestCase):
                 ),
                 "few_cpus",
             ),
+            (
+                job(
+                    node("c1", job_cpu=25.0, gpu=20.0, gpus=[gpu(0, 20.0)]),
+                    node("c2", job_cpu=25.0, gpu=0.0, gpus=[unused(0)]),
+                    gpus=2,
+                ),
+                "idle_gpus",
+            ),
             (ended("FAILED", node(oom_kill=1), exit="127:0"), "out_of_memory"),
             (ended("FAILED", node(oom_kill=1), exit="137:0"), "out_of_memory"),
             (
@@ -932,6 +940,11 @@ class Healthy(unittest.TestCase):
 
 IO = {"job_cpu": 10.0, "psi_io": 70.0}
 OTHER_IO = {"job_read": None, "job_write": None, "disk_read": 0.0, "disk_write": 0.0}
+
+
+def worked(count):
+    """So many points of work, from 200 s ago on, and no work in the points up to 180 s ago."""
+    return [(NOW - 200 + 10 * k, 90.0 if k < count else 0.0) for k in range(3)]
 
 
 def paused(before, since):
@@ -1065,7 +1078,11 @@ EDGES = {
     ),
     "idle_job": (
         (job(asleep(job_cpu=flat(0, 60))), job(asleep(job_cpu=flat(0, 50)))),
-        (job(asleep(job_cpu=2.4)), job(asleep(job_cpu=2.6))),
+        (job(asleep(job_cpu=2.5)), job(asleep(job_cpu=2.6))),
+        (
+            job(asleep(job_cpu=[*flat(0, 600)[:-21], *worked(2), *flat(0, 170)])),
+            job(asleep(job_cpu=[*flat(0, 600)[:-21], *worked(3), *flat(0, 170)])),
+        ),
         (job(asleep(job_cpu=0)), job(asleep(job_cpu=0, job_read=2e5))),
         (job(asleep(job_cpu=0)), job(asleep(job_cpu=0, job_write=2e5))),
         (job(asleep(job_cpu=0)), job(asleep(job_cpu=0, gpu=50.0), gpus=1)),
