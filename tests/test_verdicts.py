@@ -414,6 +414,11 @@ SICK = {
         "failed_step",
         r"! a step ended with 2:0, and Slurm says COMPLETED",
     ),
+    "a step that a signal ended, and the script went on": (
+        ended("COMPLETED", node(), derived_exit="0:11"),
+        "failed_step",
+        r"! a step ended with 0:11, and Slurm says COMPLETED",
+    ),
     "a step out of memory, and the script went on": (
         ended("COMPLETED", node(), derived_exit="0:125"),
         "failed_step",
@@ -839,6 +844,12 @@ HEALTHY = {
     ),
     "ended well": ended("COMPLETED", node(), limit=3600.0),
     "ended well, told by the wrapper": job(node(), events=[left("exit 0")], state=""),
+    "ended well, and Slurm ended what was left of its steps": ended(
+        "COMPLETED", node(), derived_exit="0:15", limit=3600.0
+    ),
+    "the same, and one was killed": ended(
+        "COMPLETED", node(), derived_exit="0:9", limit=3600.0
+    ),
     "a sidecar that was told to end": job(node(), events=[left("SIGTERM")]),
     "an agent that came back": job(
         node(),
@@ -1094,6 +1105,14 @@ EDGES = {
         (
             job(asleep(job_cpu=0, net_rx=0.0, net_tx=0.0, **OTHER_IO)),
             job(asleep(job_cpu=0, net_rx=0.0, net_tx=0.0, **{**OTHER_IO, "psi_io": 9})),
+        ),
+        (
+            job(asleep(net_rx=0.0, net_tx=0.0, **{**OTHER_IO, "psi_io": 4.9})),
+            job(asleep(net_rx=0.0, net_tx=0.0, **{**OTHER_IO, "psi_io": 5.0})),
+        ),
+        (
+            job(asleep(net_rx=0.0, net_tx=0.0, **{**OTHER_IO, "job_read": 0.0})),
+            job(asleep(net_rx=2e5, net_tx=0.0, **{**OTHER_IO, "job_read": 0.0})),
         ),
         (
             job(asleep(job_cpu=0, net_rx=0.0, net_tx=0.0, **OTHER_IO)),
