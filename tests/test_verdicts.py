@@ -177,6 +177,11 @@ ENDED_AT = clock(NOW - 60)
 
 NO_IO = {"job_read": flat(0, 600), "job_write": flat(0, 600)}
 LONG_NO_IO = {"job_read": flat(0, 1300), "job_write": flat(0, 1300)}
+# 6 % of four CPUs, then 5 %, then nothing
+DOZED = [
+    (moment, 0.0 if moment >= NOW - 120 else 5.0 if moment >= NOW - 230 else 6.0)
+    for moment, _ in flat(0, 600)
+]
 
 # ---- sick jobs: name -> (evidence, the rule, what its line says) -----------------------
 
@@ -218,6 +223,20 @@ SICK = {
         job(asleep(ranks=[], job_cpu=flat(0, 1250), **LONG_NO_IO)),
         "idle_job",
         r"\. 4 CPUs idle for 20 min: nothing computes",
+    ),
+    "asleep, and hardly awake before": (
+        job(asleep(job_cpu=DOZED, job_read=flat(0, 600), job_write=flat(0, 600))),
+        "idle_job",
+        r"! 4 CPUs idle for 3 min: nothing computes",
+    ),
+    "the last of three nodes asleep, and hardly awake before": (
+        job(
+            node("c1"),
+            node("c2", job_cpu=50.0),
+            asleep("c3", job_cpu=DOZED, ranks=[rank(2)]),
+        ),
+        "idle_nodes",
+        r"! 1 of 3 nodes idle for 3 min: c3: c1 uses 4\.0 of 4 CPUs",
     ),
     "more threads than CPUs": (
         job(
@@ -903,6 +922,14 @@ class Sick(unittest.TestCase):
             ),
             (
                 job(
+                    node("c1", job_cpu=flat(90, 400)),
+                    node("c2", job_cpu=flat(30, 400)),
+                    asleep("c3", ranks=[rank(2)]),
+                ),
+                "idle_nodes",
+            ),
+            (
+                job(
                     node("c1", job_cpu=25.0, gpu=20.0, gpus=[gpu(0, 20.0)]),
                     node("c2", job_cpu=25.0, gpu=0.0, gpus=[unused(0)]),
                     gpus=2,
@@ -1047,6 +1074,14 @@ EDGES = {
             job(node(job_cpu=25.0, ranks=[rank(0, 50.0), rank(1, 50.0)])),
         ),
         (
+            job(node(job_cpu=25.0, ranks=[rank(0, 80.0), rank(1, 20.0)])),
+            job(node(job_cpu=25.0, ranks=[rank(0, 79.0), rank(1, 21.0)])),
+        ),
+        (
+            job(node(job_cpu=flat(37.5, 300)[:-9] + flat(25, 80))),
+            job(node(job_cpu=flat(37.6, 300)[:-9] + flat(25, 80))),
+        ),
+        (
             job(node(job_cpu=flat(30, 300)[:-9] + flat(25, 80))),
             job(node(job_cpu=flat(60, 300)[:-9] + flat(25, 80))),
         ),
@@ -1075,6 +1110,22 @@ EDGES = {
             job(node(job_cpu=flat(25, 40), ranks=BOUND)),
         ),
         (
+            job(node(job_cpu=25.0, ranks=[rank(k, 42.5, "0") for k in (0, 1)])),
+            job(node(job_cpu=25.0, ranks=[rank(k, 42.4, "0") for k in (0, 1)])),
+        ),
+        (
+            job(node(job_cpu=25.0, ranks=[rank(k, 2.0, "0") for k in range(48)])),
+            job(node(job_cpu=25.0, ranks=[rank(k, 1.9, "0") for k in range(50)])),
+        ),
+        (
+            job(node(job_cpu=25.0, ranks=BOUND)),
+            job(node(job_cpu=25.0, ranks=[dict(r, cpus="") for r in BOUND])),
+        ),
+        (
+            job(node(job_cpu=44.0, ranks=BOUND, job_cpus=2)),
+            job(node(job_cpu=88.0, ranks=BOUND, job_cpus=1)),
+        ),
+        (
             job(node(job_cpu=80.0, ranks=[*pinned(3), rank(9, 50.0, "2")])),
             job(node(job_cpu=80.0, ranks=[*pinned(3), rank(9, 50.0, "2-3")])),
         ),
@@ -1094,7 +1145,7 @@ EDGES = {
             job(asleep(job_cpu=[*flat(0, 600)[:-21], *worked(2), *flat(0, 170)])),
             job(asleep(job_cpu=[*flat(0, 600)[:-21], *worked(3), *flat(0, 170)])),
         ),
-        (job(asleep(job_cpu=0)), job(asleep(job_cpu=0, job_read=2e5))),
+        (job(asleep(job_read=1e5)), job(asleep(job_read=1.1e5))),
         (job(asleep(job_cpu=0)), job(asleep(job_cpu=0, job_write=2e5))),
         (job(asleep(job_cpu=0)), job(asleep(job_cpu=0, gpu=50.0), gpus=1)),
         (job(asleep(job_cpu=0)), job(asleep(job_cpu=0, job_read=None))),
@@ -1148,8 +1199,8 @@ EDGES = {
             job(node("c1"), node("c2", job_cpu=flat(0, 50))),
         ),
         (
-            job(node("c1", job_cpu=13.0), node("c2", job_cpu=0)),
-            job(node("c1", job_cpu=12.0), node("c2", job_cpu=0)),
+            job(node("c1", job_cpu=12.5), node("c2", job_cpu=0)),
+            job(node("c1", job_cpu=12.4), node("c2", job_cpu=0)),
         ),
         (
             job(node("c1", job_cpu=0, ranks=[rank(0), rank(1)]), node("c2")),
