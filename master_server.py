@@ -2305,6 +2305,8 @@ SIGNALS = {
 }
 # an agent that is told to end says these; of a command they tell nothing
 ASKED_SIGNALS = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM")
+# Slurm ends with these what is left of a job that is over: a step of ours, perhaps
+LEFTOVER_SIGNALS = (9, 15)
 # what a signal means, and what to do: {node} is where, {job} the id
 SIGNAL_WORDS = {
     "SIGSEGV": "it used memory that is not its own (segmentation fault)",
@@ -3746,7 +3748,7 @@ def find_failed_step(
         words.append("%s on %s" % (case.failure.bye, case.failure.node))
     elif case.facts.get("failed_step"):
         words.append(str(case.facts["failed_step"]))
-    elif derived and derived != (0, 0):
+    elif derived and derived != (0, 0) and derived[1] not in LEFTOVER_SIGNALS:
         is_memory = derived == (0, 125)
         code = "a step ended with %d:%d" % derived
         words.append("a step was out of memory" if is_memory else code)
@@ -3821,7 +3823,7 @@ def find_out_of_memory(
     if kills:
         words = OUT_OF_MEMORY % count_words(sum(kills.values()), "process") + where
     else:
-        words = "out of memory%s, says Slurm; the kernel's count was not seen" % (where)
+        words = "out of memory%s, says Slurm; the kernel's count was not seen" % where
     limit = killed_limit(case)
     flag = memory_flag(limit) if limit else "--mem"
     proof = memory_proof(case)

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -353,6 +354,20 @@ def facts_of(**words):
 class Asking(unittest.TestCase):
     """When Slurm is asked about an end, and what of two answers holds."""
 
+    def test_a_squeue_that_takes_20_s_is_asked_every_400_s_and_a_fast_one_every_30(
+        self,
+    ):
+        for took, pause in ((20.0, 400), (1.6, 32), (0.1, 30)):
+            herd = agent.Herd([], b"")
+            asked = mock.Mock(took=took, error="", asked=0.0)
+            asked.text.return_value = row()
+            with mock.patch.object(agent, "Question", return_value=asked), mock.patch(
+                "agent.time.monotonic", return_value=5000.0
+            ), mock.patch.object(herd, "put"):
+                herd.look()
+            self.assertEqual(list(herd.jobs), ["7"])
+            self.assertEqual(herd.look_at, 5000 + pause)
+
     def test_of_many_jobs_that_had_ended_before_five_are_asked_about_a_look_and_once(
         self,
     ):
@@ -451,6 +466,30 @@ class Ladder(unittest.TestCase):
             ("Unable to confirm allocation: Access/permission denied", False),
         ):
             self.assertEqual(bool(re.search(agent.SLOW_WORDS, words)), is_slow, words)
+
+    def test_a_step_of_ours_never_fails_whatever_becomes_of_it(self):
+        """Its exit code would be the derived one of the job."""
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        command = ["/bin/sh", "-c", agent.STEP_PYTHON, "pass"]
+        done = subprocess.run(command, env={"PATH": folder}, stderr=subprocess.PIPE)
+        self.assertEqual(done.returncode, 0)
+        self.assertIn(b"no python3 of 3.6 or later", done.stderr)
+        started = os.path.join(folder, "started")
+        fake = os.path.join(folder, "python3")
+        with open(fake, "w") as file:
+            file.write('#!/bin/sh\n: >"%s"\nsleep 1\n' % started)
+        os.chmod(fake, stat.S_IRWXU)
+        path = folder + os.pathsep + os.environ["PATH"]
+        step = subprocess.Popen(command, env={"PATH": path})
+        eventually(lambda: os.path.exists(started))
+        step.send_signal(signal.SIGTERM)
+        self.assertEqual(step.wait(BUSY), 0)
+        flags = ("--stdout", "--procfs", folder)
+        self.assertEqual(support.run("agent.py", *flags).returncode, 1)
+        done = support.run("agent.py", *flags, "--lifeline")
+        self.assertEqual(done.returncode, 0)
+        self.assertIn("error: ", done.stderr)
 
     def test_the_agents_are_told_where_the_job_works(self):
         herd = agent.Herd([], b"")

@@ -4,11 +4,14 @@ sshd forwards no TCP here, and of what the compute nodes send to the login node 
 own passes, as where Solutions A and B cannot work.
 """
 
+import contextlib
 import json
 import os
+import signal
 import time
 import unittest
 
+import support
 import test_lab_job
 from support import eventually
 
@@ -24,12 +27,21 @@ ONLY_SLURM = (
     " add rule ip jobs way ip daddr 10.77.2.1 tcp dport != {6817, 60001-60999}"
     " tcp flags & (syn|ack) == syn drop"
 )
+QUIET = """\
+#!/bin/bash
+date +%s.%N
+sleep 45
+date +%s.%N
+echo done
+exit 3
+"""
 # What a user's .bashrc says to every ssh: some of it looks as if the herd spoke
 BASHRC = """\
 echo "= Welcome back"
 echo '@ ghost.1-0.0 {"cpu": 1, "ram": 1, "node": "ghost"}'
 printf 'modules loaded> '
 """
+CUT = 60  # seconds that a cable is unplugged
 TOLD = 5  # seconds from a job's end until it is told
 LAB = None
 
@@ -53,14 +65,30 @@ def setUpModule():
     LAB.run("login", "scontrol", "reconfigure", user="root")
     for host in ("c1", "c2"):
         LAB.run(host, "nft", ONLY_SLURM, user="root")
-    with open(LAB.path("spin.sh"), "w") as file:
-        file.write(SPIN)
-    os.chmod(LAB.path("spin.sh"), 0o755)
+    for name, text in (("spin.sh", SPIN), ("quiet.sh", QUIET)):
+        with open(LAB.path(name), "w") as file:
+            file.write(text)
+        os.chmod(LAB.path(name), 0o755)
 
 
 def tearDownModule():
     if LAB:
         LAB.down()
+
+
+def with_word(host, word):
+    """The pids, as they are outside, of the processes on a host whose command has the word."""
+    with open(os.path.join(LAB.dir, host, "pid")) as file:
+        here = os.readlink("/proc/%s/ns/net" % file.read().strip())
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            with open("/proc/%s/cmdline" % name, "rb") as file:
+                words = file.read().split(b"\0")
+            is_here = os.readlink("/proc/%s/ns/net" % name) == here
+            if is_here and word.encode() in words:
+                found.append(int(name))
+    return found
 
 
 class Watched(unittest.TestCase):
@@ -136,8 +164,6 @@ class Watched(unittest.TestCase):
     def test_nothing_is_left_of_a_master_that_was_killed_and_the_job_never_noticed(
         self,
     ):
-        with open(LAB.path("quiet.sh"), "w") as file:
-            file.write("#!/bin/bash\nsleep 45; echo done; exit 3\n")
         job = LAB.sbatch("-N1", "--mem=100", "-t10", "quiet.sh")
         self.aged(job)
         master = self.watch("login", "--my-jobs")
@@ -149,9 +175,76 @@ class Watched(unittest.TestCase):
         self.assertEqual(LAB.pids("login", "agent.py"), [])
         master.kill()
         eventually(lambda: job not in LAB.queue(), 60)
-        self.assertEqual(LAB.text("slurm-%s.out" % job), "done\n")
+        began, ended, *rest = LAB.text("slurm-%s.out" % job).split("\n")
+        self.assertEqual(rest, ["done", ""])
+        self.assertAlmostEqual(float(ended) - float(began), 45, delta=0.01 * 45)
         told = LAB.run("login", "scontrol", "show", "job", job)
         self.assertIn("ExitCode=3:0", told)
+
+    def left_of_ours(self):
+        """Herds, sruns and agents: their pids, as they are outside."""
+        return {
+            pid
+            for host in ("login", "c1", "c2")
+            for flag in ("--lifeline", "--herd")
+            for pid in with_word(host, flag)
+        }
+
+    def test_whichever_part_is_killed_nothing_of_it_is_left_after_ten_seconds(self):
+        job = LAB.sbatch("-N2", "--mem=100", "-t10", "spin.sh")
+        self.aged(job)
+        both = {(job, "c1"), (job, "c2")}
+        for victim, host, word in (
+            ("ssh", "laptop", "ServerAliveCountMax=2"),
+            ("herd", "login", "--herd"),
+            ("relay", "laptop", "--jobs"),
+            ("master", "laptop", "master_server.py"),
+        ):
+            with self.subTest(victim):
+                master = self.watch("laptop", "--ssh", "login")
+                eventually(lambda: set(self.rows()) == both, 30)
+                before = self.left_of_ours()
+                self.assertGreaterEqual(len(before), 4)
+                pids = with_word(host, word)
+                self.assertTrue(pids)
+                for pid in pids:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                eventually(lambda: not before & self.left_of_ours(), 12)  # noqa: B023
+                if victim != "master":  # what was killed is started again
+                    eventually(lambda: set(self.rows()) == both, 60)
+                master.stop()
+                eventually(lambda: not self.left_of_ours(), 12)
+                self.assertEqual(self.steps(), 0)
+        self.assertEqual(LAB.queue(), {job: "RUNNING"})
+
+    def test_where_the_cluster_has_no_python_but_the_oldest(self):
+        """Python 3.6 herds on the login node, and is all that the compute nodes have."""
+        python = support.pythons().get((3, 6))
+        if python is None:
+            self.skipTest("missing here: Python 3.6")
+        LAB.take(python)
+        wrapper = LAB.path("python3.6")
+        home = "/home/tester/old"
+        with open(wrapper, "w") as file:
+            file.write(
+                '#!/bin/sh\nLD_LIBRARY_PATH=%s/lib exec %s/bin/python3.6 "$@"\n'
+                % (home, home)
+            )
+        os.chmod(wrapper, 0o755)
+        real = os.path.realpath("/usr/bin/python3")
+        for host in ("login", "c1", "c2"):
+            words = ("mount", "--bind", "/home/tester/python3.6", real)
+            LAB.run(host, *words, user="root")
+            self.addCleanup(LAB.run, host, "umount", real, user="root")
+            told = LAB.run(host, "python3", "--version")
+            self.assertIn("Python 3.6", told)
+        job = LAB.sbatch("-N2", "--mem=100", "-t10", "quiet.sh")
+        self.aged(job)
+        self.watch("laptop", "--ssh", "login")
+        eventually(lambda: set(self.rows()) == {(job, "c1"), (job, "c2")}, 30)
+        LAB.run("login", "scancel", job)
+        eventually(lambda: self.jobs()[job]["state"] == "CANCELLED", 30)
 
     def test_how_a_job_ended_is_told_as_slurm_says(self):
         with open(LAB.path("fail.sh"), "w") as file:
@@ -322,7 +415,9 @@ class Watched(unittest.TestCase):
         eventually(lambda: set(self.rows()) == both, 20)
         LAB.must("cut", "c2")
         try:
+            began = time.monotonic()
             master.logged(r"c2 \(job %s\) lost: no sample" % job)
+            eventually(lambda: time.monotonic() - began > CUT, CUT + 10)
         finally:
             LAB.must("heal", "c2")
         eventually(lambda: set(self.rows()) == both, 30)

@@ -76,7 +76,7 @@ elif what == "fill":
     fill(int(words[0]), *words[1:])
 elif what == "fill-rank":              # this rank alone, after a while
     time.sleep(words[1])
-    fill(int(words[2]), words[3]) if rank == words[0] else time.sleep(60)
+    fill(int(words[2]), words[3]) if rank == words[0] else time.sleep(200)
 elif what == "burst":
     for _ in range(int(words[0])):
         spin(words[1])
@@ -323,7 +323,7 @@ class Jobs(unittest.TestCase):
         )
         step = self.submit("sleep 30; srun python3 act.py fill 400", "--mem=150")
         ranks = self.submit(
-            "srun -n4 python3 act.py fill-rank 1 40 400 8", "-n4", "-N1", "--mem=250"
+            "srun -n4 python3 act.py fill-rank 1 40 400 4", "-n4", "-N1", "--mem=250"
         )
         cancelled = self.submit("sleep 600", "--mem=50")
         limited = self.submit("sleep 600", "--time=1", "--mem=50")

@@ -177,6 +177,11 @@ ENDED_AT = clock(NOW - 60)
 
 NO_IO = {"job_read": flat(0, 600), "job_write": flat(0, 600)}
 LONG_NO_IO = {"job_read": flat(0, 1300), "job_write": flat(0, 1300)}
+# 6 % of four CPUs, then 5 %, then nothing
+DOZED = [
+    (moment, 0.0 if moment >= NOW - 120 else 5.0 if moment >= NOW - 230 else 6.0)
+    for moment, _ in flat(0, 600)
+]
 
 # ---- sick jobs: name -> (evidence, the rule, what its line says) -----------------------
 
@@ -218,6 +223,20 @@ SICK = {
         job(asleep(ranks=[], job_cpu=flat(0, 1250), **LONG_NO_IO)),
         "idle_job",
         r"\. 4 CPUs idle for 20 min: nothing computes",
+    ),
+    "asleep, and hardly awake before": (
+        job(asleep(job_cpu=DOZED, job_read=flat(0, 600), job_write=flat(0, 600))),
+        "idle_job",
+        r"! 4 CPUs idle for 3 min: nothing computes",
+    ),
+    "the last of three nodes asleep, and hardly awake before": (
+        job(
+            node("c1"),
+            node("c2", job_cpu=50.0),
+            asleep("c3", job_cpu=DOZED, ranks=[rank(2)]),
+        ),
+        "idle_nodes",
+        r"! 1 of 3 nodes idle for 3 min: c3: c1 uses 4\.0 of 4 CPUs",
     ),
     "more threads than CPUs": (
         job(
@@ -413,6 +432,11 @@ SICK = {
         ended("COMPLETED", node(), derived_exit="2:0"),
         "failed_step",
         r"! a step ended with 2:0, and Slurm says COMPLETED",
+    ),
+    "a step that a signal ended, and the script went on": (
+        ended("COMPLETED", node(), derived_exit="0:11"),
+        "failed_step",
+        r"! a step ended with 0:11, and Slurm says COMPLETED",
     ),
     "a step out of memory, and the script went on": (
         ended("COMPLETED", node(), derived_exit="0:125"),
@@ -839,6 +863,12 @@ HEALTHY = {
     ),
     "ended well": ended("COMPLETED", node(), limit=3600.0),
     "ended well, told by the wrapper": job(node(), events=[left("exit 0")], state=""),
+    "ended well, and Slurm ended what was left of its steps": ended(
+        "COMPLETED", node(), derived_exit="0:15", limit=3600.0
+    ),
+    "the same, and one was killed": ended(
+        "COMPLETED", node(), derived_exit="0:9", limit=3600.0
+    ),
     "a sidecar that was told to end": job(node(), events=[left("SIGTERM")]),
     "an agent that came back": job(
         node(),
@@ -890,6 +920,22 @@ class Sick(unittest.TestCase):
                 ),
                 "few_cpus",
             ),
+            (
+                job(
+                    node("c1", job_cpu=flat(90, 400)),
+                    node("c2", job_cpu=flat(30, 400)),
+                    asleep("c3", ranks=[rank(2)]),
+                ),
+                "idle_nodes",
+            ),
+            (
+                job(
+                    node("c1", job_cpu=25.0, gpu=20.0, gpus=[gpu(0, 20.0)]),
+                    node("c2", job_cpu=25.0, gpu=0.0, gpus=[unused(0)]),
+                    gpus=2,
+                ),
+                "idle_gpus",
+            ),
             (ended("FAILED", node(oom_kill=1), exit="127:0"), "out_of_memory"),
             (ended("FAILED", node(oom_kill=1), exit="137:0"), "out_of_memory"),
             (
@@ -932,6 +978,11 @@ class Healthy(unittest.TestCase):
 
 IO = {"job_cpu": 10.0, "psi_io": 70.0}
 OTHER_IO = {"job_read": None, "job_write": None, "disk_read": 0.0, "disk_write": 0.0}
+
+
+def worked(count):
+    """So many points of work, from 200 s ago on, and no work in the points up to 180 s ago."""
+    return [(NOW - 200 + 10 * k, 90.0 if k < count else 0.0) for k in range(3)]
 
 
 def paused(before, since):
@@ -1023,6 +1074,14 @@ EDGES = {
             job(node(job_cpu=25.0, ranks=[rank(0, 50.0), rank(1, 50.0)])),
         ),
         (
+            job(node(job_cpu=25.0, ranks=[rank(0, 80.0), rank(1, 20.0)])),
+            job(node(job_cpu=25.0, ranks=[rank(0, 79.0), rank(1, 21.0)])),
+        ),
+        (
+            job(node(job_cpu=flat(37.5, 300)[:-9] + flat(25, 80))),
+            job(node(job_cpu=flat(37.6, 300)[:-9] + flat(25, 80))),
+        ),
+        (
             job(node(job_cpu=flat(30, 300)[:-9] + flat(25, 80))),
             job(node(job_cpu=flat(60, 300)[:-9] + flat(25, 80))),
         ),
@@ -1051,6 +1110,22 @@ EDGES = {
             job(node(job_cpu=flat(25, 40), ranks=BOUND)),
         ),
         (
+            job(node(job_cpu=25.0, ranks=[rank(k, 42.5, "0") for k in (0, 1)])),
+            job(node(job_cpu=25.0, ranks=[rank(k, 42.4, "0") for k in (0, 1)])),
+        ),
+        (
+            job(node(job_cpu=25.0, ranks=[rank(k, 2.0, "0") for k in range(48)])),
+            job(node(job_cpu=25.0, ranks=[rank(k, 1.9, "0") for k in range(50)])),
+        ),
+        (
+            job(node(job_cpu=25.0, ranks=BOUND)),
+            job(node(job_cpu=25.0, ranks=[dict(r, cpus="") for r in BOUND])),
+        ),
+        (
+            job(node(job_cpu=44.0, ranks=BOUND, job_cpus=2)),
+            job(node(job_cpu=88.0, ranks=BOUND, job_cpus=1)),
+        ),
+        (
             job(node(job_cpu=80.0, ranks=[*pinned(3), rank(9, 50.0, "2")])),
             job(node(job_cpu=80.0, ranks=[*pinned(3), rank(9, 50.0, "2-3")])),
         ),
@@ -1065,8 +1140,12 @@ EDGES = {
     ),
     "idle_job": (
         (job(asleep(job_cpu=flat(0, 60))), job(asleep(job_cpu=flat(0, 50)))),
-        (job(asleep(job_cpu=2.4)), job(asleep(job_cpu=2.6))),
-        (job(asleep(job_cpu=0)), job(asleep(job_cpu=0, job_read=2e5))),
+        (job(asleep(job_cpu=2.5)), job(asleep(job_cpu=2.6))),
+        (
+            job(asleep(job_cpu=[*flat(0, 600)[:-21], *worked(2), *flat(0, 170)])),
+            job(asleep(job_cpu=[*flat(0, 600)[:-21], *worked(3), *flat(0, 170)])),
+        ),
+        (job(asleep(job_read=1e5)), job(asleep(job_read=1.1e5))),
         (job(asleep(job_cpu=0)), job(asleep(job_cpu=0, job_write=2e5))),
         (job(asleep(job_cpu=0)), job(asleep(job_cpu=0, gpu=50.0), gpus=1)),
         (job(asleep(job_cpu=0)), job(asleep(job_cpu=0, job_read=None))),
@@ -1077,6 +1156,14 @@ EDGES = {
         (
             job(asleep(job_cpu=0, net_rx=0.0, net_tx=0.0, **OTHER_IO)),
             job(asleep(job_cpu=0, net_rx=0.0, net_tx=0.0, **{**OTHER_IO, "psi_io": 9})),
+        ),
+        (
+            job(asleep(net_rx=0.0, net_tx=0.0, **{**OTHER_IO, "psi_io": 4.9})),
+            job(asleep(net_rx=0.0, net_tx=0.0, **{**OTHER_IO, "psi_io": 5.0})),
+        ),
+        (
+            job(asleep(net_rx=0.0, net_tx=0.0, **{**OTHER_IO, "job_read": 0.0})),
+            job(asleep(net_rx=2e5, net_tx=0.0, **{**OTHER_IO, "job_read": 0.0})),
         ),
         (
             job(asleep(job_cpu=0, net_rx=0.0, net_tx=0.0, **OTHER_IO)),
@@ -1112,8 +1199,8 @@ EDGES = {
             job(node("c1"), node("c2", job_cpu=flat(0, 50))),
         ),
         (
-            job(node("c1", job_cpu=13.0), node("c2", job_cpu=0)),
-            job(node("c1", job_cpu=12.0), node("c2", job_cpu=0)),
+            job(node("c1", job_cpu=12.5), node("c2", job_cpu=0)),
+            job(node("c1", job_cpu=12.4), node("c2", job_cpu=0)),
         ),
         (
             job(node("c1", job_cpu=0, ranks=[rank(0), rank(1)]), node("c2")),
