@@ -11269,8 +11269,8 @@ class Dashboard:
             if time.monotonic() - self.viewed > FRESH_SECONDS:
                 view = self.table.snapshot()
                 view.left = self.who_left(view)
-                if self.view.dicts is not None:
-                    view.before = self.view
+                view.before = self.view
+                self.view.before = None  # else all of them would be kept
                 self.view = view
                 self.viewed = time.monotonic()
                 self.bodies = {}
@@ -12163,32 +12163,63 @@ def gap_line(path: str, data: bytes) -> bytes:
     return record_line({"gap": before[-1], "until": round(until, 1)})
 
 
+class Traced(NamedTuple):
+    """Metrics of which a node's curves have as many points."""
+
+    points: int
+    keys: List[str]
+    pick: Any  # them, out of a sample, as a tuple
+
+
+def make_traced() -> List[Traced]:
+    """The metrics that CURVES has, with those together that have as many points."""
+    groups: Dict[int, List[str]] = {}
+    for key, points in CURVES.items():
+        if key in NUMBERS:
+            groups.setdefault(points or TRACE_POINTS, []).append(key)
+    traced = []
+    for points, keys in groups.items():
+        places = [NODE_KEYS.index(key) for key in keys]
+        pick: Any = operator.itemgetter(*places)
+        if len(places) == 1:  # it would pick no tuple
+            pick = operator.itemgetter(slice(places[0], places[0] + 1))
+        traced.append(Traced(points, keys, pick))
+    return traced
+
+
+TRACED = make_traced()
+
+
 class Curves:
-    """The last hour of a node."""
+    """The last hour of a node at most: of each metric so much as checks look at."""
 
     def __init__(self) -> None:
         self.times = array.array("d")
-        self.readings = [array.array("f") for _ in GRAPHS]
+        # for each of TRACED: the readings of its keys, row by row
+        self.readings = [array.array("f") for _ in TRACED]
 
-    def add(self, now: float, readings: Sequence[float]) -> None:
-        """Append the readings of GRAPHS."""
+    def add(self, now: float, sample: Row) -> None:
+        """Append a sample."""
         self.times.append(now)
-        for values, reading in zip(self.readings, readings):
-            values.append(reading)
         if len(self.times) >= 2 * TRACE_POINTS:
             del self.times[:TRACE_POINTS]
-            for values in self.readings:
-                del values[:TRACE_POINTS]
+        for readings, traced in zip(self.readings, TRACED):
+            readings.extend(traced.pick(sample))
+            size = traced.points * len(traced.keys)
+            if len(readings) >= 2 * size:
+                del readings[:size]
 
     def known(self) -> Dict[str, Curve]:
         """The curves of the metrics that are known."""
         curves = {}
-        times = self.times[-TRACE_POINTS:]
-        for key, readings in zip(GRAPHS, self.readings):
-            last = readings[-TRACE_POINTS:]
-            curve = [point for point in zip(times, last) if point[1] == point[1]]
-            if curve:
-                curves[key] = curve
+        for readings, (points, keys, _) in zip(self.readings, TRACED):
+            last = readings[-points * len(keys) :]
+            times = self.times[-(len(last) // len(keys)) :]
+            for place, key in enumerate(keys):
+                values = last[place :: len(keys)]
+                curve = [point for point in zip(times, values) if point[1] == point[1]]
+                if curve:
+                    curves[key] = curve
         return curves
 
 
@@ -12229,8 +12260,14 @@ class Trace:
         if not self.looks:
             return NO_RANGES
         if self.place < MAX_TRACED:
-            self.curves.add(now, PICK_GRAPHS(self.sample))
-        ranges = list(map(range_of, zip(*self.looks)))
+            self.curves.add(now, self.sample)
+        if len(self.looks) == 1:  # as with MANY_SLOTS
+            ranges = [
+                (value, value, value) if value == value else None
+                for value in self.looks[0]
+            ]
+        else:
+            ranges = list(map(range_of, zip(*self.looks)))
         self.looks = []
         return ranges
 
@@ -12562,7 +12599,7 @@ class Recorder:
         self.told: Set[Any] = set()  # events that were there at the last look
         self.has_looked = False
         self.facts: Dict[str, Message] = {}  # by job and by raw id
-        # by a sample's job, node and address, until the next row: where it belongs
+        # by a sample's job, node and address, until Slurm says something new: where it belongs
         self.places: Dict[Any, Tuple[Optional[Recording], str]] = {}
         self.row_due = 0.0  # time.monotonic()
 
@@ -12598,8 +12635,10 @@ class Recorder:
         is_due = time.monotonic() >= self.row_due - LOOK_SECONDS / 4
         if is_due:
             self.row_due = time.monotonic() + ROW_SECONDS
+            before = self.facts
             self.read_facts(view, now)
-            self.places = {}
+            if self.facts != before or len(self.places) > 2 * view.capacity:
+                self.places = {}
         if view.beat < STALE_SECONDS:  # else what is in the table is old
             self.take_samples(view, now)
         self.take_events(view)
