@@ -11001,8 +11001,18 @@ def render_head(status: int, headers: Fields, size: int) -> bytes:
 PICK_NAME = operator.itemgetter(*map(NODE_KEYS.index, ("node", "address", "job")))
 PICK_GRAPHS = operator.itemgetter(*map(NODE_KEYS.index, GRAPHS))
 FINE_COUNT = len(FINE_GRAPHS)
+COARSE_NUMBERS = range(FINE_COUNT, len(GRAPHS))
 GAP = (math.nan,) * len(GRAPHS)
-BLANK = array.array("f", GAP[:FINE_COUNT] * FINE + GAP[FINE_COUNT:] * COARSE)
+BLANK = array.array("f", [math.nan]) * (FINE_COUNT * FINE)
+BLANK_COARSE = array.array("f", [math.nan]) * COARSE
+
+
+class Ring(NamedTuple):
+    """The readings of a node, as History has them."""
+
+    last: int  # tick of the newest
+    held: Tuple[int, ...]  # places in GRAPHS of the COARSE ones
+    readings: Any  # an array of floats
 
 
 class Stretch(NamedTuple):
@@ -11013,28 +11023,31 @@ class Stretch(NamedTuple):
     ticks: int
 
 
-def stretch_of(metric: str) -> Stretch:
-    """Where the readings of one of GRAPHS are."""
-    number = GRAPHS.index(metric)
+def stretch_of(number: int, held: Tuple[int, ...]) -> Stretch:
+    """Where the readings of one of GRAPHS are; it is one of FINE_GRAPHS, or held."""
     if number < FINE_COUNT:
         return Stretch(number * FINE, FINE, 1)
-    first = FINE_COUNT * FINE + (number - FINE_COUNT) * COARSE
+    first = FINE_COUNT * FINE + held.index(number) * COARSE
     return Stretch(first, COARSE, FIFTH)
 
 
-def put_readings(ring: Any, tick: int, values: Sequence[float]) -> None:
+def put_readings(
+    readings: Any, held: Tuple[int, ...], tick: int, values: Sequence[float]
+) -> None:
     """Write what GRAPHS were at a tick, over what they were a whole ring ago."""
     for number in range(FINE_COUNT):
-        ring[number * FINE + tick % FINE] = values[number]
-    if tick % FIFTH == 0:
+        readings[number * FINE + tick % FINE] = values[number]
+    if tick % FIFTH == 0 and held:
         first = FINE_COUNT * FINE + tick // FIFTH % COARSE
-        ring[first::COARSE] = array.array("f", values[FINE_COUNT:])
+        coarse = [values[number] for number in held]
+        readings[first::COARSE] = array.array("f", coarse)
 
 
 class History:
     """The last ten minutes of every node, in a ring of floats for each; unknown is NaN.
 
-    A ring has FINE readings of CPU, FINE of RAM, and COARSE of each other metric of GRAPHS:
+    A ring has FINE readings of CPU, FINE of RAM, and COARSE of each other metric of GRAPHS
+    that the node has ever sent:
 
         cpu, one a tick | ram, one a tick | load1, one in FIFTH ticks | swap, ... | ...
 
@@ -11043,8 +11056,8 @@ class History:
 
     def __init__(self) -> None:
         self.tick = 0  # the newest
-        # (name or address, job) -> the tick of its newest readings, its ring
-        self.rings: Dict[Any, Tuple[int, Any]] = {}
+        self.rings: Dict[Any, Ring] = {}  # by (name or address, job)
+        self.helds: Dict[Any, Any] = {}  # those of all rings, each once
 
     def add(self, view: Snapshot, tick: int) -> None:
         """Note the readings of a tick; forget nodes that have been away for longer than a ring."""
@@ -11057,30 +11070,49 @@ class History:
 
     def note(self, key: Any, values: Sequence[float], tick: int) -> None:
         """Write a node's readings; they stand for the ticks that were left out before, if few."""
-        last, ring = self.rings.get(key) or (tick - 1, BLANK[:])
+        ring = self.rings.get(key) or Ring(tick - 1, (), BLANK[:])
+        if tick // FIFTH > ring.last // FIFTH:
+            ring = self.hold(ring, values)
+        last, held, readings = ring
         is_bridged = tick - last <= FIFTH  # a longer gap is one in the graph, too
         for at in range(max(last + 1, tick - FINE + 1), tick):
-            put_readings(ring, at, values if is_bridged else GAP)
+            put_readings(readings, held, at, values if is_bridged else GAP)
         if last < tick:
-            put_readings(ring, tick, values)
-        self.rings[key] = tick, ring
+            put_readings(readings, held, tick, values)
+        self.rings[key] = Ring(tick, held, readings)
+
+    def hold(self, ring: Ring, values: Sequence[float]) -> Ring:
+        """The ring with room for the metrics that are known now and were not before."""
+        known = [
+            number for number in COARSE_NUMBERS if values[number] == values[number]
+        ]
+        more = set(known).difference(ring.held)
+        if not more:
+            return ring
+        held = ring.held + tuple(sorted(more))
+        held = self.helds.setdefault(held, held)
+        return Ring(ring.last, held, ring.readings + BLANK_COARSE * len(more))
 
     def forget(self, tick: int, limit: int) -> None:
         """Drop the rings with nothing left in them; all that are not in use when too many are."""
         kept = FINE if len(self.rings) <= limit else 1
         self.rings = {
-            key: (last, ring)
-            for key, (last, ring) in self.rings.items()
-            if tick - last < kept
+            key: ring for key, ring in self.rings.items() if tick - ring.last < kept
         }
+        if len(self.helds) > len(self.rings):  # of rings that are gone or have grown
+            helds = [ring.held for ring in self.rings.values()]
+            self.helds = dict(zip(helds, helds))
 
     def series(self, row: Message, metric: str, points: int, step: int) -> List[float]:
         """A metric's last readings, every step-th of them, oldest first."""
         if metric not in GRAPHS:
             return []
-        stretch = stretch_of(metric)
+        number = GRAPHS.index(metric)
         key = (row["node"] or row["address"], row["job"])
-        last, ring = self.rings.get(key) or (-FINE, BLANK)
+        last, held, ring = self.rings.get(key) or Ring(-FINE, (), BLANK)
+        if number >= FINE_COUNT and number not in held:
+            return [math.nan] * points
+        stretch = stretch_of(number, held)
         stride = step * stretch.ticks
         newest = self.tick - self.tick % stride
         oldest = newest - (points - 1) * stride
