@@ -11609,8 +11609,18 @@ def render_head(status: int, headers: Fields, size: int) -> bytes:
 PICK_NAME = operator.itemgetter(*map(NODE_KEYS.index, ("node", "address", "job")))
 PICK_GRAPHS = operator.itemgetter(*map(NODE_KEYS.index, GRAPHS))
 FINE_COUNT = len(FINE_GRAPHS)
+COARSE_NUMBERS = range(FINE_COUNT, len(GRAPHS))
 GAP = (math.nan,) * len(GRAPHS)
-BLANK = array.array("f", GAP[:FINE_COUNT] * FINE + GAP[FINE_COUNT:] * COARSE)
+BLANK = array.array("f", [math.nan]) * (FINE_COUNT * FINE)
+BLANK_COARSE = array.array("f", [math.nan]) * COARSE
+
+
+class Ring(NamedTuple):
+    """The readings of a node, as History has them."""
+
+    last: int  # tick of the newest
+    held: Tuple[int, ...]  # places in GRAPHS of the COARSE ones
+    readings: Any  # an array of floats
 
 
 class Stretch(NamedTuple):
@@ -11621,22 +11631,24 @@ class Stretch(NamedTuple):
     ticks: int
 
 
-def stretch_of(metric: str) -> Stretch:
-    """Where the readings of one of GRAPHS are."""
-    number = GRAPHS.index(metric)
+def stretch_of(number: int, held: Tuple[int, ...]) -> Stretch:
+    """Where the readings of one of GRAPHS are; it is one of FINE_GRAPHS, or held."""
     if number < FINE_COUNT:
         return Stretch(number * FINE, FINE, 1)
-    first = FINE_COUNT * FINE + (number - FINE_COUNT) * COARSE
+    first = FINE_COUNT * FINE + held.index(number) * COARSE
     return Stretch(first, COARSE, FIFTH)
 
 
-def put_readings(ring: Any, tick: int, values: Sequence[float]) -> None:
+def put_readings(
+    readings: Any, held: Tuple[int, ...], tick: int, values: Sequence[float]
+) -> None:
     """Write what GRAPHS were at a tick, over what they were a whole ring ago."""
     for number in range(FINE_COUNT):
-        ring[number * FINE + tick % FINE] = values[number]
-    if tick % FIFTH == 0:
+        readings[number * FINE + tick % FINE] = values[number]
+    if tick % FIFTH == 0 and held:
         first = FINE_COUNT * FINE + tick // FIFTH % COARSE
-        ring[first::COARSE] = array.array("f", values[FINE_COUNT:])
+        coarse = [values[number] for number in held]
+        readings[first::COARSE] = array.array("f", coarse)
 
 
 def fill_readings(ring: Any, tick: int, values: Sequence[float]) -> None:
@@ -11656,7 +11668,8 @@ def fill_readings(ring: Any, tick: int, values: Sequence[float]) -> None:
 class History:
     """The last ten minutes of every node, in a ring of floats for each; unknown is NaN.
 
-    A ring has FINE readings of CPU, FINE of RAM, and COARSE of each other metric of GRAPHS:
+    A ring has FINE readings of CPU, FINE of RAM, and COARSE of each other metric of GRAPHS
+    that the node has ever sent:
 
         cpu, one a tick | ram, one a tick | load1, one in FIFTH ticks | swap, ... | ...
 
@@ -11665,8 +11678,8 @@ class History:
 
     def __init__(self) -> None:
         self.tick = 0  # the newest
-        # (name or address, job) -> the tick of its newest readings, its ring
-        self.rings: Dict[Any, Tuple[int, Any]] = {}
+        self.rings: Dict[Any, Ring] = {}  # by (name or address, job)
+        self.helds: Dict[Any, Any] = {}  # those of all rings, each once
 
     def add(self, view: Snapshot, tick: int) -> None:
         """Note the readings of a tick; forget nodes that have been away for longer than a ring."""
@@ -11679,13 +11692,28 @@ class History:
 
     def note(self, key: Any, values: Sequence[float], tick: int) -> None:
         """Write a node's readings; they stand for the ticks that were left out before, if few."""
-        last, ring = self.rings.get(key) or (tick - 1, BLANK[:])
+        ring = self.rings.get(key) or Ring(tick - 1, (), BLANK[:])
+        if tick // FIFTH > ring.last // FIFTH:
+            ring = self.hold(ring, values)
+        last, held, readings = ring
         is_bridged = tick - last <= FIFTH  # a longer gap is one in the graph, too
         for at in range(max(last + 1, tick - FINE + 1), tick):
-            put_readings(ring, at, values if is_bridged else GAP)
+            put_readings(readings, held, at, values if is_bridged else GAP)
         if last < tick:
-            put_readings(ring, tick, values)
-        self.rings[key] = tick, ring
+            put_readings(readings, held, tick, values)
+        self.rings[key] = Ring(tick, held, readings)
+
+    def hold(self, ring: Ring, values: Sequence[float]) -> Ring:
+        """The ring with room for the metrics that are known now and were not before."""
+        known = [
+            number for number in COARSE_NUMBERS if values[number] == values[number]
+        ]
+        more = set(known).difference(ring.held)
+        if not more:
+            return ring
+        held = ring.held + tuple(sorted(more))
+        held = self.helds.setdefault(held, held)
+        return Ring(ring.last, held, ring.readings + BLANK_COARSE * len(more))
 
     def add_past(self, rows: Sequence[Row], now: float) -> None:
         """Put readings of the time of a cut in their place, where nothing is known.
@@ -11709,18 +11737,22 @@ class History:
         """Drop the rings with nothing left in them; all that are not in use when too many are."""
         kept = FINE if len(self.rings) <= limit else 1
         self.rings = {
-            key: (last, ring)
-            for key, (last, ring) in self.rings.items()
-            if tick - last < kept
+            key: ring for key, ring in self.rings.items() if tick - ring.last < kept
         }
+        if len(self.helds) > len(self.rings):  # of rings that are gone or have grown
+            helds = [ring.held for ring in self.rings.values()]
+            self.helds = dict(zip(helds, helds))
 
     def series(self, row: Message, metric: str, points: int, step: int) -> List[float]:
         """A metric's last readings, every step-th of them, oldest first."""
         if metric not in GRAPHS:
             return []
-        stretch = stretch_of(metric)
+        number = GRAPHS.index(metric)
         key = (row["node"] or row["address"], row["job"])
-        last, ring = self.rings.get(key) or (-FINE, BLANK)
+        last, held, ring = self.rings.get(key) or Ring(-FINE, (), BLANK)
+        if number >= FINE_COUNT and number not in held:
+            return [math.nan] * points
+        stretch = stretch_of(number, held)
         stride = step * stretch.ticks
         newest = self.tick - self.tick % stride
         oldest = newest - (points - 1) * stride
@@ -11912,8 +11944,8 @@ class Dashboard:
             if time.monotonic() - self.viewed > FRESH_SECONDS:
                 view = self.table.snapshot()
                 view.left = self.who_left(view)
-                if self.view.dicts is not None:
-                    view.before = self.view
+                view.before = self.view
+                self.view.before = None  # else all of them would be kept
                 self.view = view
                 self.viewed = time.monotonic()
                 self.bodies = {}
@@ -12901,32 +12933,63 @@ def gap_line(path: str, data: bytes) -> bytes:
     return record_line({"gap": before[-1], "until": round(until, 1)})
 
 
+class Traced(NamedTuple):
+    """Metrics of which a node's curves have as many points."""
+
+    points: int
+    keys: List[str]
+    pick: Any  # them, out of a sample, as a tuple
+
+
+def make_traced() -> List[Traced]:
+    """The metrics that CURVES has, with those together that have as many points."""
+    groups: Dict[int, List[str]] = {}
+    for key, points in CURVES.items():
+        if key in NUMBERS:
+            groups.setdefault(points or TRACE_POINTS, []).append(key)
+    traced = []
+    for points, keys in groups.items():
+        places = [NODE_KEYS.index(key) for key in keys]
+        pick: Any = operator.itemgetter(*places)
+        if len(places) == 1:  # it would pick no tuple
+            pick = operator.itemgetter(slice(places[0], places[0] + 1))
+        traced.append(Traced(points, keys, pick))
+    return traced
+
+
+TRACED = make_traced()
+
+
 class Curves:
-    """The last hour of a node."""
+    """The last hour of a node at most: of each metric so much as checks look at."""
 
     def __init__(self) -> None:
         self.times = array.array("d")
-        self.readings = [array.array("f") for _ in GRAPHS]
+        # for each of TRACED: the readings of its keys, row by row
+        self.readings = [array.array("f") for _ in TRACED]
 
-    def add(self, now: float, readings: Sequence[float]) -> None:
-        """Append the readings of GRAPHS."""
+    def add(self, now: float, sample: Row) -> None:
+        """Append a sample."""
         self.times.append(now)
-        for values, reading in zip(self.readings, readings):
-            values.append(reading)
         if len(self.times) >= 2 * TRACE_POINTS:
             del self.times[:TRACE_POINTS]
-            for values in self.readings:
-                del values[:TRACE_POINTS]
+        for readings, traced in zip(self.readings, TRACED):
+            readings.extend(traced.pick(sample))
+            size = traced.points * len(traced.keys)
+            if len(readings) >= 2 * size:
+                del readings[:size]
 
     def known(self) -> Dict[str, Curve]:
         """The curves of the metrics that are known."""
         curves = {}
-        times = self.times[-TRACE_POINTS:]
-        for key, readings in zip(GRAPHS, self.readings):
-            last = readings[-TRACE_POINTS:]
-            curve = [point for point in zip(times, last) if point[1] == point[1]]
-            if curve:
-                curves[key] = curve
+        for readings, (points, keys, _) in zip(self.readings, TRACED):
+            last = readings[-points * len(keys) :]
+            times = self.times[-(len(last) // len(keys)) :]
+            for place, key in enumerate(keys):
+                values = last[place :: len(keys)]
+                curve = [point for point in zip(times, values) if point[1] == point[1]]
+                if curve:
+                    curves[key] = curve
         return curves
 
 
@@ -12967,8 +13030,14 @@ class Trace:
         if not self.looks:
             return NO_RANGES
         if self.place < MAX_TRACED:
-            self.curves.add(now, PICK_GRAPHS(self.sample))
-        ranges = list(map(range_of, zip(*self.looks)))
+            self.curves.add(now, self.sample)
+        if len(self.looks) == 1:  # as with MANY_SLOTS
+            ranges = [
+                (value, value, value) if value == value else None
+                for value in self.looks[0]
+            ]
+        else:
+            ranges = list(map(range_of, zip(*self.looks)))
         self.looks = []
         return ranges
 
@@ -13313,7 +13382,7 @@ class Recorder:
         self.told: Set[Any] = set()  # events that were there at the last look
         self.has_looked = False
         self.facts: Dict[str, Message] = {}  # by job and by raw id
-        # by a sample's job, node and address, until the next row: where it belongs
+        # by a sample's job, node and address, until Slurm says something new: where it belongs
         self.places: Dict[Any, Tuple[Optional[Recording], str]] = {}
         self.row_due = 0.0  # time.monotonic()
 
@@ -13349,8 +13418,10 @@ class Recorder:
         is_due = time.monotonic() >= self.row_due - LOOK_SECONDS / 4
         if is_due:
             self.row_due = time.monotonic() + ROW_SECONDS
+            before = self.facts
             self.read_facts(view, now)
-            self.places = {}
+            if self.facts != before or len(self.places) > 2 * view.capacity:
+                self.places = {}
         if view.beat < STALE_SECONDS:  # else what is in the table is old
             self.take_samples(view, now)
         self.take_past(now)

@@ -763,11 +763,39 @@ class Past(unittest.TestCase):
             history.add(snapshot, tick)
             self.assertLessEqual(len(history.rings), 300)
 
-    def test_a_node_takes_at_most_ten_kib(self):
+    def test_a_node_takes_at_most_ten_kib_and_less_when_it_sends_little(self):
+        little = node(1, node="c1")
+        sent = [key for key in master.GRAPHS[2:] if little[key] is not None]
         history = self.fill(range(20))
-        ((tick, ring),) = history.rings.values()
-        self.assertIsInstance(ring, array.array)
-        self.assertLess(sys.getsizeof(ring) + 600, 10 * 1024)
+        (ring,) = history.rings.values()
+        self.assertIsInstance(ring.readings, array.array)
+        size = sys.getsizeof(ring.readings)
+        self.assertLess(size, 2 * 1200 + 240 * (len(sent) + 1) + 100)
+        others = [key for key in master.GRAPHS[2:] if key != "net_rx"]
+        history = self.fill(range(20), **dict.fromkeys(others, 1.0))
+        (ring,) = history.rings.values()
+        self.assertLess(sys.getsizeof(ring.readings) + 600, 10 * 1024)
+
+    def test_a_metric_that_comes_later_has_a_curve_from_then_on(self):
+        history = master.History()
+        for tick in range(0, 100):
+            known = {"gpu": float(tick)} if tick > 61 else {}
+            known["job_mem"] = 7.0  # what was there before stays in its place
+            history.add(view([node(1, node="c1", **known)]), tick)
+        row = node(1, node="c1")
+        gpu = history.series(row, "gpu", 20, 1)
+        self.assertTrue(all(map(math.isnan, gpu[:13])), gpu)
+        self.assertEqual(gpu[13:], [65.0, 70.0, 75.0, 80.0, 85.0, 90.0, 95.0])
+        self.assertEqual(history.series(row, "job_mem", 20, 1), [7.0] * 20)
+        self.assertTrue(all(map(math.isnan, history.series(row, "swap", 3, 1))))
+
+    def test_nodes_that_send_the_same_share_what_is_known_of_it(self):
+        history = master.History()
+        for tick in range(0, 30):
+            nodes = [node(n, node="c%d" % n, gpu=1.0) for n in range(1, 9)]
+            history.add(view(nodes), tick)
+        self.assertEqual(len({id(ring.held) for ring in history.rings.values()}), 1)
+        self.assertLessEqual(len(history.helds), len(history.rings))
 
     def test_readings_beyond_a_float_are_gaps(self):
         history = self.fill(range(0, 11), disk_read=1e308)

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -63,6 +64,46 @@ class Work(unittest.TestCase):
     def events(self, job="1"):
         record = master.read_record(self.folder, job)
         return [event["time"] - NOW for event in record.events] if record else []
+
+
+class Curves(unittest.TestCase):
+    def sample(self, **known):
+        """A sample as the table has it."""
+        row = [math.nan] * len(master.NODE_KEYS)
+        for key, value in known.items():
+            row[master.NODE_KEYS.index(key)] = value
+        return tuple(row)
+
+    def test_they_hold_the_newest_points_of_what_checks_look_at_and_nothing_else(self):
+        curves = master.Curves()
+        rounds = 5 * master.TRACE_POINTS + 7
+        for number in range(rounds):
+            known = {"job_cpu": float(number), "job_mem": 2.0 * number, "load1": 9.0}
+            if number % 2:
+                known["psi_io"] = float(number)
+            curves.add(NOW + 10 * number, self.sample(**known))
+        found = curves.known()
+        self.assertEqual(set(found), {"job_cpu", "job_mem", "psi_io"})
+        newest = range(rounds - master.CURVES["job_cpu"], rounds)
+        self.assertEqual(found["job_cpu"], [(NOW + 10 * n, n) for n in newest])
+        newest = range(rounds - master.TRACE_POINTS, rounds)
+        self.assertEqual(found["job_mem"], [(NOW + 10 * n, 2 * n) for n in newest])
+        newest = range(rounds - master.CURVES["psi_io"], rounds)
+        expected = [(NOW + 10 * n, n) for n in newest if n % 2]
+        self.assertEqual(found["psi_io"], expected)
+
+    def test_a_node_of_a_long_job_takes_sixteen_kibibytes_at_most(self):
+        curves = master.Curves()
+        most = 0
+        for number in range(3 * master.TRACE_POINTS):
+            curves.add(NOW + 10 * number, self.sample(job_cpu=1.0, job_mem=1.0))
+            arrays = [curves.times, *curves.readings]
+            most = max(most, sum(map(sys.getsizeof, arrays)))
+        self.assertLessEqual(most, 16384)
+
+    def test_every_metric_that_checks_look_at_is_kept(self):
+        kept = {key for traced in master.TRACED for key in traced.keys}
+        self.assertEqual(kept, set(master.CURVES) & set(master.NUMBERS))
 
 
 class Writing(Work):
