@@ -9027,7 +9027,8 @@ class Page:
 
 def demo_notice(site: Site) -> Optional[Html]:
     """That all is invented, if it is."""
-    if not getattr(site.options, "demo", False):
+    options = getattr(site, "options", None)
+    if not getattr(options, "demo", False):
         return None
     return fill(NOTICE_HTML, text=DEMO_NOTICE)
 
