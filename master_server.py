@@ -9512,7 +9512,7 @@ RUNS_LINK_HTML = """
 COMPARE_FORM_HTML = """
     <form action="{root}compare">
       <input type="hidden" name="a" value="{job}">
-      <label>Compare with job <input name="b" value=""></label>
+      <label>Compare with job <input type="text" name="b" value=""></label>
       <button type="submit">Compare</button>
     </form>"""
 
