@@ -9469,7 +9469,8 @@ class Page:
 
 def demo_notice(site: Site) -> Optional[Html]:
     """That all is invented, if it is."""
-    if not getattr(site.options, "demo", False):
+    options = getattr(site, "options", None)
+    if not getattr(options, "demo", False):
         return None
     return fill(NOTICE_HTML, text=DEMO_NOTICE)
 
@@ -9953,7 +9954,7 @@ RUNS_LINK_HTML = """
 COMPARE_FORM_HTML = """
     <form action="{root}compare">
       <input type="hidden" name="a" value="{job}">
-      <label>Compare with job <input name="b" value=""></label>
+      <label>Compare with job <input type="text" name="b" value=""></label>
       <button type="submit">Compare</button>
     </form>"""
 

@@ -194,7 +194,7 @@ class FortyNodes(InBrowser):
             self.browser.text("#nodes"),
         )
         self.assertEqual(self.browser.count(".map a"), 0)
-        self.assertEqual(self.browser.title, "All is well - Cluster Sentinel")
+        self.assertEqual(self.browser.title, "All is well: 3 jobs - Cluster Sentinel")
         self.assertNoComplaint()
 
     def test_a_click_on_a_column_sorts_and_back_undoes_it(self):
@@ -565,16 +565,67 @@ class Empty(unittest.TestCase):
             self.assertIn("No agents yet", browser.text("main"))
 
 
+AXE = "/" + os.path.join(NODE_PATH, "axe-core", "axe.min.js").lstrip("/")
+HTML_VALIDATE = "/" + os.path.join(
+    NODE_PATH, "html-validate", "bin", "html-validate.mjs"
+).lstrip("/")
+RULES = {
+    "root": True,
+    "extends": ["html-validate:recommended"],
+    "rules": {
+        # the plan asks for it, within noscript
+        "meta-refresh": "off",
+        # matters of taste, and of bytes
+        "no-inline-style": "error",
+        "void-style": "off",
+        "long-title": "off",
+        "no-trailing-whitespace": "off",
+        "attribute-boolean-style": "error",
+    },
+}
+
+
+def axe_on(browser):
+    """The violations of axe-core's rules on the page that the browser shows."""
+    with open(AXE, encoding="utf-8") as file:
+        browser.run(file.read())
+    return browser.wait(
+        "const done = arguments[0]; axe.run(document, {runOnly: ['wcag2a', 'wcag2aa',"
+        "'wcag21a', 'wcag21aa', 'best-practice']}).then(result => done(result.violations"
+        ".map(v => [v.id, v.help, v.nodes.slice(0, 3).map(node => node.html)])))"
+    )
+
+
+def html_validate(texts):
+    """(exit code, what html-validate says) of pages."""
+    with tempfile.TemporaryDirectory() as folder:
+        for number, text in enumerate(texts):
+            name = os.path.join(folder, "%d.html" % number)
+            with open(name, "w", encoding="utf-8") as file:
+                file.write(text)
+        with open(os.path.join(folder, ".htmlvalidate.json"), "w") as file:
+            json.dump(RULES, file)
+        done = subprocess.run(
+            ["node", HTML_VALIDATE, folder],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=120,
+        )
+    return done.returncode, done.stdout.decode()[:3000]
+
+
 class Rules(InBrowser):
-    """axe-core's and html-validate's rules, on every kind of page."""
+    """axe-core's and html-validate's rules, on every kind of page of nodes."""
 
     values = {"c03": 99.0, "c20": 1.0}
     paths = (
+        "/",
         "/?page=2",
         "/?sort=-cpu&q=c0&group=no",
         "/node/c03",
         "/?q=nobody",
         "/node/c40",
+        "/job/4711",
     )
 
     @classmethod
@@ -588,69 +639,109 @@ class Rules(InBrowser):
             self.load.leave(38, "finished")
             eventually(lambda: "Recently finished" in self.browser.text("main"))
 
-    @requires("/" + os.path.join(NODE_PATH, "axe-core", "axe.min.js").lstrip("/"))
+    @requires(AXE)
     def test_axe_finds_no_violation_on_any_page_in_either_theme(self):
-        with open(
-            os.path.join(NODE_PATH, "axe-core", "axe.min.js"), encoding="utf-8"
-        ) as file:
-            axe = file.read()
-        check = (
-            "const done = arguments[0]; axe.run(document, {runOnly: ['wcag2a', 'wcag2aa',"
-            "'wcag21a', 'wcag21aa', 'best-practice']}).then(result => done(result.violations"
-            ".map(v => [v.id, v.help, v.nodes.slice(0, 3).map(node => node.html)])))"
-        )
         for dark, (width, height) in zip((False, True), SIZES):
             self.browser.show_as(width, height, dark=dark)
             for path in self.paths:
                 self.open(path)
-                self.browser.run(axe)
-                self.assertEqual(self.browser.wait(check), [], (path, dark, width))
+                self.assertEqual(axe_on(self.browser), [], (path, dark, width))
 
-    @requires(
-        "node",
-        "/"
-        + os.path.join(NODE_PATH, "html-validate", "bin", "html-validate.mjs").lstrip(
-            "/"
-        ),
-    )
+    @requires("node", HTML_VALIDATE)
     def test_html_validate_finds_no_error_on_any_page(self):
-        with tempfile.TemporaryDirectory() as folder:
-            for number, path in enumerate((*self.paths, "/")):
-                with open(
-                    os.path.join(folder, "%d.html" % number), "w", encoding="utf-8"
-                ) as file:
-                    file.write(support.get(self.master.page, path).text)
-            with open(os.path.join(folder, ".htmlvalidate.json"), "w") as file:
-                json.dump(
-                    {
-                        "root": True,
-                        "extends": ["html-validate:recommended"],
-                        "rules": {
-                            # the plan asks for it, within noscript
-                            "meta-refresh": "off",
-                            # matters of taste, and of bytes
-                            "no-inline-style": "error",
-                            "void-style": "off",
-                            "long-title": "off",
-                            "no-trailing-whitespace": "off",
-                            "attribute-boolean-style": "error",
-                        },
-                    },
-                    file,
-                )
-            done = subprocess.run(
-                [
-                    "node",
-                    os.path.join(
-                        NODE_PATH, "html-validate", "bin", "html-validate.mjs"
-                    ),
-                    folder,
-                ],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                timeout=60,
+        pages = [support.get(self.master.page, path).text for path in self.paths]
+        self.assertEqual(html_validate(pages), (0, ""))
+
+
+# The demonstration's jobs, each of which ends and begins again within seconds
+SHORT_JOBS = """
+master_server.DEMO_INTERVAL = 0.5
+master_server.DEMO_LOOK = 2
+master_server.DEMO_PAUSE = 60.0
+master_server.DEMO_SILENCE = (0.0, 0.0)
+master_server.DEMO_JOBS = tuple(
+    job._replace(seconds=8.0 if "OUT" in job.ending or job.array else 3000.0, age=0.0)
+    for job in master_server.DEMO_JOBS
+)
+"""
+
+
+@support.slow("a browser")
+@requires("chromium", "chromedriver")
+class RulesOfJobs(unittest.TestCase):
+    """The same on the pages of jobs, live and past, and on a report, which is a file."""
+
+    paths = (
+        "/",
+        "/job/48211",
+        "/job/48217",
+        "/job/48300",
+        "/record/48211",
+        "/jobs",
+        "/jobs?q=nobody",
+        "/compare?a=48211&b=48217",
+        "/runs?name=assemble_genome",
+        "/runs?array=48300",
+    )
+
+    @classmethod
+    def setUpClass(cls):
+        cls.stack = contextlib.ExitStack()
+        try:
+            cls.folder = cls.stack.enter_context(tempfile.TemporaryDirectory())
+            flags = ("--demo", "--record", cls.folder)
+            cls.master = cls.stack.enter_context(start_master(*flags, patch=SHORT_JOBS))
+            cls.browser = cls.stack.enter_context(Browser())
+            cls.report = os.path.join(cls.folder, "48217.html")
+            eventually(lambda: os.path.exists(cls.report), 90)
+        except BaseException:
+            cls.stack.close()
+            raise
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.stack.close()
+
+    def addresses(self):
+        """Every page, and the report."""
+        for path in self.paths:
+            yield "http://localhost:%d%s" % (self.master.page, path)
+        yield "file://" + self.report
+
+    @requires(AXE)
+    def test_axe_finds_no_violation_on_any_page_in_either_theme(self):
+        for dark, (width, height) in zip((False, True), SIZES):
+            self.browser.show_as(width, height, dark=dark)
+            for address in self.addresses():
+                self.browser.open(address)
+                self.assertEqual(axe_on(self.browser), [], (address, dark, width))
+
+    @requires("node", HTML_VALIDATE)
+    def test_html_validate_finds_no_error_on_any_page(self):
+        pages = [support.get(self.master.page, path).text for path in self.paths]
+        with open(self.report, encoding="utf-8") as file:
+            pages.append(file.read())
+        self.assertEqual(html_validate(pages), (0, ""))
+
+    def test_no_page_scrolls_sideways_nor_complains_on_a_phone_or_a_laptop(self):
+        for width, height in SIZES[:2]:
+            self.browser.show_as(width, height)
+            for address in self.addresses():
+                self.browser.open(address)
+                shown = self.browser.run("return document.documentElement.scrollWidth")
+                self.assertLessEqual(shown, width, address)
+        self.assertEqual(self.browser.messages(), [])
+
+    def test_what_is_said_of_a_job_is_in_sight_at_every_width(self):
+        for width in (320, 500, 800, 1000, 1160, 1300, 1920):
+            self.browser.show_as(width, 900)
+            self.browser.open("http://localhost:%d/" % self.master.page)
+            right = self.browser.run(
+                "return Math.max(...[...document.querySelectorAll('#jobs td.w:not(.u)')]"
+                ".map(cell => cell.getBoundingClientRect().right))"
             )
-            self.assertEqual(done.returncode, 0, done.stdout.decode()[:3000])
+            self.assertGreater(right, 0)
+            self.assertLessEqual(right, width, width)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,36 @@ class Invented(unittest.TestCase):
             self.assertEqual(self.over_the_wire(part), part)
             self.assertEqual(part["look"], 7)
 
+    def test_every_reading_that_the_page_can_show_is_sent_by_some_node(self):
+        began = 1.8e9
+        sent = set()
+        parts = {kind: set() for kind in master.PART_FIELDS}
+        for job in master.DEMO_JOBS:
+            run = master.demo_run(job, began, began)
+            for name in job.nodes:
+                sent.update(master.demo_sample(job, name, run, began))
+                for part in master.demo_parts(job, name, run, began, 1):
+                    parts[part["part"]].update(part)
+        self.assertEqual({metric.key for metric in master.METRICS} - sent, set())
+        for kind, fields in master.PART_FIELDS.items():
+            left_out = {key for key, _ in fields} - parts[kind]
+            self.assertLessEqual(left_out, {"mig", "error"}, kind)
+
+    def test_jobs_that_ended_lately_are_told_too(self):
+        began = 1.8e9
+        told = {}
+        for job in master.DEMO_JOBS:
+            for run in master.demo_ended(job, began, began):
+                facts = master.demo_facts(job, run)
+                master.check_job(facts)
+                self.assertLess(facts["end"], began)
+                told[facts["job"]] = facts["state"]
+        self.assertEqual(told["47217"], "OUT_OF_MEMORY")
+        self.assertEqual(told["47213"], "COMPLETED")
+        tasks = [name for name in told if name.startswith("48300_")]
+        self.assertEqual(tasks, ["48300_4", "48300_3", "48300_2", "48300_1"])
+        self.assertNotIn("47211", told)  # it ended hours ago
+
     def over_the_wire(self, message):
         """What the collector reads of it."""
         data = master.write_sample(message)
@@ -109,7 +139,7 @@ class Shown(support.MasterTest):
 
     def test_page_and_log_say_that_all_of_it_is_invented(self):
         eventually(lambda: {row["node"] for row in nodes(self.master.page)} == NAMES)
-        for path in ("/", "/node/c01"):
+        for path in ("/", "/node/c01", "/job/48211", "/jobs"):
             self.assertIn(NOTICE, page_text(self.master.page, path))
         self.assertIn(NOTICE, self.master.log)
         for row in nodes(self.master.page):

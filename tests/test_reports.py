@@ -340,6 +340,18 @@ class Lists(unittest.TestCase):
         self.assertEqual(rows[1]["severity"], "problem")
         self.assertAlmostEqual(float(rows[1]["ran"]), HOUR, delta=15)
 
+    def test_text_has_a_line_a_job_as_the_query_asks_and_is_cut_at_a_width(self):
+        text = render("/jobs.txt", *self.records, sort="job")
+        heading, *lines = text.splitlines()
+        self.assertEqual([line.split()[0] for line in lines], ["9", "10", "11"])
+        self.assertIn("Verdict", heading)
+        self.assertIn("=cmd()", lines[0])
+        self.assertEqual(
+            len(render("/jobs.txt", *self.records, q="cmd").split("\n")), 3
+        )
+        for line in render("/jobs.txt", *self.records, width="20").splitlines():
+            self.assertLessEqual(len(line), 20)
+
     def test_every_link_of_every_page_is_relative(self):
         for page in (
             render("/jobs", *self.records),
