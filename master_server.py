@@ -13506,11 +13506,14 @@ class Recorder:
         for event in view.events:
             key = (event["time"], event["kind"], event["node"], event["text"])
             told.add(key)
-            is_new = self.has_looked and key not in self.told
             facts = self.facts.get(event["job"] or "")
             job = facts["job"] if facts else event["job"]
-            if is_new and job in self.recordings:
-                self.recordings[job].hear(event)
+            recording = self.recordings.get(job)
+            if recording is None or key in self.told:
+                continue
+            # what was there before this process began is recorded: but for jobs that it has missed
+            if self.has_looked or event["time"] >= recording.begun:
+                recording.hear(event)
         self.told = told
         self.has_looked = True
 

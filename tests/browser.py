@@ -193,6 +193,14 @@ class Browser:
             ],
         )
 
+    def go_offline(self):
+        """Have no network any more."""
+        self.cdp("Network.enable")
+        nothing = dict.fromkeys(
+            ("latency", "downloadThroughput", "uploadThroughput"), 0
+        )
+        self.cdp("Network.emulateNetworkConditions", offline=True, **nothing)
+
     def messages(self):
         """What the browser has to complain about since the last time: console, CSP, network."""
         return [

@@ -223,14 +223,7 @@ class Survival(test_lab.LabTest):
         with open(AXE, encoding="utf-8") as file:
             axe = file.read()
         with Browser() as browser:
-            browser.cdp("Network.enable")
-            browser.cdp(
-                "Network.emulateNetworkConditions",
-                offline=True,
-                latency=0,
-                downloadThroughput=0,
-                uploadThroughput=0,
-            )
+            browser.go_offline()
             for dark in (False, True):
                 browser.show_as(1280, 800, dark=dark)
                 browser.open("file://" + path)

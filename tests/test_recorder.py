@@ -705,13 +705,23 @@ class Roles(unittest.TestCase):
                 pass
             self.assertEqual(master.default_folder(), self.folder + "/.sentinel-jobs")
 
-    @unittest.skipIf(os.geteuid(), "only root can mount a small disk")
-    def test_a_real_disk_that_is_full_and_then_has_room_again(self):
+    def mount_a_small_disk(self):
+        """64 KiB, where the records are."""
         os.makedirs(self.folder)
         mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", self.folder]
         if subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
             self.skipTest("no mount here")
-        self.addCleanup(subprocess.run, ["umount", "-l", self.folder])
+        umount = ["umount", "-l", self.folder]
+        self.addCleanup(subprocess.run, umount, stderr=subprocess.DEVNULL)
+
+    def longest_hole(self):
+        """Seconds between two rows of the record."""
+        times = [row.time for row in self.record().rows]
+        return max(after - before for before, after in zip(times, times[1:]))
+
+    @unittest.skipIf(os.geteuid(), "only root can mount a small disk")
+    def test_a_real_disk_that_is_full_and_then_has_room_again(self):
+        self.mount_a_small_disk()
         filler = os.path.join(self.folder, "filler")
         with self.master() as tool, PlainAgent(tool.port) as agent:
             self.keep_sending([agent], lambda: len(self.record().rows) >= 1)
@@ -727,9 +737,30 @@ class Roles(unittest.TestCase):
             os.unlink(filler)
             self.keep_sending([agent], lambda: "again" in tool.log)
             self.assertEqual(tool.log.count("cannot record"), 1)
-        rows = self.record().rows
-        longest = max(after.time - before.time for before, after in zip(rows, rows[1:]))
-        self.assertLess(longest, 3)
+        self.assertLess(self.longest_hole(), 3)
+
+    @unittest.skipIf(os.geteuid(), "only root can mount a small disk")
+    def test_a_real_disk_that_is_read_only_for_a_while_and_a_folder_that_is_removed(
+        self,
+    ):
+        self.mount_a_small_disk()
+        remount = ["mount", "-o", "remount,%s", self.folder]
+        with self.master() as tool, PlainAgent(tool.port) as agent:
+            self.keep_sending([agent], lambda: len(self.record().rows) >= 1)
+            subprocess.check_call([word.replace("%s", "ro") for word in remount])
+            told = lambda: "Read-only file system" in tool.log  # noqa: E731
+            self.keep_sending([agent], told)
+            self.assertEqual(support.get(tool.page, "/")[0], 200)
+            subprocess.check_call([word.replace("%s", "rw") for word in remount])
+            self.keep_sending([agent], lambda: "again" in tool.log)
+            self.assertLess(self.longest_hole(), 3)
+            subprocess.check_call(["umount", "-l", self.folder])
+            os.rmdir(self.folder)
+            self.keep_sending([agent], lambda: len(self.record().rows) >= 2)
+            self.assertEqual(support.get(tool.page, "/")[0], 200)
+            self.assertEqual(list(self.record().nodes), ["c0"])  # its head is there
+            self.assertEqual(tool.log.count("cannot record"), 1)
+            self.assertEqual(tool.log.count("was gone: made again"), 1)
 
 
 if __name__ == "__main__":

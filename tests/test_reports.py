@@ -656,6 +656,23 @@ class InBrowser(unittest.TestCase):
                         )
                         self.assertLessEqual(browser.run(wide), 0)
 
+    @support.requires("chromium", "chromedriver")
+    def test_it_prints_on_a_few_pages_of_a4_without_a_network(self):
+        record = a_record(nodes=16, hours=24, verdicts=[verdict()])
+        with open(self.report, "w") as file:
+            file.write(master.render_report(record))
+        with Browser() as browser:
+            browser.go_offline()
+            browser.open("file://" + self.report)
+            flags = {"preferCSSPageSize": True, "printBackground": True}
+            printed = base64.b64decode(browser.cdp("Page.printToPDF", **flags)["data"])
+            self.assertEqual(browser.messages(), [])
+        boxes = re.findall(rb"/MediaBox \[0 0 ([\d.]+) ([\d.]+)\]", printed)
+        for width, height in boxes:  # points, of which an inch has 72
+            self.assertAlmostEqual(float(width) / 72 * 25.4, 210, delta=0.5)
+            self.assertAlmostEqual(float(height) / 72 * 25.4, 297, delta=0.5)
+        self.assertTrue(2 <= len(boxes) <= 4, len(boxes))
+
     @support.requires("node", "/" + VALIDATE.lstrip("/"))
     def test_html_validate_finds_nothing(self):
         with tempfile.TemporaryDirectory() as folder:
