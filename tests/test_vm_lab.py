@@ -782,24 +782,24 @@ class SickJobs(VmTest):
         # an emulated node of which all is burnt takes minutes to start a step
         for job in bound, serial:
             self.row(job, ATTACH, job_cpus=True)
-        VM.run("touch /home/tester/bound /home/tester/serial", user="root")
+        VM.run("touch /home/tester/bound", user="root")
         self.says(
             bound,
             r"(?m)^2 threads of ranks 0-1 share CPU 0 of vm: they may use: 0; the job has"
-            r" (CPUs )?0-1 -> srun --cpu-bind=cores",
+            r" 0-1 -> srun --cpu-bind=cores",
             2 * ATTACH,
         )
+        VM.run("scancel %s; touch /home/tester/serial" % bound, user="root")
+        fault = self.submit("fault")
+        limited = self.submit("never", "--time=1")
+        self.row(fault, ATTACH, job_cpus=True)
+        VM.run("touch /home/tester/fault", user="root")
         self.says(
             serial,
             r"(?m)^1 of 2 CPUs of vm at work for .* -> --cpus-per-task=1",
-            ATTACH,
+            2 * ATTACH,
         )
-        VM.run("scancel %s %s" % (bound, serial), user="root")
-        fault = self.submit("fault")
-        limited = self.submit("never", "--time=1")
         self.explained(bound, r"\d\d:\d\d: cancelled")
-        self.row(fault, ATTACH, job_cpus=True)
-        VM.run("touch /home/tester/fault", user="root")
         self.explained(fault, r"\d\d:\d\d: SIGSEGV[^\n]*memory that is not its own")
         self.explained(limited, r"time limit of (60 s|1\.0 min) reached")
         states = [VM.state(job) for job in (bound, fault, limited)]
