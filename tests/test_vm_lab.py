@@ -151,24 +151,39 @@ SICK_JOB = """#!/bin/bash
 exec $BEFORE python3 sick.py $1
 """
 
-# As root: ends a process, and prints after how many seconds nothing of us is left: no step
-# and no process of tester's but those that had been there before.
+# As root: ends a process, and prints after how many seconds nothing of us is left: no slurmstepd of
+# our step, and no process of tester's but those that had been there before.  It asks /proc, and
+# starts nothing meanwhile, which here may take seconds.
 LEAVE = """
 import os, signal, subprocess, sys, time
 
-def words(*command):
-    done = subprocess.run(command, stdout=subprocess.PIPE, universal_newlines=True)
-    return done.stdout.split()
+def read(pid, name):
+    with open("/proc/%s/%s" % (pid, name)) as file:
+        return file.read()
+
+def is_ours(pid):
+    try:
+        name = read(pid, "comm")
+        if name.startswith("slurmstepd"):
+            return any("[%s]" % step in read(pid, "cmdline") for step in steps)
+        is_testers = os.stat("/proc/" + pid).st_uid == 1500
+    except OSError:
+        return False
+    return is_testers and name.startswith(("python3", "srun")) and pid not in before
+
+def left():
+    return {pid for pid in os.listdir("/proc") if pid.isdigit() and is_ours(pid)}
 
 number, pid, before = int(sys.argv[1]), int(sys.argv[2]), set(sys.argv[3:])
+told = subprocess.check_output(["squeue", "-s", "-h", "-o", "%i %j"], universal_newlines=True)
+steps = [line.split()[0] for line in told.splitlines() if line.endswith(" sentinel")]
+if not any(read(found, "comm").startswith("slurmstepd") for found in left()):
+    sys.exit("no slurmstepd of a step of ours")
 os.kill(pid, number)
 start = time.monotonic()
-while True:
-    left = set(words("pgrep", "-u", "tester", "python3|srun")) - before
-    if not left and "sentinel" not in words("squeue", "-s", "-h", "-o", "%j"):
-        break
+while left():
     if time.monotonic() - start > 60:
-        sys.exit("left after a minute: %s" % " ".join(left))
+        sys.exit("left after a minute: %s" % " ".join(left()))
     time.sleep(0.1)
 print(time.monotonic() - start)
 """
@@ -477,6 +492,11 @@ class MyJobs(VmTest):
         seconds = float(VM.run(words, user="root"))
         self.assertLess(seconds, 10)
         self.assertEqual(self.own_processes(), before)
+        eventually(
+            lambda: "sentinel" not in VM.run("squeue -s -h -o %j", user="root"),
+            LONG,
+            "Slurm has no step of ours",
+        )
         self.assertEqual(VM.state(job), "RUNNING")
 
     def test_it_is_seen_as_the_kernel_and_slurm_have_it_and_nothing_is_left(self):
@@ -782,24 +802,24 @@ class SickJobs(VmTest):
         # an emulated node of which all is burnt takes minutes to start a step
         for job in bound, serial:
             self.row(job, ATTACH, job_cpus=True)
-        VM.run("touch /home/tester/bound /home/tester/serial", user="root")
+        VM.run("touch /home/tester/bound", user="root")
         self.says(
             bound,
             r"(?m)^2 threads of ranks 0-1 share CPU 0 of vm: they may use: 0; the job has"
-            r" (CPUs )?0-1 -> srun --cpu-bind=cores",
+            r" 0-1 -> srun --cpu-bind=cores",
             2 * ATTACH,
         )
+        VM.run("scancel %s; touch /home/tester/serial" % bound, user="root")
+        fault = self.submit("fault")
+        limited = self.submit("never", "--time=1")
+        self.row(fault, ATTACH, job_cpus=True)
+        VM.run("touch /home/tester/fault", user="root")
         self.says(
             serial,
             r"(?m)^1 of 2 CPUs of vm at work for .* -> --cpus-per-task=1",
-            ATTACH,
+            2 * ATTACH,
         )
-        VM.run("scancel %s %s" % (bound, serial), user="root")
-        fault = self.submit("fault")
-        limited = self.submit("never", "--time=1")
         self.explained(bound, r"\d\d:\d\d: cancelled")
-        self.row(fault, ATTACH, job_cpus=True)
-        VM.run("touch /home/tester/fault", user="root")
         self.explained(fault, r"\d\d:\d\d: SIGSEGV[^\n]*memory that is not its own")
         self.explained(limited, r"time limit of (60 s|1\.0 min) reached")
         states = [VM.state(job) for job in (bound, fault, limited)]
