@@ -2214,11 +2214,25 @@ def job_page(stage):
 
 
 def write_many_records(folder, first, last):
-    """Small records of jobs that have ended, from one number up to another."""
+    """Records of short jobs that have ended: JOB of one number up to another."""
     chance = random.Random(first)
+    kinds = []
+    with tempfile.TemporaryDirectory() as other:
+        for state in ("COMPLETED", "COMPLETED", "FAILED", "TIMEOUT"):
+            write_record(other, load.JOB % 0, 1, 0.2, state, chance)
+            (file,) = master_server.list_files(other)
+            head, facts, rest = master_server.read_file(file.path).split(b"\n", 2)
+            kinds.append((head + b"\n", facts + b"\n", gzip.compress(rest)))
+            os.unlink(file.path)
     for number in range(first, last):
-        state = chance.choice(("COMPLETED", "COMPLETED", "FAILED", "TIMEOUT"))
-        write_record(folder, str(number), 1, 0.05, state, chance)
+        job = load.JOB % number
+        *named, rest = chance.choice(kinds)
+        path = os.path.join(folder, job + ".bench-1-1.jsonl.gz")
+        with open(path, "wb") as file:
+            for line in named:
+                named_so = line.replace((load.JOB % 0).encode(), job.encode())
+                file.write(gzip.compress(named_so, 1))
+            file.write(rest)
 
 
 @bench()
