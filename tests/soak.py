@@ -38,6 +38,7 @@ import random
 import re
 import shlex
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -355,21 +356,35 @@ def family_of(pids):
     return 1 + len(support.descendants(pids["supervisor"]))
 
 
+def memory_of_sruns(herd):
+    """The memory of each srun of the herd, in bytes."""
+    sizes = []
+    for pid in bench.children(herd):
+        if command_words(pid)[:1] == [b"srun"]:
+            with contextlib.suppress(OSError, ValueError):
+                sizes.append(bench.own_pss(pid))
+    return sizes
+
+
 def steps_of(lab):
     """How many steps of ours Slurm knows."""
     return lab.run("login", "squeue", "-s", "-h", "-o", "%j").split().count("sentinel")
 
 
 def soak_jobs(lab, pids, browser, minutes):
-    """Look while jobs come and go: ([(seconds since the start, look)], jobs, most nodes seen)."""
+    """Look while jobs come and go.
+
+    What was seen: ([(seconds since the start, look)], jobs, most nodes, memory of the sruns).
+    """
     jobs = Jobs(lab)
     start = time.monotonic()
-    looks, most = [], 0
+    looks, most, sruns = [], 0, []
     while time.monotonic() < start + 60 * minutes:
         until = time.monotonic() + LOOK_SECONDS
         jobs.step()
         most = max(most, len(browser.nodes()))
         looks.append((time.monotonic() - start, look(pids)))
+        sruns += memory_of_sruns(pids["herd"])
         if len(looks) % 12 == 0:
             print(
                 "%3.0f min: %s MiB, %d jobs so far"
@@ -378,7 +393,7 @@ def soak_jobs(lab, pids, browser, minutes):
                 flush=True,
             )
         time.sleep(max(0.0, until - time.monotonic()))
-    return looks, jobs, most
+    return looks, jobs, most, sruns
 
 
 def run_jobs(options, folder):
@@ -406,7 +421,7 @@ def watch_jobs(lab, minutes):
     # a question to Slurm may be under way
     family = wait_until(lambda count: False, lambda: family_of(pids), LOOK_SECONDS)
     before = look(pids)
-    looks, jobs, most = soak_jobs(lab, pids, browser, minutes)
+    looks, jobs, most, sruns = soak_jobs(lab, pids, browser, minutes)
     lab.no_jobs()
 
     def rest():
@@ -422,6 +437,9 @@ def watch_jobs(lab, minutes):
     kinds = ", ".join("%d %s" % (count, kind) for kind, count in jobs.counts.items())
     yield bench.told("jobs that came and went", jobs.turns, "", kinds)
     yield bench.at_least("nodes of jobs seen at once", most, "", 2)
+    if sruns:
+        size = statistics.mean(sruns) / bench.MIB
+        yield bench.told("an srun of the herd: memory (PSS)", size, "MiB")
     yield from judge_memory(looks, JOBS_WARM_UP)
     yield from judge_rest(before, after, nodes)
     yield bench.at_most("steps that stayed behind", steps, "", 0)
