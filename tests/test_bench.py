@@ -79,6 +79,18 @@ class Figures(unittest.TestCase):
         longer, error = bench.slowed_by(noisy, without)
         self.assertGreater(error, 0.2)
 
+    def test_a_job_that_is_slowed_is_judged_only_where_that_is_sure(self):
+        for longer, error, holds in (
+            (0.1, 0.05, True),
+            (0.3, 0.05, False),
+            (0.3, 0.11, None),
+            (-5.0, 0.5, None),
+        ):
+            with self.subTest(longer=longer, error=error):
+                row = bench.slower_row("spin", longer, error)
+                self.assertEqual(row.holds, holds)
+                self.assertEqual("too noisy" in row.note, holds is None)
+
     def test_a_day_of_a_record_has_the_rows_that_the_recorder_writes(self):
         self.assertEqual(bench.rows_of_a_day(64), 360 + 4 * 180 + 90)
         self.assertGreater(bench.rows_of_a_day(1), bench.rows_of_a_day(64))
@@ -411,6 +423,12 @@ class Measuring(unittest.TestCase):
             support.eventually(lambda: "done" in tool.out)
             self.assertGreater(bench.cpu_seconds(tool.pid), 0.55)
             self.assertLess(bench.cpu_seconds(tool.pid), 5)
+
+    def test_a_child_that_ends_while_it_is_looked_at_is_no_error(self):
+        with support.start("-c", "import time; time.sleep(60)") as tool:
+            gone = tool.pid + 2**22 + 1  # no process has that pid
+            with mock.patch.object(support, "descendants", return_value=[gone]):
+                self.assertLess(bench.cpu_seconds(tool.pid), 5)
 
     def test_memory_counts_what_is_touched(self):
         fill = "held = b'x' * 2 ** 25\nprint('done', flush=True)\nimport time; time.sleep(60)"
