@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 import tempfile
+import time
 import unittest
 from unittest import mock
 
@@ -46,6 +47,61 @@ class Figures(unittest.TestCase):
         self.assertAlmostEqual(bench.median_ratio(disturbed, bare), 2.0)
         rising = [0.001 * (1 + turn) for turn in range(10)]
         self.assertAlmostEqual(bench.median_ratio(rising, rising), 1.0)
+
+    def test_a_load_is_the_median_of_its_windows_and_the_share_of_all_of_them(self):
+        looks = [{"time": 0.0, "bare": 0.0, "herd": 0.0}]
+        for window in range(10):
+            last = looks[-1]
+            herd = 9.0 if window == 4 else 0.02  # one window is disturbed
+            looks.append(
+                {
+                    "time": last["time"] + 10.0,
+                    "bare": last["bare"] + 0.004,
+                    "herd": last["herd"] + herd,
+                }
+            )
+        load = bench.loads_of(looks)["herd"]
+        self.assertAlmostEqual(load.ratio, 5.0)
+        self.assertAlmostEqual(load.bare, 0.0004)
+        self.assertAlmostEqual(load.share, (9 * 0.02 + 9.0) / 100)
+
+    def test_how_much_longer_a_job_takes_is_the_median_of_pairs_and_has_an_error(self):
+        without = [2.0 + 0.1 * turn for turn in range(20)]  # the machine gets slower
+        with_agent = [1.001 * seconds for seconds in without]
+        with_agent[3] = 9.0  # and a neighbour is busy once
+        longer, error = bench.slowed_by(with_agent, without)
+        self.assertAlmostEqual(longer, 0.1)
+        self.assertAlmostEqual(error, 0.0)
+        noisy = [
+            seconds * (1.01 if turn % 2 else 0.99)
+            for turn, seconds in enumerate(without)
+        ]
+        longer, error = bench.slowed_by(noisy, without)
+        self.assertGreater(error, 0.2)
+
+    def test_a_job_that_is_slowed_is_judged_only_where_that_is_sure(self):
+        for longer, error, holds in (
+            (0.1, 0.05, True),
+            (0.3, 0.05, False),
+            (0.3, 0.11, None),
+            (-5.0, 0.5, None),
+        ):
+            with self.subTest(longer=longer, error=error):
+                row = bench.slower_row("spin", longer, error)
+                self.assertEqual(row.holds, holds)
+                self.assertEqual("too noisy" in row.note, holds is None)
+
+    def test_a_day_of_a_record_has_the_rows_that_the_recorder_writes(self):
+        self.assertEqual(bench.rows_of_a_day(64), 360 + 4 * 180 + 90)
+        self.assertGreater(bench.rows_of_a_day(1), bench.rows_of_a_day(64))
+        row = b'{"row":1,' + b" " * 90 + b"}\n"
+        once = b'{"job":{}}\n' + b'{"nodes":{}}\n'
+        gpus = b'{"gpus":' + b" " * 50 + b"}\n"
+        rows = bench.rows_of_a_day(64)
+        self.assertAlmostEqual(
+            bench.day_of_record(once + 3 * row + 2 * gpus, 64),
+            len(once) + rows * len(row) + rows / 6 * len(gpus),
+        )
 
     def test_a_percentile_is_one_of_the_values(self):
         values = list(range(100, 0, -1))
@@ -96,6 +152,73 @@ class Bounds(unittest.TestCase):
         row = bench.told("", 10**9, "s")
         self.assertIsNone(row.holds)
         self.assertTrue(row.within(1.0))
+
+    def test_of_two_bounds_one_is_enough_and_without_any_both_are_told_to_fail(self):
+        for quick, share, ratio, judged in (
+            (False, 0.09, 9.0, [True, None]),
+            (False, 0.2, 4.0, [None, True]),
+            (False, 0.09, 4.0, [True, True]),
+            (False, 0.11, 5.5, [False, False]),
+            (True, 0.11, 9.0, [False, None]),  # by less than the third: it is forgiven
+        ):
+            with self.subTest(quick=quick, share=share, ratio=ratio):
+                rows = bench.either(
+                    bench.Stage(quick, ""),
+                    bench.at_most("share", share, "% of a core", 0.1),
+                    bench.at_most("ratio", ratio, "x", 5.0),
+                )
+                self.assertEqual([row.holds for row in rows], judged)
+
+    def test_rows_without_a_bound_do_not_stand_for_those_with_one(self):
+        rows = bench.either(
+            bench.Stage(False, ""),
+            bench.told("share", 0.2, "% of a core"),
+            bench.at_most("ratio", 9.0, "x", 5.0),
+        )
+        self.assertEqual([row.holds for row in rows], [None, False])
+
+
+class Promises(unittest.TestCase):
+    """The bounds are those of the list of costs; nothing loosens one by the way."""
+
+    def test_each_bound_is_the_one_that_was_promised(self):
+        for key, bound in (
+            ("agent / bare loop", 1.8),
+            ("whole agent / bare loop", 4),
+            ("agent's memory", 16),
+            ("256 ranks: CPU", 0.3),
+            ("slower: spin", 0.2),
+            ("slower: stream", 0.2),
+            ("empty master", 0.1),
+            ("empty master / Prometheus", 0.15),
+            ("200 even: CPU", 0.25),
+            ("5000 even: CPU", 0.25),
+            ("5000 even: memory", 0.25),
+            ("10000 even: CPU", 40),
+            ("10000: memory", 32),
+            ("10000 burst: lost", 0),
+            ("herd: CPU", 0.1),
+            ("herd: memory", 25),
+            ("recorder: CPU", 0.2),
+            ("record: size", 2),
+            ("page", 60),
+            ("lock: a sample", 1),
+            ("job page", 100),
+            ("past job page", 100),
+            ("/jobs", 100),
+            ("terminal: CPU", 2),
+            ("1 stream", 1.5),
+            ("detection", 5.5),
+        ):
+            with self.subTest(key):
+                self.assertEqual(bench.figure(key, 0.0).bound, bound)
+
+    def test_what_is_so_many_bare_loops_is_as_much_where_one_takes_two_hundredths(self):
+        for name in ("herd", "recorder", "terminal", "256 ranks"):
+            with self.subTest(name):
+                share = bench.figure("%s: CPU" % name, 0.0).bound
+                loops = bench.figure("%s / bare loop" % name, 0.0).bound
+                self.assertAlmostEqual(share / 0.02, loops)
 
 
 class Table(unittest.TestCase):
@@ -301,6 +424,12 @@ class Measuring(unittest.TestCase):
             self.assertGreater(bench.cpu_seconds(tool.pid), 0.55)
             self.assertLess(bench.cpu_seconds(tool.pid), 5)
 
+    def test_a_child_that_ends_while_it_is_looked_at_is_no_error(self):
+        with support.start("-c", "import time; time.sleep(60)") as tool:
+            gone = tool.pid + 2**22 + 1  # no process has that pid
+            with mock.patch.object(support, "descendants", return_value=[gone]):
+                self.assertLess(bench.cpu_seconds(tool.pid), 5)
+
     def test_memory_counts_what_is_touched(self):
         fill = "held = b'x' * 2 ** 25\nprint('done', flush=True)\nimport time; time.sleep(60)"
         with support.start("-c", fill) as tool:
@@ -391,6 +520,46 @@ class Soak(unittest.TestCase):
             self.assertEqual(end.exception.code, 2)
             self.assertIn(flags[0], told.getvalue())
 
+    def test_what_has_ended_is_remembered_for_a_while_by_who_watches_jobs(self):
+        sizes = [10 + 0.05 * min(minute, 10) for minute in range(20)]
+        looks = [
+            (60.0 * minute, {"relay": {"memory": size * 2**20}})
+            for minute, size in enumerate(sizes)
+        ]
+        (late,) = soak.judge_memory(looks, soak.JOBS_WARM_UP)
+        self.assertTrue(late.holds)
+        (early,) = soak.judge_memory(looks, 0.0)
+        self.assertFalse(early.holds)
+
+    def test_jobs_end_in_each_way_on_one_node_and_on_two(self):
+        lab = mock.Mock()
+        lab.queue.return_value = {}
+        lab.sbatch.side_effect = map(str, itertools.count(1))
+        with tempfile.TemporaryDirectory() as folder:
+            lab.path = lambda name: os.path.join(folder, name)
+            jobs = soak.Jobs(lab)
+            for _ in range(2 * len(soak.ENDINGS)):
+                jobs.next_at = 0.0
+                jobs.step()
+            names = sorted(os.listdir(folder))
+            for name in names:
+                with open(os.path.join(folder, name)) as file:
+                    self.assertIn("srun --ntasks=$SLURM_NNODES", file.read())
+        nodes = [call.args[0] for call in lab.sbatch.mock_calls]
+        self.assertEqual(
+            nodes, ["-N1"] * len(soak.ENDINGS) + ["-N2"] * len(soak.ENDINGS)
+        )
+        self.assertEqual(set(jobs.counts.values()), {2})
+        lab.queue.return_value = dict.fromkeys("12345678", "RUNNING")  # no room
+        jobs.next_at = 0.0
+        jobs.step()
+        self.assertEqual(jobs.turns, 2 * len(soak.ENDINGS))
+        jobs.running["3"] = 0.0
+        lab.queue.return_value = {"3": "RUNNING"}
+        jobs.next_at = time.monotonic() + 60
+        jobs.step()
+        lab.run.assert_called_with("login", "scancel", "3")
+
     def test_each_thread_descriptor_and_slot_that_stays_is_seen(self):
         def look(threads=1, descriptors=9):
             return {
@@ -447,6 +616,24 @@ class Load(unittest.TestCase):
             )
         with self.assertRaisesRegex(ValueError, "node-10000000"):
             template.fill(b"node-10000000", bytes(8), bytes(8))
+
+    def test_agents_are_dealt_out_to_jobs_and_tell_of_their_ranks_in_turn(self):
+        options = ["1", "6", "--jobs", "3"]
+        crowd = load.Load(load.build_parser().parse_args(options))
+        jobs = [crowd.job_of(index) for index in range(6)]
+        self.assertEqual(jobs, [b"7000000", b"7000001", b"7000002"] * 2)
+        data = crowd.templates.__next__().fill(
+            b"node-0000001", bytes(8), bytes(8), jobs[1]
+        )
+        self.assertEqual(pickle.loads(data)["job"], "7000001")
+        crowd.looks = [b"first", b"second"]
+        sent = mock.Mock()
+        told = []
+        for turn in range(12):
+            crowd.tell_look(3, sent)
+            told += [(turn, call.args[0]) for call in sent.send.mock_calls]
+            sent.reset_mock()
+        self.assertEqual(told, [(2, b"first"), (7, b"second")])
 
     def test_agents_connect_one_after_another_over_the_ramp(self):
         self.assertEqual(
