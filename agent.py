@@ -34,34 +34,28 @@ Exit codes: 0 done or stopped, 1 failed, 2 bad usage; a command's own, 128+n by 
 import os
 import sys
 
-# CPython keeps the tree that it parses the main program into for as long as that runs: 8 MiB for
-# this one since 3.9.  Of a text that is compiled by `exec` it keeps none.
-RESTART = """\
+if __name__ == "__main__":
+    # CPython keeps the tree that it has parsed the main program into for as long as that runs:
+    # 8 MiB of this one, since 3.9.  Of a text that `exec` gets compiled it keeps none.  So the
+    # same process starts once more, with that; it takes 50 ms.  A text from a pipe cannot be
+    # read again, and a debugger would lose its program: these have other words.
+    restart = """\
 "agent.py"
 import sys
 __file__ = sys.argv.pop(1)
 with open(__file__, "rb") as file:
     AGENT_TEXT = file.read()
 exec(compile(AGENT_TEXT, __file__, "exec"))"""
-
-
-def start_again() -> None:
-    """Run this file once more, as RESTART has it, in the same process; not where that cannot be.
-
-    It costs 50 ms.  A text that came from a pipe is not there to be read again.
-    """
-    words = getattr(sys, "orig_argv", None)  # since Python 3.10
-    if not words or sys.argv[0] in ("-", "-c") or not os.path.isfile(sys.argv[0]):
-        return
-    options = words[1 : -len(sys.argv)]  # of the interpreter
-    try:
-        os.execv(sys.executable, [sys.executable, *options, "-c", RESTART, *sys.argv])
-    except OSError:
-        pass  # then it takes more memory
-
-
-if __name__ == "__main__":
-    start_again()
+    words = getattr(sys, "orig_argv", [])  # since Python 3.10
+    is_script = words[-len(sys.argv) :] == sys.argv and sys.argv[0] != "-"
+    if is_script and sys.executable and os.path.isfile(sys.argv[0]):
+        options = words[1 : -len(sys.argv)]  # of the interpreter
+        try:
+            os.execv(
+                sys.executable, [sys.executable, *options, "-c", restart, *sys.argv]
+            )
+        except OSError:
+            pass  # then it takes more memory
     # A json.py or select.py of the user's own, in this folder, must not hide the standard
     # library's: the folder that Python searches first comes last.
     sys.path.append(sys.path.pop(0))
