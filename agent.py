@@ -35,6 +35,27 @@ import os
 import sys
 
 if __name__ == "__main__":
+    # CPython keeps the tree that it has parsed the main program into for as long as that runs:
+    # 8 MiB of this one, since 3.9.  Of a text that `exec` gets compiled it keeps none.  So the
+    # same process starts once more, with that; it takes 50 ms.  A text from a pipe cannot be
+    # read again, and a debugger would lose its program: these have other words.
+    restart = """\
+"agent.py"
+import sys
+__file__ = sys.argv.pop(1)
+with open(__file__, "rb") as file:
+    AGENT_TEXT = file.read()
+exec(compile(AGENT_TEXT, __file__, "exec"))"""
+    words = getattr(sys, "orig_argv", [])  # since Python 3.10
+    is_script = words[-len(sys.argv) :] == sys.argv and sys.argv[0] != "-"
+    if is_script and sys.executable and os.path.isfile(sys.argv[0]):
+        options = words[1 : -len(sys.argv)]  # of the interpreter
+        try:
+            os.execv(
+                sys.executable, [sys.executable, *options, "-c", restart, *sys.argv]
+            )
+        except OSError:
+            pass  # then it takes more memory
     # A json.py or select.py of the user's own, in this folder, must not hide the standard
     # library's: the folder that Python searches first comes last.
     sys.path.append(sys.path.pop(0))
@@ -76,16 +97,17 @@ Reader = Callable[[], Reading]
 # Parsers: text in, values out; ValueError or LookupError for a text of another kind
 # ============================================================================
 
-# One number of a file each: key, file, pattern.  proc(5), kernel document accounting/psi.rst
+# Numbers of a file: its name, key and pattern of each.  proc(5), kernel document accounting/psi.rst
 NUMBERS = (
-    ("load1", "proc/loadavg", r"(\S+)"),  # 0.20 0.18 0.12 1/80 11206
-    ("procs", "proc/loadavg", r"/(\d+)"),
-    ("uptime", "proc/uptime", r"(\S+)"),  # 350735.47 234388.90
-    ("psi_cpu", "proc/pressure/cpu", r"some avg10=(\S+)"),  # some avg10=1.12 avg60=...
-    ("psi_mem", "proc/pressure/memory", r"some avg10=(\S+)"),
-    ("psi_io", "proc/pressure/io", r"some avg10=(\S+)"),
+    # 0.20 0.18 0.12 1/80 11206
+    ("proc/loadavg", (("load1", r"(\S+)"), ("procs", r"/(\d+)"))),
+    ("proc/uptime", (("uptime", r"(\S+)"),)),  # 350735.47 234388.90
+    # some avg10=1.12 avg60=...
+    ("proc/pressure/cpu", (("psi_cpu", r"some avg10=(\S+)"),)),
+    ("proc/pressure/memory", (("psi_mem", r"some avg10=(\S+)"),)),
+    ("proc/pressure/io", (("psi_io", r"some avg10=(\S+)"),)),
 )
-# Sums over devices: keys, class of devices, file, pattern (name, in, out), bytes in one unit.
+# Sums over devices: keys, class of devices, file, columns (name, in, out), bytes in one unit.
 # proc(5), kernel document admin-guide/iostats.rst
 COUNTERS = (
     # eth0: 171199307    3251    0    0    0     0          0         0   139424    1862 ...
@@ -93,7 +115,7 @@ COUNTERS = (
         ("net_rx", "net_tx"),
         "net",
         "proc/net/dev",
-        r"(\S+): *(\d+)(?: +\d+){7} +(\d+)",
+        (0, 1, 9),
         1,
     ),
     #  254       0 vda 31056 7269 1864882 11864 10381 6470 2203312 5835 0 8748 18356 ...
@@ -101,7 +123,7 @@ COUNTERS = (
         ("disk_read", "disk_write"),
         "block",
         "proc/diskstats",
-        r" (\S+) \d+ \d+ (\d+) \d+ \d+ \d+ (\d+)",
+        (2, 5, 9),
         512,
     ),
 )
@@ -140,8 +162,8 @@ TEXT_BYTES = 255  # the most that the master takes of a text
 
 def number(text: str, name: str) -> int:
     """Return the number behind the name that begins a line; ValueError names what is missing."""
-    at = ("\n" + text).find("\n" + name)
-    if at < 0:
+    at = text.find("\n" + name) + 1  # 0 is the first line, or no line
+    if not at and not text.startswith(name):
         raise ValueError("there is no line %r" % name.strip())
     start = at + len(name)
     return int(text[start : start + 30].split(None, 1)[0])
@@ -149,7 +171,7 @@ def number(text: str, name: str) -> int:
 
 def number_or(text: str, name: str, default: int) -> int:
     """Return the number behind the name that begins a line, or the default without one."""
-    if "\n" + name in "\n" + text:
+    if "\n" + name in text or text.startswith(name):
         return number(text, name)
     return default
 
@@ -160,7 +182,7 @@ def parse_cpu(text: str) -> Tuple[int, int]:
     if not text.startswith("cpu "):
         raise ValueError("it does not begin with a line 'cpu'")
     line = text[: text.index("\n")]
-    ticks = [int(word) for word in line.split()[1:9]]
+    ticks = list(map(int, line.split()[1:9]))
     idle = ticks[3]
     iowait = ticks[4]
     return idle + iowait, sum(ticks)
@@ -190,6 +212,26 @@ def available_before_3_14(text: str) -> int:
     reclaimable = ("Buffers:", "Cached:", "SReclaimable:")
     cached = sum(number_or(text, name, 0) for name in reclaimable)
     return number(text, "MemFree:") + cached - number_or(text, "Shmem:", 0)
+
+
+def parse_counters(
+    text: str, columns: Tuple[int, int, int], devices: List[str]
+) -> Optional[Tuple[int, int]]:
+    """Return the sums of two columns over the lines of these devices, None without any line.
+
+    The columns are those of the name and of what went in and out; a name may end with a colon.
+    """
+    at_name, at_in, at_out = columns
+    counted_in = 0
+    counted_out = 0
+    is_known = False
+    for line in text.split("\n"):
+        words = line.replace(":", " ", 1).split()
+        if len(words) > at_out and words[at_name] in devices:
+            counted_in += int(words[at_in])
+            counted_out += int(words[at_out])
+            is_known = True
+    return (counted_in, counted_out) if is_known else None
 
 
 def parse_duration(text: str) -> Optional[float]:
@@ -232,6 +274,9 @@ def clip(text: str) -> str:
 # ============================================================================
 
 FILE_BYTES = 65536  # the most that is read of a file or an answer
+PART_BYTES = (
+    2048  # the kernel gives a part of a file only if more is not left of a page
+)
 STAT_BYTES = 4194304  # ... of /proc/stat when its CPUs are counted: 4,096 have 400 KB
 MOUNTS_BYTES = 4194304  # ... and of mountstats: 4 KB a mount of NFS
 WAIT_SECONDS = 5.0  # for a connection, a challenge, nvidia-smi or squeue
@@ -255,6 +300,9 @@ class Probe:
     def read(self, path: str, limit: int = FILE_BYTES) -> str:
         """Return up to `limit` bytes of a file; OSError if it cannot be read.
 
+        /proc gives about a page at a time, and makes all of it anew to say that it has ended.
+        What is much shorter than a page is whole: no file that is read here has longer lines.
+
         One that fails is opened anew the next time: behind the old descriptor there may be
         a file system that has gone (lxcfs, a cgroup) while the path leads to a new one.
         """
@@ -263,7 +311,7 @@ class Probe:
         file = self.open_files[path]
         try:
             text = chunk = os.pread(file, limit, 0)
-            while chunk and len(text) < limit:  # /proc gives about a page at a time
+            while len(chunk) >= PART_BYTES and len(text) < limit:
                 chunk = os.pread(file, limit - len(text), len(text))
                 text += chunk
         except OSError as error:
@@ -941,7 +989,7 @@ def collect(readers: Iterable[Reader]) -> Sample:
 class Sampler:
     """Reads a Linux node: each reader yields (key, value), or raises what `collect` passes over.
 
-    A new metric that is one number of a file is one more line of NUMBERS.  Any other is one more
+    A new metric that is one number of a file is one more pattern of NUMBERS.  Any other is one more
     reader in `self.readers`, in `self.slow_readers` if what it reads may hang, or in
     `self.wide_readers` if it reads many files.  master_server.py shows it once its METRICS list
     it.
@@ -978,15 +1026,18 @@ class Sampler:
         self.readers: List[Reader] = [
             self.read_cpu,
             self.read_memory,
-            *[functools.partial(self.read_number, *source) for source in NUMBERS],
+            *[self.number_reader(*source) for source in NUMBERS],
             *[functools.partial(self.read_counters, *source) for source in COUNTERS],
-            self.read_job_cpu,
-            self.read_job_memory,
-            self.read_job_peak,
-            self.read_job_events,
             self.read_agent,
             self.read_gpus,
         ]
+        if self.job:
+            self.readers += [
+                self.read_job_cpu,
+                self.read_job_memory,
+                self.read_job_peak,
+                self.read_job_events,
+            ]
         self.slow_readers: List[Reader] = [
             *[functools.partial(self.read_ports, *source) for source in PORT_COUNTERS],
             *[
@@ -1095,7 +1146,8 @@ class Sampler:
         for then, round_of_it in (self.slow, self.wide):
             if self.now - then < STALE_SECONDS:
                 known.update(round_of_it)
-        self.look_again(known)
+        if self.trouble or "cpu" not in known or "ram" not in known:
+            self.look_again(known)
         return known
 
     def look_again(self, known: Sample) -> None:
@@ -1159,24 +1211,32 @@ class Sampler:
         if swap and unused <= swap:
             yield "swap", round(100.0 * (swap - unused) / swap, 1)
 
-    def read_number(self, key: str, path: str, pattern: str) -> Reading:
-        yield key, float(re.findall(pattern, self.probe.read(path))[0])
+    def number_reader(self, path: str, numbers: Iterable[Tuple[str, str]]) -> Reader:
+        """Return a reader of the numbers of a file: [(key, pattern)]."""
+        compiled = [(key, re.compile(pattern)) for key, pattern in numbers]
+        return functools.partial(self.read_numbers, path, compiled)
+
+    def read_numbers(
+        self, path: str, numbers: Iterable[Tuple[str, "re.Pattern[str]"]]
+    ) -> Reading:
+        text = self.probe.read(path)
+        for key, pattern in numbers:
+            yield key, float(pattern.findall(text)[0])
 
     def read_counters(
-        self, keys: Tuple[str, str], kind: str, path: str, pattern: str, unit: int
+        self,
+        keys: Tuple[str, str],
+        kind: str,
+        path: str,
+        columns: Tuple[int, int, int],
+        unit: int,
     ) -> Reading:
         """Yield what went in and what went out, of all devices of a class together."""
-        devices = self.hardware[kind]
-        counted_in = []
-        counted_out = []
-        for name, units_in, units_out in re.findall(pattern, self.probe.read(path)):
-            if name in devices:
-                counted_in.append(int(units_in))
-                counted_out.append(int(units_out))
-        if counted_in:  # no device is not the same as one without traffic
-            key_in, key_out = keys
-            yield from self.rates.change(key_in, unit * sum(counted_in), self.now)
-            yield from self.rates.change(key_out, unit * sum(counted_out), self.now)
+        text = self.probe.read(path)
+        counted = parse_counters(text, columns, self.hardware[kind])
+        if counted:  # no device is not the same as one without traffic
+            for key, units in zip(keys, counted):
+                yield from self.rates.change(key, unit * units, self.now)
 
     def read_job_cpu(self) -> Reading:
         if "cpuacct" in self.job:  # cgroup v1
@@ -2013,7 +2073,8 @@ class Past:
     """
 
     def __init__(self) -> None:
-        self.recent: List[Tuple[float, bytes]] = []  # (monotonic time, JSON), as is
+        # (monotonic time, packed by us: what makes a sample is at hand for that), as is
+        self.recent: List[Tuple[float, bytes]] = []
         self.waiting: List[Tuple[float, bytes]] = []  # ... that: oldest first
         self.size = 0  # bytes of both
         self.noted = -math.inf  # when the last one was
@@ -2029,9 +2090,9 @@ class Past:
             return
         self.noted = now
         known = {key: sample[key] for key in PAST_KEYS if key in sample}
-        text = json.dumps(known).encode()
-        self.recent.append((now, text))
-        self.size += len(text)
+        packed = pickle.dumps(known, protocol=4)
+        self.recent.append((now, packed))
+        self.size += len(packed)
         while self.size > MAX_PAST_BYTES:
             self.drop(self.waiting or self.recent)
         for readings in (self.waiting, self.recent):
@@ -2072,9 +2133,9 @@ class Past:
         self.slice_at = now + SLICE_SECONDS
         self.is_wanted = False
         parts: List[Sample] = []
-        for taken, text in self.waiting[:MAX_PAST_SLICE]:
+        for taken, packed in self.waiting[:MAX_PAST_SLICE]:
             part: Sample = {"part": "past", "age": round(now - taken, 2)}
-            part.update(json.loads(text.decode()))
+            part.update(pickle.loads(packed))
             parts.append(part)
         self.sent = len(parts)
         return parts
@@ -2106,6 +2167,7 @@ class Link:
         self.patience = max(ANSWER_SECONDS, 3 * interval)
         self.sent = 0  # messages on this connection
         self.answered = False
+        self.announced = False  # in the log
         self.takes_parts = False  # the master has said so on this connection
         self.half_line = b""  # of an answer
         self.unsent = b""  # of the last look
@@ -2150,7 +2212,9 @@ class Link:
         except (OSError, ValueError) as error:
             self.lose("lost", error)
             return
-        if self.answered or self.sent > 1:  # who takes the call may yet hang up at once
+        # who takes the call may yet hang up at once
+        if not self.announced and (self.answered or self.sent > 1):
+            self.announced = True
             self.say("connected to " + self.peer)
 
     def hear(self, sock: socket.socket) -> None:
@@ -2159,10 +2223,14 @@ class Link:
             answer = sock.recv(ANSWER_BYTES)
         except BlockingIOError:  # no answer yet
             answer = None
+        if answer == b"ok\n" and self.answered and not self.half_line:
+            self.heard = time.monotonic()  # as nearly always: no news
+            self.ok_at = self.heard
+            return
         if answer is not None:
             said = self.half_line + answer
-            self.half_line = said.rpartition(b"\n")[2][-ANSWER_BYTES:]
-            lines = said.split(b"\n")[:-1]
+            lines = said.split(b"\n")
+            self.half_line = lines.pop()[-ANSWER_BYTES:]
             if b"ok" in lines or b"ok parts" in lines:
                 if not self.answered:
                     self.past.resume(self.heard)  # when it was dialled
@@ -2201,7 +2269,7 @@ class Link:
     def send_past(self, sample: Sample) -> None:
         """Send what the master missed behind the sample, and keep that: it may miss it, too."""
         now = time.monotonic()
-        if self.sock is not None and not self.unsent:
+        if self.past.is_wanted and self.sock is not None and not self.unsent:
             parts = self.past.slice(now)
             if parts:
                 self.send_look(parts)
@@ -2209,6 +2277,8 @@ class Link:
 
     def flush(self, sock: socket.socket) -> bool:
         """Send on what is left of a look; whether all of it is gone, so that more may follow."""
+        if not self.unsent:
+            return True
         with contextlib.suppress(BlockingIOError):
             while self.unsent:
                 self.unsent = self.unsent[sock.send(self.unsent) :]
@@ -2230,6 +2300,7 @@ class Link:
             self.patience = max(self.patience, longer)
         self.sent = 0
         self.answered = False
+        self.announced = False
         self.takes_parts = False
         self.past.is_wanted = False
         self.half_line = b""
@@ -2625,6 +2696,8 @@ class Agent:
         self.recorded = ""  # where a part of the record is
         self.awake, self.wake = os.pipe()  # signals and dialled links write a byte
         os.set_blocking(self.wake, False)
+        self.polled: Any = None  # the link's socket as `poller` was made for it
+        self.poller: Any = None
 
     def start(self) -> None:
         """Catch signals and start the command.
@@ -2723,7 +2796,8 @@ class Agent:
             self.ending = "finished"  # who read our stdout has gone
         elif ready:
             self.link.exchange()
-        self.handle_signals()
+        if self.signals:
+            self.handle_signals()
         code = self.poll_command() if self.command else None
         if code is not None:
             self.ending = ending_of(code)
@@ -2746,6 +2820,14 @@ class Agent:
 
     def poll(self, until: float) -> Dict[int, int]:
         """Wait for a wake-up, the master, our reader or our input: {descriptor: what}."""
+        polled = (self.link.sock, self.link.answered)
+        if polled != self.polled:
+            self.polled = polled
+            self.poller = self.make_poller()
+        return dict(self.poller.poll(max(0.0, until - time.monotonic()) * 1000))
+
+    def make_poller(self) -> Any:
+        """Return what waits for all of these, as the link is now."""
         poll = select.poll()
         poll.register(self.awake, select.POLLIN)
         if self.link.sock is not None:
@@ -2757,7 +2839,7 @@ class Agent:
             poll.register(1, 0)
         if self.args.lifeline:
             poll.register(0, select.POLLIN)
-        return dict(poll.poll(max(0.0, until - time.monotonic()) * 1000))
+        return poll
 
     def handle_signals(self) -> None:
         """Act on the signals that have come."""

@@ -7,6 +7,7 @@ second node.  test_lab_jobs.py has the same way with a real one.
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import stat
