@@ -11652,18 +11652,16 @@ def put_readings(
         readings[first::COARSE] = array.array("f", coarse)
 
 
-def fill_readings(ring: Any, tick: int, values: Sequence[float]) -> None:
-    """Write what GRAPHS were at a tick, where that is not known yet."""
-    for number in range(FINE_COUNT):
-        at = number * FINE + tick % FINE
-        if math.isnan(ring[at]):
-            ring[at] = values[number]
+def fill_readings(ring: Ring, tick: int, values: Sequence[float]) -> None:
+    """Write what GRAPHS were at a tick, where there is room for it and nothing is known yet."""
+    numbers = list(range(FINE_COUNT))
     if tick % FIFTH == 0:
-        first = FINE_COUNT * FINE + tick // FIFTH % COARSE
-        for number, value in enumerate(values[FINE_COUNT:]):
-            at = first + number * COARSE
-            if math.isnan(ring[at]):
-                ring[at] = value
+        numbers += ring.held
+    for number in numbers:
+        stretch = stretch_of(number, ring.held)
+        at = stretch.first + tick // stretch.ticks % stretch.size
+        if math.isnan(ring.readings[at]):
+            ring.readings[at] = values[number]
 
 
 class History:
@@ -11726,10 +11724,11 @@ class History:
             tick = self.tick - round((now - when) / TICK_SECONDS)
             known = dict(zip(PAST_KEYS, readings))
             values = [known.get(metric, math.nan) for metric in GRAPHS]
-            if self.rings.get(key, (-1,))[0] < self.tick:
+            if key not in self.rings or self.rings[key].last < self.tick:
                 self.note(key, GAP, self.tick)
-            _, ring = self.rings[key]
-            is_live = not math.isnan(ring[self.tick % FINE])
+            ring = self.hold(self.rings[key], values)
+            self.rings[key] = ring
+            is_live = not math.isnan(ring.readings[self.tick % FINE])
             end = min(tick + 2 * FIFTH, self.tick) if is_live else tick + 1
             for at in range(max(tick - FIFTH, self.tick - FINE) + 1, end):
                 fill_readings(ring, at, values)
