@@ -2761,7 +2761,6 @@ def main(argv=None):
             print("%-18s %s" % (name, function.__doc__.partition("\n")[0]))
         return 0
     check_writable(parser, options.json)
-    support.COMPILED = False
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so the tools end, too
     machine = describe_machine()
     names = options.only or [
@@ -2793,4 +2792,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    support.COMPILED = False
     sys.exit(main())

@@ -517,7 +517,6 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if options.json:
         bench.check_writable(parser, options.json)
-    support.COMPILED = False
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     machine = bench.describe_machine()
     with tempfile.TemporaryDirectory(prefix="sentinel-soak-") as folder:
@@ -549,4 +548,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    support.COMPILED = False
     sys.exit(main())

@@ -210,6 +210,7 @@ class LivePath(MasterTest):
             self.assertEqual(nodes(master.page), [])
 
 
+@support.slow("a browser")
 @requires("chromium", "chromedriver")
 class InABrowser(MasterTest):
     def test_a_real_browser_shows_new_numbers_by_itself_with_and_without_javascript(

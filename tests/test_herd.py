@@ -710,6 +710,7 @@ class Herding(Watching):
         )
         self.assertEqual(len(self.slurm.calls("srun")), 3)
 
+    @support.slow("waits for each rung")
     def test_where_gpus_cannot_be_shared_the_step_asks_for_none(self):
         self.slurm.write("srun.mode", "gres")
         self.slurm.write("queue", row())

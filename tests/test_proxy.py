@@ -230,7 +230,7 @@ class WithToken(Behind):
     query = "?" + urllib.parse.urlencode({"token": TOKEN})
 
     def test_the_token_opens_every_page_of_the_prefix_and_nothing_beside_it(self):
-        for prefix in LOCATIONS:
+        for prefix in LOCATIONS if support.LONG else list(LOCATIONS)[:2]:
             with self.subTest(prefix):
                 self.assertEqual(self.ask(prefix).status, 401)
                 cookie, folder = self.cookie_of(prefix + self.query)

@@ -199,6 +199,7 @@ class Start(unittest.TestCase):
             self.assertIn("Ctrl-C", master.log)
             self.assertEqual(master.out, "")
 
+    @support.slow("other Pythons")
     @requires("python 3.6", "python 3.7")
     def test_an_old_python_is_told_what_is_needed_and_how_to_get_it(self):
         for version in ((3, 6), (3, 7)):

@@ -963,6 +963,7 @@ class OfMaster(unittest.TestCase):
             self.assertEqual(shown.end(), 0)
             self.assertSane(shown)
 
+    @support.slow("it waits for a herd and its agents")
     def test_ssh_asks_on_the_terminal_and_then_the_screens_show_the_jobs(self):
         slurm = test_herd.Slurm(self, ATTACH_SECONDS=30)  # on a busy machine
         for name in ("master_server.py", "test_reader.py"):
