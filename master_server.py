@@ -8961,6 +8961,9 @@ NO_GRAPHS = (
     "job_time_limit",
     "job_time_left",
     "cores_busy",  # job_cpu
+    "disk_shm",
+    "inodes",
+    "inodes_tmp",
 )
 GRAPHS = tuple(key for key in NUMBERS if key not in NO_GRAPHS)
 FINE_GRAPHS = GRAPHS[:2]  # CPU and RAM

@@ -323,7 +323,7 @@ class Jobs(unittest.TestCase):
         )
         step = self.submit("sleep 30; srun python3 act.py fill 400", "--mem=150")
         ranks = self.submit(
-            "srun -n4 python3 act.py fill-rank 1 40 400 4", "-n4", "-N1", "--mem=250"
+            "srun -K -n4 python3 act.py fill-rank 1 40 400 4", "-n4", "-N1", "--mem=250"
         )
         cancelled = self.submit("sleep 600", "--mem=50")
         limited = self.submit("sleep 600", "--time=1", "--mem=50")

@@ -177,6 +177,10 @@ ENDED_AT = clock(NOW - 60)
 
 NO_IO = {"job_read": flat(0, 600), "job_write": flat(0, 600)}
 LONG_NO_IO = {"job_read": flat(0, 1300), "job_write": flat(0, 1300)}
+# now and then as busy as the others, a third of the time
+SPIKES = [
+    (moment, 10.0 if k % 3 else 97.0) for k, (moment, _) in enumerate(flat(0, 400))
+]
 # 6 % of four CPUs, then 5 %, then nothing
 DOZED = [
     (moment, 0.0 if moment >= NOW - 120 else 5.0 if moment >= NOW - 230 else 6.0)
@@ -972,6 +976,8 @@ class Healthy(unittest.TestCase):
             text, "memory of c1 is full of page cache, and that is no problem"
         )
         self.assertRegex(text, "1.79 GB are files .*the program has 0.2 GB of 2 GB")
+        over = HEALTHY["page cache at a large limit"]
+        self.assertEqual(rules(over), ["fine"])  # it is of no use any more
 
 
 # ---- edges: rule -> pairs of jobs, of which only the first is told -------------------
@@ -1226,7 +1232,12 @@ EDGES = {
     ),
     "uneven_nodes": (
         (uneven(95, 40), uneven(95, 50)),
-        (uneven(51, 20), uneven(49, 20)),
+        (uneven(50, 20), uneven(49.9, 20)),
+        (uneven(95, 5), uneven(95, 4.9)),
+        (
+            uneven(95, 40),
+            job(node("c1", job_cpu=flat(95, 400)), node("c2", job_cpu=SPIKES)),
+        ),
         (uneven(95, 6, 94), uneven(40, 95, 94)),
         (uneven(95, 40, seconds=300), uneven(95, 40, seconds=200)),
         (uneven(95, 40), uneven(95, 40)._replace(facts={"nodes": 3})),
@@ -1359,6 +1370,10 @@ EDGES = {
     "waits_for_io": (
         (job(node(ranks=waiting(), **IO)), job(node(ranks=waiting(state="S"), **IO))),
         (job(node(ranks=waiting(), **IO)), job(node(ranks=waiting(read=6e6), **IO))),
+        (
+            job(node(ranks=waiting(), **{**IO, "psi_io": flat(70, 60)})),
+            job(node(ranks=waiting(), **{**IO, "psi_io": flat(70, 40)})),
+        ),
         (
             job(node(ranks=waiting(), **IO)),
             job(node(ranks=waiting(), **{**IO, "psi_io": 49})),
