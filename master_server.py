@@ -76,7 +76,6 @@ import shlex
 import shutil
 import signal
 import socket
-import statistics
 import struct
 import subprocess
 import threading
@@ -8483,8 +8482,8 @@ def mark_odd(ranks: List[Message], key: str, least: float) -> None:
     known = [rank[key] for rank in ranks if rank[key] is not None]
     if len(known) < 3:
         return
-    middle = statistics.median(known)
-    spread = statistics.median(abs(value - middle) for value in known)
+    middle = median_of(known)
+    spread = median_of([abs(value - middle) for value in known])
     for rank in ranks:
         if rank[key] is not None:
             away = abs(rank[key] - middle)
