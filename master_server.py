@@ -6925,14 +6925,17 @@ section {
   overflow-x: auto;
 }
 #jobs .w {
-  width: 26%;
+  width: 24%;
 }
 #jobs td:not(.n) {
   white-space: normal;
 }
 .t {
-  min-width: 8rem;
+  min-width: 10.5rem;
   overflow-wrap: anywhere;
+}
+.g {
+  min-width: 7rem;
 }
 #ended .bar {
   display: none;
@@ -8171,6 +8174,7 @@ LEFT = ""  # classes of the style sheet
 RIGHT = "n"
 WRAPPED = "w"
 BREAKABLE = "t"  # anywhere, when there is little room
+SHORT = "g"  # some words, in more than one line when there is little room
 UNKNOWN_CELL = "u"  # beside one of the others
 CARD_TABLES = ("jobs", "ended", "verdicts", "events", "lost", "finished")
 SELF_EVIDENT = "severity job job_name user state time kind node text what".split()
@@ -8488,7 +8492,7 @@ JOB_COLUMNS = (
     Column("clock", "Time", RIGHT, draw_share),
     Column("cpu", "CPU", RIGHT, draw_percent),
     Column("memory", "Memory", RIGHT, draw_share),
-    Column("gpu", "GPU %", BREAKABLE),
+    Column("gpu", "GPU %", SHORT),
     WHAT,
 )
 
