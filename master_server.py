@@ -12672,7 +12672,7 @@ class Recording:
 
         jobs: how many share the time that there is for that.
         """
-        began = time.perf_counter()
+        began = time.thread_time()
         nodes = [trace.evidence(view) for trace in self.traces.values()]
         evidence = JobEvidence(self.facts, nodes, list(self.events), now)
         try:
@@ -12682,7 +12682,7 @@ class Recording:
                 log.exception("a defect, met while judging job %s", self.job)
             self.has_failed = True
             return False
-        spent = time.perf_counter() - began
+        spent = time.thread_time() - began
         self.diagnose_due = now + max(DIAGNOSE_SECONDS, DIAGNOSE_SHARE * spent * jobs)
         was_told = bool(self.verdicts)
         self.verdicts = found

@@ -29,7 +29,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder, start_master(
         "--demo", "--record", folder
     ) as master, Browser() as browser:
-        browser.show_as(1280, 1180)
+        browser.show_as(1280, 960)
         address = "http://localhost:%d/" % master.page
         browser.open(address)  # somebody watches: finer graphs
         time.sleep(options.seconds)

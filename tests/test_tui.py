@@ -212,7 +212,7 @@ class Screens(unittest.TestCase):
         lines = lines_of(screens(snapshot(jobs=tasks)), 120)
         self.assertRegex(lines[0], r"^1 job, 0 nodes ")
         self.assertRegex(
-            lines[2], r"^>  5 +fit +RUNNING +- .*1 pending, 3 running, 1 completed"
+            lines[2], r"^>  5 +fit +RUNNING +- .*3 running, 1 pending, 1 done"
         )
 
     def test_nodes_of_a_job_are_found_by_each_of_its_ids(self):
