@@ -651,6 +651,7 @@ class Table:
 
 JOBS, NODES, NODE = range(3)  # how deep one is
 MAX_VERDICTS = 3
+MIN_DETAILS = 3  # lines: a blank one, a job, what is said of it
 NOTES = 3  # lines below, if ...
 NOTES_FROM = 16  # ... there are so many in all
 METRIC_COLUMNS = 26  # of the terminal, for a reading on a node's screen
@@ -945,7 +946,8 @@ class View:
     def detail_lines(self, width: int, room: int) -> List[Line]:
         """All that is said of the chosen job, or of the one that is open: lists cut it off."""
         group = self.group() or self.chosen_group()
-        if group is None or self.asked or self.depth == NODE:
+        has_room = room >= MIN_DETAILS and self.depth != NODE and not self.asked
+        if group is None or not has_room:
             return []
         texts = []
         for verdict in group.verdicts:
@@ -963,7 +965,7 @@ class View:
                 self.letters.clean(text), max(20, width - 1), subsequent_indent="     "
             )
             lines += [[(line, PLAIN)] for line in wrapped]
-        return lines[:room] if room >= 3 else []
+        return lines[:room]
 
     def chosen_group(self) -> Optional[Group]:
         """The job that is chosen in the list of jobs."""
