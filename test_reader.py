@@ -24,6 +24,7 @@ Exit codes: 0 done, 1 no master, no whole copy or no records, 2 bad usage.
 #   Command line    flags, and what they start
 
 import sys
+import textwrap
 
 if __name__ == "__main__":
     # Python looks for modules beside the script first, unless it was told not to. A
@@ -487,7 +488,7 @@ class Column(NamedTuple):
 JOB_COLUMNS = (
     Column("mark", "", 1, 0),
     Column("job", "Job", 16, 0),
-    Column("job_name", "Name", 14, 3),
+    Column("job_name", "Name", 15, 3),
     Column("user", "User", 10, 8),
     Column("state", "State", 13, 1),
     Column("count", "Nodes", 5, 4, True),
@@ -650,6 +651,7 @@ class Table:
 
 JOBS, NODES, NODE = range(3)  # how deep one is
 MAX_VERDICTS = 3
+MIN_DETAILS = 3  # lines: a blank one, a job, what is said of it
 NOTES = 3  # lines below, if ...
 NOTES_FROM = 16  # ... there are so many in all
 METRIC_COLUMNS = 26  # of the terminal, for a reading on a node's screen
@@ -722,8 +724,13 @@ class View:
         return None
 
     def columns(self) -> Sequence[Column]:
-        """Those of the list that is open."""
-        return NODE_COLUMNS if self.depth else JOB_COLUMNS
+        """Those of the list that is open; the user's when there are several."""
+        if self.depth:
+            return NODE_COLUMNS
+        users = {group.row["user"] for group in self.groups}
+        return [
+            column for column in JOB_COLUMNS if column.key != "user" or len(users) > 1
+        ]
 
     def rows(self) -> List[Message]:
         """The rows of the list that is open, filtered and sorted."""
@@ -936,6 +943,39 @@ class View:
             lines[-1].append((" (%d more)" % (len(found) - room), DIM))
         return lines
 
+    def detail_lines(self, width: int, room: int) -> List[Line]:
+        """All that is said of the chosen job, or of the one that is open: lists cut it off."""
+        group = self.group() or self.chosen_group()
+        has_room = room >= MIN_DETAILS and self.depth != NODE and not self.asked
+        if group is None or not has_room:
+            return []
+        texts = []
+        for verdict in group.verdicts:
+            texts.append((" %s %s" % (MARKS[verdict["severity"]], verdict["what"])))
+            texts += ["   " + verdict[key] for key in ("proof",) if verdict[key]]
+            texts += ["   -> " + verdict[key] for key in ("cure",) if verdict[key]]
+        if not texts and group.row["what"]:
+            texts = ["   " + group.row["what"]]
+        if not texts:
+            return []
+        name = " ".join(filter(None, (group.row["job"], group.row["job_name"])))
+        lines: List[Line] = [[], [(" " + self.letters.clean(name), HEADING)]]
+        for text in texts:
+            wrapped = textwrap.wrap(
+                self.letters.clean(text), max(20, width - 1), subsequent_indent="     "
+            )
+            lines += [[(line, PLAIN)] for line in wrapped]
+        return lines[:room]
+
+    def chosen_group(self) -> Optional[Group]:
+        """The job that is chosen in the list of jobs."""
+        rows = self.rows()
+        key = rows[self.chosen_place(rows)]["key"] if rows else None
+        for group in self.groups:
+            if group.key == key:
+                return group
+        return None
+
     def note_lines(self, room: int) -> List[Line]:
         """The last lines of the log; without one, the last events."""
         if self.log is not None:
@@ -1141,6 +1181,7 @@ def render_screen(view: View, width: int, height: int) -> List[Line]:
     verdicts = view.verdict_lines(MAX_VERDICTS) if height >= NOTES_FROM else []
     room = max(1, height - 2 - len(verdicts) - len(notes))
     body = view.body(width, room)
+    body += view.detail_lines(width, room - len(body))
     body += [[]] * (room - len(body))
     lines = [view.title(width)] + verdicts + body + notes + [view.last_line(width)]
     return [cut_line(line, width) for line in lines[:height]]

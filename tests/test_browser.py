@@ -383,7 +383,8 @@ class ThousandNodes(InBrowser):
     def test_the_first_paint_shows_a_map_and_a_page_of_the_table(self):
         self.assertEqual(self.browser.count(".map a"), 1000)
         self.assertEqual(len(self.names()), 100)
-        self.assertEqual(self.browser.title, "\u26a0 Alerts: 1 - Cluster Sentinel")
+        title = "\u26a0 28 jobs: 1 with a problem; alerts on 1 node - Cluster Sentinel"
+        self.assertEqual(self.browser.title, title)
         paint = self.browser.run(
             "return performance.getEntriesByName('first-contentful-paint')[0].startTime"
         )
@@ -502,7 +503,7 @@ class ComingAndGoing(InBrowser):
         )
         self.assertEqual(colours[0], ["rgb(26, 31, 38)", "700"])
         self.assertEqual(colours[1], ["rgb(88, 99, 113)", "400"])
-        self.assertIn("Lost: 1", self.browser.title)
+        self.assertIn("1 node lost", self.browser.title)
 
     def test_2_a_stopped_collector_is_said(self):
         for pid in support.descendants(self.master.pid):

@@ -292,7 +292,7 @@ class InBrowser(Behind):
         self.browser.find("#nodes th[scope=row] a").click()
         self.path_is("node/c1")
         self.assertEqual(self.browser.text("h1"), "c1")
-        self.browser.find("main p a").click()
+        self.browser.find("main nav a").click()
         self.path_is("")
         for name in ("..", ".", "a/b c"):
             self.browser.open("http://%s:%d%s" % (HOST, self.nginx.port, self.prefix))

@@ -201,6 +201,40 @@ class Screens(unittest.TestCase):
         self.assertRegex(lines[5], r"^   8 +next +.*PENDING +- .* - +- +Priority")
         self.assertRegex(lines[4], r"^   \(no job\) .* 1 .* 10 % +20 %$")
 
+    def test_all_that_is_said_of_the_chosen_job_is_below_the_list(self):
+        proof = "c02 gpu 3, c03 gpu 0-3 at 0 %, at most 57.6 GB each, " + "x" * 40
+        verdict = {
+            "severity": "problem",
+            "what": "5 of 16 GPUs idle for 21 min",
+            "proof": proof,
+            "cure": "--gres=gpu:2",
+        }
+        snap = snapshot(
+            jobs=[job(1, job_name="train"), job(2, state="PENDING", reason="Priority")]
+        )
+        snap.verdicts = {"1": [verdict]}
+        shown = screens(snap)
+        text = "\n".join(lines_of(shown))
+        self.assertIn(" 1 train\n ! 5 of 16 GPUs idle for 21 min\n", text)
+        self.assertIn("-> --gres=gpu:2", text)
+        below = text[text.index(" 1 train") :]
+        self.assertIn(proof.replace(" ", ""), "".join(below.split()))
+        press(shown, "down")
+        text = "\n".join(lines_of(shown))
+        self.assertIn(" 2\n   Priority", text)
+        press(shown, "?")
+        self.assertNotIn("   Priority", "\n".join(lines_of(shown)))
+        press(shown, "x", "up")
+        for height in range(1, 12):  # a list comes before it
+            drawn = test_reader.render_screen(shown, 80, height)
+            self.assertEqual(len(drawn), height)
+
+    def test_the_users_column_is_there_when_they_are_several(self):
+        jobs = [job(1, user="ann"), job(2, user="ann")]
+        self.assertNotIn("User", lines_of(screens(snapshot(jobs=jobs)), 200)[1])
+        jobs[1]["user"] = "bo"
+        self.assertIn("User", lines_of(screens(snapshot(jobs=jobs)), 200)[1])
+
     def test_a_wide_screen_has_the_time_too(self):
         lines = lines_of(screens(some_jobs()), 120)
         self.assertRegex(lines[3], r" 3 2:13/12:00 +\S+ +61 %")
@@ -212,7 +246,7 @@ class Screens(unittest.TestCase):
         lines = lines_of(screens(snapshot(jobs=tasks)), 120)
         self.assertRegex(lines[0], r"^1 job, 0 nodes ")
         self.assertRegex(
-            lines[2], r"^>  5 +fit +RUNNING +- .*1 pending, 3 running, 1 completed"
+            lines[2], r"^>  5 +fit +RUNNING +- .*3 running, 1 pending, 1 done"
         )
 
     def test_nodes_of_a_job_are_found_by_each_of_its_ids(self):
