@@ -4362,4 +4362,5 @@ def spare_exit_code() -> None:
 if __name__ == "__main__":
     code = main()
     spare_exit_code()
-    sys.exit(code)
+    # a thread that is in a driver, a disk or the log would abort the interpreter's end
+    os._exit(code)
