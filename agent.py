@@ -2623,7 +2623,7 @@ def append_record(path: str, lines: Iterable[Dict[str, Any]]) -> None:
         os.close(file)  # which is where a network filesystem tells of a quota
 
 
-def try_to_record(path: str, lines: Iterable[Dict[str, Any]]) -> None:
+def append_in_time(path: str, lines: Iterable[Dict[str, Any]]) -> None:
     """Append them, for a while at most: a disk that hangs or is full is one line."""
     failures = ["it does not answer"]
 
@@ -2721,8 +2721,7 @@ class Agent:
             log("stopped watching: %r" % error)
         if self.command:
             self.outlast()
-            if self.args.record:
-                self.record()
+            self.try_to_record()
             return exit_status(self.command.returncode)
         return 0 if self.ending else 1
 
@@ -2886,12 +2885,20 @@ class Agent:
         log("goodbye: %s" % self.ending)
         self.link.close(farewell)
         self.told = clip("; ".join([self.ending, *lines]))
-        if self.args.record and self.command.returncode is None:
-            self.record()  # it may be killed before it ends
+        if self.command and self.command.returncode is None:
+            self.try_to_record()  # it may be killed before it ends
         if self.args.report:
             facts = dict(last, ended=self.ending, text=lines, totals=self.report)
             with self.args.report as file:
                 json.dump(facts, file)
+
+    def try_to_record(self) -> None:
+        """Write the record if there is to be one; nothing that is wrong with it goes further."""
+        try:
+            if self.args.record:
+                self.record()
+        except Exception as error:
+            log("cannot record in %s: %r" % (self.args.record, error))
 
     def record(self) -> None:
         """Write the record of the command, or how it ended if the rest is there."""
@@ -2904,7 +2911,7 @@ class Agent:
         else:
             job = lines[0]["job"]["job"]
             self.recorded = record_path(self.args.record, job, life.start)
-        try_to_record(self.recorded, lines)
+        append_in_time(self.recorded, lines)
 
 
 # ============================================================================
@@ -4512,4 +4519,5 @@ def spare_exit_code() -> None:
 if __name__ == "__main__":
     code = main()
     spare_exit_code()
-    sys.exit(code)
+    # a thread that is in a driver, a disk or the log would abort the interpreter's end
+    os._exit(code)

@@ -229,6 +229,17 @@ class Troubles(Recorded):
         self.assertLess(time.monotonic() - said, agent.RECORD_SECONDS + 5)
         self.assertRegex(tool.log, "cannot record in .*: it does not answer")
 
+    def test_a_defect_of_it_is_one_line(self):
+        flags = ("--port", self.port, "--record", self.folder)
+        command = ("--", "sh", "-c", "echo ran; exit 3")
+        defect = "agent.record_lines = None"
+        tool = start_agent(*flags, *command, env=TASK, patch=defect)
+        self.addCleanup(tool.stop)
+        self.assertEqual(tool.wait(), 3)
+        self.assertEqual(tool.out, "ran\n")
+        self.assertEqual(tool.log.count("cannot record"), 1)
+        self.assertNotIn("Traceback", tool.log)
+
     def test_without_a_command_it_is_bad_usage(self):
         done = support.run("agent.py", "--record", self.folder)
         self.assertEqual(done.returncode, 2)

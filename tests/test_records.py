@@ -218,6 +218,16 @@ class Thinning(unittest.TestCase):
         self.assertEqual(len(kept), 63)
         self.assertEqual(kept, sorted(kept, key=lambda one: one.time))
 
+    def test_rows_of_other_nodes_for_the_same_time_are_kept(self):
+        rows = [
+            row(NOW + 1, [1.0], step=1.5, names=["c1"]),
+            row(NOW + 1.1, [2.0], step=1.6, names=["c2"]),
+            row(NOW + 1.2, [3.0], step=1.7, names=["c2"]),
+        ]
+        kept = master.without_overlap(rows)
+        self.assertEqual([one.names for one in kept], [["c1"], ["c2"]])
+        self.assertEqual([one.time for one in kept], [NOW + 1, NOW + 1.1])
+
     def test_rows_with_a_little_jitter_are_all_kept(self):
         chance = random.Random(3)
         rows = [
