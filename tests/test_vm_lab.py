@@ -635,6 +635,8 @@ class Ranks(VmTest):
         before, after = looks[3], looks[4]
         ranks = by_rank(after["look"])
         self.assertEqual(set(ranks), set(range(5)))
+        steps = VM.run("squeue -s -h -j %s -o '%%i %%j'" % self.job, user="root")
+        step = re.search(r"(?m)^\d+\.(\d+) python3$", steps).group(1)
         pids = " ".join(str(part["pid"]) for part in ranks.values())
         told = VM.run("for pid in %s; do taskset -p $pid; done" % pids, user="root")
         masks = {
@@ -648,7 +650,7 @@ class Ranks(VmTest):
                 mask = sum(1 << cpu for cpu in numbers(part["cpus"]))
                 self.assertEqual(mask, masks[str(part["pid"])])
                 self.assertEqual(part["threads"], true["threads"])
-                self.assertEqual((part["step"], part["local_rank"]), ("0", rank))
+                self.assertEqual((part["step"], part["local_rank"]), (step, rank))
                 for key in ("mem", "peak"):
                     self.within_2_percent(part[key], true[key], key)
                 seconds = true["time"] - earlier["time"]
