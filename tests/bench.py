@@ -2112,20 +2112,25 @@ def day_of_record(content, nodes):
     )
 
 
-def day_of_records(folder, count):
-    """(MiB a node and day of all records in a folder, of so many nodes; a note)."""
+def day_of_records(folder, count, jobs):
+    """(MiB a node and day of the records in a folder, of so many nodes in so many jobs; a note).
+
+    ValueError as long as they have not got a line of each kind.
+    """
     total = packed = 0.0
     files = [file.path for file in master_server.list_files(folder)]
+    if len(files) < jobs:
+        raise ValueError("%d records of %d so far" % (len(files), jobs))
     for path in files:
         with open(path, "rb") as file:
             content = file.read()
         if content.count(b'{"gpus"') < 2 or b'{"ranks"' not in content:
             raise ValueError("not all kinds of lines are in %s yet" % path)
-        size = day_of_record(content, count // len(files))
+        size = day_of_record(content, count // jobs)
         total += size
         packed += size * len(gzip.compress(content)) / len(content)
-    note = "%.2f MiB in gzip, %d jobs, ranks and GPUs among it"
-    return total / count / MIB, note % (packed / count / MIB, len(files))
+    note = "%.2f MiB in gzip, with 8 ranks and 4 GPUs a node" % (packed / count / MIB)
+    return total / count / MIB, note
 
 
 # All kinds of lines come soon: only their sizes are wanted.
@@ -2160,7 +2165,7 @@ def recorder(stage):
             fleet = Fleet(stage, nodes, jobs=jobs, flags=flags, patch=SOON)
             stack.enter_context(fleet)
             size, note = support.eventually(
-                lambda: day_of_records(folder, nodes),  # noqa: B023
+                lambda: day_of_records(folder, nodes, jobs),  # noqa: B023
                 START_LIMIT,
             )
         yield figure(key, size, note)
