@@ -156,8 +156,7 @@ def judge_rest(before, after, slots_left):
 def processes(fleet):
     """{what it is: pid} of the fleet's processes; the master's children as it logged them."""
     pids = {
-        role: int(fleet.master.logged(r"%s started, pid (\d+)" % role).group(1))
-        for role in ("collector", "dashboard")
+        role: bench.role_of(fleet.master, role) for role in ("collector", "dashboard")
     }
     return dict(pids, supervisor=fleet.master.pid, bridge=fleet.bridge.pid)
 
@@ -330,8 +329,7 @@ def find_watchers(master):
     """{what it is: pid} of a master of the lab, its roles, relay and herd, as seen from outside."""
     roles = {}
     for role in ROLES:
-        logged = master.logged(r"%s started, pid (\d+)" % role)
-        roles[int(logged.group(1))] = role
+        roles[bench.role_of(master, role)] = role
     pids = {}
     for pid in support.descendants(master.pid):
         words = command_words(pid)
