@@ -162,9 +162,11 @@ TEXT_BYTES = 255  # the most that the master takes of a text
 
 def number(text: str, name: str) -> int:
     """Return the number behind the name that begins a line; ValueError names what is missing."""
-    at = text.find("\n" + name) + 1  # 0 is the first line, or no line
-    if not at and not text.startswith(name):
-        raise ValueError("there is no line %r" % name.strip())
+    at = 0
+    if not text.startswith(name):
+        at = text.find("\n" + name) + 1
+        if at == 0:
+            raise ValueError("there is no line %r" % name.strip())
     start = at + len(name)
     return int(text[start : start + 30].split(None, 1)[0])
 
@@ -274,11 +276,9 @@ def clip(text: str) -> str:
 # ============================================================================
 
 FILE_BYTES = 65536  # the most that is read of a file or an answer
-PART_BYTES = (
-    2048  # the kernel gives a part of a file only if more is not left of a page
-)
 STAT_BYTES = 4194304  # ... of /proc/stat when its CPUs are counted: 4,096 have 400 KB
 MOUNTS_BYTES = 4194304  # ... and of mountstats: 4 KB a mount of NFS
+PART_BYTES = 2048  # a shorter answer of the kernel is a whole file
 WAIT_SECONDS = 5.0  # for a connection, a challenge, nvidia-smi or squeue
 SLOW_SECONDS = 10.0  # between two rounds of what may hang
 NO_GPU_SECONDS = 60.0  # the same for GPUs where there was none

@@ -19,6 +19,7 @@ sys.path.insert(0, support.ROOT)
 import agent
 
 TREES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "proc")
+PAGE_PART = 2048  # bytes: what is shorter comes whole
 TREE_KEPT = 4 * 2**20  # bytes, and more: the parse tree of the program
 
 
@@ -94,7 +95,7 @@ def is_long(path):
     """Does the kernel give it in several parts, or may it?"""
     try:
         with open(path, "rb") as file:
-            return len(file.read()) >= agent.PART_BYTES
+            return len(file.read()) >= PAGE_PART
     except OSError:  # of a process that has ended
         return False
 
