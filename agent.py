@@ -37,8 +37,9 @@ import sys
 if __name__ == "__main__":
     # CPython keeps the tree that it has parsed the main program into for as long as that runs:
     # 8 MiB of this one, since 3.9.  Of a text that `exec` gets compiled it keeps none.  So the
-    # same process starts once more, with that; it takes 50 ms.  A text from a pipe cannot be
-    # read again, and a debugger would lose its program: these have other words.
+    # same process starts once more, with that.  It takes 75 ms, for which no COMMAND waits.  A
+    # text from a pipe cannot be read again, and a debugger would lose its program: these have
+    # other words.
     restart = """\
 "agent.py"
 import sys
@@ -48,7 +49,8 @@ with open(__file__, "rb") as file:
 exec(compile(AGENT_TEXT, __file__, "exec"))"""
     words = getattr(sys, "orig_argv", [])  # since Python 3.10
     is_script = words[-len(sys.argv) :] == sys.argv and sys.argv[0] != "-"
-    if is_script and sys.executable and os.path.isfile(sys.argv[0]):
+    is_awaited = "--" in sys.argv or "--once" in sys.argv
+    if is_script and not is_awaited and sys.executable and os.path.isfile(sys.argv[0]):
         options = words[1 : -len(sys.argv)]  # of the interpreter
         try:
             os.execv(

@@ -126,6 +126,12 @@ class Memory(unittest.TestCase):
         self.assertTrue([word for word in words if word.endswith("/agent.py")])
         self.assertEqual(support.descendants(tool.pid), [])
 
+    def test_a_command_does_not_wait_for_a_second_start(self):
+        words = ("agent.py", "--port", support.closed_port(), "--")
+        done = support.run(*words, "sh", "-c", "tr '\\0' ' ' < /proc/$PPID/cmdline")
+        self.assertNotIn(" -c ", done.stdout.partition(" -- ")[0])
+        self.assertIn("agent.py", done.stdout)
+
     def test_a_program_that_comes_through_a_pipe_runs(self):
         with open(os.path.join(support.ROOT, "agent.py"), "rb") as file:
             text = file.read()
