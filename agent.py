@@ -37,8 +37,9 @@ import sys
 if __name__ == "__main__":
     # CPython keeps the tree that it has parsed the main program into for as long as that runs:
     # 8 MiB of this one, since 3.9.  Of a text that `exec` gets compiled it keeps none.  So the
-    # same process starts once more, with that; it takes 50 ms.  A text from a pipe cannot be
-    # read again, and a debugger would lose its program: these have other words.
+    # same process starts once more, with that.  It takes 75 ms, for which no COMMAND waits.  A
+    # text from a pipe cannot be read again, and a debugger would lose its program: these have
+    # other words.
     restart = """\
 "agent.py"
 import sys
@@ -48,7 +49,8 @@ with open(__file__, "rb") as file:
 exec(compile(AGENT_TEXT, __file__, "exec"))"""
     words = getattr(sys, "orig_argv", [])  # since Python 3.10
     is_script = words[-len(sys.argv) :] == sys.argv and sys.argv[0] != "-"
-    if is_script and sys.executable and os.path.isfile(sys.argv[0]):
+    is_awaited = "--" in sys.argv or "--once" in sys.argv
+    if is_script and not is_awaited and sys.executable and os.path.isfile(sys.argv[0]):
         options = words[1 : -len(sys.argv)]  # of the interpreter
         try:
             os.execv(
@@ -162,9 +164,11 @@ TEXT_BYTES = 255  # the most that the master takes of a text
 
 def number(text: str, name: str) -> int:
     """Return the number behind the name that begins a line; ValueError names what is missing."""
-    at = text.find("\n" + name) + 1  # 0 is the first line, or no line
-    if not at and not text.startswith(name):
-        raise ValueError("there is no line %r" % name.strip())
+    at = 0
+    if not text.startswith(name):
+        at = text.find("\n" + name) + 1
+        if at == 0:
+            raise ValueError("there is no line %r" % name.strip())
     start = at + len(name)
     return int(text[start : start + 30].split(None, 1)[0])
 
@@ -225,8 +229,8 @@ def parse_counters(
     counted_in = 0
     counted_out = 0
     is_known = False
-    for line in text.split("\n"):
-        words = line.replace(":", " ", 1).split()
+    for line in text.replace(":", " ").split("\n"):
+        words = line.split(None, at_out + 1)
         if len(words) > at_out and words[at_name] in devices:
             counted_in += int(words[at_in])
             counted_out += int(words[at_out])
@@ -274,11 +278,9 @@ def clip(text: str) -> str:
 # ============================================================================
 
 FILE_BYTES = 65536  # the most that is read of a file or an answer
-PART_BYTES = (
-    2048  # the kernel gives a part of a file only if more is not left of a page
-)
 STAT_BYTES = 4194304  # ... of /proc/stat when its CPUs are counted: 4,096 have 400 KB
 MOUNTS_BYTES = 4194304  # ... and of mountstats: 4 KB a mount of NFS
+PART_BYTES = 2048  # a shorter answer of the kernel is a whole file
 WAIT_SECONDS = 5.0  # for a connection, a challenge, nvidia-smi or squeue
 SLOW_SECONDS = 10.0  # between two rounds of what may hang
 NO_GPU_SECONDS = 60.0  # the same for GPUs where there was none
@@ -418,7 +420,9 @@ class Rates(Dict[str, Tuple[float, float]]):
             return
         counted, then = before
         if counter >= counted and now > then:
-            yield key, round((counter - counted) / (now - then), 3)
+            per_second = (counter - counted) / (now - then)
+            # to three digits; round() is slow
+            yield key, int(1000 * per_second + 0.5) / 1000
 
 
 # ============================================================================

@@ -19,6 +19,7 @@ sys.path.insert(0, support.ROOT)
 import agent
 
 TREES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "proc")
+PAGE_PART = 2048  # bytes: what is shorter comes whole
 TREE_KEPT = 4 * 2**20  # bytes, and more: the parse tree of the program
 
 
@@ -94,7 +95,7 @@ def is_long(path):
     """Does the kernel give it in several parts, or may it?"""
     try:
         with open(path, "rb") as file:
-            return len(file.read()) >= agent.PART_BYTES
+            return len(file.read()) >= PAGE_PART
     except OSError:  # of a process that has ended
         return False
 
@@ -124,6 +125,12 @@ class Memory(unittest.TestCase):
         self.assertEqual(words[1:4], ["-u", "-W", "error"])
         self.assertTrue([word for word in words if word.endswith("/agent.py")])
         self.assertEqual(support.descendants(tool.pid), [])
+
+    def test_a_command_does_not_wait_for_a_second_start(self):
+        words = ("agent.py", "--port", support.closed_port(), "--")
+        done = support.run(*words, "sh", "-c", "tr '\\0' ' ' < /proc/$PPID/cmdline")
+        self.assertNotIn(" -c ", done.stdout.partition(" -- ")[0])
+        self.assertIn("agent.py", done.stdout)
 
     def test_a_program_that_comes_through_a_pipe_runs(self):
         with open(os.path.join(support.ROOT, "agent.py"), "rb") as file:
