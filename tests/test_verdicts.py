@@ -1152,6 +1152,11 @@ EDGES = {
             job(asleep(job_cpu=[*flat(0, 600)[:-21], *worked(3), *flat(0, 170)])),
         ),
         (job(asleep(job_read=1e5)), job(asleep(job_read=1.1e5))),
+        (job(asleep(job_read=flat(0, 30))), job(asleep(job_read=flat(0, 20)))),
+        (
+            job(asleep(job_read=[(NOW - 70, 2e5), *flat(0, 60)])),
+            job(asleep(job_read=[(NOW - 50, 2e5), *flat(0, 40)])),
+        ),
         (job(asleep(job_cpu=0)), job(asleep(job_cpu=0, job_write=2e5))),
         (job(asleep(job_cpu=0)), job(asleep(job_cpu=0, gpu=50.0), gpus=1)),
         (job(asleep(job_cpu=0)), job(asleep(job_cpu=0, job_read=None))),
