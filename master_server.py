@@ -7241,6 +7241,9 @@ header {
   align-items: baseline;
   justify-content: space-between;
 }
+header h1 {
+  flex: 1 1 auto;
+}
 header p {
   margin: 0 0 0.6rem;
   color: var(--dim);

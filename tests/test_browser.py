@@ -245,7 +245,7 @@ class FortyNodes(InBrowser):
         self.assertEqual(self.browser.text("h1"), "c01")
         for label in ("CPU", "RAM", "Load", "Received"):
             eventually(
-                lambda label=label: label in self.browser.text(".graphs"), 15, label
+                lambda label=label: label in self.browser.text("main"), 15, label
             )
         self.assertTrue(self.browser.count("figure path[d*=L]"))
         self.check_values_of_a_graph()
