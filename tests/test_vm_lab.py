@@ -600,7 +600,7 @@ class Ranks(VmTest):
     def setUpClass(cls):
         super().setUpClass()
         cls.addClassCleanup(VM.no_jobs)
-        VM.run("rm -f /home/tester/go", user="root")
+        VM.run("cd /home/tester && rm -f go witness.json", user="root")
         # the first one gets the CPUs 0 to 2: its ranks pin themselves to 0 and 1
         cls.job = VM.sbatch("--ntasks=3", "--mem=900", "-Jranks", "true_ranks.sh")
         cls.other = VM.sbatch("--ntasks=1", "--mem=100", "-Jother", "other.sh")
