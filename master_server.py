@@ -6507,6 +6507,7 @@ class Record:
         self.facts["job"] = job
         self.nodes: Dict[str, Message] = {}
         self.names: Dict[str, List[str]] = {}  # of each file: the nodes of its rows
+        self.taken: Dict[str, int] = {}  # of each file: its bytes that are in here
         self.rows: List[RecordRow] = []
         self.late: List[Late] = []
         self.events: List[Message] = []
@@ -6517,6 +6518,12 @@ class Record:
         self.end: Optional[Message] = None
         self.begun = math.inf  # time of its first line
         self.judged = self.ranked = self.told = -math.inf  # times of what is the newest
+
+    def add_file(self, path: str, content: bytes) -> None:
+        """Add what a file has, or has got since: a line that has no end yet is for the next time."""
+        whole = content[: content.rfind(b"\n") + 1]
+        self.taken[path] = self.taken.get(path, 0) + len(whole)
+        self.add(read_lines(whole), path)
 
     def add(self, lines: Iterable[Message], path: str = "") -> "Record":
         """Add the lines of one file, or more of them."""
@@ -6936,7 +6943,7 @@ def read_record(folder: str, job: str) -> Optional[Record]:
             continue
         record = Record(job)
         for file, content in zip(files, contents):
-            record.add(read_lines(content), file.path)
+            record.add_file(file.path, content)
         return record.finish() if files else None
     return None
 
@@ -7148,10 +7155,7 @@ class Archive:
                 continue
             if new.is_packed or new.size < old.size:
                 return None
-            with open(new.path, "rb") as stream:
-                stream.seek(old.size)
-                added = stream.read(MAX_RECORD)
-            more.add(read_lines(added), new.path)
+            more.add_file(new.path, read_from(new.path, record.taken[new.path]))
         return more.finish()
 
 

@@ -495,6 +495,22 @@ class Archives(unittest.TestCase):
             self.assertEqual(states["3"], "FAILED")
             self.assertEqual(self.reading(archive.list)[1], {})
 
+    def test_a_line_that_is_half_written_when_it_is_read_is_there_the_next_time_once(
+        self,
+    ):
+        content = a_record(20, "3")
+        whole = [each.time for each in master.parse_record("3", content).rows]
+        last = content[:-1].rindex(b"\n") + 1
+        for cut in (last, last + 5, len(content) - 1):
+            with tempfile.TemporaryDirectory() as folder:
+                path = write(folder, "3.a-1-1.jsonl", content[:cut])
+                archive = master.Archive(folder)
+                archive.record("3")
+                with open(path, "ab") as file:
+                    file.write(content[cut:])
+                rows = [each.time for each in archive.record("3").rows]
+                self.assertEqual(rows, whole, cut)
+
     def test_a_file_that_is_packed_or_written_anew_is_read_again(self):
         with tempfile.TemporaryDirectory() as folder:
             path = write(folder, "3.a-1-1.jsonl", a_record(20, "3"))
