@@ -3,6 +3,7 @@
 import json
 import time
 import unittest
+from unittest import mock
 
 import support
 from support import MasterTest, PlainAgent, eventually, get
@@ -68,7 +69,7 @@ class Jobs(MasterTest):
         )
         eventually(lambda: self.job("50"))
         text = self.page()
-        self.assertIn("30 train 1 running, 1 completed", text)
+        self.assertIn("30 train 1 running, 1 done", text)
         self.assertIn("Priority", text)
         self.assertIn("exit code 0:125", text)
 
@@ -94,22 +95,22 @@ class Places(unittest.TestCase):
         row[1 + master_server.JOB_KEYS.index("state")] = state
         return tuple(row)
 
-    def test_its_own_then_a_free_one_then_that_of_the_oldest_that_ended(self):
+    def test_its_own_then_a_new_one_then_that_of_the_oldest_that_ended(self):
         find = master_server.find_job_place
         raw = b"9".ljust(24, b"\0")
         running = self.row(b"1")
-        free = self.row(b"")
         ended = self.row(b"2", b"FAILED", seen=990.0)
         older = self.row(b"3", b"COMPLETED", seen=980.0)
         mine = self.row(b"9")
+        silent = self.row(b"4", seen=0.0)
         for rows, place in (
-            ([running, free, mine], 2),
-            ([running, ended, free], 2),
+            ([running, ended, mine], 2),
+            ([running, ended], 2),
             ([running, ended, older], 2),
-            ([running], -1),
-            ([self.row(b"1", seen=0.0)], 0),
+            ([running, running, running], -1),
+            ([silent, running, running], 0),
         ):
-            with self.subTest(place):
+            with self.subTest(place), mock.patch.object(master_server, "JOBS", 3):
                 self.assertEqual(find(rows, raw, 1000.0), place)
 
 

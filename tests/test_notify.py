@@ -756,12 +756,15 @@ class Encrypted(NotifyTest):
         sink.socket = context.wrap_socket(sink.socket, server_side=True)
         url = "slack+https://localhost:%d/%s" % (sink.port, SECRET)
         flags = ("--alert", "cpu>50", "--notify", url)
+        patient = (
+            QUICK + "master_server.NOTIFY_SECONDS = 10.0\n"
+        )  # ssl is slow to start
         for env, pattern in (
             ({}, "cannot notify slack at localhost: .*CERTIFICATE_VERIFY_FAILED"),
             ({"SSL_CERT_FILE": certificate}, ""),
         ):
             with self.subTest(**env), start_master(
-                *flags, patch=QUICK, env=env
+                *flags, patch=patient, env=env
             ) as master, PlainAgent(master.port) as agent:
                 agent.send({"cpu": 99.0, "ram": 1.0, "node": "tls", "interval": 60.0})
                 if pattern:
