@@ -6650,7 +6650,7 @@ class Record:
             first = last
         if self.has_ended:
             last = max(last, self.facts["end"] or 0.0)
-        return first, max(first + 1, last)
+        return first, max(first, last)
 
     @property
     def has_ended(self) -> bool:
@@ -10004,6 +10004,7 @@ TIME_STEPS = (  # seconds between two marks of a time axis
     + tuple(3600 * n for n in (1, 2, 3, 6, 12))
     + tuple(86400 * n for n in (1, 2, 7, 14, 28, 91, 364))
 )
+LEAST_AXIS = 1.0  # seconds
 CHARTED = ("job_cpu", "cpu", "job_mem", "ram", "gpu", "gpu_mem") + RECORDED[7:]
 SEVERITY_WORDS = {
     "fine": "\u2713 Fine",
@@ -10733,7 +10734,8 @@ def draw_suggestions(summary: Message) -> Optional[Html]:
 
 def job_parts(record: Record, summary: Message) -> List[Optional[Html]]:
     """Everything that there is to show of a job."""
-    axis = Axis(*record.span)
+    first, last = record.span
+    axis = Axis(first, max(first + LEAST_AXIS, last))
     marks = [
         event["time"]
         for event in record.events
@@ -11071,8 +11073,8 @@ def render_compare_page(view: Snapshot, query: Query, site: Site) -> str:
         return ""
     one, other = (record for record in records if record)
     first, second = summarize(one), summarize(other)
-    length = max(record.span[1] - record.span[0] for record in (one, other))
-    axis = Axis(0.0, length, is_clock=False)
+    lengths = [record.span[1] - record.span[0] for record in (one, other)]
+    axis = Axis(0.0, max(LEAST_AXIS, *lengths), is_clock=False)
     series = [
         Series(one.rows, "", one.span[0]),
         Series(other.rows, "other", other.span[0]),

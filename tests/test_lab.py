@@ -158,7 +158,10 @@ class Lab:
         )
 
     def pids(self, host, tool):
-        """The pids, as they are outside, of the processes on a host that run `python3 TOOL`."""
+        """The pids, as they are outside, of the processes on a host that run `python3 TOOL`.
+
+        The agent starts itself once more, as `python3 -c TEXT TOOL`.
+        """
         with open(os.path.join(self.dir, host, "pid")) as file:
             here = os.readlink("/proc/%s/ns/net" % file.read().strip())
         found = []
@@ -166,8 +169,9 @@ class Lab:
             with contextlib.suppress(OSError):
                 with open("/proc/%s/cmdline" % name, "rb") as file:
                     words = file.read().split(b"\0")
+                script = words[3:4] if words[1:2] == [b"-c"] else words[1:2]
                 if (
-                    words[1:2] == [tool.encode()]
+                    script == [tool.encode()]
                     and os.readlink("/proc/%s/ns/net" % name) == here
                 ):
                     found.append(int(name))
