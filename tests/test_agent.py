@@ -20,11 +20,14 @@ import time
 import unittest
 from unittest import mock
 
+import beside
 import support
 from support import eventually
 
 sys.path.insert(0, support.ROOT)
 import agent
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 JOB_OF_V1 = "sys/fs/cgroup/memory/slurm_c1/uid_4242/job_3"
 TREES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "proc")

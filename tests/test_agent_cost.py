@@ -12,11 +12,14 @@ import sys
 import unittest
 from unittest import mock
 
+import beside
 import support
 from support import eventually
 
 sys.path.insert(0, support.ROOT)
 import agent
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 TREES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "proc")
 PAGE_PART = 2048  # bytes: what is shorter comes whole

@@ -5,7 +5,10 @@ import os
 import tempfile
 import unittest
 
+import beside
 import support
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 # what a program can tell of how it was started, and its line numbers
 PROGRAM = """

@@ -4,10 +4,13 @@ import json
 import pickle
 import unittest
 
+import beside
 import support
 from support import MasterTest, PlainAgent, eventually, get, page_text
 
 import master_server
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 SAMPLE = {"cpu": 50.0, "ram": 40.0, "version": "2.0", "ack": True, "interval": 2.0}
 

@@ -5,10 +5,13 @@ import time
 import unittest
 from unittest import mock
 
+import beside
 import support
 from support import MasterTest, PlainAgent, eventually, get
 
 import master_server
+
+load_tests = beside.load_tests  # in a process of its own: it mostly waits
 
 
 def facts(raw="4711", **more):
