@@ -103,7 +103,10 @@ class Nodes(unittest.TestCase):
             irqs = "intr 88120334" + " 120114" * 8000
             write("proc/stat", "\n".join([cpu, *rows, irqs, "ctxt 1", ""]))
             group = V2 + "/step_1/user/task_0"
-            pids = range(20000, 20000 + threads)
+            first = (
+                5000000  # no process here has such a pid, which the agent leaves out
+            )
+            pids = range(first, first + threads)
             write(group + "/cgroup.procs", "".join("%d\n" % pid for pid in pids))
             for pid in pids:
                 os.mkdir(probe.where("proc/%d" % pid))
@@ -114,8 +117,8 @@ class Nodes(unittest.TestCase):
                 self.assertEqual(sampler.sample()["cpu"], 91.2)
                 self.assertEqual(len(sampler.job_processes()), threads + 2)
 
-                def change(write=write):
-                    write("proc/20000/io", "rchar: 4000\nwchar: 7\n")
+                def change(write=write, first=first):
+                    write("proc/%d/io" % first, "rchar: 4000\nwchar: 7\n")
 
                 known = rates_of(sampler, "read_job_io", change=change)
                 self.assertEqual((known["job_read"], known["job_write"]), (3000.0, 0.0))
