@@ -3414,9 +3414,8 @@ class Job:
         self.tries = 0
         self.rung = 0
         self.slow_rung: Optional[int] = None  # the first that was too slow
-        self.slow_times = (
-            0  # times that the ladder ended so; then only that rung is tried
-        )
+        # times that the ladder ended so; then only that rung is tried
+        self.slow_times = 0
         self.attach_at = 0.0  # time.monotonic()
         self.question: Optional[Question] = None
         self.ended = False
