@@ -68,7 +68,9 @@ class Reads(unittest.TestCase):
 
     def test_a_running_agent_makes_no_read_more_than_it_has_files(self):
         samples = 20
-        with socket.create_server((support.HOST, 0)) as listener:
+        with socket.socket() as listener:
+            listener.bind((support.HOST, 0))
+            listener.listen(1)
             listener.settimeout(support.PATIENCE)
             port = listener.getsockname()[1]
             with support.start("agent.py", "--port", port, "--interval", "0.1") as tool:
