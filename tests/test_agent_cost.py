@@ -3,6 +3,7 @@
 Seconds and ratios of them are measured by bench.py.
 """
 
+import contextlib
 import os
 import pickle
 import re
@@ -42,7 +43,10 @@ def own_bytes(pid):
 def kernel_files(pid):
     """The paths of the files in /proc that the process holds open."""
     folder = "/proc/%d/fd" % pid
-    paths = [os.readlink(os.path.join(folder, name)) for name in os.listdir(folder)]
+    paths = []
+    for name in os.listdir(folder):
+        with contextlib.suppress(FileNotFoundError):  # it is closed by now
+            paths.append(os.readlink(os.path.join(folder, name)))
     return [path for path in paths if path.startswith("/proc/")]
 
 
