@@ -6520,7 +6520,7 @@ class Record:
         self.judged = self.ranked = self.told = -math.inf  # times of what is the newest
 
     def add_file(self, path: str, content: bytes) -> None:
-        """Add what a file has, or has got since: a line that has no end yet is for the next time."""
+        """Add what a file has, or has got since; a line without an end is for the next time."""
         whole = content[: content.rfind(b"\n") + 1]
         self.taken[path] = self.taken.get(path, 0) + len(whole)
         self.add(read_lines(whole), path)
