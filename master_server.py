@@ -101,6 +101,7 @@ from typing import (
 )
 
 try:
+    import fcntl
     import resource
     import termios
 except ImportError:  # Windows: main() says what is needed
@@ -862,6 +863,7 @@ LOCK_SECONDS = 2.0  # to wait for the table's lock
 LOCK_POLL = 0.001  # between two tries
 READ_SECONDS = 2.0  # to wait for a whole copy without the lock
 READ_POLL = 0.001  # between two tries
+CLAIM_SECONDS = 2.0  # to wait for masters that start at the same moment
 PAGE = 16384  # the largest page of a common system, in bytes
 FOLDER = "/dev/shm/"  # where Linux shows segments as files
 
@@ -998,6 +1000,38 @@ def open_segment(name: str) -> Any:
     """The segment of that name; OSError, or ValueError when it is empty."""
     with untracked():
         return shared_memory.SharedMemory(name)
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: str) -> Iterator[None]:
+    """Hold off others who look for a segment's owner and make one: flock(2) of the folder.
+
+    Without it two masters that start together could both take the name of a dead one.  As
+    anybody can hold this lock, it is waited for a while and no longer.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # there is none, as on macOS
+        yield
+        return
+    try:
+        deadline = time.monotonic() + CLAIM_SECONDS
+        while not try_lock(descriptor) and time.monotonic() < deadline:
+            time.sleep(READ_POLL)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def try_lock(descriptor: int) -> bool:
+    """Lock a file, unless somebody else has; True where its filesystem knows no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def make_segment(name: str, size: int) -> Any:
@@ -1355,9 +1389,13 @@ class Table:
     def create(cls, name: str, capacity: int) -> "Table":
         """Make the segment; one whose owner is dead is replaced, one whose owner lives is not."""
         size = cls.size_for(capacity)
+        pid = os.getpid()
+        header = (MAGIC, LAYOUT, capacity, pid, start_time(pid))
         try:
-            cls.discard(name)
-            table = cls(make_segment(name, size))
+            with one_at_a_time(FOLDER):
+                cls.discard(name)
+                table = cls(make_segment(name, size))
+                HEADER.pack_into(table.buf, table.header_at, *header)
         except FileExistsError:
             raise TableError(
                 "shared memory %s is somebody else's; give another --port or"
@@ -1368,9 +1406,6 @@ class Table:
                 "no shared memory of %d bytes: %s; free some of /dev/shm or lower"
                 " --max-agents" % (size, error.strerror)
             ) from None
-        pid = os.getpid()
-        header = (MAGIC, LAYOUT, capacity, pid, start_time(pid))
-        HEADER.pack_into(table.buf, table.header_at, *header)
         COUNTS.pack_into(table.buf, table.counts_at, 0, 0, time.monotonic(), 0)
         table.load()
         if not table.has_name():

@@ -675,6 +675,28 @@ class Owners(TableTest):
         table.unlink()
         self.assertFalse(os.path.exists("/dev/shm/" + table.shm.name))
 
+    @requires("/dev/shm")
+    def test_one_master_at_a_time_looks_for_the_owner_of_a_name(self):
+        name = segment_name("claim")
+        made = []
+        thread = threading.Thread(target=lambda: made.append(Table.create(name, 4)))
+        with unittest.mock.patch.object(
+            master_server, "CLAIM_SECONDS", support.PATIENCE
+        ):
+            with master_server.one_at_a_time(master_server.FOLDER):
+                thread.start()
+                support.stays(lambda: not made, 0.3)
+            thread.join()
+        made[0].unlink()
+
+    @requires("/dev/shm")
+    def test_who_keeps_others_from_looking_delays_a_master_only(self):
+        name = segment_name("kept")
+        folder = master_server.FOLDER
+        brief = unittest.mock.patch.object(master_server, "CLAIM_SECONDS", 0.05)
+        with brief, master_server.one_at_a_time(folder):
+            Table.create(name, 4).unlink()
+
     def test_many_masters_that_start_at_once_with_one_name_are_one_master(self):
         name = segment_name("race")
         tools = [
