@@ -4342,6 +4342,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="with --jobs: those of the cluster behind that login node",
     )
     add("--verbose", action="store_true", help="log each sample")
+    add("--version", action="version", version=VERSION)
     # what the halves of --jobs and their agents say to each other
     add("--herd", action="store_true", help=argparse.SUPPRESS)
     add("--lifeline", action="store_true", help=argparse.SUPPRESS)

@@ -1,14 +1,20 @@
 #!/usr/bin/env python3
-"""master_server.py - see every node of your Slurm jobs live, with an account and nothing else.
+"""master_server.py - see all of your Slurm jobs live, with an account and nothing else.
+
+    python3 master_server.py --ssh you@login    on your laptop
+    python3 master_server.py --my-jobs          on the login node
+    python3 master_server.py --demo             invented jobs, to have a look
+    python3 master_server.py                    where agents that you start yourself dial
+
+Then open the address that it prints, or add --tui for screens in the terminal.
 
     agents --TCP--> collector --> shared-memory table --> dashboard --HTTP--> browser, curl
                         `-> alerts: log, --alert-command, --notify
 
-Run it on the login node or on your laptop, start agent.py where there is work, and open the
-address that it prints.  It needs Python 3.8 or newer, and writes no file but records of the
-jobs that it watches, and a secret that you ask for.  Its processes: this one supervises, the
-collector has one thread for each agent, the dashboard answers browsers, and the recorder keeps
-the records.  Each of these is started again when it dies.
+It needs Python 3.8 or newer, and agent.py beside it for the jobs.  It writes no file but records
+of the jobs that it watches, and a secret that you ask for.  Its processes: this one supervises,
+the collector has one thread for each agent, the dashboard answers browsers, and the recorder
+keeps the records.  Each of these is started again when it dies.
 
 Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP, 1 could not start, 2 bad usage;
 of --explain: 0 fine, 1 advice, 2 problem, 3 died, 4 no record of such a job.
@@ -115,6 +121,7 @@ except ImportError:  # Python 3.6 and 3.7: main() says what is needed
 # Words: what several rooms share
 # ============================================================================
 
+VERSION = "2.0"
 MAX_SAMPLE = 16384  # bytes of one pickled sample
 RECEIVE_SIZE = 1024  # bytes that are read at a time; a sample has 600 to 800
 GONE_SECONDS = 600.0  # how long a node that left is remembered
@@ -1136,10 +1143,11 @@ class Snapshot:
     """A whole copy of the table at one instant.
 
     nodes: a dict for each used slot, with NODE_KEYS (age in seconds), made when first asked for;
-    events: dicts with EVENT_KEYS, oldest first; left: the same, or what a reader remembers of
-    who left.  What is unknown is None.  beat: seconds since the collector last said that it is
-    well.  turned_away, turned_away_lately, turned_away_why: agents that there was no room for,
-    since the start and in the last minute.
+    events: dicts with EVENT_KEYS, oldest first, of all_events that there have been; left: the
+    same, or what a reader remembers of who left; missed: when (time.time()) the newest of those
+    came that it never saw.  What is unknown is None.  beat: seconds since the collector last said
+    that it is well.  turned_away, turned_away_lately, turned_away_why: agents that there was no
+    room for, since the start and in the last minute.
     """
 
     def __init__(self, capacity: int, copy: Copy) -> None:
@@ -1158,7 +1166,11 @@ class Snapshot:
         self.samples = copy.counts.samples
         self.beat = self.copied - copy.counts.beat
         self.events = read_ring(copy.events, copy.counts.events)
+        self.all_events = copy.counts.events
         self.left = self.events
+        self.missed = -math.inf
+        if self.all_events > len(self.events):
+            self.missed = self.events[0]["time"]
         notes = Notes(*NOTES.unpack(copy.notes))
         self.jobs_left_out = notes.jobs_left_out
         self.parts_left_out = notes.parts_left_out
@@ -7859,6 +7871,14 @@ EMPTY_HTML = """
       <pre>SENTINEL_HOST={host} SENTINEL_PORT={port} sbatch run_agent.slurm</pre>
     </section>"""
 
+WATCHING_HTML = """
+    <section>
+      <p>None of your jobs is here yet. One that runs appears after a few seconds, one that starts
+        within half a minute of its start.</p>
+      <p>If one of yours runs and is not here, the lines of the log that begin with
+        <code>agent:</code> say what keeps it away.</p>
+    </section>"""
+
 CARDS_HTML = """
     <dl>{cards}
     </dl>"""
@@ -8157,6 +8177,11 @@ def in_order(rows: List[Message], sort: str) -> List[Message]:
     unknown = [row for row in rows if row.get(key) is None]
     known.sort(key=lambda row: natural(row[key]), reverse=sort.startswith("-"))
     return known + unknown
+
+
+def is_more_gone(view: Snapshot) -> bool:
+    """Whether more nodes left within GONE_SECONDS than there are events of."""
+    return view.missed > view.time - GONE_SECONDS
 
 
 def gone(view: Snapshot, kind: str) -> List[Message]:
@@ -8590,6 +8615,8 @@ def trouble_of(view: Snapshot, rows: List[Message]) -> str:
         ("%s lost", len(gone(view, "lost"))),
     )
     kinds = [kind % counted(count, "node") for kind, count in counts if count]
+    if is_more_gone(view):
+        kinds = ["at least " + kind if "lost" in kind else kind for kind in kinds]
     trouble = trouble_of_jobs(view)
     if kinds:
         trouble.append(", ".join(kinds))
@@ -9201,6 +9228,8 @@ class Page:
     def empty(self) -> Html:
         """What to do as long as there is no agent."""
         options = self.site.options
+        if watches_jobs(options):
+            return fill(WATCHING_HTML)
         host = options.host
         if host in ("0.0.0.0", "::", ""):
             host = socket.gethostname()
@@ -12013,6 +12042,8 @@ class Dashboard:
             if is_recent and event["kind"] in ("finished", "lost"):
                 known[event["time"], name_of(event)] = event
         events = sorted(known.values(), key=lambda event: event["time"])
+        if view.all_events - self.view.all_events <= EVENTS:
+            view.missed = self.view.missed
         return events[-MAX_LEFT:]
 
     # -- one request -------------------------------------------------------
@@ -14125,6 +14156,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     about, _, end = __doc__.partition("\n\nExit codes")
     parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,  # else ten lines of it hide the one that says what is wrong
         description=about,
         epilog="Exit codes" + end,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -14297,6 +14329,7 @@ def add_talk(add: Callable[..., Any]) -> None:
         help="show screens on the terminal, jobs, their nodes, ranks and GPUs, above the log",
     )
     add("--verbose", action="store_true", help="log every sample")
+    add("--version", action="version", version=VERSION)
 
 
 FLAG_GROUPS = (
@@ -14318,7 +14351,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     if cannot_run():
         return 1
     parser = build_parser()
-    options = parser.parse_args(argv)
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error("%s: no flag of this tool; --help lists them" % " ".join(unknown))
     options.lost = "no-lost" not in options.alert
     options.rules = rules_of(options)
     setup_log(options.verbose)
@@ -14379,9 +14414,7 @@ def run_master(options: argparse.Namespace) -> int:
     raise_limits()
     supervisor = Supervisor(options)
     with contextlib.ExitStack() as stack:
-        listeners = open_listeners(options, stack)
-        options.port = port_of(listeners["collector"])
-        options.dashboard_port = port_of(listeners["dashboard"])
+        listeners = listen(options, stack)
         options.shm_name = options.shm_name or "sentinel_%d" % options.port
         table = Table.create(options.shm_name, options.max_agents)
         stack.callback(table.unlink)
@@ -14456,6 +14489,18 @@ def raise_limits() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def listen(
+    options: argparse.Namespace, stack: contextlib.ExitStack
+) -> Dict[str, socket.socket]:
+    """Open the listeners, and note their ports in the options."""
+    listeners = open_listeners(options, stack)
+    options.port = port_of(listeners["collector"])
+    may_have_moved = options.dashboard_port is None
+    options.dashboard_port = port_of(listeners["dashboard"])
+    options.has_moved = may_have_moved and options.dashboard_port != PAGE_PORT
+    return listeners
+
+
 def open_listeners(
     options: argparse.Namespace, stack: contextlib.ExitStack
 ) -> Dict[str, socket.socket]:
@@ -14522,6 +14567,16 @@ def port_of(listener: socket.socket) -> int:
 
 def tell_addresses(options: argparse.Namespace) -> None:
     """Log where it listens, where to look, and who could send."""
+    page = options.dashboard_port
+    if options.has_moved:
+        log.warning(
+            "port %d is taken, perhaps by a colleague's page; yours is at port %d: on your"
+            " laptop, ssh -L %d:localhost:%d",
+            PAGE_PORT,
+            page,
+            page,
+            page,
+        )
     log.info("collector listening on %s", join_address(options.host, options.port))
     log.info(
         "dashboard listening on %s: open %s - Ctrl-C stops",

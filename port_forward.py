@@ -50,6 +50,8 @@ import time
 from contextlib import suppress
 from typing import Any, Dict, List, Optional, Set
 
+VERSION = "2.0"
+
 # ======================================== pump ========================================
 
 CHUNK = 256 * 1024  # bytes read at once, and the most that wait for a slow reader
@@ -347,6 +349,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=remote_port,
         help="carry to this port of it (default: %(default)s)",
     )
+    parser.add_argument("--version", action="version", version=VERSION)
     return parser
 
 

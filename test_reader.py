@@ -1588,8 +1588,11 @@ def load_master_server() -> Any:
 def build_parser(master_server: Any) -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=master_server.VERSION)
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--port",
@@ -1680,7 +1683,10 @@ def read_records(master_server: Any, options: argparse.Namespace) -> None:
 def run(argv: Optional[List[str]]) -> int:
     """Read the flags, then the table: the exit code."""
     master_server = load_master_server()
-    options = build_parser(master_server).parse_args(argv)
+    parser = build_parser(master_server)
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error("%s: no flag of this tool; --help lists them" % " ".join(unknown))
     if master_server.cannot_run():
         return 1
     try:

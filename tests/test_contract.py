@@ -192,6 +192,18 @@ class Repository(unittest.TestCase):
                 self.fail("%s holds %r" % (name, found.group()))
 
 
+class Version(unittest.TestCase):
+    def test_every_tool_tells_the_version_of_the_changelog(self):
+        (version,) = re.findall(r"(?m)\A.*?^- \*\*([\d.]+)\*\*", changelog(), re.S)
+        for name in TOOLS:
+            done = support.run(name, "--version")
+            self.assertEqual((done.returncode, done.stdout), (0, version + "\n"), name)
+
+
+def changelog():
+    return text_of("README.md").partition("### CHANGELOG")[2]
+
+
 class Readme(unittest.TestCase):
     @classmethod
     def setUpClass(cls):

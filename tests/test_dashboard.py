@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import itertools
 import json
+import math
 import re
 import socket
 import subprocess
@@ -222,7 +223,7 @@ class Rendered(unittest.TestCase):
         self.pages = 0
         table = mock.Mock()
         table.snapshot.side_effect = lambda: types.SimpleNamespace(
-            left=[], events=[], time=0.0, beat=0.1
+            left=[], events=[], all_events=0, missed=-math.inf, time=0.0, beat=0.1
         )
         options = types.SimpleNamespace(
             dashboard_host="localhost", dashboard_token=None, allow_host=[]
@@ -238,6 +239,26 @@ class Rendered(unittest.TestCase):
             self.dashboard.viewed -= 2000
             self.assertEqual(self.ask(5), {b"page 3"})
             self.assertEqual(table.snapshot.call_count, 2)
+
+
+class Missed(unittest.TestCase):
+    """What a dashboard remembers of events that the ring has no room for any more."""
+
+    def copy(self, when, all_events, missed):
+        """A copy of the table of then, with a full ring whose oldest event is of `missed`."""
+        return types.SimpleNamespace(
+            left=[], events=[], time=when, all_events=all_events, missed=missed
+        )
+
+    def test_only_events_that_came_and_went_between_two_copies_are_missed(self):
+        table = mock.Mock()
+        table.snapshot.return_value = self.copy(100.0, 300, 90.0)
+        options = types.SimpleNamespace(dashboard_host="localhost", allow_host=[])
+        board = master.Dashboard(None, table, options)
+        for all_events, missed in ((300, 90.0), (428, 90.0), (429, 95.0)):
+            view = self.copy(101.0, all_events, 95.0)
+            board.who_left(view)
+            self.assertEqual(view.missed, missed)
 
 
 class Served(unittest.TestCase):

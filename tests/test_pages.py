@@ -89,7 +89,16 @@ def job(number, **known):
     return facts
 
 
-def view(nodes=(), events=(), beat=0.2, jobs=(), turned_away=0, why="", verdicts=None):
+def view(
+    nodes=(),
+    events=(),
+    beat=0.2,
+    jobs=(),
+    turned_away=0,
+    why="",
+    verdicts=None,
+    missed=-math.inf,
+):
     nodes, events = list(nodes), list(events)
     return types.SimpleNamespace(
         time=NOW,
@@ -98,6 +107,7 @@ def view(nodes=(), events=(), beat=0.2, jobs=(), turned_away=0, why="", verdicts
         nodes=nodes,
         events=events,
         left=events,
+        missed=missed,
         samples=1234,
         jobs=list(jobs),
         jobs_left_out=0,
@@ -113,7 +123,8 @@ def view(nodes=(), events=(), beat=0.2, jobs=(), turned_away=0, why="", verdicts
 
 def site(**options):
     """What pages know beside the snapshot; without a history."""
-    known = dict({"host": "127.0.0.1", "port": 13579, "secret_file": None}, **options)
+    known = {"host": "127.0.0.1", "port": 13579, "secret_file": None}
+    known.update({"my_jobs": None, "ssh": None}, **options)
     return types.SimpleNamespace(
         options=types.SimpleNamespace(**known),
         cost={"text": "takes 1 %", "seconds": 1.5, "memory": 50000000},
@@ -353,10 +364,28 @@ class Sentence(unittest.TestCase):
     def test_the_first_words_say_whether_all_is_well(self):
         self.assertEqual(self.title(view([node(1)])), "All is well")
         self.assertEqual(self.title(view()), "No nodes")
+
+    def test_an_empty_page_says_what_to_do_by_what_was_started(self):
+        dialled = master.ROUTES["/"][1](view(), {}, site())
+        self.assertIn("python3 agent.py --host 127.0.0.1 --port 13579", dialled)
+        for options in ({"my_jobs": []}, {"ssh": "login"}):
+            watched = master.ROUTES["/"][1](view(), {}, site(**options))
+            self.assertIn("None of your jobs is here yet", watched)
+            self.assertNotIn("sbatch", watched)
+
+    def test_alerts_and_losses_are_in_the_first_words(self):
         self.assertEqual(
             self.title(view([node(1, alerts="cpu>90")], [event("lost", "c9")])),
             "\u26a0 alerts on 1 node, 1 node lost",
         )
+
+    def test_what_the_ring_had_no_room_for_is_at_least_said(self):
+        """128 events are kept: of more nodes that are lost at once the number is not known."""
+        events = [event("lost", "c%d" % number) for number in range(128)]
+        known = view([], events, missed=NOW - 30)
+        self.assertEqual(self.title(known), "\u26a0 at least 128 nodes lost")
+        of_old = view([], events, missed=NOW - master.GONE_SECONDS - 1)
+        self.assertEqual(self.title(of_old), "\u26a0 128 nodes lost")
 
     def test_a_collector_that_stopped_is_said_instead_of_showing_old_numbers_as_live(
         self,

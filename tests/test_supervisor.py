@@ -12,6 +12,7 @@ import time
 import shutil
 import tempfile
 import unittest
+import unittest.mock
 
 import beside
 import support
@@ -229,6 +230,41 @@ class Start(unittest.TestCase):
                 )["nodes"]
             )[0]
             self.assertEqual(row["address"], "('::1', %d)" % agent.address[1])
+
+
+class Addresses(unittest.TestCase):
+    """What is told of where the page is."""
+
+    def told(self, dashboard_port, taken):
+        """What is logged by a master with that flag, where so many ports are taken."""
+        with contextlib.ExitStack() as stack:
+            usual = support.closed_port()
+            for port in range(usual, usual + taken):
+                other = stack.enter_context(socket.socket())
+                other.bind((HOST, port))
+                other.listen(1)
+            stack.enter_context(
+                unittest.mock.patch.object(master_server, "PAGE_PORT", usual)
+            )
+            words = ["--my-jobs", "--port", "0"]
+            if dashboard_port is not None:
+                words += ["--dashboard-port", str(dashboard_port)]
+            options = master_server.build_parser().parse_args(words)
+            options.secret, options.rules, options.lost = None, [], True
+            master_server.listen(options, stack)
+            logs = stack.enter_context(self.assertLogs("sentinel"))
+            master_server.tell_addresses(options)
+            return usual, "\n".join(logs.output)
+
+    def test_a_page_that_had_to_move_says_what_to_type_on_the_laptop(self):
+        usual, words = self.told(None, taken=1)
+        moved = usual + 1
+        self.assertIn("port %d is taken" % usual, words)
+        self.assertIn("ssh -L %d:localhost:%d" % (moved, moved), words)
+
+    def test_a_page_at_its_usual_port_or_the_one_asked_for_says_nothing_of_it(self):
+        self.assertNotIn("taken", self.told(None, taken=0)[1])
+        self.assertNotIn("taken", self.told(0, taken=1)[1])
 
 
 class Idle(unittest.TestCase):

@@ -202,6 +202,15 @@ class Layout(TableTest):
             (128, "connected", "event 299", None),
         )
 
+    def test_it_is_known_since_when_events_are_missed(self):
+        table = self.create()
+        for number in range(EVENTS + 1):
+            self.assertEqual(table.snapshot().missed, -math.inf)
+            table.add_event("lost", "event %d" % number, "n")
+        view = table.snapshot()
+        self.assertEqual(view.all_events, EVENTS + 1)
+        self.assertEqual(view.missed, view.events[0]["time"])
+
     def test_the_largest_table_can_be_made_and_its_last_slot_be_read(self):
         table = self.create(65536)
         table.write(65535, "('::1', 1)", row(node="last"), 0.0, "")
