@@ -2963,6 +2963,13 @@ SLOW_WORDS = (
     r"|temporarily unable|Resource temporarily unavailable"
 )
 STEP_NAME = "sentinel"  # of ours, as squeue and sacct show it
+# between two tries to reach the herd again: a second, doubled up to this
+MAX_AWAY_SECONDS = 15.0
+CONNECT_SECONDS = 20  # for ssh to reach the login node again
+# ssh's words where somebody would have to type something.  ssh(1), sshconnect2.c of OpenSSH
+REFUSED_WORDS = (
+    r"Permission denied|Too many authentication failures|verification failed"
+)
 
 ENDED_STATES = (
     "COMPLETED",
@@ -3526,6 +3533,7 @@ class Herd:
     def run(self) -> int:
         """Herd until the relay is gone; return the exit code."""
         note_signals(self.signals)
+        os.set_blocking(1, False)
         self.put(b"\n" + GREETING)
         try:
             while self.relay_lives():
@@ -3560,11 +3568,35 @@ class Herd:
     def put(self, line: bytes) -> None:
         """Write a line for the relay; the herd ends when nobody takes it."""
         data = line + b"\n"
+        if signal.SIGPIPE in self.signals:
+            return
         try:
             while data:
-                data = data[os.write(1, data) :]
+                if not self.is_taken():
+                    raise BrokenPipeError
+                with contextlib.suppress(BlockingIOError):
+                    data = data[os.write(1, data) :]
         except OSError:
             self.signals.append(signal.SIGPIPE)
+
+    def is_taken(self) -> bool:
+        """Wait until our output takes more; False when the relay has been silent for too long.
+
+        Behind a cable that is cut sshd takes as much as its window holds, and then nothing.
+        """
+        poll = select.poll()
+        poll.register(0, select.POLLIN)
+        poll.register(1, select.POLLOUT)
+        while time.monotonic() - self.heard < DEAF_SECONDS:
+            ready = dict(poll.poll(GATHER_SECONDS * 1000))
+            if 0 in ready:
+                if os.read(0, FILE_BYTES):
+                    self.heard = time.monotonic()
+                else:
+                    poll.unregister(0)  # it closes, and still takes our last lines
+            if 1 in ready:
+                return True
+        return False
 
     def say(self, words: str) -> None:
         """Tell the user something, once."""
@@ -3987,6 +4019,7 @@ class Relay:
         self.untold: Dict[str, Sample] = {}  # what of it the master has not heard yet
         self.refresh_at = 0.0
         self.said: Set[str] = set()
+        self.told_ends: Set[str] = set()  # why the herd ended, since it spoke last
         self.signals: List[int] = []
         self.rest = b""
         self.greeted = False  # the herd has begun to speak
@@ -4069,7 +4102,6 @@ class Relay:
         note_signals(self.signals)
         backoff = BACKOFF_SECONDS
         while not self.signals:
-            begun = time.monotonic()
             status, words = self.run_herd(first)
             heard = bool(self.known or self.lines)
             for key in list(self.lines):
@@ -4080,12 +4112,27 @@ class Relay:
                 log("error: %s" % (words or "the herd ended with %d" % status))
                 return 1
             first = False
-            if time.monotonic() - begun > RETRY_SECONDS / 10:
+            if self.greeted:
                 backoff = BACKOFF_SECONDS
-            log("%s: trying again in %.0f s" % (words or "the herd ended", backoff))
-            self.pause(backoff)
-            backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+                self.told_ends = set()
+            is_refused = self.command[0] == "ssh" and re.search(REFUSED_WORDS, words)
+            self.tell_end(words or "the herd ended", bool(is_refused))
+            self.pause(RETRY_SECONDS if is_refused else backoff)
+            backoff = min(2 * backoff, MAX_AWAY_SECONDS)
         return 0
+
+    def tell_end(self, words: str, is_refused: bool) -> None:
+        """Say why the herd has ended: the same once until it has spoken again."""
+        if words in self.told_ends:
+            return
+        self.told_ends.add(words)
+        following = "trying again until it answers"
+        if is_refused:
+            following = (
+                "nothing is asked for in the background: start it again to log in, or give ssh "
+                "a key; it is tried again every %.0f minutes" % (RETRY_SECONDS / 60)
+            )
+        log("%s: %s" % (words, following))
 
     def pause(self, seconds: float) -> None:
         """Wait so long, or for a signal."""
@@ -4099,7 +4146,9 @@ class Relay:
 
         command = list(self.command)
         if command[0] == "ssh" and not first:
-            command[1:1] = ["-o", "BatchMode=yes"]  # never ask for a password by itself
+            # never ask for a password by itself, nor wait for minutes for a dead end
+            timeout = "ConnectTimeout=%d" % CONNECT_SECONDS
+            command[1:1] = ["-o", "BatchMode=yes", "-o", timeout]
         try:
             herd: Any = subprocess.Popen(
                 command,
