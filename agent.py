@@ -3355,10 +3355,17 @@ class Step:
 
     def feed(self) -> None:
         """Write what srun has not taken yet of the agent's text; its stdin stays open."""
+        if not self.unsent:
+            return
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
             while self.unsent:
                 count = os.write(self.process.stdin.fileno(), self.unsent)
                 self.unsent = self.unsent[count:]
+
+    @property
+    def pipes(self) -> Tuple[int, int]:
+        """What srun and the agents can be heard by."""
+        return self.process.stdout.fileno(), self.process.stderr.fileno()
 
     def read(self) -> Iterable[bytes]:
         """Yield the whole lines that have come, as the herd prints them."""
@@ -3572,10 +3579,11 @@ class Herd:
             return
         try:
             while data:
-                if not self.is_taken():
-                    raise BrokenPipeError
-                with contextlib.suppress(BlockingIOError):
+                try:
                     data = data[os.write(1, data) :]
+                except BlockingIOError:
+                    if not self.is_taken():
+                        raise
         except OSError:
             self.signals.append(signal.SIGPIPE)
 
@@ -3768,10 +3776,11 @@ class Herd:
 
     def pass_lines(self) -> None:
         """Send on what the agents wrote, and see which steps have ended."""
+        speaking = self.speaking()
         for job in self.jobs.values():
             for step in list(job.steps):
                 step.feed()
-                lines = list(step.read())
+                lines = [] if speaking.isdisjoint(step.pipes) else list(step.read())
                 if lines:
                     self.put(b"\n".join(lines))
                     if all(other.has_left() for other in job.steps):
@@ -3783,6 +3792,15 @@ class Herd:
                     for line in step.read():
                         self.put(line)
                     self.end_step(job, step, late)
+
+    def speaking(self) -> Set[int]:
+        """Return the descriptors of the steps that hold something: most of them do not."""
+        poll = select.poll()
+        for job in self.jobs.values():
+            for step in job.steps:
+                for pipe in step.pipes:
+                    poll.register(pipe, select.POLLIN)
+        return {pipe for pipe, _ in poll.poll(0)}
 
     def end_step(self, job: Job, step: Step, late: bool) -> None:
         """Take leave of a step; one that never told anything moves the job on a rung."""

@@ -227,9 +227,12 @@ def with_word(host, word):
 
 
 def cpu_seconds(pid):
-    """The CPU time of the first thread of a process, to the nanosecond: the herd has no other."""
-    with open("/proc/%d/schedstat" % pid) as file:
-        return int(file.read().split()[0]) / 1e9
+    """The CPU time of a process, to the nanosecond; of its threads, those that live."""
+    total = 0
+    for thread in os.listdir("/proc/%d/task" % pid):
+        with open("/proc/%d/task/%s/schedstat" % (pid, thread)) as file:
+            total += int(file.read().split()[0])
+    return total / 1e9
 
 
 def pss(pid):
