@@ -2950,6 +2950,7 @@ DEAF_SECONDS = 20.0  # without a sign of the relay: it is cut off
 REFRESH_SECONDS = 60.0  # between two times that the master is told of every job
 PING_SECONDS = 5.0  # between two signs of life of the relay
 GATHER_SECONDS = 0.5  # lines that come within this time are sent on together
+REAP_SECONDS = 5.0  # between two looks whether a srun has ended that says nothing
 LEAVE_SECONDS = 3.0  # for agents to say goodbye at the end
 MAX_ENDED = 5  # ended jobs that Slurm is asked about after each look, and at once
 # after the agents of a job have left, Slurm is asked whether it has ended
@@ -2966,6 +2967,7 @@ STEP_NAME = "sentinel"  # of ours, as squeue and sacct show it
 # between two tries to reach the herd again: a second, doubled up to this
 MAX_AWAY_SECONDS = 15.0
 CONNECT_SECONDS = 20  # for ssh to reach the login node again
+SSH_FAILED = 255  # the exit code of ssh where it has not begun, ssh(1)
 # ssh's words where somebody would have to type something.  ssh(1), sshconnect2.c of OpenSSH
 REFUSED_WORDS = (
     r"Permission denied|Too many authentication failures|verification failed"
@@ -3039,6 +3041,7 @@ def pack_text(text: bytes) -> bytes:
     return b"%d\n%s" % (len(packed), packed)
 
 
+@functools.lru_cache(maxsize=1024)  # squeue tells the same again and again
 def parse_time(text: str) -> Optional[float]:
     """Return the time.time() of 2026-11-27T13:41:00, local time; None for N/A."""
     try:
@@ -3312,9 +3315,9 @@ def read_pipe(pipe: Any) -> bytes:
     with contextlib.suppress(OSError, ValueError):
         while True:
             chunk = os.read(pipe.fileno(), FILE_BYTES)
-            if not chunk:
-                break
             chunks.append(chunk)
+            if len(chunk) < FILE_BYTES:
+                break
     return b"".join(chunks)
 
 
@@ -3342,7 +3345,7 @@ class Step:
             if not name.startswith(("SLURM", "SBATCH", "SALLOC"))
             or name == "SLURM_CONF"
         }
-        self.process: Any = subprocess.Popen(
+        process: Any = subprocess.Popen(
             command,
             env=environ,
             stdin=subprocess.PIPE,
@@ -3350,7 +3353,10 @@ class Step:
             stderr=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C on the terminal is for the herd alone
         )
-        unblock(self.process.stdin, self.process.stdout, self.process.stderr)
+        unblock(process.stdin, process.stdout, process.stderr)
+        self.process = process
+        self.out: int = process.stdout.fileno()
+        self.error: int = process.stderr.fileno()
         self.unsent = pack_text(text)
 
     def feed(self) -> None:
@@ -3362,14 +3368,8 @@ class Step:
                 count = os.write(self.process.stdin.fileno(), self.unsent)
                 self.unsent = self.unsent[count:]
 
-    @property
-    def pipes(self) -> Tuple[int, int]:
-        """What srun and the agents can be heard by."""
-        return self.process.stdout.fileno(), self.process.stderr.fileno()
-
     def read(self) -> Iterable[bytes]:
         """Yield the whole lines that have come, as the herd prints them."""
-        self.words = (self.words + read_pipe(self.process.stderr))[-FILE_BYTES:]
         lines = (self.rest + read_pipe(self.process.stdout)).split(b"\n")
         self.rest = lines.pop()[-FILE_BYTES:]
         for line in lines:
@@ -3411,6 +3411,10 @@ class Step:
         self.process.wait()
         for pipe in (self.process.stdout, self.process.stderr):
             pipe.close()
+
+    def hear(self) -> None:
+        """Take note of what srun says."""
+        self.words = (self.words + read_pipe(self.process.stderr))[-FILE_BYTES:]
 
     def reason(self) -> str:
         """Return the last line that srun said of its end."""
@@ -3530,6 +3534,7 @@ class Herd:
         self.text = text
         self.jobs: Dict[str, Job] = {}  # by raw id
         self.look_at = 0.0
+        self.reap_at = 0.0
         self.looking: Optional[Question] = None
         self.asking: List[Tuple[Job, Question]] = []  # how jobs ended
         self.has_accounting = True  # until sacct says otherwise
@@ -3557,10 +3562,8 @@ class Herd:
         busy = (
             self.looking
             or self.asking
-            or any(
-                job.question or job.ask_at or any(not step.lines for step in job.steps)
-                for job in self.jobs.values()
-            )
+            or any(job.question or job.ask_at for job in self.jobs.values())
+            or not all(step.lines for step in self.steps())
         )
         poll = select.poll()
         poll.register(0, select.POLLIN)
@@ -3605,6 +3608,11 @@ class Herd:
             if 1 in ready:
                 return True
         return False
+
+    def put_lines(self, lines: List[bytes]) -> None:
+        """Write lines at once: each time wakes the relay, or ssh and all that is behind it."""
+        if lines:
+            self.put(b"\n".join(lines))
 
     def say(self, words: str) -> None:
         """Tell the user something, once."""
@@ -3776,30 +3784,44 @@ class Herd:
 
     def pass_lines(self) -> None:
         """Send on what the agents wrote, and see which steps have ended."""
+        now = time.monotonic()
+        is_time = now >= self.reap_at
+        if is_time:
+            self.reap_at = now + REAP_SECONDS
         speaking = self.speaking()
+        lines: List[bytes] = []
         for job in self.jobs.values():
             for step in list(job.steps):
+                is_quiet = step.out not in speaking and step.error not in speaking
+                if is_quiet and step.lines and not is_time:
+                    continue
                 step.feed()
-                lines = [] if speaking.isdisjoint(step.pipes) else list(step.read())
-                if lines:
-                    self.put(b"\n".join(lines))
+                if step.out in speaking:
+                    lines += step.read()
                     if all(other.has_left() for other in job.steps):
                         job.expect_end()
+                if step.error in speaking:
+                    step.hear()
                 if step.lines:
                     job.take_answer()
-                late = not step.lines and time.monotonic() - step.since > step.patience
+                late = not step.lines and now - step.since > step.patience
                 if step.process.poll() is not None or late:
-                    for line in step.read():
-                        self.put(line)
+                    step.hear()
+                    self.put_lines(lines + list(step.read()))
+                    lines = []
                     self.end_step(job, step, late)
+        self.put_lines(lines)
+
+    def steps(self) -> List[Step]:
+        """Return the steps of all jobs."""
+        return [step for job in self.jobs.values() for step in job.steps]
 
     def speaking(self) -> Set[int]:
         """Return the descriptors of the steps that hold something: most of them do not."""
         poll = select.poll()
-        for job in self.jobs.values():
-            for step in job.steps:
-                for pipe in step.pipes:
-                    poll.register(pipe, select.POLLIN)
+        for step in self.steps():
+            poll.register(step.out, select.POLLIN)
+            poll.register(step.error, select.POLLIN)
         return {pipe for pipe, _ in poll.poll(0)}
 
     def end_step(self, job: Job, step: Step, late: bool) -> None:
@@ -3913,7 +3935,7 @@ class Herd:
 
     def leave(self) -> None:
         """Let the agents say goodbye, then end what is left."""
-        steps = [step for job in self.jobs.values() for step in job.steps]
+        steps = self.steps()
         for step in steps:
             step.release()
         deadline = time.monotonic() + LEAVE_SECONDS
@@ -4030,6 +4052,7 @@ class Relay:
         self, command: List[str], text: bytes, dial: Callable[[], Line]
     ) -> None:
         self.command = command
+        self.is_ssh = command[0] == "ssh"
         self.text = text
         self.dial = dial
         self.lines: Dict[str, Line] = {}  # by the herd's key
@@ -4127,13 +4150,16 @@ class Relay:
             if self.signals:
                 break
             if first and not heard and status:
-                log("error: %s" % (words or "the herd ended with %d" % status))
+                reason = words or "the herd ended with %d" % status
+                if self.is_ssh and status == SSH_FAILED:
+                    reason += ": first see that `ssh %s true` works" % self.command[-2]
+                log("error: %s" % reason)
                 return 1
             first = False
             if self.greeted:
                 backoff = BACKOFF_SECONDS
                 self.told_ends = set()
-            is_refused = self.command[0] == "ssh" and re.search(REFUSED_WORDS, words)
+            is_refused = self.is_ssh and re.search(REFUSED_WORDS, words)
             self.tell_end(words or "the herd ended", bool(is_refused))
             self.pause(RETRY_SECONDS if is_refused else backoff)
             backoff = min(2 * backoff, MAX_AWAY_SECONDS)
@@ -4163,7 +4189,7 @@ class Relay:
         import subprocess
 
         command = list(self.command)
-        if command[0] == "ssh" and not first:
+        if self.is_ssh and not first:
             # never ask for a password by itself, nor wait for minutes for a dead end
             timeout = "ConnectTimeout=%d" % CONNECT_SECONDS
             command[1:1] = ["-o", "BatchMode=yes", "-o", timeout]

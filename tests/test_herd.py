@@ -674,6 +674,22 @@ class LoginShells(Watching):
             self.assertEqual(watcher.wait(BUSY), 1)
             self.assertIn("error: This account may only use sftp.", watcher.log)
 
+    def test_what_ssh_itself_complains_of_is_one_line_with_the_cure(self):
+        ssh = self.slurm.write(
+            "ssh",
+            "#!/bin/sh\necho hm >&2\n"
+            "echo ssh: Could not resolve hostname login: Name not known >&2\nexit 255\n",
+        )
+        os.chmod(ssh, stat.S_IRWXU)
+        with self.slurm.watch(self.master, "--ssh", "me@login") as watcher:
+            self.assertEqual(watcher.wait(BUSY), 1)
+            (line,) = watcher.log.splitlines()
+        self.assertRegex(
+            line,
+            "error: ssh: Could not resolve hostname login: Name not known: "
+            "first see that `ssh me@login true` works$",
+        )
+
 
 class Herding(Watching):
     def test_a_running_job_is_there_with_what_its_step_does_not_know(self):
