@@ -697,6 +697,7 @@ class Herding(Watching):
         self.slurm.write("job.7", details(nodes=["c1", "c2"]))
         self.watch()
         eventually(lambda: self.rows() == [("c1", "7"), ("c2", "7")])
+        eventually(lambda: nodes(self.master.page)[0]["job_time_left"])
         node = nodes(self.master.page)[0]
         self.assertEqual((node["job_name"], node["job_cpus"]), ("train|it", 2))
         self.assertAlmostEqual(node["job_time_left"], 500, delta=30)
