@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import unittest
@@ -145,6 +146,37 @@ class Cables(test_lab_jobs.Watched):
         """How often sshd has let somebody in."""
         with open(os.path.join(LAB.dir, "login", "sshd.log")) as file:
             return file.read().count("Accepted publickey")
+
+    def give_passphrase(self, words):
+        """Have the laptop's ssh ask for it on the terminal, where there is one."""
+        folder = "/home/tester/.ssh/"
+        change = ["ssh-keygen", "-q", "-p", "-f", folder + "id_ed25519"]
+        LAB.run("laptop", *change, "-P", "", "-N", words)
+        self.addCleanup(LAB.run, "laptop", *change, "-P", words, "-N", "")
+        ask = "echo BatchMode no >%sconfig" % folder
+        LAB.run("laptop", "sh", "-c", ask)
+        self.addCleanup(LAB.run, "laptop", "rm", folder + "config")
+
+    def test_a_passphrase_is_asked_for_once_and_on_the_terminal(self):
+        job = LAB.sbatch("-N1", "--mem=100", "-t10", "-w", "c1", "spin.sh")
+        self.aged(job)
+        self.give_passphrase("open sesame")
+        command = "exec python3 master_server.py --ssh login"
+        words = ["script", "-qfec", command, "/dev/null"]
+        terminal = LAB.start("laptop", *words, stdin=subprocess.PIPE)
+        self.addCleanup(terminal.process.stdin.close)
+        self.addCleanup(terminal.stop)
+        eventually(lambda: "Enter passphrase for key" in terminal.out)
+        terminal.process.stdin.write(b"open sesame\n")
+        terminal.process.stdin.flush()
+        page = r"dashboard listening on \S+:(\d+)"
+        self.host = "laptop"
+        self.page = re.search(page, terminal.out).group(1)
+        eventually(lambda: set(self.rows()) == {(job, "c1")}, 30)
+        for pid in with_word("laptop", "ServerAliveCountMax=2"):
+            os.kill(pid, signal.SIGKILL)
+        eventually(lambda: "nothing is asked for in the background" in terminal.out, 60)
+        self.assertEqual(terminal.out.count("Enter passphrase"), 1)
 
 
 class ManyJobs(test_lab_jobs.Watched):

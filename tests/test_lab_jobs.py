@@ -5,8 +5,8 @@ own passes, as where Solutions A and B cannot work.
 
 The bounds of time are those of a free machine: `Bounded.within` tells what it took and holds it
 to the bare figure.  The lab stands for five machines and has this one, which may be busy with
-other tests.  So where there is cgroup v1, all that is done here goes before what else runs (see
-`Group`).  And while the lab is up, a thread measures how much longer a small piece of work
+other tests.  So where there is cgroup v1, all that is done here has a large share of the CPU
+(see `Group`).  And while the lab is up, a thread measures how much longer a small piece of work
 takes than its CPU time (see `Pace`).  Where that was more than FREE times as long, the bound is
 as many times longer: a product that waits for something is still found out, a slow machine not.
 """
