@@ -2950,6 +2950,7 @@ DEAF_SECONDS = 20.0  # without a sign of the relay: it is cut off
 REFRESH_SECONDS = 60.0  # between two times that the master is told of every job
 PING_SECONDS = 5.0  # between two signs of life of the relay
 GATHER_SECONDS = 0.5  # lines that come within this time are sent on together
+REAP_SECONDS = 5.0  # between two looks whether a srun has ended that says nothing
 LEAVE_SECONDS = 3.0  # for agents to say goodbye at the end
 MAX_ENDED = 5  # ended jobs that Slurm is asked about after each look, and at once
 # after the agents of a job have left, Slurm is asked whether it has ended
@@ -2963,6 +2964,14 @@ SLOW_WORDS = (
     r"|temporarily unable|Resource temporarily unavailable"
 )
 STEP_NAME = "sentinel"  # of ours, as squeue and sacct show it
+# between two tries to reach the herd again: a second, doubled up to this
+MAX_AWAY_SECONDS = 15.0
+CONNECT_SECONDS = 20  # for ssh to reach the login node again
+SSH_FAILED = 255  # the exit code of ssh where it has not begun, ssh(1)
+# ssh's words where somebody would have to type something.  ssh(1), sshconnect2.c of OpenSSH
+REFUSED_WORDS = (
+    r"Permission denied|Too many authentication failures|verification failed"
+)
 
 ENDED_STATES = (
     "COMPLETED",
@@ -3032,6 +3041,7 @@ def pack_text(text: bytes) -> bytes:
     return b"%d\n%s" % (len(packed), packed)
 
 
+@functools.lru_cache(maxsize=1024)  # squeue tells the same again and again
 def parse_time(text: str) -> Optional[float]:
     """Return the time.time() of 2026-11-27T13:41:00, local time; None for N/A."""
     try:
@@ -3305,9 +3315,9 @@ def read_pipe(pipe: Any) -> bytes:
     with contextlib.suppress(OSError, ValueError):
         while True:
             chunk = os.read(pipe.fileno(), FILE_BYTES)
-            if not chunk:
-                break
             chunks.append(chunk)
+            if len(chunk) < FILE_BYTES:
+                break
     return b"".join(chunks)
 
 
@@ -3335,7 +3345,7 @@ class Step:
             if not name.startswith(("SLURM", "SBATCH", "SALLOC"))
             or name == "SLURM_CONF"
         }
-        self.process: Any = subprocess.Popen(
+        process: Any = subprocess.Popen(
             command,
             env=environ,
             stdin=subprocess.PIPE,
@@ -3343,11 +3353,16 @@ class Step:
             stderr=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C on the terminal is for the herd alone
         )
-        unblock(self.process.stdin, self.process.stdout, self.process.stderr)
+        unblock(process.stdin, process.stdout, process.stderr)
+        self.process = process
+        self.out: int = process.stdout.fileno()
+        self.error: int = process.stderr.fileno()
         self.unsent = pack_text(text)
 
     def feed(self) -> None:
         """Write what srun has not taken yet of the agent's text; its stdin stays open."""
+        if not self.unsent:
+            return
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
             while self.unsent:
                 count = os.write(self.process.stdin.fileno(), self.unsent)
@@ -3355,7 +3370,6 @@ class Step:
 
     def read(self) -> Iterable[bytes]:
         """Yield the whole lines that have come, as the herd prints them."""
-        self.words = (self.words + read_pipe(self.process.stderr))[-FILE_BYTES:]
         lines = (self.rest + read_pipe(self.process.stdout)).split(b"\n")
         self.rest = lines.pop()[-FILE_BYTES:]
         for line in lines:
@@ -3397,6 +3411,10 @@ class Step:
         self.process.wait()
         for pipe in (self.process.stdout, self.process.stderr):
             pipe.close()
+
+    def hear(self) -> None:
+        """Take note of what srun says."""
+        self.words = (self.words + read_pipe(self.process.stderr))[-FILE_BYTES:]
 
     def reason(self) -> str:
         """Return the last line that srun said of its end."""
@@ -3516,6 +3534,7 @@ class Herd:
         self.text = text
         self.jobs: Dict[str, Job] = {}  # by raw id
         self.look_at = 0.0
+        self.reap_at = 0.0
         self.looking: Optional[Question] = None
         self.asking: List[Tuple[Job, Question]] = []  # how jobs ended
         self.has_accounting = True  # until sacct says otherwise
@@ -3526,6 +3545,7 @@ class Herd:
     def run(self) -> int:
         """Herd until the relay is gone; return the exit code."""
         note_signals(self.signals)
+        os.set_blocking(1, False)
         self.put(b"\n" + GREETING)
         try:
             while self.relay_lives():
@@ -3542,10 +3562,8 @@ class Herd:
         busy = (
             self.looking
             or self.asking
-            or any(
-                job.question or job.ask_at or any(not step.lines for step in job.steps)
-                for job in self.jobs.values()
-            )
+            or any(job.question or job.ask_at for job in self.jobs.values())
+            or not all(step.lines for step in self.steps())
         )
         poll = select.poll()
         poll.register(0, select.POLLIN)
@@ -3560,11 +3578,41 @@ class Herd:
     def put(self, line: bytes) -> None:
         """Write a line for the relay; the herd ends when nobody takes it."""
         data = line + b"\n"
+        if signal.SIGPIPE in self.signals:
+            return
         try:
             while data:
-                data = data[os.write(1, data) :]
+                try:
+                    data = data[os.write(1, data) :]
+                except BlockingIOError:
+                    if not self.is_taken():
+                        raise
         except OSError:
             self.signals.append(signal.SIGPIPE)
+
+    def is_taken(self) -> bool:
+        """Wait until our output takes more; False when the relay has been silent for too long.
+
+        Behind a cable that is cut sshd takes as much as its window holds, and then nothing.
+        """
+        poll = select.poll()
+        poll.register(0, select.POLLIN)
+        poll.register(1, select.POLLOUT)
+        while time.monotonic() - self.heard < DEAF_SECONDS:
+            ready = dict(poll.poll(GATHER_SECONDS * 1000))
+            if 0 in ready:
+                if os.read(0, FILE_BYTES):
+                    self.heard = time.monotonic()
+                else:
+                    poll.unregister(0)  # it closes, and still takes our last lines
+            if 1 in ready:
+                return True
+        return False
+
+    def put_lines(self, lines: List[bytes]) -> None:
+        """Write lines at once: each time wakes the relay, or ssh and all that is behind it."""
+        if lines:
+            self.put(b"\n".join(lines))
 
     def say(self, words: str) -> None:
         """Tell the user something, once."""
@@ -3736,21 +3784,45 @@ class Herd:
 
     def pass_lines(self) -> None:
         """Send on what the agents wrote, and see which steps have ended."""
+        now = time.monotonic()
+        is_time = now >= self.reap_at
+        if is_time:
+            self.reap_at = now + REAP_SECONDS
+        speaking = self.speaking()
+        lines: List[bytes] = []
         for job in self.jobs.values():
             for step in list(job.steps):
+                is_quiet = step.out not in speaking and step.error not in speaking
+                if is_quiet and step.lines and not is_time:
+                    continue
                 step.feed()
-                lines = list(step.read())
-                if lines:
-                    self.put(b"\n".join(lines))
+                if step.out in speaking:
+                    lines += step.read()
                     if all(other.has_left() for other in job.steps):
                         job.expect_end()
+                if step.error in speaking:
+                    step.hear()
                 if step.lines:
                     job.take_answer()
-                late = not step.lines and time.monotonic() - step.since > step.patience
+                late = not step.lines and now - step.since > step.patience
                 if step.process.poll() is not None or late:
-                    for line in step.read():
-                        self.put(line)
+                    step.hear()
+                    self.put_lines(lines + list(step.read()))
+                    lines = []
                     self.end_step(job, step, late)
+        self.put_lines(lines)
+
+    def steps(self) -> List[Step]:
+        """Return the steps of all jobs."""
+        return [step for job in self.jobs.values() for step in job.steps]
+
+    def speaking(self) -> Set[int]:
+        """Return the descriptors of the steps that hold something: most of them do not."""
+        poll = select.poll()
+        for step in self.steps():
+            poll.register(step.out, select.POLLIN)
+            poll.register(step.error, select.POLLIN)
+        return {pipe for pipe, _ in poll.poll(0)}
 
     def end_step(self, job: Job, step: Step, late: bool) -> None:
         """Take leave of a step; one that never told anything moves the job on a rung."""
@@ -3863,7 +3935,7 @@ class Herd:
 
     def leave(self) -> None:
         """Let the agents say goodbye, then end what is left."""
-        steps = [step for job in self.jobs.values() for step in job.steps]
+        steps = self.steps()
         for step in steps:
             step.release()
         deadline = time.monotonic() + LEAVE_SECONDS
@@ -3980,6 +4052,7 @@ class Relay:
         self, command: List[str], text: bytes, dial: Callable[[], Line]
     ) -> None:
         self.command = command
+        self.is_ssh = command[0] == "ssh"
         self.text = text
         self.dial = dial
         self.lines: Dict[str, Line] = {}  # by the herd's key
@@ -3987,6 +4060,7 @@ class Relay:
         self.untold: Dict[str, Sample] = {}  # what of it the master has not heard yet
         self.refresh_at = 0.0
         self.said: Set[str] = set()
+        self.told_ends: Set[str] = set()  # why the herd ended, since it spoke last
         self.signals: List[int] = []
         self.rest = b""
         self.greeted = False  # the herd has begun to speak
@@ -4069,7 +4143,6 @@ class Relay:
         note_signals(self.signals)
         backoff = BACKOFF_SECONDS
         while not self.signals:
-            begun = time.monotonic()
             status, words = self.run_herd(first)
             heard = bool(self.known or self.lines)
             for key in list(self.lines):
@@ -4077,15 +4150,33 @@ class Relay:
             if self.signals:
                 break
             if first and not heard and status:
-                log("error: %s" % (words or "the herd ended with %d" % status))
+                reason = words or "the herd ended with %d" % status
+                if self.is_ssh and status == SSH_FAILED:
+                    reason += ": first see that `ssh %s true` works" % self.command[-2]
+                log("error: %s" % reason)
                 return 1
             first = False
-            if time.monotonic() - begun > RETRY_SECONDS / 10:
+            if self.greeted:
                 backoff = BACKOFF_SECONDS
-            log("%s: trying again in %.0f s" % (words or "the herd ended", backoff))
-            self.pause(backoff)
-            backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+                self.told_ends = set()
+            is_refused = self.is_ssh and re.search(REFUSED_WORDS, words)
+            self.tell_end(words or "the herd ended", bool(is_refused))
+            self.pause(RETRY_SECONDS if is_refused else backoff)
+            backoff = min(2 * backoff, MAX_AWAY_SECONDS)
         return 0
+
+    def tell_end(self, words: str, is_refused: bool) -> None:
+        """Say why the herd has ended: the same once until it has spoken again."""
+        if words in self.told_ends:
+            return
+        self.told_ends.add(words)
+        following = "trying again until it answers"
+        if is_refused:
+            following = (
+                "nothing is asked for in the background: start it again to log in, or give ssh "
+                "a key; it is tried again every %.0f minutes" % (RETRY_SECONDS / 60)
+            )
+        log("%s: %s" % (words, following))
 
     def pause(self, seconds: float) -> None:
         """Wait so long, or for a signal."""
@@ -4098,8 +4189,10 @@ class Relay:
         import subprocess
 
         command = list(self.command)
-        if command[0] == "ssh" and not first:
-            command[1:1] = ["-o", "BatchMode=yes"]  # never ask for a password by itself
+        if self.is_ssh and not first:
+            # never ask for a password by itself, nor wait for minutes for a dead end
+            timeout = "ConnectTimeout=%d" % CONNECT_SECONDS
+            command[1:1] = ["-o", "BatchMode=yes", "-o", timeout]
         try:
             herd: Any = subprocess.Popen(
                 command,

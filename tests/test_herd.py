@@ -504,6 +504,57 @@ class Ladder(unittest.TestCase):
         self.assertEqual(facts["directory"], "/scratch/my fit")
 
 
+class Away(unittest.TestCase):
+    """What the relay does after a cut, until ssh reaches the herd again."""
+
+    def away(self, *ends):
+        """(lines of the log, pauses) where ssh ends so: (its last words, had the herd spoken?)."""
+        relay = agent.Relay(["ssh", "login"], b"", mock.Mock())
+        ends = list(ends)
+        pauses = []
+
+        def run_herd(first):
+            self.assertEqual(first, not pauses)
+            if not ends:
+                relay.signals.append(signal.SIGTERM)
+                return 0, ""
+            words, relay.greeted = ends.pop(0)
+            relay.lines = {"7.1-0.0": mock.Mock()} if relay.greeted else {}
+            return 255, words
+
+        with mock.patch.object(relay, "run_herd", run_herd), mock.patch.object(
+            relay, "pause", pauses.append
+        ), mock.patch.object(agent, "log") as log:
+            self.assertEqual(relay.run(), 0)
+        return [call[0][0] for call in log.call_args_list], pauses
+
+    def test_why_it_is_away_is_told_once_until_the_herd_has_spoken_again(self):
+        cut, dead = "Timeout, server login not responding.", "No route to host"
+        lines, pauses = self.away(
+            (cut, True), *6 * [(dead, False)], (cut, True), (dead, False)
+        )
+        following = ": trying again until it answers"
+        self.assertEqual(lines, 2 * [cut + following, dead + following])
+        self.assertEqual(pauses, [1, 2, 4, 8, 15, 15, 15, 1, 2])
+
+    def test_where_somebody_would_have_to_type_it_is_tried_every_five_minutes(self):
+        refused = "me@login: Permission denied (publickey,keyboard-interactive)."
+        lines, pauses = self.away(("Timeout", True), *3 * [(refused, False)])
+        self.assertEqual(pauses, [1, 300, 300, 300])
+        self.assertEqual(len(lines), 2)
+        self.assertIn(refused + ": nothing is asked for in the background", lines[1])
+        self.assertIn("again every 5 minutes", lines[1])
+
+    def test_only_the_first_ssh_may_ask_and_only_later_ones_have_no_time(self):
+        relay = agent.Relay(agent.herd_command([], "login"), b"", mock.Mock())
+        for first in (True, False):
+            with mock.patch("subprocess.Popen", side_effect=OSError(2, "no")) as ssh:
+                relay.run_herd(first)
+            words = " ".join(ssh.call_args[0][0])
+            for option in ("BatchMode=yes", "ConnectTimeout=20"):
+                self.assertEqual(option in words, not first, words)
+
+
 class Watching(unittest.TestCase):
     def setUp(self):
         self.slurm = Slurm(self)
@@ -623,6 +674,22 @@ class LoginShells(Watching):
             self.assertEqual(watcher.wait(BUSY), 1)
             self.assertIn("error: This account may only use sftp.", watcher.log)
 
+    def test_what_ssh_itself_complains_of_is_one_line_with_the_cure(self):
+        ssh = self.slurm.write(
+            "ssh",
+            "#!/bin/sh\necho hm >&2\n"
+            "echo ssh: Could not resolve hostname login: Name not known >&2\nexit 255\n",
+        )
+        os.chmod(ssh, stat.S_IRWXU)
+        with self.slurm.watch(self.master, "--ssh", "me@login") as watcher:
+            self.assertEqual(watcher.wait(BUSY), 1)
+            (line,) = watcher.log.splitlines()
+        self.assertRegex(
+            line,
+            "error: ssh: Could not resolve hostname login: Name not known: "
+            "first see that `ssh me@login true` works$",
+        )
+
 
 class Herding(Watching):
     def test_a_running_job_is_there_with_what_its_step_does_not_know(self):
@@ -630,6 +697,7 @@ class Herding(Watching):
         self.slurm.write("job.7", details(nodes=["c1", "c2"]))
         self.watch()
         eventually(lambda: self.rows() == [("c1", "7"), ("c2", "7")])
+        eventually(lambda: nodes(self.master.page)[0]["job_time_left"])
         node = nodes(self.master.page)[0]
         self.assertEqual((node["job_name"], node["job_cpus"]), ("train|it", 2))
         self.assertAlmostEqual(node["job_time_left"], 500, delta=30)
@@ -816,6 +884,23 @@ class Herding(Watching):
         watcher.send_signal(signal.SIGCONT)
         eventually(lambda: self.rows() == [("c1", "7")])
         self.assertNotEqual(support.descendants(watcher.pid), family)
+
+    def test_a_herd_whose_output_nobody_takes_ends(self):
+        """Behind a cable that is cut ssh takes as much as its window holds, and then nothing."""
+        self.slurm = Slurm(self, DEAF_SECONDS=2.0)
+        queue = "".join(row(str(number), "PENDING") for number in range(1000))
+        self.slurm.write("queue", queue)
+        path = self.slurm.folder + os.pathsep + os.environ["PATH"]
+        herd = subprocess.Popen(
+            [sys.executable, self.slurm.agent, "--herd"],
+            env=dict(os.environ, PATH=path),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.addCleanup(herd.communicate)
+        self.addCleanup(herd.kill)
+        self.assertEqual(herd.wait(BUSY), 0)
+        self.assertTrue(self.slurm.calls("squeue"))
 
     @support.slow("another Python")
     def test_the_oldest_python_herds_and_is_all_that_a_node_has(self):
