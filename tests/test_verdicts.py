@@ -187,6 +187,13 @@ DOZED = [
     for moment, _ in flat(0, 600)
 ]
 
+# three points on each step, and the straight line through them
+STAIRS = [
+    (moment, (1.0 + 0.2 * (k // 3)) * GB) for k, (moment, _) in enumerate(flat(0, 390))
+]
+# memory as a collector of garbage leaves it: up, and back again
+SAWTOOTH = ramp(0.4 * GB, 1.82 * GB, 1000)[:-10] + ramp(0.4 * GB, 1.7 * GB, 90)
+
 # ---- sick jobs: name -> (evidence, the rule, what its line says) -----------------------
 
 BOUND = [rank(k, cpu=25.0, cpus="0") for k in range(4)]
@@ -217,6 +224,22 @@ SICK = {
         job(node("c1"), node("c2", job_cpu=0.0)),
         "idle_nodes",
         r"! 1 of 2 nodes idle for .*: c2: c1 uses 4\.0 of 4 CPUs",
+    ),
+    "2 of 16 CPUs at work": (
+        job(node(job_cpus=16, job_cpu=flat(12.5, 400))),
+        "idle_cpus",
+        r"\. at most 2 of 16 CPUs of c1 at work for 5 min: .*-> --cpus-per-task=2",
+    ),
+    "three ranks on 16 CPUs": (
+        job(
+            node(
+                job_cpus=16,
+                job_cpu=flat(18.7, 400),
+                ranks=[rank(k, 99.0, "0-15") for k in range(3)],
+            )
+        ),
+        "idle_cpus",
+        r"\. at most 3 of 16 CPUs of c1 at work for 5 min: .*-> --ntasks=3",
     ),
     "everything asleep": (
         job(asleep("c1", job_cpu=0.1), asleep("c2")),
@@ -251,6 +274,16 @@ SICK = {
         ),
         "many_threads",
         r"! 8 threads take turns on 4 CPUs of c1: .*-> export OMP_NUM_THREADS=2",
+    ),
+    "a build with far more compilers than CPUs": (
+        job(
+            node(
+                ranks=[rank(k, 20.0, program="cc1plus") for k in range(20)],
+                psi_cpu=99.0,
+            )
+        ),
+        "many_threads",
+        r"! 20 threads take turns on 4 CPUs of c1: .*-> make -j4 ",
     ),
     "a few more threads than CPUs": (
         job(node(ranks=[rank(0, 400.0, running=5)], load1=4.8)),
@@ -303,6 +336,21 @@ SICK = {
         r"! memory of c1 grows steadily: at this pace it is full in 30 s: 3 GB of 4 GB, 2 GB more"
         r" a minute for 60 s; rank 3 \(my_app\) had 2\.5 GB, the others at most 0\.2 GB"
         r"  -> --mem=5G ",
+    ),
+    "a leak with each step of a loop, every 30 s": (
+        job(node(job_mem=STAIRS, job_mem_limit=4 * GB)),
+        "memory_grows",
+        r"! memory of c1 grows steadily: .* more a minute for 5 min",
+    ),
+    "a leak beyond what was used and given back before": (
+        job(
+            node(
+                job_mem=flat(2.5 * GB, 200)[:-7] + ramp(1.0 * GB, 3.0 * GB, 60),
+                job_mem_limit=4 * GB,
+            )
+        ),
+        "memory_grows",
+        r"! memory of c1 grows steadily: at this pace it is full in 30 s",
     ),
     "memory nearly full": (
         job(node(job_mem=0.97 * 2 * GB)),
@@ -640,7 +688,215 @@ DEAD = {
     ),
 }
 
+
+def before_it(known, *curves):
+    """A node whose curves begin with these points, of a run before this one."""
+    kept = dict(known.curves)
+    for key, curve in curves:
+        kept[key] = curve + kept[key]
+    return known._replace(curves=kept)
+
+
+def long_ago(known, seconds):
+    """A node that has not been heard of for so long, though nothing told of its end."""
+    curves = {
+        key: [(moment - seconds, value) for moment, value in curve]
+        for key, curve in known.curves.items()
+    }
+    return known._replace(curves=curves)
+
+
+STARTED = {"start": NOW - 300}
+LONG_GPU = {"gpu": flat(0, 900), "gpu_min": flat(0, 900)}
+# healthy jobs: name -> evidence.  Of the first ones only their processes tell that they are
+KNOWN_BY_PROCESSES = {
+    "Jupyter under python3, its kernel idle": job(
+        asleep(
+            ranks=[
+                rank(0, 0.0, state="S", running=0, program="bash", step="batch"),
+                rank(1, 0.3, state="S", running=0, program="jupyter-lab", step="batch"),
+                rank(2, 0.0, state="S", running=0, program="ipykernel_launcher"),
+            ],
+            job_cpu=flat(0.2, 900),
+            job_mem_limit=64 * GB,
+            **LONG_NO_IO,
+        )
+    ),
+    "a notebook with a GPU whose user thinks": job(
+        asleep(
+            ranks=[rank(0, 0.0, program="ipykernel_launcher", state="S", running=0)],
+            job_cpu=flat(0.2, 900),
+            gpus=[unused(0)],
+            **LONG_GPU,
+            **LONG_NO_IO,
+        ),
+        gpus=1,
+    ),
+    "python in the shell of srun --pty bash, its user thinks": job(
+        asleep(
+            ranks=[
+                rank(0, 0.0, program="-bash", step="0", state="S", running=0),
+                rank(1, 0.0, program="python3", step="0", state="S", running=0),
+            ],
+            job_cpu=flat(0, 900),
+            job_mem_limit=64 * GB,
+            **LONG_NO_IO,
+        )
+    ),
+    "gdb in the shell of salloc": job(
+        asleep(
+            ranks=[
+                rank(0, 0.0, program="tmux: server", step="interactive"),
+                rank(1, 0.0, program="gdb", step="interactive"),
+            ],
+            job_cpu=flat(0, 900),
+            **LONG_NO_IO,
+        )
+    ),
+    "a shell of a login": job(
+        asleep(
+            ranks=[rank(0, 0.0, program="-bash", state="S", running=0)],
+            job_cpu=flat(0, 900),
+            **LONG_NO_IO,
+        )
+    ),
+    "it waits for a licence, and asks again every 30 s": job(
+        asleep(
+            ranks=[
+                rank(0, 0.0, program="bash", step="batch", wchan="do_wait"),
+                rank(1, 0.0, program="solver", wchan="hrtimer_nanosleep", state="S"),
+            ],
+            job_cpu=flat(0.1, 280),
+        )
+    ),
+    "a configure script before a parallel build": job(
+        node(job_cpu=flat(25, 200), ranks=[rank(0, 96.0, program="configure")])
+    ),
+    "a library is linked by one thread for minutes": job(
+        node(
+            job_cpu=flat(26, 200),
+            ranks=[rank(0, 0.1, program="make"), rank(1, 99.0, program="ld")],
+        )
+    ),
+    "data are unpacked before the parallel part": job(
+        node(job_cpu=flat(25, 250), job_write=5e7, ranks=[rank(0, 97.0, program="tar")])
+    ),
+    "a parallel build that uses few of many CPUs for a while": job(
+        node(
+            job_cpus=32,
+            job_cpu=flat(7, 400),
+            ranks=[rank(k, 99.0, program="cc1plus") for k in range(2)],
+        )
+    ),
+    "MPI ranks whose progress threads run now and then": job(
+        node(
+            job_cpus=8,
+            job_cpu=50.0,
+            psi_cpu=6.0,
+            ranks=[rank(k, 99.0, str(k), running=2, threads=3) for k in range(4)],
+        )
+    ),
+    "MPI ranks with progress threads on CPUs of their own": job(
+        node(
+            job_cpus=8,
+            job_cpu=60.0,
+            psi_cpu=2.0,
+            ranks=[rank(k, 118.0, "%d,%d" % (k, k + 4), running=2) for k in range(4)],
+        )
+    ),
+    "a mapped file that is read at random: a look finds nobody waiting": job(
+        asleep(psi_io=35.0, job_cpu=1.5)
+    ),
+    "one of four GPUs validates what all have learnt": job(
+        node(
+            gpus=[gpu(0), *[gpu(k, 0.0) for k in (1, 2, 3)]],
+            gpu=flat(20, 1200),
+            gpu_min=flat(85, 1200)[:-60] + flat(0, 590),
+        ),
+        gpus=4,
+    ),
+    "a data loader that starts: it reads an index of files": job(
+        node(
+            job_cpu=8.0,
+            job_read=flat(5e6, 900),
+            gpus=[unused(0)],
+            ranks=[rank(0, 30.0, state="S", read=5e6)],
+            **LONG_GPU,
+        ),
+        gpus=1,
+    ),
+    "data are copied to the node's own disk before the GPU works": job(
+        node(
+            job_cpu=10.0,
+            job_read=flat(2e8, 900),
+            job_write=flat(2e8, 900),
+            gpus=[unused(0)],
+            ranks=[rank(0, 40.0, program="rsync")],
+            **LONG_GPU,
+        ),
+        gpus=1,
+    ),
+    "memory in saw teeth: what grows is given back": job(
+        node(job_mem=SAWTOOTH, job_mem_limit=2 * GB)
+    ),
+    "a cluster of workers that wait for tasks": job(
+        asleep(
+            ranks=[rank(k, 0.5, program="dask worker", state="S") for k in range(4)],
+            job_cpu=flat(0.5, 900),
+            **LONG_NO_IO,
+        )
+    ),
+}
 HEALTHY = {
+    "a mapped file, larger than the limit of memory": job(
+        node(
+            job_mem=0.3 * GB,
+            job_cache=1.6 * GB,
+            job_mem_peak=2 * GB,
+            ranks=[rank(0, 390.0, mem=1.9 * GB, running=4)],
+        )
+    ),
+    "a task of an array that takes 40 s": ended(
+        "COMPLETED",
+        node(job_cpus=1, job_mem=flat(0.2 * GB, 30), job_mem_limit=8 * GB),
+        job="4711_7",
+        raw="4718",
+        start=NOW - 100,
+        limit=3600.0,
+    ),
+    "requeued, and it runs again on another node": job(
+        long_ago(node("c1", oom_kill=1, lost=NOW - 400), 400),
+        node("c2", job_cpu=flat(100, 290)),
+        nodes=1,
+        **STARTED,
+    ),
+    "requeued, and it runs again on one of two nodes that said goodbye": job(
+        long_ago(node("c1", job_time_left=10.0, job_time_limit=5400.0), 900),
+        node("c2", job_cpu=flat(100, 290), job_time_left=5000.0, job_time_limit=5400.0),
+        events=[left("SIGTERM", "c1", ago=900)],
+        nodes=1,
+        **STARTED,
+    ),
+    "requeued, and it runs again on the same node": ended(
+        "COMPLETED",
+        before_it(
+            node(job_mem=flat(GB, 120)), ("job_mem", [(NOW - 3000, 1.95 * GB)] * 9)
+        ),
+        start=NOW - 400,
+        limit=400.0,
+    ),
+    "a part of a heterogeneous job waits for the others": job(
+        asleep(job_cpu=flat(0, 900), **LONG_NO_IO), job="4711+2", raw="4713"
+    ),
+    "suspended, and resumed a while ago": job(
+        node(job_cpu=flat(100, 900)[:-40] + flat(0, 20), job_mem=flat(GB, 900)[:-40])
+    ),
+    "memory that was freed later": job(
+        node(
+            job_mem=flat(1.7 * GB, 300) + ramp(1.7 * GB, 0.2 * GB, 60),
+            job_mem_limit=2 * GB,
+        )
+    ),
     "I/O only": job(
         node(
             job_cpu=1.0,
@@ -963,7 +1219,7 @@ class Sick(unittest.TestCase):
 
 class Healthy(unittest.TestCase):
     def test_a_healthy_job_is_fine_and_nothing_else(self):
-        for name, evidence in HEALTHY.items():
+        for name, evidence in {**KNOWN_BY_PROCESSES, **HEALTHY}.items():
             with self.subTest(name):
                 verdicts = diagnose(evidence)
                 self.assertEqual({verdict.severity for verdict in verdicts}, {"fine"})
@@ -1067,6 +1323,53 @@ def uneven(*shares, seconds=400):
     )
 
 
+def timed():
+    """A program that sleeps until a time."""
+    return [rank(0, 0.0, state="S", running=0, wchan="hrtimer_nanosleep")]
+
+
+def stairs(seconds, last=()):
+    """The last seconds of a leak in steps; its last point may be another."""
+    points = STAIRS[-1 - seconds // 10 :]
+    points = points[:-1] + list(last) if last else points
+    return job(node(job_mem=points, job_mem_limit=4 * GB))
+
+
+def grown_again(before, least=2.4):
+    """A job whose memory grows to 3 GB, and had once been that many."""
+    points = flat(before * GB, 200)[:-7] + ramp(least * GB, 3.0 * GB, 60)
+    return job(node(job_mem=points, job_mem_limit=4 * GB))
+
+
+def few(percent, seconds=400, name="c1", job_cpus=16, **more):
+    """A job that has always used so much of its CPUs."""
+    return job(node(name, job_cpus=job_cpus, job_cpu=flat(percent, seconds), **more))
+
+
+def spinning(count):
+    """A rank with so many threads on one CPU."""
+    return [rank(0, 100.0, "0", running=count)]
+
+
+def written(program, **more):
+    """The job that one program of that name is, on one of four CPUs."""
+    return job(node(job_cpu=25.0, ranks=[rank(0, 99.0, program=program)], **more))
+
+
+def all_idle(seconds, **more):
+    """A GPU that no program has opened for so long, and CPUs without work."""
+    known = {"gpus": [unused(0)], "gpu": flat(0, seconds), "job_cpu": 2.0, **more}
+    return job(node(**known), gpus=1)
+
+
+def some_idle(seconds, before):
+    """One of two GPUs idle for so long, though a program holds it; so many points of work."""
+    points = [(NOW - seconds - 10 * (before - k), 50.0) for k in range(before)]
+    return job(
+        node(gpus=[gpu(0), gpu(1, 0.0)], gpu=45, gpu_min=points + flat(0, seconds))
+    )
+
+
 EDGES = {
     "serial": (
         (job(node(job_cpu=21.5)), job(node(job_cpu=21.0))),
@@ -1095,8 +1398,40 @@ EDGES = {
             job(node("c1", job_cpu=25.0), node("c2", job_cpu=25.0)),
             job(node("c1", job_cpu=25.0), node("c2", job_cpu=60.0)),
         ),
+        (written("makers"), written("make")),
+        (
+            job(node(job_cpu=flat(25, 300), ranks=[rank(0, program="make")])),
+            job(node(job_cpu=flat(25, 280), ranks=[rank(0, program="make")])),
+        ),
+    ),
+    "idle_cpus": (
+        (few(12.5), few(12.5, job_cpus=8, seconds=200)),
+        (few(12.5, seconds=300), few(12.5, seconds=280)),
+        (few(6.9), few(6.8)),
+        (few(40.0), few(40.1)),
+        (few(12.5), few(12.5, gpus=[gpu(0)])),
+        (few(12.5), few(12.5)._replace(facts={"nodes": 2})),
+        (few(12.5), few(12.5, ranks=[rank(0, program="make")])),
+        (few(12.5), few(12.5, ranks=[rank(0, program="mysqld")])),
+        (few(12.5), job(*few(12.5).nodes, job="4711+1")),
+        (
+            job(*few(12.5).nodes, *few(12.5, name="c2").nodes),
+            job(*few(12.5).nodes, *few(90.0, name="c2").nodes),
+        ),
+        (
+            few(12.5),
+            job(node(job_cpus=16, job_cpu=[(NOW - 900, 90.0), *flat(12.5, 400)])),
+        ),
     ),
     "few_cpus": (
+        (
+            job(node(job_cpu=25.0, psi_cpu=50.0, ranks=spinning(2))),
+            job(node(job_cpu=25.0, psi_cpu=49.0, ranks=spinning(2))),
+        ),
+        (
+            job(node(job_cpu=25.0, psi_cpu=0.0, ranks=BOUND)),
+            job(node(job_cpu=25.0, psi_cpu=0.0, ranks=spinning(2))),
+        ),
         (job(node(job_cpu=25.0, ranks=BOUND)), job(node(job_cpu=95.0, ranks=BOUND))),
         (job(node(job_cpu=25.0, ranks=BOUND)), job(node(job_cpu=20.0, ranks=BOUND))),
         (
@@ -1200,6 +1535,23 @@ EDGES = {
         (job(asleep()), job(asleep(ranks=[rank(0, 0.0, program="jupyter-lab")]))),
         (job(asleep()), job(asleep(ranks=[rank(0, 0.0, state="D")]))),
         (
+            job(asleep(job_cpu=flat(0, 300), ranks=timed())),
+            job(asleep(job_cpu=flat(0, 280), ranks=timed())),
+        ),
+        (
+            job(asleep(ranks=[rank(0, 0.0, program="bash", step="batch"), rank(1)])),
+            job(asleep(ranks=[rank(0, 0.0, program="bash", step="0"), rank(1)])),
+        ),
+        (
+            job(asleep(ranks=[rank(0, 0.0, step="0")])),
+            job(asleep(ranks=[rank(0, 0.0, step="interactive")])),
+        ),
+        (job(asleep(psi_io=19.0)), job(asleep(psi_io=20.0))),
+        (
+            job(asleep(psi_io=flat(30, 120)[:-1] + [(NOW, 0.0)])),
+            job(asleep(psi_io=flat(30, 30))),
+        ),
+        (
             job(asleep(job_cpu=paused(150, 310), **LONG_NO_IO)),
             job(asleep(job_cpu=paused(180, 310), **LONG_NO_IO)),
         ),
@@ -1292,6 +1644,15 @@ EDGES = {
             job(node(gpus=[gpu(0), gpu(1, 0.0)], gpu=45, gpu_min=flat(0, 300))),
             job(node(gpus=[gpu(0), gpu(1, 0.0)], gpu=45, gpu_min=flat(0, 280))),
         ),
+        (all_idle(300), all_idle(280)),
+        (
+            all_idle(300, job_read=flat(1e5, 900)),
+            all_idle(300, job_read=flat(1.1e5, 900)),
+        ),
+        (all_idle(1200, job_write=1e8), all_idle(1180, job_write=1e8)),
+        (all_idle(300), all_idle(300, ranks=[rank(0, program="ipykernel_launcher")])),
+        (some_idle(300, 2), some_idle(300, 3)),
+        (some_idle(1200, 9), some_idle(1180, 9)),
         (
             job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 1200))),
             job(node(gpus=[{"index": 0, "mig": "1g.10gb"}], gpu=flat(0, 1200))),
@@ -1335,6 +1696,10 @@ EDGES = {
         (leak(1.0, 2.0, 3.9), leak(1.0, 1.9, 4.0)),
         (leak(2.9, 3.0, 3.9), leak(2.9, 3.0, 4.1)),
         (leak(1.0, 3.0, 4.0, 60), leak(1.0, 3.0, 4.0, 40)),
+        (stairs(390), stairs(280)),
+        (stairs(390), stairs(390, [(NOW, 3.3 * GB)])),
+        (grown_again(2.85), grown_again(2.87)),
+        (grown_again(2.9, 2.62), grown_again(2.9, 2.6)),
         (
             job(node(job_mem=LOADED, job_mem_limit=4 * GB, job_read=0.01 * GB)),
             job(node(job_mem=LOADED, job_mem_limit=4 * GB, job_read=0.02 * GB)),
@@ -1428,6 +1793,14 @@ EDGES = {
         (peers(3, 1, 3, 3), with_fewer_ranks(peers(3, 1, 3, 3), "c2")),
     ),
     "node_silent": (
+        (
+            job(node("c1"), silent("c2", 30), start=NOW - 120),
+            job(node("c1"), long_ago(silent("c2", 30), 300), start=NOW - 120),
+        ),
+        (
+            job(long_ago(silent("c1", 50), 300), nodes=1, start=NOW + 60),
+            job(node("c1"), long_ago(silent("c2", 30), 300), start=NOW - 60),
+        ),
         (job(node("c1"), silent("c2", 5)), job(node("c1"), silent("c2", 4))),
         (job(silent("c1", 45)), job(silent("c1", 44))),
         (
@@ -1460,6 +1833,10 @@ EDGES = {
             job(node(job_mem=flat(61 * GB, 40), job_mem_limit=256 * GB)),
         ),
         (grown(61, 256), grown(61, 256)._replace(facts={"nodes": 2})),
+        (
+            grown(61, 256, ranks=[rank(0, 400.0, running=4)]),
+            grown(61, 256, ranks=[rank(0, 400.0, running=4, program="jupyter-lab")]),
+        ),
         (
             ended("COMPLETED", node(job_mem_limit=256 * GB, lost=NOW - 60)),
             ended("FAILED", node(job_mem_limit=256 * GB)),
@@ -1900,7 +2277,7 @@ class Text(unittest.TestCase):
 
     def test_a_cure_is_safe_to_paste(self):
         commands = {"chmod", "cp", "df", "export", "ls", "mkdir", "module", "sbatch"}
-        commands |= {"scontrol", "set", "srun", "ulimit"}
+        commands |= {"make", "scontrol", "set", "srun", "ulimit"}
         for evidence, _, _ in [*SICK.values(), *DEAD.values()]:
             for verdict in diagnose(evidence):
                 words = shlex.split(verdict.cure, comments=True)
