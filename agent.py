@@ -1564,6 +1564,25 @@ def parse_io(text: str) -> Tuple[int, int]:
     return number(text, "rchar:"), number(text, "wchar:")
 
 
+def program_of(words: List[str]) -> str:
+    """Return what a command line runs; "" for an empty one.
+
+    Of python3 /usr/bin/jupyter-lab that is jupyter-lab, and of python3 -m ipykernel_launcher it
+    is ipykernel_launcher: services are known by their names.  A script of the user's, train.py,
+    is told as python3.
+    """
+    program = os.path.basename(words[0].partition(" ")[0]) if words else ""
+    if not program.startswith("python"):
+        return program
+    for word, following in zip(words[1:], words[2:]):
+        if word == "-m" and following:
+            return following
+        if not word.startswith("-"):
+            is_installed = os.path.basename(os.path.dirname(word)) == "bin"
+            return os.path.basename(word) if is_installed else program
+    return program
+
+
 def parse_wchan(text: str) -> str:
     """Return the kernel's function that a process waits in, "" if it runs or that is hidden."""
     return "" if text in ("", "0") else clip(text.strip())
@@ -1909,8 +1928,7 @@ class Parts:
         if "--lifeline" in words and "--stdout" in words:
             process.is_shown = False
             return
-        program = os.path.basename(words[0].partition(" ")[0]) if words else ""
-        process.facts = {"program": clip(program or name)}
+        process.facts = {"program": clip(program_of(words) or name)}
         with contextlib.suppress(OSError):
             text = self.probe.peek(folder + "environ", ENVIRON_BYTES)
             in_step = process.step not in ("batch", "extern", "interactive")
