@@ -3364,12 +3364,7 @@ def find_many_threads(
         ranks = [rank for rank in node.ranks if rank.get("running")]
         running = sum(rank["running"] for rank in ranks)
         is_full = lasts(node, "job_cpu", case.now, seconds, lambda value: value >= 95)
-        if (
-            is_full
-            and is_crowded(node)
-            and running >= 1.2 * cpus
-            and running >= cpus + 1
-        ):
+        if is_full and is_crowded(node) and running >= 1.2 * cpus:
             yield {
                 "severity": "problem" if running >= 2 * cpus else "advice",
                 "running": int(running),

@@ -1323,6 +1323,32 @@ def uneven(*shares, seconds=400):
     )
 
 
+def sharing(count, cpu):
+    """Ranks on one CPU of which nobody knows how many threads could run."""
+    ranks = [rank(k, cpu, "0") for k in range(count)]
+    for known in ranks:
+        del known["running"]
+    return ranks
+
+
+def gapped(gap):
+    """A serial program that was not seen for so long, 30 s ago."""
+    late = [(NOW - 10 * k, 25.0) for k in (3, 2, 1, 0)]
+    early = [(NOW - 30 - gap - 10 * k, 25.0) for k in (3, 2, 1, 0)]
+    return job(node(job_cpu=early + late))
+
+
+def worked_long_ago(**more):
+    """A job that has done nothing for five minutes, after a minute of work."""
+    known = {"job_cpu": flat(90, 600)[:-32] + flat(0, 310), "job_write": flat(0, 600)}
+    return job(asleep(**known, **more))
+
+
+def holding(megabytes):
+    """A GPU of whose memory so much is in use, and no process is known."""
+    return gpu(1, 0.0, mem_used=megabytes * 2**20, processes=0)
+
+
 def timed():
     """A program that sleeps until a time."""
     return [rank(0, 0.0, state="S", running=0, wchan="hrtimer_nanosleep")]
@@ -1370,8 +1396,17 @@ def some_idle(seconds, before):
     )
 
 
+def dead_of_memory(*sizes):
+    """A job out of memory, whose ranks had so many GB."""
+    ranks = [rank(k, mem=size * GB) for k, size in enumerate(sizes)]
+    return ended("OUT_OF_MEMORY", node(ranks=ranks, job_mem_limit=12 * GB))
+
+
 EDGES = {
     "serial": (
+        (gapped(25), gapped(26)),
+        (job(node(job_cpu=21.25)), job(node(job_cpu=21.24))),
+        (job(node(job_cpu=27.5)), job(node(job_cpu=27.6))),
         (job(node(job_cpu=21.5)), job(node(job_cpu=21.0))),
         (job(node(job_cpu=27.0)), job(node(job_cpu=28.0))),
         (job(node(job_cpu=flat(25, 60))), job(node(job_cpu=flat(25, 40)))),
@@ -1424,6 +1459,22 @@ EDGES = {
         ),
     ),
     "few_cpus": (
+        (
+            job(node(job_cpu=22.5, job_cpus=4, ranks=sharing(2, 45.0))),
+            job(node(job_cpu=22.5, job_cpus=4, ranks=sharing(1, 90.0))),
+        ),
+        (
+            job(node(job_cpu=90.0, ranks=BOUND)),
+            job(node(job_cpu=90.1, ranks=BOUND)),
+        ),
+        (
+            job(node(job_cpu=21.25, ranks=BOUND)),
+            job(node(job_cpu=21.24, ranks=BOUND)),
+        ),
+        (
+            job(node(job_cpu=25.0, ranks=[rank(0, 75.0, "0"), rank(1, 25.0, "0")])),
+            job(node(job_cpu=25.0, ranks=[rank(0, 75.1, "0"), rank(1, 24.9, "0")])),
+        ),
         (
             job(node(job_cpu=25.0, psi_cpu=50.0, ranks=spinning(2))),
             job(node(job_cpu=25.0, psi_cpu=49.0, ranks=spinning(2))),
@@ -1546,7 +1597,15 @@ EDGES = {
             job(asleep(ranks=[rank(0, 0.0, step="0")])),
             job(asleep(ranks=[rank(0, 0.0, step="interactive")])),
         ),
-        (job(asleep(psi_io=19.0)), job(asleep(psi_io=20.0))),
+        (job(asleep(psi_io=19.9)), job(asleep(psi_io=20.0))),
+        (
+            job(asleep(job_cpu=flat(12.4, 600)[:-21] + flat(0, 200), **NO_IO)),
+            job(asleep(job_cpu=flat(12.5, 600)[:-21] + flat(0, 200), **NO_IO)),
+        ),
+        (
+            worked_long_ago(job_read=flat(0, 600)),
+            worked_long_ago(job_read=[(NOW - 290, 2e5), *flat(0, 280)]),
+        ),
         (
             job(asleep(psi_io=flat(30, 120)[:-1] + [(NOW, 0.0)])),
             job(asleep(psi_io=flat(30, 30))),
@@ -1568,6 +1627,10 @@ EDGES = {
         (
             job(node("c1", job_cpu=0, ranks=[rank(0), rank(1)]), node("c2")),
             job(node("c1", job_cpu=0, ranks=[rank(0)]), node("c2")),
+        ),
+        (
+            job(asleep("c1", ranks=[rank(1)]), node("c2")),
+            job(asleep("c1", ranks=[{"pid": 7}]), node("c2")),
         ),
         (
             job(node("c1"), node("c2", job_cpu=0)),
@@ -1615,6 +1678,10 @@ EDGES = {
         (
             job(node(gpus=[gpu(0), unused(1)], gpu=45, gpu_min=0)),
             job(node(gpus=[gpu(0), gpu(1, 0.0)], gpu=45, gpu_min=0)),
+        ),
+        (
+            job(node(gpus=[gpu(0), holding(99.9)], gpu=45, gpu_min=0)),
+            job(node(gpus=[gpu(0), holding(100)], gpu=45, gpu_min=0)),
         ),
         (
             job(node(gpus=[gpu(0), unused(1)], gpu=45, gpu_min=0)),
@@ -1724,6 +1791,7 @@ EDGES = {
     ),
     "memory_near_limit": (
         (grown(0.91, 1), grown(0.90, 1)),
+        (grown(1.801, 2), grown(1.8, 2)),
         (
             job(node(job_mem=flat(1.95 * GB, 20))),
             job(node(job_mem=flat(1.95 * GB, 10))),
@@ -1731,7 +1799,7 @@ EDGES = {
     ),
     "swapping": (
         (job(node(swap=20.0, psi_mem=10.0)), job(node(swap=19.0, psi_mem=10.0))),
-        (job(node(swap=20.0, psi_mem=10.0)), job(node(swap=20.0, psi_mem=9.0))),
+        (job(node(swap=20.0, psi_mem=10.0)), job(node(swap=20.0, psi_mem=9.9))),
         (
             job(node(swap=20.0, psi_mem=flat(10, 60))),
             job(node(swap=20.0, psi_mem=flat(10, 40))),
@@ -1740,6 +1808,18 @@ EDGES = {
     "waits_for_io": (
         (job(node(ranks=waiting(), **IO)), job(node(ranks=waiting(state="S"), **IO))),
         (job(node(ranks=waiting(), **IO)), job(node(ranks=waiting(read=6e6), **IO))),
+        (
+            job(node(ranks=waiting(read=4.9e6), **IO)),
+            job(node(ranks=waiting(read=5e6), **IO)),
+        ),
+        (
+            job(node(ranks=waiting(), **{**IO, "psi_io": 50.0})),
+            job(node(ranks=waiting(), **{**IO, "psi_io": 49.9})),
+        ),
+        (
+            job(node(ranks=waiting(), **{**IO, "job_cpu": 49.9})),
+            job(node(ranks=waiting(), **{**IO, "job_cpu": 50.0})),
+        ),
         (
             job(node(ranks=waiting(), **{**IO, "psi_io": flat(70, 60)})),
             job(node(ranks=waiting(), **{**IO, "psi_io": flat(70, 40)})),
@@ -1789,6 +1869,11 @@ EDGES = {
         (peers(3, 7, 3, 3), peers(7, 3, 3, 3)),
         (peers(3, 7, 3, 3), peers(3, 7, 3)),
         (peers(3, 9, 3, 3), peers(3, 9, 4, 3)),
+        (peers(3, 9, 3.44, 3), peers(3, 9, 3.46, 3)),
+        (peers(2, 9, 2.25, 2), peers(2, 9, 2.375, 2)),
+        (peers(3, 6.01, 3, 3), peers(3, 6, 3, 3)),
+        (peers(3, 1.49, 3, 3), peers(3, 1.5, 3, 3)),
+        (peers(1, 3, 1, 1), peers(0.99, 3, 0.99, 0.99)),
         (peers(3, 9, 3, 3), peers(0.3, 0.9, 0.3, 0.3)),
         (peers(3, 1, 3, 3), with_fewer_ranks(peers(3, 1, 3, 3), "c2")),
     ),
@@ -1880,7 +1965,66 @@ EDGES = {
 }
 
 
+# the same for the words of a verdict: of two jobs, the first has them
+WORDS = (
+    (grown(0.951 * 2, 2), grown(0.95 * 2, 2), r"^! memory of c1 is nearly full"),
+    (crowd(8), crowd(7), r"^! \d threads take turns"),
+    (
+        job(asleep(job_cpu=0.0, job_cpus=3)),
+        job(asleep(job_cpus=2, job_cpu=flat(0, 1250), **LONG_NO_IO)),
+        "^! . CPUs idle",
+    ),
+    (
+        job(node(ranks=[rank(k, 50.0) for k in range(8)], psi_cpu=90.0)),
+        job(node(ranks=[rank(k, 200.0, running=4) for k in range(2)], psi_cpu=90.0)),
+        "OMP_NUM_THREADS=1$",
+    ),
+    (
+        job(node(oom_kill=1, job_mem=1.0 * GB, ranks=[rank(0, mem=1.0 * GB)])),
+        job(node(oom_kill=1, job_mem=1.0 * GB, ranks=[rank(0, mem=0.99 * GB)])),
+        "rank 0 .* had 1 GB",
+    ),
+    (
+        job(node(oom_kill=1, job_mem=ramp(1.0 * GB, 1.03 * GB, 100))),
+        job(node(oom_kill=1, job_mem=ramp(1.0 * GB, 1.015 * GB, 100))),
+        "it grew by",
+    ),
+    (
+        job(node(oom_kill=1, job_mem=ramp(1.0 * GB, 1.5 * GB, 40))),
+        job(node(oom_kill=1, job_mem=ramp(1.0 * GB, 1.5 * GB, 30))),
+        "it grew by",
+    ),
+    (
+        job(node(oom_kill=1, job_mem=ramp(1.0 * GB, 1.5 * GB, 40))),
+        job(node(oom_kill=1, job_mem=wave(1.0 * GB, 1.5 * GB, 40))),
+        "it grew by",
+    ),
+    (
+        dead_of_memory(11.0, 1.0, 0.5),
+        dead_of_memory(10.0, 1.0, 0.5),
+        r"# or distribute: rank 0 holds it all",
+    ),
+    (dead_of_memory(11.0, 1.0, 0.5), dead_of_memory(11.0, 1.0), r"# or distribute"),
+    (
+        ended("FAILED", node(disk_shm=98.0), exit="0:7"),
+        ended("FAILED", node(disk_shm=97.9), exit="0:7"),
+        "its shared memory had no room",
+    ),
+    (
+        ended("FAILED", node(), exit="129:0"),
+        ended("FAILED", node(), exit="128:0"),
+        "SIGHUP on c1: .*exit code 129 is how a shell tells it",
+    ),
+)
+
+
 class Edges(unittest.TestCase):
+    def test_of_two_jobs_on_the_two_sides_of_a_threshold_one_has_the_words(self):
+        for number, (told, untold, words) in enumerate(WORDS):
+            with self.subTest(words, number=number):
+                self.assertRegex(lines(told)[0], words)
+                self.assertNotRegex("\n".join(lines(untold)), words)
+
     def test_of_two_jobs_on_the_two_sides_of_a_threshold_one_is_told(self):
         for rule, pairs in EDGES.items():
             for number, (told, untold) in enumerate(pairs):
@@ -2148,6 +2292,122 @@ def forget(evidence, chance):
             )
         )
     return evidence._replace(nodes=nodes)
+
+
+class Bounds(unittest.TestCase):
+    """What can be true of a reading, and what is made of it."""
+
+    def test_of_readings(self):
+        for value, known in (
+            (0, 0.0),
+            (1e18, 1e18),
+            (1.001e18, None),
+            (-0.001, None),
+            (True, None),
+        ):
+            self.assertEqual(master_server.clean_number(value), known)
+        for number, known in ((0, {}), (0.5, {"job_cpus": 0.5}), (1, {"job_cpus": 1})):
+            self.assertEqual(master_server.clean_dict({"job_cpus": number}, ()), known)
+        self.assertEqual(master_server.clean_dict({"swap": 0}, ()), {"swap": 0.0})
+
+    def test_of_points_of_a_curve(self):
+        known = [(0.0, 0.0), (NOW, 1e18), (NOW + 10, 1.0)]
+        unknown = [(NOW + 10.1, 1.0), (-1.0, 1.0), (NOW, 1.1e18), (NOW, -1.0)]
+        for odd in ([], ["x"]):
+            points = known + unknown + odd
+            self.assertEqual(master_server.clean_curve(points, NOW), known)
+
+    def test_of_lists_of_cpus(self):
+        for text, count in (
+            ("0-8191", 8192),
+            ("0-8192", 0),
+            ("8191", 1),
+            ("8192", 0),
+        ):
+            cpus = master_server.parse_cpu_list(text)
+            self.assertEqual(len(cpus), count, text)
+        self.assertEqual(
+            len(master_server.parse_cpu_list("1" * 3 + ",1" * 43 + "1")), 3
+        )
+        self.assertEqual(
+            len(master_server.parse_cpu_list("1" * 4 + ",1" * 43 + "1")), 0
+        )
+
+    def test_of_the_end_of_a_job(self):
+        for end, told in (
+            (NOW - 100, NOW - 100),
+            (NOW + 60, NOW + 60),
+            (NOW + 61, None),
+            (NOW - 101, None),
+        ):
+            evidence = job(state="FAILED", start=NOW - 100, end=end)
+            self.assertEqual(master_server.Case(evidence).end, told)
+        for end, ran in ((NOW - 100, 0.0), (NOW - 99, 1.0), (NOW - 101, None)):
+            evidence = job(state="FAILED", start=NOW - 100, end=end)
+            self.assertEqual(master_server.Case(evidence).ran, ran)
+
+    def test_of_a_goodbye(self):
+        for ago, is_one in ((10.0, True), (10.1, False)):
+            evidence = job(node(), events=[left("exit 3", ago=ago)])
+            self.assertEqual(bool(master_server.Case(evidence).goodbyes), is_one)
+
+    def test_of_all_nodes_there_is_one_at_least(self):
+        case = master_server.Case(job(nodes=0))
+        self.assertFalse(case.is_whole([]))
+        self.assertFalse(case.all_have_left())
+        self.assertFalse(case.is_over)
+
+    def test_of_a_run_that_was_before_this_one(self):
+        for ago, count in ((310.0, 2), (311.0, 1)):
+            older = long_ago(node("c1", job_mem=flat(GB, 60)), ago)
+            evidence = job(older, node("c2"), start=NOW - 300)
+            self.assertEqual(len(master_server.Case(evidence).nodes), count)
+        never = job(node("c1")._replace(curves={}), node("c2"), start=NOW - 300)
+        self.assertEqual(len(master_server.Case(never).nodes), 2)
+        waits = job(long_ago(node("c1"), 900), state="PENDING", start=NOW - 300)
+        self.assertEqual(len(master_server.Case(waits).nodes), 1)
+
+    def test_of_means(self):
+        self.assertEqual(master_server.mean_of([]), 0)
+        for values, median in (([], 0), ([3], 3), ([9, 1], 5), ([9, 1, 2], 2)):
+            self.assertEqual(master_server.median_of(values), median)
+        self.assertEqual(master_server.median_of([4, 3, 9, 1]), 3.5)
+
+    def test_of_memory_that_was_given_back(self):
+        for values, most in (
+            ([], 0),
+            ([1, 5, 9], 0),
+            ([10, 9.1], 0),
+            ([10, 9], 10),
+            ([10, 5, 20], 10),
+            ([10, 5, 20, 18], 20),
+        ):
+            points = [(NOW + k, value) for k, value in enumerate(values)]
+            self.assertEqual(master_server.given_back(points), most)
+
+    def test_of_words(self):
+        for seconds, words in ((99.4, "99 s"), (100, "1 min"), (5999, "99 min")):
+            self.assertEqual(master_server.time_words(seconds), words)
+        self.assertEqual(master_server.time_words(6000), "1 h 40 min")
+        for moment in (None, 1.1e11):
+            self.assertEqual(master_server.clock_words(moment), "an unknown time")
+        self.assertRegex(master_server.clock_words(9e10), r"\A\d\d:\d\d\Z")
+        self.assertRegex(master_server.clock_words(1e11), r"\A\d\d:\d\d\Z")
+        self.assertEqual(master_server.list_words(list("abcd")), "a, b, c, d")
+        self.assertEqual(
+            master_server.list_words(list("abcde")), "a, b, c, d and 1 more"
+        )
+        self.assertEqual(master_server.range_words([0, 1, 8, 9, 10]), "0-1, 8-10")
+        self.assertEqual(master_server.size_words(0.1 * GB), "0.1 GB")
+        self.assertEqual(master_server.size_words(0.099 * GB), "101 MB")
+        self.assertEqual(master_server.time_flag(0), "--time=00:05:00")
+        ranks = [rank(k, mem=size * GB) for k, size in enumerate((1, 4, 2))]
+        words = master_server.largest_rank_words(ranks)
+        self.assertEqual(words, "rank 1 (my_app) had 4 GB, the others at most 2 GB")
+        long = Verdict("fine", "x" * 120, "", "y", "a")
+        short = Verdict("fine", "x", "", "y", "a")
+        text = master_server.render_verdicts([long, short])
+        self.assertEqual(text, ["x" * 120 + "  -> y", "x" + " " * 99 + "  -> y"])
 
 
 class Advice(unittest.TestCase):
