@@ -2363,18 +2363,22 @@ SIGNAL_CURES = {
     "SIGILL": "srun --nodes=1 --constraint=FEATURE ...  # or compile it on the node itself",
 }
 SHELLS = ("bash", "csh", "dash", "fish", "ksh", "sh", "tcsh", "zsh")
-# what waits for a person, for requests or for jobs of its own, by its name
-WAITERS = (
+# what a person works with, by its name
+DESKS = (
     r"jupyter|ipykernel|ipython|rsession|rserver|code-server|vscode|tmux|screen|sshd|ttyd"
-    r"|MATLAB|Xvnc|websockify|scheduler|server|snakemake|nextflow|ollama|vllm|tensorboard"
-    r"|streamlit|uvicorn|gunicorn|mongod|mysqld|postgres|nginx|httpd|raylet|dask"
-    r"|^node$|^java$|^[-]?R$"
+    r"|Xvnc|websockify"
+)
+# and what else waits: for a person, for requests or for jobs of its own
+WAITERS = (
+    DESKS
+    + r"|MATLAB|scheduler|server|snakemake|nextflow|ollama|vllm|tensorboard|streamlit"
+    r"|uvicorn|gunicorn|mongod|mysqld|postgres|nginx|httpd|raylet|dask|^node$|^java$|^R$"
 )
 # what prepares the work of a job, and does it on one CPU for a while, by its name
 PREPARERS = (
-    r"(make|cmake|ninja|configure|conda|mamba|pip3?|cc1|cc1plus|f951|ld|collect2|rustc|nvcc"
+    r"^(make|cmake|ninja|configure|conda|mamba|pip3?|cc1|cc1plus|f951|ld|collect2|rustc|nvcc"
     r"|cicc|ptxas|tar|gzip|gunzip|pigz|xz|bzip2|zstd|unzip|cp|rsync|wget|curl|scp|git"
-    r"|apptainer|singularity|unsquashfs|mksquashfs)"
+    r"|apptainer|singularity|unsquashfs|mksquashfs)$"
 )
 SEVERITIES = ("died", "problem", "advice", "fine")  # the worst first
 ARROW_COLUMN = 100  # where cures begin, at most
@@ -3151,13 +3155,24 @@ def is_shell(rank: Dict[str, Any]) -> bool:
 
 
 def serves_others(nodes: List[NodeEvidence]) -> bool:
-    """Whether a program of a job waits for a person, for requests or for other jobs.
+    """Whether a program of a job waits for a person, for requests or for other jobs."""
+    return has_program(WAITERS, nodes) or is_a_persons(nodes)
+
+
+def has_program(pattern: str, nodes: List[NodeEvidence]) -> bool:
+    """Whether a process has such a name."""
+    names = [str(rank.get("program", "")) for node in nodes for rank in node.ranks]
+    return any(re.search(pattern, name) for name in names)
+
+
+def is_a_persons(nodes: List[NodeEvidence]) -> bool:
+    """Whether a person works in a job.
 
     A shell is a person's where the job has no script: srun --pty bash, or salloc.
     """
-    ranks = [rank for node in nodes for rank in node.ranks]
-    if any(re.search(WAITERS, str(rank.get("program", ""))) for rank in ranks):
+    if has_program(DESKS, nodes):
         return True
+    ranks = [rank for node in nodes for rank in node.ranks]
     steps = {str(rank["step"]) for rank in ranks if "step" in rank}
     if not steps or "batch" in steps:
         return False
@@ -3271,7 +3286,9 @@ def is_serial(case: Case, node: NodeEvidence, seconds: float) -> bool:
         return False
     if len([rank for rank in node.ranks if rank.get("cpu", 0) > 20]) > 1:
         return False
-    if is_preparing(node):
+    if is_a_persons([node]):
+        seconds = PATIENT_SECONDS
+    elif is_preparing(node):
         seconds = LONG_SECONDS
     points = [cpus_in_use(node, value) for _, value in node.curves["job_cpu"]]
     return max(points) <= 1.5 and lasts(
@@ -3281,9 +3298,7 @@ def is_serial(case: Case, node: NodeEvidence, seconds: float) -> bool:
 
 def is_preparing(node: NodeEvidence) -> bool:
     """Whether the work of a node is yet to come: it compiles, unpacks or copies."""
-    return any(
-        re.fullmatch(PREPARERS, str(rank.get("program", ""))) for rank in node.ranks
-    )
+    return has_program(PREPARERS, [node])
 
 
 def find_few_cpus(
@@ -3366,7 +3381,9 @@ def find_many_threads(
         is_full = lasts(node, "job_cpu", case.now, seconds, lambda value: value >= 95)
         if is_full and is_crowded(node) and running >= 1.2 * cpus:
             yield {
-                "severity": "problem" if running >= 2 * cpus else "advice",
+                "severity": "problem"
+                if running >= 2 * cpus and not is_preparing(node)
+                else "advice",
                 "running": int(running),
                 "cpus": int(cpus),
                 "node": node.name,
@@ -3466,6 +3483,7 @@ def find_idle_gpus(
     are_all = len(times) == total
     each = ", at most %s each" % size_words(max(memory)) if memory else ""
     yield {
+        "severity": "advice" if serves_others(nodes) else "problem",
         "idle": len(times),
         "all": total,
         "time": time_words(min(times)),
@@ -3632,8 +3650,9 @@ def steady_slope(case: Case, node: NodeEvidence, seconds: float) -> float:
         return 0.0
     slope, share = fit_line(points)
     steps = [later[1] - sooner[1] for sooner, later in zip(points, points[1:])]
-    # in a minute each step is up; in a longer time some are level
-    is_up = min(steps) > 0 if seconds < LONG_SECONDS else min(steps) >= 0
+    is_up = min(steps) > 0
+    if seconds >= LONG_SECONDS:  # in a longer time some are level, or a little down
+        is_up = min(steps) >= -0.1 * (points[-1][1] - points[0][1])
     return slope if share >= 0.95 and is_up else 0.0
 
 
@@ -3931,10 +3950,15 @@ def find_requeued(
     ran = [node for node in nodes if any(node.curves.values())]
     if ran:
         last = max(last_heard(node) for node in ran)
+        reason = str(case.facts.get("reason", "Slurm has told no reason"))
+        is_held = "held" in reason.lower()
+        update = "scontrol update JobId=%s Requeue=0  # if it must not start twice"
         yield {
             "nodes": list_words([node.name for node in ran]),
             "time": clock_words(last),
-            "reason": case.facts.get("reason", "Slurm has told no reason"),
+            "reason": reason,
+            "waits": "is held" if is_held else "waits to start again",
+            "cure": ("scontrol release %s" if is_held else update) % case.job,
         }
 
 
@@ -4353,9 +4377,9 @@ CHECKS: Tuple[Check, ...] = (
         phase=ANY,
         facts=("state",),
         find=find_requeued,
-        what="requeued: it ran until {time} on {nodes} and waits to start again",
+        what="requeued: it ran until {time} on {nodes} and {waits}",
         proof="{reason}",
-        cure="scontrol update JobId={job} Requeue=0  # if it must not start twice",
+        cure="{cure}",
         source="squeue(1), JOB STATE CODES: REQUEUED; Slurm's lab, a node that was cut off",
     ),
     Check(

@@ -191,6 +191,11 @@ DOZED = [
 STAIRS = [
     (moment, (1.0 + 0.2 * (k // 3)) * GB) for k, (moment, _) in enumerate(flat(0, 390))
 ]
+# a tenth of a minute's growth is given back now and then
+NOISY = [
+    (moment, value - (0.0 if k % 4 else 0.05 * GB))
+    for k, (moment, value) in enumerate(ramp(2.0 * GB, 3.5 * GB, 390))
+]
 # memory as a collector of garbage leaves it: up, and back again
 SAWTOOTH = ramp(0.4 * GB, 1.82 * GB, 1000)[:-10] + ramp(0.4 * GB, 1.7 * GB, 90)
 
@@ -283,7 +288,7 @@ SICK = {
             )
         ),
         "many_threads",
-        r"! 20 threads take turns on 4 CPUs of c1: .*-> make -j4 ",
+        r"\. 20 threads take turns on 4 CPUs of c1: .*-> make -j4 ",
     ),
     "a few more threads than CPUs": (
         job(node(ranks=[rank(0, 400.0, running=5)], load1=4.8)),
@@ -504,7 +509,30 @@ SICK = {
         job(node(), state="PENDING", reason="BeginTime"),
         "requeued",
         r"! requeued: it ran until %s on c1 and waits to start again: BeginTime"
-        % clock(NOW),
+        r"  -> scontrol update JobId=4711 Requeue=0 " % clock(NOW),
+    ),
+    "requeued, and held": (
+        job(node(), state="PENDING", reason="launch failed requeued held"),
+        "requeued",
+        r"! requeued: it ran until %s on c1 and is held: launch failed requeued held"
+        r"  -> scontrol release 4711" % clock(NOW),
+    ),
+    "a service with a GPU that nobody asks for long": (
+        job(
+            node(
+                gpus=[gpu(0, 0.0)],
+                gpu=flat(0, 1300),
+                ranks=[rank(0, 1.0, program="vllm")],
+            ),
+            gpus=1,
+        ),
+        "idle_gpus",
+        r"\. 1 of 1 GPUs idle for 21 min: c1 gpu 0 at 0 %",
+    ),
+    "a leak with noise in it": (
+        job(node(job_mem=NOISY, job_mem_limit=4 * GB)),
+        "memory_grows",
+        r"! memory of c1 grows steadily: .* more a minute for 5 min",
     ),
 }
 
@@ -1349,6 +1377,18 @@ def holding(megabytes):
     return gpu(1, 0.0, mem_used=megabytes * 2**20, processes=0)
 
 
+def noisy(fall):
+    """A leak of 4 MB a second, of which so many GB are given back once."""
+    points = [(moment, value) for moment, value in ramp(2.0 * GB, 3.4 * GB, 350)]
+    points[-9] = (points[-9][0], points[-10][1] - fall * GB)
+    return job(
+        node(
+            job_mem=points[:-3] + [(NOW - 20, points[-4][1])] + points[-2:],
+            job_mem_limit=4 * GB,
+        )
+    )
+
+
 def timed():
     """A program that sleeps until a time."""
     return [rank(0, 0.0, state="S", running=0, wchan="hrtimer_nanosleep")]
@@ -1434,6 +1474,11 @@ EDGES = {
             job(node("c1", job_cpu=25.0), node("c2", job_cpu=60.0)),
         ),
         (written("makers"), written("make")),
+        (written("R"), written("ipython")),
+        (
+            job(node(job_cpu=flat(25, 1200), ranks=[rank(0, program="ipython")])),
+            job(node(job_cpu=flat(25, 1180), ranks=[rank(0, program="ipython")])),
+        ),
         (
             job(node(job_cpu=flat(25, 300), ranks=[rank(0, program="make")])),
             job(node(job_cpu=flat(25, 280), ranks=[rank(0, program="make")])),
@@ -1764,7 +1809,8 @@ EDGES = {
         (leak(2.9, 3.0, 3.9), leak(2.9, 3.0, 4.1)),
         (leak(1.0, 3.0, 4.0, 60), leak(1.0, 3.0, 4.0, 40)),
         (stairs(390), stairs(280)),
-        (stairs(390), stairs(390, [(NOW, 3.3 * GB)])),
+        (stairs(390), stairs(390, [(NOW, 3.15 * GB)])),
+        (noisy(0.07), noisy(0.16)),
         (grown_again(2.85), grown_again(2.87)),
         (grown_again(2.9, 2.62), grown_again(2.9, 2.6)),
         (
@@ -1969,6 +2015,11 @@ EDGES = {
 WORDS = (
     (grown(0.951 * 2, 2), grown(0.95 * 2, 2), r"^! memory of c1 is nearly full"),
     (crowd(8), crowd(7), r"^! \d threads take turns"),
+    (
+        crowd(8),
+        job(node(ranks=[rank(0, running=8, program="make")], psi_cpu=90.0)),
+        r"^! \d threads take turns",
+    ),
     (
         job(asleep(job_cpu=0.0, job_cpus=3)),
         job(asleep(job_cpus=2, job_cpu=flat(0, 1250), **LONG_NO_IO)),
