@@ -1023,6 +1023,9 @@ class Sampler:
             self.find_job()
         self.groups = [self.own["memory"]] if "memory" in self.own else []
         self.killed: Dict[str, int] = {}  # by the OOM killer, by cgroup
+        self.refused = 0  # allocations, for want of memory: job_mem_failcnt
+        self.is_one_gone = False  # of the cgroups, since the last sample
+        self.has_lost_count = False  # of kills, with a cgroup that is gone
         self.nfs = (0, 0)  # operations, ms of their round trips
         self.fixed = collect(
             [self.identify, self.identify_job, self.find_job_cpus, self.count_cpus]
@@ -1288,20 +1291,30 @@ class Sampler:
         """Yield how often the job's limit was hit, and how often the kernel killed for it.
 
         v2 counts for the whole tree. v1 counts kills in the leaf where they were, since Linux
-        4.13, and the leaf of a step is gone a second later: what it had counted is kept.
+        4.13, and the leaf of a step is gone a second later: what it had counted is kept.  Where
+        the limit was hit, and a leaf is gone that told of no kill yet, none is not known.
         """
         if "memory" not in self.job:
             events = self.probe.read("%s/memory.events" % self.job[""])
             yield "job_mem_failcnt", number(events, "max ")
             yield "oom_kill", number(events, "oom_kill ")
             return
+        refused = int(self.probe.read("%s/memory.failcnt" % self.job["memory"]))
+        yield "job_mem_failcnt", refused
         for group in self.groups[:MAX_KEPT_GROUPS]:
-            with contextlib.suppress(OSError, ValueError):
+            try:
                 self.count_kills(group, self.probe.read(group + "/memory.oom_control"))
-        if self.killed:
-            yield "oom_kill", sum(tuple(self.killed.values()))  # a thread adds to them
-        path = "%s/memory.failcnt" % self.job["memory"]
-        yield "job_mem_failcnt", int(self.probe.read(path))
+            except OSError:
+                self.is_one_gone = True
+            except ValueError:
+                continue
+        if self.is_one_gone and refused > self.refused:
+            self.has_lost_count = True
+        self.is_one_gone = False
+        self.refused = refused
+        killed = sum(tuple(self.killed.values()))  # a thread adds to them
+        if killed or self.killed and not self.has_lost_count:
+            yield "oom_kill", killed
 
     def count_kills(self, group: str, text: str) -> None:
         """Note the kills in a cgroup of v1, from its memory.oom_control."""
@@ -1312,6 +1325,8 @@ class Sampler:
         """Look for the cgroups of v1 in which processes may be killed; few are read in between."""
         own = self.own["memory"]
         rest = [name for name in self.probe.tree(self.job["memory"]) if name != own]
+        if not set(self.groups) <= {own, *rest}:
+            self.is_one_gone = True
         self.groups = [own, *rest]
         for group in self.groups[MAX_KEPT_GROUPS:]:
             with contextlib.suppress(OSError, ValueError):
@@ -1562,6 +1577,25 @@ def parse_status(text: str) -> Sample:
 def parse_io(text: str) -> Tuple[int, int]:
     """Return (read, written) bytes of /proc/PID/io: of all calls, whatever they read from."""
     return number(text, "rchar:"), number(text, "wchar:")
+
+
+def program_of(words: List[str]) -> str:
+    """Return what a command line runs; "" for an empty one.
+
+    Of python3 /usr/bin/jupyter-lab that is jupyter-lab, and of python3 -m ipykernel_launcher it
+    is ipykernel_launcher: services are known by their names.  A script of the user's, train.py,
+    is told as python3.
+    """
+    program = os.path.basename(words[0].partition(" ")[0]) if words else ""
+    if not program.startswith("python"):
+        return program
+    for word, following in zip(words[1:], words[2:]):
+        if word == "-m" and following:
+            return following
+        if not word.startswith("-"):
+            is_installed = os.path.basename(os.path.dirname(word)) == "bin"
+            return os.path.basename(word) if is_installed else program
+    return program
 
 
 def parse_wchan(text: str) -> str:
@@ -1909,8 +1943,7 @@ class Parts:
         if "--lifeline" in words and "--stdout" in words:
             process.is_shown = False
             return
-        program = os.path.basename(words[0].partition(" ")[0]) if words else ""
-        process.facts = {"program": clip(program or name)}
+        process.facts = {"program": clip(program_of(words) or name)}
         with contextlib.suppress(OSError):
             text = self.probe.peek(folder + "environ", ENVIRON_BYTES)
             in_step = process.step not in ("batch", "extern", "interactive")
@@ -2439,7 +2472,7 @@ class Report(Dict[str, Tuple[float, float, float]]):
             yield "GPU mean %.1f %% of %s" % (self["gpu"][1], last.get("gpus"))
         is_uncounted = "oom_kill" not in last and self.risen("job_mem_failcnt", last)
         if ended in KILLED and is_uncounted:
-            yield "it had reached its memory limit; this kernel counts no kills"
+            yield "it had reached its memory limit; the kernel's count of kills is not known"
         if "job_mem" in self and "job_mem_limit" in last:
             yield from self.advise_memory(last, kills)
         if "job_mem_peak" in last:

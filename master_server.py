@@ -2316,10 +2316,14 @@ CORE_CPUS = (
     2  # the CPUs of one core where it has two threads: who asked for one has both
 )
 ONE_CPU = (0.85, 1.1)  # CPUs in use by one thread that never waits
+CROWDED_PERCENT = 50.0  # of the time some thread waits for a CPU
 QUIET_BYTES = 1e5  # a second, read and written: no I/O to speak of
 LEAST_QUIET = 30.0  # seconds for which that is known at least
+MAPPED_PERCENT = 20.0  # of the time something waits for I/O: a mapped file, perhaps
 SLOW_BYTES = 5e6  # a second: what waits for I/O and moves no more has a slow filesystem
+FEW_PERCENT = 40.0  # of the CPUs: less than one thread on each core of two threads
 IDLE_GPU = 1.0  # percent busy
+TOOTH = 1.05  # memory that is given back now and then may be that much more at times
 UNUSED_GPU = 100 * MIB  # of a GPU's memory: no program has opened it
 MARGIN = 1.2  # a fifth more than was needed: what to ask for next time
 
@@ -2371,10 +2375,22 @@ SIGNAL_CURES = {
     "SIGILL": "srun --nodes=1 --constraint=FEATURE ...  # or compile it on the node itself",
 }
 SHELLS = ("bash", "csh", "dash", "fish", "ksh", "sh", "tcsh", "zsh")
-# what waits for a person or for requests, by its name
+# what a person works with, by its name
+DESKS = (
+    r"jupyter|ipykernel|ipython|rsession|rserver|code-server|vscode|tmux|screen|sshd|ttyd"
+    r"|Xvnc|websockify"
+)
+# and what else waits: for a person, for requests or for jobs of its own
 WAITERS = (
-    r"jupyter|ipykernel|ipython|rsession|rserver|code-server|vscode|tmux|screen|sshd"
-    r"|scheduler|server|snakemake|nextflow"
+    DESKS
+    + r"|MATLAB|scheduler|server|snakemake|nextflow|ollama|vllm|tensorboard|streamlit"
+    r"|uvicorn|gunicorn|mongod|mysqld|postgres|nginx|httpd|raylet|dask|^node$|^java$|^R$"
+)
+# what prepares the work of a job, and does it on one CPU for a while, by its name
+PREPARERS = (
+    r"^(make|cmake|ninja|configure|conda|mamba|pip3?|cc1|cc1plus|f951|ld|collect2|rustc|nvcc"
+    r"|cicc|ptxas|tar|gzip|gunzip|pigz|xz|bzip2|zstd|unzip|cp|rsync|wget|curl|scp|git"
+    r"|apptainer|singularity|unsquashfs|mksquashfs)$"
 )
 SEVERITIES = ("died", "problem", "advice", "fine")  # the worst first
 ARROW_COLUMN = 100  # where cures begin, at most
@@ -2700,6 +2716,28 @@ def last_heard(node: NodeEvidence) -> float:
     return max((curve[-1][0] for curve in node.curves.values() if curve), default=0.0)
 
 
+def nodes_of_run(nodes: List[NodeEvidence], start: float) -> List[NodeEvidence]:
+    """The nodes without what is known of a run before this one: the job was requeued.
+
+    Slurm's clock tells when this run began.  Where nothing is known of it by ours, the two do
+    not agree, and all is kept.
+    """
+    since = start - CURVE_STEP
+    known = [node for node in nodes if last_heard(node) >= since]
+    if not known:
+        return nodes
+    heard = [node for node in nodes if node in known or not last_heard(node)]
+    return [
+        node._replace(
+            curves={
+                key: [point for point in curve if point[0] >= since]
+                for key, curve in node.curves.items()
+            }
+        )
+        for node in heard
+    ]
+
+
 class Case:
     """A job's evidence without what cannot be true, and what all checks ask of it."""
 
@@ -2709,6 +2747,8 @@ class Case:
         self.nodes = [clean_node(node, self.now) for node in job.nodes]
         self.state = str(self.facts.get("state", "")).split(" ")[0].rstrip("+")
         self.start = float(self.facts.get("start", 0.0))
+        if self.state not in WAITING_STATES:
+            self.nodes = nodes_of_run(self.nodes, self.start)
         self.job = shlex.quote(
             str(self.facts.get("raw") or self.facts.get("job") or "")
         )
@@ -3072,6 +3112,9 @@ def is_quiet(case: Case, node: NodeEvidence, seconds: float) -> bool:
 
     if any(rank.get("state") == "D" for rank in node.ranks):
         return False  # a file that is mapped is read without a call
+    waits_for_files = functools.partial(operator.le, MAPPED_PERCENT)
+    if lasts(node, "psi_io", case.now, min(seconds, LEAST_QUIET), waits_for_files):
+        return False  # and nobody may have looked at it while it waited
     if "job_read" in node.sample and "job_write" in node.sample:
         return all_quiet("job_read", "job_write")
     # all traffic of the node; a network of another kind shows in the wait for I/O
@@ -3087,6 +3130,8 @@ def find_idle_job(
     may_wait = is_perhaps_waiting(nodes)
     if may_wait:
         seconds = PATIENT_SECONDS
+    elif any(is_pausing(node) for node in nodes):
+        seconds = LONG_SECONDS
     if all(is_idle_for(case, node, seconds) for node in nodes):
         idle = min(
             lasting(node, "job_cpu", case.now, lambda value: value <= 5)
@@ -3107,10 +3152,43 @@ def is_perhaps_waiting(nodes: List[NodeEvidence]) -> bool:
     """
     if sum(node.sample["job_cpus"] for node in nodes) <= CORE_CPUS:
         return True
-    programs = [str(rank.get("program", "")) for node in nodes for rank in node.ranks]
-    return all(program in SHELLS for program in programs) or any(
-        re.search(WAITERS, program) for program in programs
-    )
+    ranks = [rank for node in nodes for rank in node.ranks]
+    return all(is_shell(rank) for rank in ranks) or serves_others(nodes)
+
+
+def is_pausing(node: NodeEvidence) -> bool:
+    """Whether a program sleeps until a time: it asks again for a licence, or for a file."""
+    return any("nanosleep" in str(rank.get("wchan", "")) for rank in node.ranks)
+
+
+def is_shell(rank: Dict[str, Any]) -> bool:
+    """Whether a process is a shell: bash, or -bash after a login."""
+    return str(rank.get("program", "")).lstrip("-") in SHELLS
+
+
+def serves_others(nodes: List[NodeEvidence]) -> bool:
+    """Whether a program of a job waits for a person, for requests or for other jobs."""
+    return has_program(WAITERS, nodes) or is_a_persons(nodes)
+
+
+def has_program(pattern: str, nodes: List[NodeEvidence]) -> bool:
+    """Whether a process has such a name."""
+    names = [str(rank.get("program", "")) for node in nodes for rank in node.ranks]
+    return any(re.search(pattern, name) for name in names)
+
+
+def is_a_persons(nodes: List[NodeEvidence]) -> bool:
+    """Whether a person works in a job.
+
+    A shell is a person's where the job has no script: srun --pty bash, or salloc.
+    """
+    if has_program(DESKS, nodes):
+        return True
+    ranks = [rank for node in nodes for rank in node.ranks]
+    steps = {str(rank["step"]) for rank in ranks if "step" in rank}
+    if not steps or "batch" in steps:
+        return False
+    return "interactive" in steps or any(is_shell(rank) for rank in ranks)
 
 
 def find_idle_nodes(
@@ -3167,6 +3245,47 @@ def find_serial(
         }
 
 
+def find_idle_cpus(
+    case: Case, nodes: List[NodeEvidence], seconds: float
+) -> Iterator[Figures]:
+    if case.has_gpus or case.is_part or not case.is_whole(nodes):
+        return
+    if any(is_preparing(node) for node in nodes) or serves_others(nodes):
+        return
+    most = {node.name: few_in_use(case, node, seconds) for node in nodes}
+    if not all(most.values()):
+        return
+    busiest = max(nodes, key=lambda node: most[node.name])
+    used = math.ceil(most[busiest.name] - 0.1)  # a little is of us, and of the shell
+    tasks = sum(rank.get("cpu", 0) > 20 for rank in busiest.ranks)
+    flag = "--ntasks=%d" if tasks >= used else "--cpus-per-task=%d"
+    yield {
+        "used": used,
+        "cpus": int(busiest.sample["job_cpus"]),
+        "nodes": list_words([node.name for node in nodes]),
+        "time": time_words(seconds),
+        "cure": flag % used,
+    }
+
+
+def few_in_use(case: Case, node: NodeEvidence, seconds: float) -> float:
+    """How many CPUs a node has used at most where some always work and most never did; else 0.
+
+    Of two threads of a core one may be left idle on purpose: half of the CPUs are all of them.
+    """
+    least = ONE_CPU[1]
+
+    def works(percent: float) -> bool:
+        return cpus_in_use(node, percent) > least
+
+    points = [value for _, value in node.curves["job_cpu"]]
+    if max(points) > FEW_PERCENT or not lasts(
+        node, "job_cpu", case.now, seconds, works
+    ):
+        return 0.0
+    return cpus_in_use(node, max(points))
+
+
 def is_one(node: NodeEvidence, percent: float) -> bool:
     """Whether about one CPU is in use."""
     least, most = ONE_CPU
@@ -3179,10 +3298,19 @@ def is_serial(case: Case, node: NodeEvidence, seconds: float) -> bool:
         return False
     if len([rank for rank in node.ranks if rank.get("cpu", 0) > 20]) > 1:
         return False
+    if is_a_persons([node]):
+        seconds = PATIENT_SECONDS
+    elif is_preparing(node):
+        seconds = LONG_SECONDS
     points = [cpus_in_use(node, value) for _, value in node.curves["job_cpu"]]
     return max(points) <= 1.5 and lasts(
         node, "job_cpu", case.now, seconds, lambda value: is_one(node, value)
     )
+
+
+def is_preparing(node: NodeEvidence) -> bool:
+    """Whether the work of a node is yet to come: it compiles, unpacks or copies."""
+    return has_program(PREPARERS, [node])
 
 
 def find_few_cpus(
@@ -3205,6 +3333,8 @@ def find_few_cpus(
             # one thread more for a moment is no harm where the others have CPUs of their own
             is_tight = threads >= 2 * count or threads > count and len(used) < total
             is_full = load >= least and is_tight and count < total
+            if len(ranks) == 1 and not waits_for_cpus(node):
+                continue  # its other threads have run for a moment: they look after messages
             if is_full and lasts(
                 node,
                 "job_cpu",
@@ -3261,26 +3391,30 @@ def find_many_threads(
         ranks = [rank for rank in node.ranks if rank.get("running")]
         running = sum(rank["running"] for rank in ranks)
         is_full = lasts(node, "job_cpu", case.now, seconds, lambda value: value >= 95)
-        if (
-            is_full
-            and is_crowded(node)
-            and running >= 1.2 * cpus
-            and running >= cpus + 1
-        ):
+        if is_full and is_crowded(node) and running >= 1.2 * cpus:
             yield {
-                "severity": "problem" if running >= 2 * cpus else "advice",
+                "severity": "problem"
+                if running >= 2 * cpus and not is_preparing(node)
+                else "advice",
                 "running": int(running),
                 "cpus": int(cpus),
                 "node": node.name,
                 "ranks": count_words(len(ranks), "process"),
-                "each": max(1, int(cpus // len(ranks))),
+                "cure": "make -j%d  # or as many of its like as there are CPUs" % cpus
+                if is_preparing(node)
+                else "export OMP_NUM_THREADS=%d" % max(1, int(cpus // len(ranks))),
             }
+
+
+def waits_for_cpus(node: NodeEvidence) -> bool:
+    """Whether threads have waited for CPUs for a while, or that is not known."""
+    return bool(node.sample.get("psi_cpu", 100.0) >= CROWDED_PERCENT)
 
 
 def is_crowded(node: NodeEvidence) -> bool:
     """Whether threads have waited for CPUs for a while: a burst of them is soon over."""
     if "psi_cpu" in node.sample:
-        return bool(node.sample["psi_cpu"] >= 50)
+        return waits_for_cpus(node)
     return bool(node.sample.get("load1", 0.0) >= 1.2 * node.sample["job_cpus"])
 
 
@@ -3361,6 +3495,7 @@ def find_idle_gpus(
     are_all = len(times) == total
     each = ", at most %s each" % size_words(max(memory)) if memory else ""
     yield {
+        "severity": "advice" if serves_others(nodes) else "problem",
         "idle": len(times),
         "all": total,
         "time": time_words(min(times)),
@@ -3388,7 +3523,7 @@ def idle_gpus(
     are_all = len(idle) == len(node.gpus)
     key = "gpu" if are_all else "gpu_min"
     lasted = lasting(node, key, case.now, lambda value: value <= IDLE_GPU)
-    patience = idle_gpu_patience(node) if are_all else LONG_SECONDS
+    patience = idle_gpu_patience(case, node, are_all)
     if lasted >= patience - CURVE_STEP / 2:
         return idle, lasted
     works = any(
@@ -3403,14 +3538,31 @@ def idle_gpus(
     return [], 0.0
 
 
-def idle_gpu_patience(node: NodeEvidence) -> float:
-    """For how long all GPUs of a node may be idle: CPUs prepare the data, a service waits."""
+def idle_gpu_patience(case: Case, node: NodeEvidence, are_all: bool) -> float:
+    """For how long GPUs of a node may be idle.
+
+    All of them: CPUs prepare the data or files are copied, a service waits.  Some of them, after
+    all had worked: one validates what they have learnt.
+    """
+    if not are_all:
+        worked = sum(value > IDLE_GPU for _, value in node.curves["gpu_min"])
+        return PATIENT_SECONDS if worked >= 3 else LONG_SECONDS
     points = node.curves["job_cpu"]
     is_known = bool(points) and "job_cpus" in node.sample
     works = not is_known or cpus_in_use(node, points[-1][1]) >= WORKING_CPUS
     if works or not all(is_unused(gpu) for gpu in node.gpus):
         return PATIENT_SECONDS
+    if serves_others([node]) or moves_files(case, node):
+        return PATIENT_SECONDS
     return LONG_SECONDS
+
+
+def moves_files(case: Case, node: NodeEvidence) -> bool:
+    """Whether a node reads or writes, as far as that is known."""
+    return any(
+        mean_of(recent(node, key, case.now, LONG_SECONDS)) > QUIET_BYTES
+        for key in ("job_read", "job_write")
+    )
 
 
 def is_unused(gpu: Dict[str, Any]) -> bool:
@@ -3471,23 +3623,22 @@ def find_growth(
 ) -> Iterator[Figures]:
     found = []
     for node in nodes:
-        since = case.now - seconds - CURVE_STEP / 2
-        points = [point for point in node.curves["job_mem"] if point[0] >= since]
-        if len(points) < 5:
-            continue
-        slope, share = fit_line(points)
-        used = points[-1][1]
-        limit = node.sample["job_mem_limit"]
-        steps = [later[1] - sooner[1] for sooner, later in zip(points, points[1:])]
-        is_steady = share >= 0.95 and all(step > 0 for step in steps)
-        if is_steady and slope > 0 and limit / 2 <= used < limit:
-            left = (limit - used) / slope
-            reads = recent(node, "job_read", case.now, seconds)
-            may_load = not reads or mean_of(reads) >= slope / 2
-            if left <= 600 and not (may_load and used < 0.8 * limit):
-                found.append((left, slope, used, limit, node))
+        # what grows step by step is no straight line for a minute
+        for lasted in (seconds, LONG_SECONDS):
+            slope = steady_slope(case, node, lasted)
+            used = node.curves["job_mem"][-1][1]
+            limit = node.sample["job_mem_limit"]
+            # as much was given back before, and will be again
+            is_new = used > TOOTH * given_back(node.curves["job_mem"])
+            if slope > 0 and limit / 2 <= used < limit and is_new:
+                left = (limit - used) / slope
+                reads = recent(node, "job_read", case.now, lasted)
+                may_load = not reads or mean_of(reads) >= slope / 2
+                if left <= 600 and not (may_load and used < 0.8 * limit):
+                    found.append((left, slope, used, limit, node, lasted))
+                    break
     if found:
-        left, slope, used, limit, node = min(found, key=lambda entry: entry[0])
+        left, slope, used, limit, node, lasted = min(found, key=lambda entry: entry[0])
         largest = largest_rank_words(node.ranks)
         yield {
             "node": node.name,
@@ -3495,10 +3646,37 @@ def find_growth(
             "limit": limit / GIB,
             "pace": size_words(60 * slope),
             "left": time_words(left),
-            "time": time_words(seconds),
+            "time": time_words(lasted),
             "largest": "; " + largest if largest else "",
             "flag": memory_flag(limit),
         }
+
+
+def steady_slope(case: Case, node: NodeEvidence, seconds: float) -> float:
+    """By how many bytes a second memory has grown all the time; 0 when it did not."""
+    if not lasts(node, "job_mem", case.now, seconds, is_any):
+        return 0.0
+    since = case.now - seconds - CURVE_STEP / 2
+    points = [point for point in node.curves["job_mem"] if point[0] >= since]
+    if len(points) < 5:
+        return 0.0
+    slope, share = fit_line(points)
+    steps = [later[1] - sooner[1] for sooner, later in zip(points, points[1:])]
+    is_up = min(steps) > 0
+    if seconds >= LONG_SECONDS:  # in a longer time some are level, or a little down
+        is_up = min(steps) >= -0.1 * (points[-1][1] - points[0][1])
+    return slope if share >= 0.95 and is_up else 0.0
+
+
+def given_back(points: Curve) -> float:
+    """The most that memory had been before a tenth of it was given back; 0 if it never was."""
+    top = 0.0
+    highest = 0.0
+    for _, value in points:
+        top = max(top, value)
+        if value <= 0.9 * top:
+            highest = top
+    return highest
 
 
 def find_little_memory(
@@ -3574,6 +3752,8 @@ def find_too_much_memory(
 ) -> Iterator[Figures]:
     if not case.is_whole(nodes) or case.kills or not may_advise(case):
         return
+    if case.is_running and serves_others(nodes):
+        return  # what a person will do with it is not known
     if any(not has_covered(node, "job_mem", seconds) for node in nodes):
         return
     if all(has_whole_node(node) for node in nodes):
@@ -3782,10 +3962,15 @@ def find_requeued(
     ran = [node for node in nodes if any(node.curves.values())]
     if ran:
         last = max(last_heard(node) for node in ran)
+        reason = str(case.facts.get("reason", "Slurm has told no reason"))
+        is_held = "held" in reason.lower()
+        update = "scontrol update JobId=%s Requeue=0  # if it must not start twice"
         yield {
             "nodes": list_words([node.name for node in ran]),
             "time": clock_words(last),
-            "reason": case.facts.get("reason", "Slurm has told no reason"),
+            "reason": reason,
+            "waits": "is held" if is_held else "waits to start again",
+            "cure": ("scontrol release %s" if is_held else update) % case.job,
         }
 
 
@@ -4204,9 +4389,9 @@ CHECKS: Tuple[Check, ...] = (
         phase=ANY,
         facts=("state",),
         find=find_requeued,
-        what="requeued: it ran until {time} on {nodes} and waits to start again",
+        what="requeued: it ran until {time} on {nodes} and {waits}",
         proof="{reason}",
-        cure="scontrol update JobId={job} Requeue=0  # if it must not start twice",
+        cure="{cure}",
         source="squeue(1), JOB STATE CODES: REQUEUED; Slurm's lab, a node that was cut off",
     ),
     Check(
@@ -4250,6 +4435,19 @@ CHECKS: Tuple[Check, ...] = (
         source="JDS, serial_allocating_multiple: efficiency / (100 % / CPUs) >= 0.85",
     ),
     Check(
+        name="idle_cpus",
+        severity="advice",
+        phase=RUNNING,
+        needs=("job_cpus",),
+        holds=("job_cpu",),
+        seconds=LONG_SECONDS,
+        find=find_idle_cpus,
+        what="at most {used} of {cpus} CPUs of {nodes} at work for {time}",
+        proof="never more since it is watched: the rest are idle",
+        cure="{cure}",
+        source="jobstats, CPU_UTIL: low overall CPU utilization",
+    ),
+    Check(
         name="idle_job",
         severity="problem",
         phase=RUNNING,
@@ -4287,7 +4485,7 @@ CHECKS: Tuple[Check, ...] = (
         find=find_many_threads,
         what="{running} threads take turns on {cpus} CPUs of {node}",
         proof="they are all ready to run, of {ranks}, and the CPUs are full",
-        cure="export OMP_NUM_THREADS={each}",
+        cure="{cure}",
         source="cc-backend, highload: load > 1.2 x CPUs",
     ),
     Check(

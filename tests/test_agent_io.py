@@ -167,6 +167,31 @@ class Memory(unittest.TestCase):
             agent.collect([sampler.find_groups])
             self.assertEqual(sampler.sample()["oom_kill"], 4)
 
+    def test_where_a_leaf_of_v1_is_gone_after_the_limit_was_hit_no_kill_is_not_known(
+        self,
+    ):
+        told = "oom_kill_disable 0\nunder_oom 0\noom_kill 0\n"
+        for refused, is_listed, known in (
+            (7, False, 0),
+            (8, False, None),
+            (8, True, None),
+        ):
+            probe, write = copy_of(self, "slurm-v1")
+            write(V1 + "/memory.failcnt", "7\n")
+            for leaf in ("/step_batch/task_0", "/step_0/task_1"):
+                os.makedirs(probe.where(V1 + leaf), exist_ok=True)
+                write(V1 + leaf + "/memory.oom_control", told)
+            sampler = agent.Sampler(probe)
+            agent.collect([sampler.find_groups])
+            self.assertEqual(sampler.sample()["oom_kill"], 0)
+            write(V1 + "/memory.failcnt", "%d\n" % refused)
+            shutil.rmtree(probe.where(V1 + "/step_0"))
+            if is_listed:
+                agent.collect([sampler.find_groups])
+            with self.subTest(refused=refused, is_listed=is_listed):
+                self.assertEqual(sampler.sample().get("oom_kill"), known)
+                self.assertEqual(sampler.sample().get("oom_kill"), known)
+
     def test_of_many_leaves_few_are_kept_open_and_all_are_counted(self):
         probe, write = copy_of(self, "slurm-v1")
         for task in range(100):

@@ -208,6 +208,25 @@ class Parsers(unittest.TestCase):
         self.assertEqual(agent.parse_wchan(""), "")
         self.assertEqual(agent.parse_wchan("futex_wait_queue\n"), "futex_wait_queue")
 
+    def test_a_program_has_the_name_by_which_people_know_it(self):
+        for line, name in (
+            ("/opt/app --fast", "app"),
+            ("postgres: writer process", "postgres:"),
+            ("/usr/bin/python3 train.py", "python3"),
+            ("/usr/bin/python3 ./bin/../train.py -m x", "python3"),
+            ("/usr/bin/python3 /opt/conda/bin/jupyter-lab --no-browser", "jupyter-lab"),
+            ("/usr/bin/python3 -m ipykernel_launcher -f x.json", "ipykernel_launcher"),
+            ("python3.11 -Xfrozen_modules=off -m ipykernel -f x", "ipykernel"),
+            ("python3 -c pass", "python3"),
+            ("python3 -m", "python3"),
+            ("python3", "python3"),
+            ("-bash", "-bash"),
+            ("", ""),
+        ):
+            words = [*line.split(" "), ""]  # as /proc/PID/cmdline has it
+            self.assertEqual(agent.program_of(words), name)
+        self.assertEqual(agent.program_of([]), "")
+
     def test_a_status_tells_what_it_has(self):
         text = STATUS % Tree.status_words(uid=5, peak=10, mem=9, allowed="0-3,8")
         self.assertEqual(

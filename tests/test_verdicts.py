@@ -187,6 +187,18 @@ DOZED = [
     for moment, _ in flat(0, 600)
 ]
 
+# three points on each step, and the straight line through them
+STAIRS = [
+    (moment, (1.0 + 0.2 * (k // 3)) * GB) for k, (moment, _) in enumerate(flat(0, 390))
+]
+# a tenth of a minute's growth is given back now and then
+NOISY = [
+    (moment, value - (0.0 if k % 4 else 0.05 * GB))
+    for k, (moment, value) in enumerate(ramp(2.0 * GB, 3.5 * GB, 390))
+]
+# memory as a collector of garbage leaves it: up, and back again
+SAWTOOTH = ramp(0.4 * GB, 1.82 * GB, 1000)[:-10] + ramp(0.4 * GB, 1.7 * GB, 90)
+
 # ---- sick jobs: name -> (evidence, the rule, what its line says) -----------------------
 
 BOUND = [rank(k, cpu=25.0, cpus="0") for k in range(4)]
@@ -217,6 +229,22 @@ SICK = {
         job(node("c1"), node("c2", job_cpu=0.0)),
         "idle_nodes",
         r"! 1 of 2 nodes idle for .*: c2: c1 uses 4\.0 of 4 CPUs",
+    ),
+    "2 of 16 CPUs at work": (
+        job(node(job_cpus=16, job_cpu=flat(12.5, 400))),
+        "idle_cpus",
+        r"\. at most 2 of 16 CPUs of c1 at work for 5 min: .*-> --cpus-per-task=2",
+    ),
+    "three ranks on 16 CPUs": (
+        job(
+            node(
+                job_cpus=16,
+                job_cpu=flat(18.7, 400),
+                ranks=[rank(k, 99.0, "0-15") for k in range(3)],
+            )
+        ),
+        "idle_cpus",
+        r"\. at most 3 of 16 CPUs of c1 at work for 5 min: .*-> --ntasks=3",
     ),
     "everything asleep": (
         job(asleep("c1", job_cpu=0.1), asleep("c2")),
@@ -251,6 +279,16 @@ SICK = {
         ),
         "many_threads",
         r"! 8 threads take turns on 4 CPUs of c1: .*-> export OMP_NUM_THREADS=2",
+    ),
+    "a build with far more compilers than CPUs": (
+        job(
+            node(
+                ranks=[rank(k, 20.0, program="cc1plus") for k in range(20)],
+                psi_cpu=99.0,
+            )
+        ),
+        "many_threads",
+        r"\. 20 threads take turns on 4 CPUs of c1: .*-> make -j4 ",
     ),
     "a few more threads than CPUs": (
         job(node(ranks=[rank(0, 400.0, running=5)], load1=4.8)),
@@ -303,6 +341,21 @@ SICK = {
         r"! memory of c1 grows steadily: at this pace it is full in 30 s: 3 GB of 4 GB, 2 GB more"
         r" a minute for 60 s; rank 3 \(my_app\) had 2\.5 GB, the others at most 0\.2 GB"
         r"  -> --mem=5G ",
+    ),
+    "a leak with each step of a loop, every 30 s": (
+        job(node(job_mem=STAIRS, job_mem_limit=4 * GB)),
+        "memory_grows",
+        r"! memory of c1 grows steadily: .* more a minute for 5 min",
+    ),
+    "a leak beyond what was used and given back before": (
+        job(
+            node(
+                job_mem=flat(2.5 * GB, 200)[:-7] + ramp(1.0 * GB, 3.0 * GB, 60),
+                job_mem_limit=4 * GB,
+            )
+        ),
+        "memory_grows",
+        r"! memory of c1 grows steadily: at this pace it is full in 30 s",
     ),
     "memory nearly full": (
         job(node(job_mem=0.97 * 2 * GB)),
@@ -456,7 +509,30 @@ SICK = {
         job(node(), state="PENDING", reason="BeginTime"),
         "requeued",
         r"! requeued: it ran until %s on c1 and waits to start again: BeginTime"
-        % clock(NOW),
+        r"  -> scontrol update JobId=4711 Requeue=0 " % clock(NOW),
+    ),
+    "requeued, and held": (
+        job(node(), state="PENDING", reason="launch failed requeued held"),
+        "requeued",
+        r"! requeued: it ran until %s on c1 and is held: launch failed requeued held"
+        r"  -> scontrol release 4711" % clock(NOW),
+    ),
+    "a service with a GPU that nobody asks for long": (
+        job(
+            node(
+                gpus=[gpu(0, 0.0)],
+                gpu=flat(0, 1300),
+                ranks=[rank(0, 1.0, program="vllm")],
+            ),
+            gpus=1,
+        ),
+        "idle_gpus",
+        r"\. 1 of 1 GPUs idle for 21 min: c1 gpu 0 at 0 %",
+    ),
+    "a leak with noise in it": (
+        job(node(job_mem=NOISY, job_mem_limit=4 * GB)),
+        "memory_grows",
+        r"! memory of c1 grows steadily: .* more a minute for 5 min",
     ),
 }
 
@@ -640,7 +716,215 @@ DEAD = {
     ),
 }
 
+
+def before_it(known, *curves):
+    """A node whose curves begin with these points, of a run before this one."""
+    kept = dict(known.curves)
+    for key, curve in curves:
+        kept[key] = curve + kept[key]
+    return known._replace(curves=kept)
+
+
+def long_ago(known, seconds):
+    """A node that has not been heard of for so long, though nothing told of its end."""
+    curves = {
+        key: [(moment - seconds, value) for moment, value in curve]
+        for key, curve in known.curves.items()
+    }
+    return known._replace(curves=curves)
+
+
+STARTED = {"start": NOW - 300}
+LONG_GPU = {"gpu": flat(0, 900), "gpu_min": flat(0, 900)}
+# healthy jobs: name -> evidence.  Of the first ones only their processes tell that they are
+KNOWN_BY_PROCESSES = {
+    "Jupyter under python3, its kernel idle": job(
+        asleep(
+            ranks=[
+                rank(0, 0.0, state="S", running=0, program="bash", step="batch"),
+                rank(1, 0.3, state="S", running=0, program="jupyter-lab", step="batch"),
+                rank(2, 0.0, state="S", running=0, program="ipykernel_launcher"),
+            ],
+            job_cpu=flat(0.2, 900),
+            job_mem_limit=64 * GB,
+            **LONG_NO_IO,
+        )
+    ),
+    "a notebook with a GPU whose user thinks": job(
+        asleep(
+            ranks=[rank(0, 0.0, program="ipykernel_launcher", state="S", running=0)],
+            job_cpu=flat(0.2, 900),
+            gpus=[unused(0)],
+            **LONG_GPU,
+            **LONG_NO_IO,
+        ),
+        gpus=1,
+    ),
+    "python in the shell of srun --pty bash, its user thinks": job(
+        asleep(
+            ranks=[
+                rank(0, 0.0, program="-bash", step="0", state="S", running=0),
+                rank(1, 0.0, program="python3", step="0", state="S", running=0),
+            ],
+            job_cpu=flat(0, 900),
+            job_mem_limit=64 * GB,
+            **LONG_NO_IO,
+        )
+    ),
+    "gdb in the shell of salloc": job(
+        asleep(
+            ranks=[
+                rank(0, 0.0, program="tmux: server", step="interactive"),
+                rank(1, 0.0, program="gdb", step="interactive"),
+            ],
+            job_cpu=flat(0, 900),
+            **LONG_NO_IO,
+        )
+    ),
+    "a shell of a login": job(
+        asleep(
+            ranks=[rank(0, 0.0, program="-bash", state="S", running=0)],
+            job_cpu=flat(0, 900),
+            **LONG_NO_IO,
+        )
+    ),
+    "it waits for a licence, and asks again every 30 s": job(
+        asleep(
+            ranks=[
+                rank(0, 0.0, program="bash", step="batch", wchan="do_wait"),
+                rank(1, 0.0, program="solver", wchan="hrtimer_nanosleep", state="S"),
+            ],
+            job_cpu=flat(0.1, 280),
+        )
+    ),
+    "a configure script before a parallel build": job(
+        node(job_cpu=flat(25, 200), ranks=[rank(0, 96.0, program="configure")])
+    ),
+    "a library is linked by one thread for minutes": job(
+        node(
+            job_cpu=flat(26, 200),
+            ranks=[rank(0, 0.1, program="make"), rank(1, 99.0, program="ld")],
+        )
+    ),
+    "data are unpacked before the parallel part": job(
+        node(job_cpu=flat(25, 250), job_write=5e7, ranks=[rank(0, 97.0, program="tar")])
+    ),
+    "a parallel build that uses few of many CPUs for a while": job(
+        node(
+            job_cpus=32,
+            job_cpu=flat(7, 400),
+            ranks=[rank(k, 99.0, program="cc1plus") for k in range(2)],
+        )
+    ),
+    "MPI ranks whose progress threads run now and then": job(
+        node(
+            job_cpus=8,
+            job_cpu=50.0,
+            psi_cpu=6.0,
+            ranks=[rank(k, 99.0, str(k), running=2, threads=3) for k in range(4)],
+        )
+    ),
+    "MPI ranks with progress threads on CPUs of their own": job(
+        node(
+            job_cpus=8,
+            job_cpu=60.0,
+            psi_cpu=2.0,
+            ranks=[rank(k, 118.0, "%d,%d" % (k, k + 4), running=2) for k in range(4)],
+        )
+    ),
+    "a mapped file that is read at random: a look finds nobody waiting": job(
+        asleep(psi_io=35.0, job_cpu=1.5)
+    ),
+    "one of four GPUs validates what all have learnt": job(
+        node(
+            gpus=[gpu(0), *[gpu(k, 0.0) for k in (1, 2, 3)]],
+            gpu=flat(20, 1200),
+            gpu_min=flat(85, 1200)[:-60] + flat(0, 590),
+        ),
+        gpus=4,
+    ),
+    "a data loader that starts: it reads an index of files": job(
+        node(
+            job_cpu=8.0,
+            job_read=flat(5e6, 900),
+            gpus=[unused(0)],
+            ranks=[rank(0, 30.0, state="S", read=5e6)],
+            **LONG_GPU,
+        ),
+        gpus=1,
+    ),
+    "data are copied to the node's own disk before the GPU works": job(
+        node(
+            job_cpu=10.0,
+            job_read=flat(2e8, 900),
+            job_write=flat(2e8, 900),
+            gpus=[unused(0)],
+            ranks=[rank(0, 40.0, program="rsync")],
+            **LONG_GPU,
+        ),
+        gpus=1,
+    ),
+    "memory in saw teeth: what grows is given back": job(
+        node(job_mem=SAWTOOTH, job_mem_limit=2 * GB)
+    ),
+    "a cluster of workers that wait for tasks": job(
+        asleep(
+            ranks=[rank(k, 0.5, program="dask worker", state="S") for k in range(4)],
+            job_cpu=flat(0.5, 900),
+            **LONG_NO_IO,
+        )
+    ),
+}
 HEALTHY = {
+    "a mapped file, larger than the limit of memory": job(
+        node(
+            job_mem=0.3 * GB,
+            job_cache=1.6 * GB,
+            job_mem_peak=2 * GB,
+            ranks=[rank(0, 390.0, mem=1.9 * GB, running=4)],
+        )
+    ),
+    "a task of an array that takes 40 s": ended(
+        "COMPLETED",
+        node(job_cpus=1, job_mem=flat(0.2 * GB, 30), job_mem_limit=8 * GB),
+        job="4711_7",
+        raw="4718",
+        start=NOW - 100,
+        limit=3600.0,
+    ),
+    "requeued, and it runs again on another node": job(
+        long_ago(node("c1", oom_kill=1, lost=NOW - 400), 400),
+        node("c2", job_cpu=flat(100, 290)),
+        nodes=1,
+        **STARTED,
+    ),
+    "requeued, and it runs again on one of two nodes that said goodbye": job(
+        long_ago(node("c1", job_time_left=10.0, job_time_limit=5400.0), 900),
+        node("c2", job_cpu=flat(100, 290), job_time_left=5000.0, job_time_limit=5400.0),
+        events=[left("SIGTERM", "c1", ago=900)],
+        nodes=1,
+        **STARTED,
+    ),
+    "requeued, and it runs again on the same node": ended(
+        "COMPLETED",
+        before_it(
+            node(job_mem=flat(GB, 120)), ("job_mem", [(NOW - 3000, 1.95 * GB)] * 9)
+        ),
+        start=NOW - 400,
+        limit=400.0,
+    ),
+    "a part of a heterogeneous job waits for the others": job(
+        asleep(job_cpu=flat(0, 900), **LONG_NO_IO), job="4711+2", raw="4713"
+    ),
+    "suspended, and resumed a while ago": job(
+        node(job_cpu=flat(100, 900)[:-40] + flat(0, 20), job_mem=flat(GB, 900)[:-40])
+    ),
+    "memory that was freed later": job(
+        node(
+            job_mem=flat(1.7 * GB, 300) + ramp(1.7 * GB, 0.2 * GB, 60),
+            job_mem_limit=2 * GB,
+        )
+    ),
     "I/O only": job(
         node(
             job_cpu=1.0,
@@ -963,7 +1247,7 @@ class Sick(unittest.TestCase):
 
 class Healthy(unittest.TestCase):
     def test_a_healthy_job_is_fine_and_nothing_else(self):
-        for name, evidence in HEALTHY.items():
+        for name, evidence in {**KNOWN_BY_PROCESSES, **HEALTHY}.items():
             with self.subTest(name):
                 verdicts = diagnose(evidence)
                 self.assertEqual({verdict.severity for verdict in verdicts}, {"fine"})
@@ -1067,8 +1351,102 @@ def uneven(*shares, seconds=400):
     )
 
 
+def sharing(count, cpu):
+    """Ranks on one CPU of which nobody knows how many threads could run."""
+    ranks = [rank(k, cpu, "0") for k in range(count)]
+    for known in ranks:
+        del known["running"]
+    return ranks
+
+
+def gapped(gap):
+    """A serial program that was not seen for so long, 30 s ago."""
+    late = [(NOW - 10 * k, 25.0) for k in (3, 2, 1, 0)]
+    early = [(NOW - 30 - gap - 10 * k, 25.0) for k in (3, 2, 1, 0)]
+    return job(node(job_cpu=early + late))
+
+
+def worked_long_ago(**more):
+    """A job that has done nothing for five minutes, after a minute of work."""
+    known = {"job_cpu": flat(90, 600)[:-32] + flat(0, 310), "job_write": flat(0, 600)}
+    return job(asleep(**known, **more))
+
+
+def holding(megabytes):
+    """A GPU of whose memory so much is in use, and no process is known."""
+    return gpu(1, 0.0, mem_used=megabytes * 2**20, processes=0)
+
+
+def noisy(fall):
+    """A leak of 4 MB a second, of which so many GB are given back once."""
+    points = [(moment, value) for moment, value in ramp(2.0 * GB, 3.4 * GB, 350)]
+    points[-9] = (points[-9][0], points[-10][1] - fall * GB)
+    return job(
+        node(
+            job_mem=points[:-3] + [(NOW - 20, points[-4][1])] + points[-2:],
+            job_mem_limit=4 * GB,
+        )
+    )
+
+
+def timed():
+    """A program that sleeps until a time."""
+    return [rank(0, 0.0, state="S", running=0, wchan="hrtimer_nanosleep")]
+
+
+def stairs(seconds, last=()):
+    """The last seconds of a leak in steps; its last point may be another."""
+    points = STAIRS[-1 - seconds // 10 :]
+    points = points[:-1] + list(last) if last else points
+    return job(node(job_mem=points, job_mem_limit=4 * GB))
+
+
+def grown_again(before, least=2.4):
+    """A job whose memory grows to 3 GB, and had once been that many."""
+    points = flat(before * GB, 200)[:-7] + ramp(least * GB, 3.0 * GB, 60)
+    return job(node(job_mem=points, job_mem_limit=4 * GB))
+
+
+def few(percent, seconds=400, name="c1", job_cpus=16, **more):
+    """A job that has always used so much of its CPUs."""
+    return job(node(name, job_cpus=job_cpus, job_cpu=flat(percent, seconds), **more))
+
+
+def spinning(count):
+    """A rank with so many threads on one CPU."""
+    return [rank(0, 100.0, "0", running=count)]
+
+
+def written(program, **more):
+    """The job that one program of that name is, on one of four CPUs."""
+    return job(node(job_cpu=25.0, ranks=[rank(0, 99.0, program=program)], **more))
+
+
+def all_idle(seconds, **more):
+    """A GPU that no program has opened for so long, and CPUs without work."""
+    known = {"gpus": [unused(0)], "gpu": flat(0, seconds), "job_cpu": 2.0, **more}
+    return job(node(**known), gpus=1)
+
+
+def some_idle(seconds, before):
+    """One of two GPUs idle for so long, though a program holds it; so many points of work."""
+    points = [(NOW - seconds - 10 * (before - k), 50.0) for k in range(before)]
+    return job(
+        node(gpus=[gpu(0), gpu(1, 0.0)], gpu=45, gpu_min=points + flat(0, seconds))
+    )
+
+
+def dead_of_memory(*sizes):
+    """A job out of memory, whose ranks had so many GB."""
+    ranks = [rank(k, mem=size * GB) for k, size in enumerate(sizes)]
+    return ended("OUT_OF_MEMORY", node(ranks=ranks, job_mem_limit=12 * GB))
+
+
 EDGES = {
     "serial": (
+        (gapped(25), gapped(26)),
+        (job(node(job_cpu=21.25)), job(node(job_cpu=21.24))),
+        (job(node(job_cpu=27.5)), job(node(job_cpu=27.6))),
         (job(node(job_cpu=21.5)), job(node(job_cpu=21.0))),
         (job(node(job_cpu=27.0)), job(node(job_cpu=28.0))),
         (job(node(job_cpu=flat(25, 60))), job(node(job_cpu=flat(25, 40)))),
@@ -1095,8 +1473,61 @@ EDGES = {
             job(node("c1", job_cpu=25.0), node("c2", job_cpu=25.0)),
             job(node("c1", job_cpu=25.0), node("c2", job_cpu=60.0)),
         ),
+        (written("makers"), written("make")),
+        (written("R"), written("ipython")),
+        (
+            job(node(job_cpu=flat(25, 1200), ranks=[rank(0, program="ipython")])),
+            job(node(job_cpu=flat(25, 1180), ranks=[rank(0, program="ipython")])),
+        ),
+        (
+            job(node(job_cpu=flat(25, 300), ranks=[rank(0, program="make")])),
+            job(node(job_cpu=flat(25, 280), ranks=[rank(0, program="make")])),
+        ),
+    ),
+    "idle_cpus": (
+        (few(12.5), few(12.5, job_cpus=8, seconds=200)),
+        (few(12.5, seconds=300), few(12.5, seconds=280)),
+        (few(6.9), few(6.8)),
+        (few(40.0), few(40.1)),
+        (few(12.5), few(12.5, gpus=[gpu(0)])),
+        (few(12.5), few(12.5)._replace(facts={"nodes": 2})),
+        (few(12.5), few(12.5, ranks=[rank(0, program="make")])),
+        (few(12.5), few(12.5, ranks=[rank(0, program="mysqld")])),
+        (few(12.5), job(*few(12.5).nodes, job="4711+1")),
+        (
+            job(*few(12.5).nodes, *few(12.5, name="c2").nodes),
+            job(*few(12.5).nodes, *few(90.0, name="c2").nodes),
+        ),
+        (
+            few(12.5),
+            job(node(job_cpus=16, job_cpu=[(NOW - 900, 90.0), *flat(12.5, 400)])),
+        ),
     ),
     "few_cpus": (
+        (
+            job(node(job_cpu=22.5, job_cpus=4, ranks=sharing(2, 45.0))),
+            job(node(job_cpu=22.5, job_cpus=4, ranks=sharing(1, 90.0))),
+        ),
+        (
+            job(node(job_cpu=90.0, ranks=BOUND)),
+            job(node(job_cpu=90.1, ranks=BOUND)),
+        ),
+        (
+            job(node(job_cpu=21.25, ranks=BOUND)),
+            job(node(job_cpu=21.24, ranks=BOUND)),
+        ),
+        (
+            job(node(job_cpu=25.0, ranks=[rank(0, 75.0, "0"), rank(1, 25.0, "0")])),
+            job(node(job_cpu=25.0, ranks=[rank(0, 75.1, "0"), rank(1, 24.9, "0")])),
+        ),
+        (
+            job(node(job_cpu=25.0, psi_cpu=50.0, ranks=spinning(2))),
+            job(node(job_cpu=25.0, psi_cpu=49.0, ranks=spinning(2))),
+        ),
+        (
+            job(node(job_cpu=25.0, psi_cpu=0.0, ranks=BOUND)),
+            job(node(job_cpu=25.0, psi_cpu=0.0, ranks=spinning(2))),
+        ),
         (job(node(job_cpu=25.0, ranks=BOUND)), job(node(job_cpu=95.0, ranks=BOUND))),
         (job(node(job_cpu=25.0, ranks=BOUND)), job(node(job_cpu=20.0, ranks=BOUND))),
         (
@@ -1200,6 +1631,31 @@ EDGES = {
         (job(asleep()), job(asleep(ranks=[rank(0, 0.0, program="jupyter-lab")]))),
         (job(asleep()), job(asleep(ranks=[rank(0, 0.0, state="D")]))),
         (
+            job(asleep(job_cpu=flat(0, 300), ranks=timed())),
+            job(asleep(job_cpu=flat(0, 280), ranks=timed())),
+        ),
+        (
+            job(asleep(ranks=[rank(0, 0.0, program="bash", step="batch"), rank(1)])),
+            job(asleep(ranks=[rank(0, 0.0, program="bash", step="0"), rank(1)])),
+        ),
+        (
+            job(asleep(ranks=[rank(0, 0.0, step="0")])),
+            job(asleep(ranks=[rank(0, 0.0, step="interactive")])),
+        ),
+        (job(asleep(psi_io=19.9)), job(asleep(psi_io=20.0))),
+        (
+            job(asleep(job_cpu=flat(12.4, 600)[:-21] + flat(0, 200), **NO_IO)),
+            job(asleep(job_cpu=flat(12.5, 600)[:-21] + flat(0, 200), **NO_IO)),
+        ),
+        (
+            worked_long_ago(job_read=flat(0, 600)),
+            worked_long_ago(job_read=[(NOW - 290, 2e5), *flat(0, 280)]),
+        ),
+        (
+            job(asleep(psi_io=flat(30, 120)[:-1] + [(NOW, 0.0)])),
+            job(asleep(psi_io=flat(30, 30))),
+        ),
+        (
             job(asleep(job_cpu=paused(150, 310), **LONG_NO_IO)),
             job(asleep(job_cpu=paused(180, 310), **LONG_NO_IO)),
         ),
@@ -1216,6 +1672,10 @@ EDGES = {
         (
             job(node("c1", job_cpu=0, ranks=[rank(0), rank(1)]), node("c2")),
             job(node("c1", job_cpu=0, ranks=[rank(0)]), node("c2")),
+        ),
+        (
+            job(asleep("c1", ranks=[rank(1)]), node("c2")),
+            job(asleep("c1", ranks=[{"pid": 7}]), node("c2")),
         ),
         (
             job(node("c1"), node("c2", job_cpu=0)),
@@ -1265,6 +1725,10 @@ EDGES = {
             job(node(gpus=[gpu(0), gpu(1, 0.0)], gpu=45, gpu_min=0)),
         ),
         (
+            job(node(gpus=[gpu(0), holding(99.9)], gpu=45, gpu_min=0)),
+            job(node(gpus=[gpu(0), holding(100)], gpu=45, gpu_min=0)),
+        ),
+        (
             job(node(gpus=[gpu(0), unused(1)], gpu=45, gpu_min=0)),
             job(node(gpus=[gpu(0), dict(unused(1), processes=1)], gpu=45, gpu_min=0)),
         ),
@@ -1292,6 +1756,15 @@ EDGES = {
             job(node(gpus=[gpu(0), gpu(1, 0.0)], gpu=45, gpu_min=flat(0, 300))),
             job(node(gpus=[gpu(0), gpu(1, 0.0)], gpu=45, gpu_min=flat(0, 280))),
         ),
+        (all_idle(300), all_idle(280)),
+        (
+            all_idle(300, job_read=flat(1e5, 900)),
+            all_idle(300, job_read=flat(1.1e5, 900)),
+        ),
+        (all_idle(1200, job_write=1e8), all_idle(1180, job_write=1e8)),
+        (all_idle(300), all_idle(300, ranks=[rank(0, program="ipykernel_launcher")])),
+        (some_idle(300, 2), some_idle(300, 3)),
+        (some_idle(1200, 9), some_idle(1180, 9)),
         (
             job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 1200))),
             job(node(gpus=[{"index": 0, "mig": "1g.10gb"}], gpu=flat(0, 1200))),
@@ -1335,6 +1808,11 @@ EDGES = {
         (leak(1.0, 2.0, 3.9), leak(1.0, 1.9, 4.0)),
         (leak(2.9, 3.0, 3.9), leak(2.9, 3.0, 4.1)),
         (leak(1.0, 3.0, 4.0, 60), leak(1.0, 3.0, 4.0, 40)),
+        (stairs(390), stairs(280)),
+        (stairs(390), stairs(390, [(NOW, 3.15 * GB)])),
+        (noisy(0.07), noisy(0.16)),
+        (grown_again(2.85), grown_again(2.87)),
+        (grown_again(2.9, 2.62), grown_again(2.9, 2.6)),
         (
             job(node(job_mem=LOADED, job_mem_limit=4 * GB, job_read=0.01 * GB)),
             job(node(job_mem=LOADED, job_mem_limit=4 * GB, job_read=0.02 * GB)),
@@ -1359,6 +1837,7 @@ EDGES = {
     ),
     "memory_near_limit": (
         (grown(0.91, 1), grown(0.90, 1)),
+        (grown(1.801, 2), grown(1.8, 2)),
         (
             job(node(job_mem=flat(1.95 * GB, 20))),
             job(node(job_mem=flat(1.95 * GB, 10))),
@@ -1366,7 +1845,7 @@ EDGES = {
     ),
     "swapping": (
         (job(node(swap=20.0, psi_mem=10.0)), job(node(swap=19.0, psi_mem=10.0))),
-        (job(node(swap=20.0, psi_mem=10.0)), job(node(swap=20.0, psi_mem=9.0))),
+        (job(node(swap=20.0, psi_mem=10.0)), job(node(swap=20.0, psi_mem=9.9))),
         (
             job(node(swap=20.0, psi_mem=flat(10, 60))),
             job(node(swap=20.0, psi_mem=flat(10, 40))),
@@ -1375,6 +1854,18 @@ EDGES = {
     "waits_for_io": (
         (job(node(ranks=waiting(), **IO)), job(node(ranks=waiting(state="S"), **IO))),
         (job(node(ranks=waiting(), **IO)), job(node(ranks=waiting(read=6e6), **IO))),
+        (
+            job(node(ranks=waiting(read=4.9e6), **IO)),
+            job(node(ranks=waiting(read=5e6), **IO)),
+        ),
+        (
+            job(node(ranks=waiting(), **{**IO, "psi_io": 50.0})),
+            job(node(ranks=waiting(), **{**IO, "psi_io": 49.9})),
+        ),
+        (
+            job(node(ranks=waiting(), **{**IO, "job_cpu": 49.9})),
+            job(node(ranks=waiting(), **{**IO, "job_cpu": 50.0})),
+        ),
         (
             job(node(ranks=waiting(), **{**IO, "psi_io": flat(70, 60)})),
             job(node(ranks=waiting(), **{**IO, "psi_io": flat(70, 40)})),
@@ -1424,10 +1915,23 @@ EDGES = {
         (peers(3, 7, 3, 3), peers(7, 3, 3, 3)),
         (peers(3, 7, 3, 3), peers(3, 7, 3)),
         (peers(3, 9, 3, 3), peers(3, 9, 4, 3)),
+        (peers(3, 9, 3.44, 3), peers(3, 9, 3.46, 3)),
+        (peers(2, 9, 2.25, 2), peers(2, 9, 2.375, 2)),
+        (peers(3, 6.01, 3, 3), peers(3, 6, 3, 3)),
+        (peers(3, 1.49, 3, 3), peers(3, 1.5, 3, 3)),
+        (peers(1, 3, 1, 1), peers(0.99, 3, 0.99, 0.99)),
         (peers(3, 9, 3, 3), peers(0.3, 0.9, 0.3, 0.3)),
         (peers(3, 1, 3, 3), with_fewer_ranks(peers(3, 1, 3, 3), "c2")),
     ),
     "node_silent": (
+        (
+            job(node("c1"), silent("c2", 30), start=NOW - 120),
+            job(node("c1"), long_ago(silent("c2", 30), 300), start=NOW - 120),
+        ),
+        (
+            job(long_ago(silent("c1", 50), 300), nodes=1, start=NOW + 60),
+            job(node("c1"), long_ago(silent("c2", 30), 300), start=NOW - 60),
+        ),
         (job(node("c1"), silent("c2", 5)), job(node("c1"), silent("c2", 4))),
         (job(silent("c1", 45)), job(silent("c1", 44))),
         (
@@ -1460,6 +1964,10 @@ EDGES = {
             job(node(job_mem=flat(61 * GB, 40), job_mem_limit=256 * GB)),
         ),
         (grown(61, 256), grown(61, 256)._replace(facts={"nodes": 2})),
+        (
+            grown(61, 256, ranks=[rank(0, 400.0, running=4)]),
+            grown(61, 256, ranks=[rank(0, 400.0, running=4, program="jupyter-lab")]),
+        ),
         (
             ended("COMPLETED", node(job_mem_limit=256 * GB, lost=NOW - 60)),
             ended("FAILED", node(job_mem_limit=256 * GB)),
@@ -1503,7 +2011,71 @@ EDGES = {
 }
 
 
+# the same for the words of a verdict: of two jobs, the first has them
+WORDS = (
+    (grown(0.951 * 2, 2), grown(0.95 * 2, 2), r"^! memory of c1 is nearly full"),
+    (crowd(8), crowd(7), r"^! \d threads take turns"),
+    (
+        crowd(8),
+        job(node(ranks=[rank(0, running=8, program="make")], psi_cpu=90.0)),
+        r"^! \d threads take turns",
+    ),
+    (
+        job(asleep(job_cpu=0.0, job_cpus=3)),
+        job(asleep(job_cpus=2, job_cpu=flat(0, 1250), **LONG_NO_IO)),
+        "^! . CPUs idle",
+    ),
+    (
+        job(node(ranks=[rank(k, 50.0) for k in range(8)], psi_cpu=90.0)),
+        job(node(ranks=[rank(k, 200.0, running=4) for k in range(2)], psi_cpu=90.0)),
+        "OMP_NUM_THREADS=1$",
+    ),
+    (
+        job(node(oom_kill=1, job_mem=1.0 * GB, ranks=[rank(0, mem=1.0 * GB)])),
+        job(node(oom_kill=1, job_mem=1.0 * GB, ranks=[rank(0, mem=0.99 * GB)])),
+        "rank 0 .* had 1 GB",
+    ),
+    (
+        job(node(oom_kill=1, job_mem=ramp(1.0 * GB, 1.03 * GB, 100))),
+        job(node(oom_kill=1, job_mem=ramp(1.0 * GB, 1.015 * GB, 100))),
+        "it grew by",
+    ),
+    (
+        job(node(oom_kill=1, job_mem=ramp(1.0 * GB, 1.5 * GB, 40))),
+        job(node(oom_kill=1, job_mem=ramp(1.0 * GB, 1.5 * GB, 30))),
+        "it grew by",
+    ),
+    (
+        job(node(oom_kill=1, job_mem=ramp(1.0 * GB, 1.5 * GB, 40))),
+        job(node(oom_kill=1, job_mem=wave(1.0 * GB, 1.5 * GB, 40))),
+        "it grew by",
+    ),
+    (
+        dead_of_memory(11.0, 1.0, 0.5),
+        dead_of_memory(10.0, 1.0, 0.5),
+        r"# or distribute: rank 0 holds it all",
+    ),
+    (dead_of_memory(11.0, 1.0, 0.5), dead_of_memory(11.0, 1.0), r"# or distribute"),
+    (
+        ended("FAILED", node(disk_shm=98.0), exit="0:7"),
+        ended("FAILED", node(disk_shm=97.9), exit="0:7"),
+        "its shared memory had no room",
+    ),
+    (
+        ended("FAILED", node(), exit="129:0"),
+        ended("FAILED", node(), exit="128:0"),
+        "SIGHUP on c1: .*exit code 129 is how a shell tells it",
+    ),
+)
+
+
 class Edges(unittest.TestCase):
+    def test_of_two_jobs_on_the_two_sides_of_a_threshold_one_has_the_words(self):
+        for number, (told, untold, words) in enumerate(WORDS):
+            with self.subTest(words, number=number):
+                self.assertRegex(lines(told)[0], words)
+                self.assertNotRegex("\n".join(lines(untold)), words)
+
     def test_of_two_jobs_on_the_two_sides_of_a_threshold_one_is_told(self):
         for rule, pairs in EDGES.items():
             for number, (told, untold) in enumerate(pairs):
@@ -1773,6 +2345,122 @@ def forget(evidence, chance):
     return evidence._replace(nodes=nodes)
 
 
+class Bounds(unittest.TestCase):
+    """What can be true of a reading, and what is made of it."""
+
+    def test_of_readings(self):
+        for value, known in (
+            (0, 0.0),
+            (1e18, 1e18),
+            (1.001e18, None),
+            (-0.001, None),
+            (True, None),
+        ):
+            self.assertEqual(master_server.clean_number(value), known)
+        for number, known in ((0, {}), (0.5, {"job_cpus": 0.5}), (1, {"job_cpus": 1})):
+            self.assertEqual(master_server.clean_dict({"job_cpus": number}, ()), known)
+        self.assertEqual(master_server.clean_dict({"swap": 0}, ()), {"swap": 0.0})
+
+    def test_of_points_of_a_curve(self):
+        known = [(0.0, 0.0), (NOW, 1e18), (NOW + 10, 1.0)]
+        unknown = [(NOW + 10.1, 1.0), (-1.0, 1.0), (NOW, 1.1e18), (NOW, -1.0)]
+        for odd in ([], ["x"]):
+            points = known + unknown + odd
+            self.assertEqual(master_server.clean_curve(points, NOW), known)
+
+    def test_of_lists_of_cpus(self):
+        for text, count in (
+            ("0-8191", 8192),
+            ("0-8192", 0),
+            ("8191", 1),
+            ("8192", 0),
+        ):
+            cpus = master_server.parse_cpu_list(text)
+            self.assertEqual(len(cpus), count, text)
+        self.assertEqual(
+            len(master_server.parse_cpu_list("1" * 3 + ",1" * 43 + "1")), 3
+        )
+        self.assertEqual(
+            len(master_server.parse_cpu_list("1" * 4 + ",1" * 43 + "1")), 0
+        )
+
+    def test_of_the_end_of_a_job(self):
+        for end, told in (
+            (NOW - 100, NOW - 100),
+            (NOW + 60, NOW + 60),
+            (NOW + 61, None),
+            (NOW - 101, None),
+        ):
+            evidence = job(state="FAILED", start=NOW - 100, end=end)
+            self.assertEqual(master_server.Case(evidence).end, told)
+        for end, ran in ((NOW - 100, 0.0), (NOW - 99, 1.0), (NOW - 101, None)):
+            evidence = job(state="FAILED", start=NOW - 100, end=end)
+            self.assertEqual(master_server.Case(evidence).ran, ran)
+
+    def test_of_a_goodbye(self):
+        for ago, is_one in ((10.0, True), (10.1, False)):
+            evidence = job(node(), events=[left("exit 3", ago=ago)])
+            self.assertEqual(bool(master_server.Case(evidence).goodbyes), is_one)
+
+    def test_of_all_nodes_there_is_one_at_least(self):
+        case = master_server.Case(job(nodes=0))
+        self.assertFalse(case.is_whole([]))
+        self.assertFalse(case.all_have_left())
+        self.assertFalse(case.is_over)
+
+    def test_of_a_run_that_was_before_this_one(self):
+        for ago, count in ((310.0, 2), (311.0, 1)):
+            older = long_ago(node("c1", job_mem=flat(GB, 60)), ago)
+            evidence = job(older, node("c2"), start=NOW - 300)
+            self.assertEqual(len(master_server.Case(evidence).nodes), count)
+        never = job(node("c1")._replace(curves={}), node("c2"), start=NOW - 300)
+        self.assertEqual(len(master_server.Case(never).nodes), 2)
+        waits = job(long_ago(node("c1"), 900), state="PENDING", start=NOW - 300)
+        self.assertEqual(len(master_server.Case(waits).nodes), 1)
+
+    def test_of_means(self):
+        self.assertEqual(master_server.mean_of([]), 0)
+        for values, median in (([], 0), ([3], 3), ([9, 1], 5), ([9, 1, 2], 2)):
+            self.assertEqual(master_server.median_of(values), median)
+        self.assertEqual(master_server.median_of([4, 3, 9, 1]), 3.5)
+
+    def test_of_memory_that_was_given_back(self):
+        for values, most in (
+            ([], 0),
+            ([1, 5, 9], 0),
+            ([10, 9.1], 0),
+            ([10, 9], 10),
+            ([10, 5, 20], 10),
+            ([10, 5, 20, 18], 20),
+        ):
+            points = [(NOW + k, value) for k, value in enumerate(values)]
+            self.assertEqual(master_server.given_back(points), most)
+
+    def test_of_words(self):
+        for seconds, words in ((99.4, "99 s"), (100, "1 min"), (5999, "99 min")):
+            self.assertEqual(master_server.time_words(seconds), words)
+        self.assertEqual(master_server.time_words(6000), "1 h 40 min")
+        for moment in (None, 1.1e11):
+            self.assertEqual(master_server.clock_words(moment), "an unknown time")
+        self.assertRegex(master_server.clock_words(9e10), r"\A\d\d:\d\d\Z")
+        self.assertRegex(master_server.clock_words(1e11), r"\A\d\d:\d\d\Z")
+        self.assertEqual(master_server.list_words(list("abcd")), "a, b, c, d")
+        self.assertEqual(
+            master_server.list_words(list("abcde")), "a, b, c, d and 1 more"
+        )
+        self.assertEqual(master_server.range_words([0, 1, 8, 9, 10]), "0-1, 8-10")
+        self.assertEqual(master_server.size_words(0.1 * GB), "0.1 GB")
+        self.assertEqual(master_server.size_words(0.099 * GB), "101 MB")
+        self.assertEqual(master_server.time_flag(0), "--time=00:05:00")
+        ranks = [rank(k, mem=size * GB) for k, size in enumerate((1, 4, 2))]
+        words = master_server.largest_rank_words(ranks)
+        self.assertEqual(words, "rank 1 (my_app) had 4 GB, the others at most 2 GB")
+        long = Verdict("fine", "x" * 120, "", "y", "a")
+        short = Verdict("fine", "x", "", "y", "a")
+        text = master_server.render_verdicts([long, short])
+        self.assertEqual(text, ["x" * 120 + "  -> y", "x" + " " * 99 + "  -> y"])
+
+
 class Advice(unittest.TestCase):
     def test_the_next_size_is_a_fifth_more_and_never_less_than_was_seen(self):
         for size in (1, 1e6, 1e8, 0.5 * GB, 0.99 * GB, GB, 1.01 * GB, 61 * GB, 5e12):
@@ -1900,7 +2588,7 @@ class Text(unittest.TestCase):
 
     def test_a_cure_is_safe_to_paste(self):
         commands = {"chmod", "cp", "df", "export", "ls", "mkdir", "module", "sbatch"}
-        commands |= {"scontrol", "set", "srun", "ulimit"}
+        commands |= {"make", "scontrol", "set", "srun", "ulimit"}
         for evidence, _, _ in [*SICK.values(), *DEAD.values()]:
             for verdict in diagnose(evidence):
                 words = shlex.split(verdict.cure, comments=True)
@@ -2041,7 +2729,7 @@ class SameWords(unittest.TestCase):
             last["job_mem_failcnt"] = 1 + refused
             text = "; ".join(self.report(counts, ended, **last))
             self.assertNotIn("out of memory", text)
-            self.assertEqual("this kernel counts no kills" in text, is_told)
+            self.assertEqual("count of kills is not known" in text, is_told)
 
     def test_a_peak_of_page_cache_is_no_want_of_memory(self):
         last = {

@@ -27,19 +27,25 @@ from test_lab_parts import (
     numbers,
     shown_in,
 )
+from test_lab_verdicts import ACT
+
+import master_server
 
 NEEDS = ("qemu-system-x86_64", "ssh", "/usr/bin/time")
 SCRIPT = os.path.join(support.ROOT, "tests", "vm-lab.sh")
 # On an emulated processor, beside others, srun may take a minute to bring a step into a job that
 # works, and a look at ranks is dear: the herd waits longer for the first, and agents look as often
 # as they would where it is not.
-AGENT = support.with_constants(
-    "agent.py", ATTACH_SECONDS=120, RETRY_SECONDS=30, QUESTION_SECONDS=60, PART_SHARE=1
-)
+PATIENT = {"ATTACH_SECONDS": 120, "RETRY_SECONDS": 30, "QUESTION_SECONDS": 60}
+AGENT = support.with_constants("agent.py", PART_SHARE=1, **PATIENT)
+THRIFTY = support.with_constants("agent.py", **PATIENT)  # its looks are as rare as ever
 TOOLS = (AGENT, "master_server.py", "test_reader.py", "run_agent.slurm")
 BUILD_SECONDS = 1200  # a busy machine needs so long; an idle one 65
 CALL_SECONDS = 120
 ASKED_FOR = os.environ.get("SENTINEL_TEST_VM") == "1"
+TOLD = (
+    90  # seconds of evidence within which a problem is told, by the program's own clock
+)
 LONG = 6 * PATIENCE  # the processor is emulated, and the machine below may be busy
 ATTACH = 60 + LONG  # a job is looked for every half minute, and left alone while young
 MIB = 2**20
@@ -188,7 +194,40 @@ while left():
 print(time.monotonic() - start)
 """
 
+# As root: another node, vm2, by a second slurmd in this machine: a network of its own behind a
+# cable that can be cut, and a host name of its own.  Slurm's programs may then call each other
+# by the addresses of that cable alone.
+SECOND_NODE = """
+set -e
+cp /etc/slurm/slurm.conf /etc/hosts /run
+ip netns add vm2
+ip link add cable type veth peer name far netns vm2
+ip addr add 10.9.0.1/24 dev cable
+ip link set cable up
+ip -n vm2 addr add 10.9.0.2/24 dev far
+ip -n vm2 link set far up
+ip -n vm2 link set lo up
+printf '127.0.0.1 localhost\\n10.9.0.1 vm\\n10.9.0.2 vm2\\n' >/etc/hosts
+sed -i 's/^NodeName=vm .*/NodeName=vm CPUs=4 RealMemory=2200\\nNodeName=vm2 CPUs=4 RealMemory=800/
+s#^SlurmdSpoolDir=.*#SlurmdSpoolDir=/var/spool/slurmd-%n\\nSlurmdPidFile=/run/slurmd-%n.pid#
+s#^SlurmdLogFile=.*#SlurmdLogFile=/var/log/slurm/slurmd-%n.log#' /etc/slurm/slurm.conf
+mkdir -p /var/spool/slurmd-vm /var/spool/slurmd-vm2
+systemctl restart slurmctld slurmd
+systemd-run --unit=slurmd-vm2 -p Delegate=yes -p KillMode=process nsenter --net=/run/netns/vm2 \
+    unshare --uts sh -c 'hostname vm2; exec slurmd -D -N vm2'
+"""
+ONE_NODE = """
+systemctl stop slurmd-vm2
+mv /run/slurm.conf /etc/slurm/slurm.conf
+mv /run/hosts /etc/hosts
+ip link del cable
+ip netns del vm2
+systemctl restart slurmctld slurmd
+"""
+SMALL_TMP = "mount -t tmpfs -o size=1m,mode=1777 none /tmp"
+
 SCRIPTS = {  # in tester's home
+    "act.py": ACT,
     "work.py": WORK,
     "rank.py": RANK,
     "witness.py": SHOWN_WITNESS,
@@ -243,7 +282,15 @@ class Machine:
         self.must("up", seconds=BUILD_SECONDS)
         self.put("tester", *TOOLS, "/usr/bin/time", **SCRIPTS)
         self.put(
-            "root", "agent.py", "tests/load.py", **{"leave.py": LEAVE, "gone.py": GONE}
+            "root",
+            "agent.py",
+            "tests/load.py",
+            **{
+                "leave.py": LEAVE,
+                "gone.py": GONE,
+                "second_node.sh": SECOND_NODE,
+                "one_node.sh": ONE_NODE,
+            },
         )
 
     def put(self, user, *tools, **scripts):
@@ -826,6 +873,205 @@ class SickJobs(VmTest):
         self.explained(limited, r"time limit of (60 s|1\.0 min) reached")
         states = [VM.state(job) for job in (bound, fault, limited)]
         self.assertEqual(states, ["CANCELLED", "FAILED", "TIMEOUT"])
+
+
+class Judged(VmTest):
+    """Jobs that a master watches, judges and records: its record tells when it said what."""
+
+    def submit(self, line, *flags):
+        """Submit a job that runs this line; its id."""
+        words = ("--output=act.log", "--mem=100", *flags, "--wrap", line)
+        return VM.sbatch(*words)
+
+    def record(self, job):
+        """The lines of a job's record, the oldest first."""
+        name = "/home/tester/records/%s.*.jsonl" % job
+        text = VM.run("cat %s || zcat %s.gz" % (name, name), user="root")
+        return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+    def told(self, job):
+        """All that has been said of a job, [(time, text)]."""
+        return [
+            (
+                line["time"],
+                "\n".join(
+                    master_server.render_verdicts(
+                        master_server.parse_verdicts(line["verdicts"])
+                    )
+                ),
+            )
+            for line in self.record(job)
+            if "verdicts" in line
+        ]
+
+    def says(self, job, pattern, seconds=2 * ATTACH):
+        """Wait until that is told of a job: when it was."""
+
+        def find():
+            told = self.told(job)
+            self.assertTrue(told, "nothing is told of job " + job)
+            moments = [when for when, text in told if re.search(pattern, text, re.M)]
+            self.assertTrue(moments, "%s: %s" % (pattern, told[-1][1]))
+            return moments[0]
+
+        return eventually(find, seconds, pattern)
+
+    def says_in_time(self, job, pattern):
+        """That is told of a job that runs while there is no more evidence than TOLD seconds."""
+        when = self.says(job, pattern)
+        row = next(line for line in self.record(job) if "row" in line)
+        seconds = when - (row["row"] - row["step"])
+        print("job %s, %.0f s after its first sample: %s" % (job, seconds, pattern))
+        self.assertLess(seconds, TOLD)
+
+    def died(self, job, pattern):
+        """That is told of a job that has died, at the very look at which Slurm tells its end."""
+        when = self.says(job, pattern)
+        facts = [line for line in self.record(job) if "job" in line]
+        known = next(
+            line["time"]
+            for line in facts
+            if line["job"]["state"] in master_server.ENDED_STATES
+        )
+        end = facts[-1]["job"]["end"]
+        print(
+            "job %s, %.0f s after its end, %.0f s after Slurm told it: %s"
+            % (job, when - end, when - known, pattern)
+        )
+        self.assertLess(when - known, 5)
+
+
+class MoreSickJobs(Judged):
+    """All that one node can be sick of at once, most of it asleep: the processor is emulated."""
+
+    def test_what_is_wrong_is_told_in_time_and_of_what_they_died(self):
+        self.addCleanup(VM.no_jobs)
+        VM.run("cd /home/tester && rm -rf records", user="root")
+        VM.run(SMALL_TMP, user="root")
+        self.addCleanup(VM.run, "umount -l /tmp", user="root")
+        self.start_master("--my-jobs", "--record", "records")
+        act = "exec python3 act.py "
+        leak = self.submit(act + "fill 1100 5", "--mem=800")
+        over = self.submit(act + "fill 50", "--mem=1500")
+        full = self.submit("cat /dev/zero >/tmp/full 2>/dev/null; sleep 900")
+        ranks = self.submit(
+            "srun --overcommit --kill-on-bad-exit -n4 --mem=0 python3 act.py"
+            " fill-rank 1 90 400 4",
+            "--mem=250",
+        )
+        self.says_in_time(
+            leak,
+            r"^! memory of vm grows steadily: .*GB of 0\.781 GB.*-> --mem=1000M",
+        )
+        self.says_in_time(
+            over, r"^\. memory peak 0\.\d+ GB of 1\.46 GB so far: .*-> --mem=[12]00M"
+        )
+        self.says_in_time(
+            full, r"^! /tmp is full on vm: 100 % in use +-> export TMPDIR="
+        )
+        VM.run("scancel %s %s" % (over, full), user="root")
+        missing = self.submit("sleep 60; no-such-command")
+        step = self.submit(
+            "sleep 60; srun --mem=0 python3 act.py fill 400", "--mem=150"
+        )
+        self.died(
+            ranks,
+            r"^died \d\d:\d\d: out of memory: the kernel killed \d process\w* on vm: memory peak"
+            r" above.* of 0\.244 GB; rank 1 \(python3\) had .*Slurm says \w+",
+        )
+        self.died(
+            missing,
+            r"^died \d\d:\d\d: exit code 127 on vm: there is no such command: .*-> module",
+        )
+        self.died(
+            step, r"^died \d\d:\d\d: out of memory: the kernel killed 1 process on vm: "
+        )
+        self.died(
+            leak,
+            r"^died \d\d:\d\d: out of memory: the kernel killed 1 process on vm: .*of 0\.781 GB",
+        )
+
+
+class HealthyJobs(Judged):
+    def test_nothing_but_fine_is_told_from_their_start_to_their_end(self):
+        self.addCleanup(VM.no_jobs)
+        VM.run("cd /home/tester && rm -rf records", user="root")
+        self.start_master("--my-jobs", "--record", "records")
+        act = "exec python3 act.py "
+        jobs = {
+            "I/O only": self.submit(act + "io 120"),
+            "asleep for 30 s": self.submit("sleep 30"),
+            "bursty": self.submit(act + "burst 5 12 15"),
+            "very short": self.submit("true"),
+            "at 89 % of memory": self.submit(act + "fill 620 1000 120", "--mem=720"),
+            "page cache at the limit": self.submit(act + "cache 300 90", "--mem=150"),
+            "busy-waiting ranks": self.submit(
+                "srun --mem=0 python3 act.py burst 1 120 0", "-n2"
+            ),
+            "a master and workers": self.submit(
+                "srun --mem=0 python3 act.py wait-for-workers 120", "-n3"
+            ),
+        }
+        for name, job in jobs.items():
+            with self.subTest(name):
+                eventually(
+                    lambda job=job: VM.state(job) == "COMPLETED", 2 * ATTACH, name
+                )
+        watched = set()
+        for name, job in jobs.items():
+            with self.subTest(name):
+                files = VM.run("ls /home/tester/records", user="root").split()
+                if not any(file.startswith(job + ".") for file in files):
+                    continue  # it was over before anybody attached to it
+                eventually(
+                    lambda job=job: any(
+                        line["job"]["state"] == "COMPLETED"
+                        for line in self.record(job)
+                        if "job" in line
+                    ),
+                    LONG,
+                    "the end of the record",
+                )
+                watched.add(name)
+                for when, text in self.told(job):
+                    self.assertRegex(text, r"\Afine: ", "%s at %s" % (name, when))
+                    self.assertNotRegex(text, r"(?m)^([!.]|died) ")
+        self.assertLessEqual(set(jobs) - {"asleep for 30 s", "very short"}, watched)
+
+
+class TwoNodes(Judged):
+    """A second slurmd in the same machine, with a network and a cable of its own."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        # where the processor is emulated, looks would be work on the node that is to be idle
+        cls.addClassCleanup(VM.put, "tester", AGENT)
+        VM.put("tester", THRIFTY)
+        cls.addClassCleanup(VM.run, "bash one_node.sh", user="root")
+        VM.run("bash second_node.sh", user="root")
+        eventually(
+            lambda: VM.run("sinfo -h -t idle -o %D", user="root") == "2",
+            LONG,
+            "two nodes",
+        )
+
+    def test_one_of_two_nodes_sleeps_and_then_is_cut_off(self):
+        self.addCleanup(VM.no_jobs)
+        VM.run("cd /home/tester && rm -rf records", user="root")
+        two = self.submit("srun -N2 -n2 --mem=0 python3 act.py spin-but 1", "-N2")
+        self.start_master("--my-jobs", "--record", "records")
+        self.says_in_time(
+            two, r"^! 1 of 2 nodes idle for .*: vm2: vm uses [01]\.\d of 1 CPUs"
+        )
+        VM.run("ip link set cable down", user="root")
+        try:
+            self.says(
+                two,
+                r"^! vm2 fell silent at \d\d:\d\d:\d\d, \d+ s ago: no goodbye; still sending: vm ",
+            )
+        finally:
+            VM.run("ip link set cable up", user="root")
 
 
 class RemoveIPC(VmTest):

@@ -139,10 +139,11 @@ up() {
     [ -f "$LAB/disk.img" ] || build
     down
     mkdir -p "$RUN"
+    local patience=systemd.default_timeout_start_sec=$BOOT_SECONDS     # for the services, too
     # snapshot=on: what the machine writes goes to a file that has no name
     setsid qemu-system-x86_64 -accel tcg -cpu max -smp 4 -m 4096 -nographic -no-reboot \
         -kernel "$LAB/vmlinuz" -initrd "$LAB/initrd" \
-        -append "root=/dev/vda rw console=ttyS0 quiet panic=5 no_timer_check" \
+        -append "root=/dev/vda rw console=ttyS0 quiet panic=5 no_timer_check $patience" \
         -drive "file=$LAB/disk.img,format=raw,if=virtio,snapshot=on" \
         -netdev "user,id=n,restrict=on,hostfwd=tcp:127.0.0.1:$PORT-:22" \
         -device virtio-net-pci,netdev=n >"$RUN/console.log" 2>&1 </dev/null &
