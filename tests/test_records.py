@@ -440,6 +440,97 @@ class Summaries(unittest.TestCase):
         self.assertEqual(master.severity_of(dict(summary, verdicts=None)), "")
 
 
+class Sketches(unittest.TestCase):
+    """What a page shows of a large record lies beside it, and counts only as long as it is true."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+        patch = unittest.mock.patch.object(master, "SKETCHED_BYTES", 1000)
+        patch.start()
+        self.addCleanup(patch.stop)
+        path = write(self.folder, "4711.a-1-1.jsonl", a_record(50))
+        master.pack(path, "4711", "m")
+        self.packed = path + ".gz"
+        self.record = master.read_record(self.folder, "4711")
+        master.write_sketch(self.folder, self.record, "m")
+        self.path = master.sketch_path(self.folder, "4711")
+
+    def find(self):
+        """The sketch beside the record, if it counts."""
+        files = master.list_files(self.folder, "4711")
+        return master.read_sketch(self.folder, "4711", files)
+
+    def change(self, path, data):
+        with open(path, "wb") as file:
+            file.write(data)
+
+    def test_it_says_what_the_record_says(self):
+        self.assertEqual(self.find(), master.make_sketch(self.record))
+
+    def test_the_record_itself_is_not_read_for_a_page(self):
+        archive = master.Archive(self.folder)
+        with unittest.mock.patch.object(master, "read_file", side_effect=OSError):
+            self.assertEqual(archive.sketch("4711"), self.find())
+            self.assertIsNone(archive.sketch("47"))
+
+    def test_a_record_that_has_changed_is_read_itself(self):
+        with open(self.packed, "rb") as file:
+            data = file.read()
+        late = a_record(60)
+        for name, change in (
+            ("cut", lambda: self.change(self.packed, data[:-9])),
+            ("longer", lambda: self.change(self.packed, data + gzip.compress(late))),
+            ("another", lambda: write(self.folder, "4711.b-2-2.jsonl", late)),
+            ("gone", lambda: os.unlink(self.packed)),
+        ):
+            with self.subTest(name):
+                self.change(self.packed, data)
+                master.write_sketch(
+                    self.folder, master.read_record(self.folder, "4711"), "m"
+                )
+                self.assertTrue(self.find())
+                change()
+                self.assertIsNone(self.find())
+                found = master.Archive(self.folder).sketch("4711")
+                record = master.read_record(self.folder, "4711")
+                self.assertEqual(found, master.make_sketch(record))
+
+    def test_one_that_is_cut_anywhere_or_none_of_ours_counts_for_nothing(self):
+        with open(self.path, "rb") as file:
+            whole = file.read()
+        content = gzip.decompress(whole)
+        strange = [whole[:size] for size in range(len(whole))]
+        strange.append(b"\0" * 2**16)
+        strange += map(gzip.compress, (b"", b"[]", b"3", b"{}", b"[" * 10**5))
+        strange.append(gzip.compress(content.replace(b'"format":1', b'"format":0')))
+        files = content[content.index(b',"format"') :]
+        strange.append(gzip.compress(b'{"sketch":[1,2]' + files))
+        strange.append(gzip.compress(b'{"sketch":[1,2,3,4,5,6,7,8,9,10,11]' + files))
+        sketch = self.find()
+        self.assertTrue(sketch)
+        for data in strange:
+            self.change(self.path, data)
+            found = self.find()
+            # a checksum of eight bytes ends it, and an empty line before that
+            if whole.startswith(data) and len(data) > len(whole) - 12:
+                self.assertIn(found, (None, sketch))
+            else:
+                self.assertIsNone(found, data[:80])
+
+    def test_a_small_record_has_none_and_it_goes_with_its_record(self):
+        path = write(self.folder, "5.a-1-1.jsonl", a_record(1, "5"))
+        with unittest.mock.patch.object(master, "SKETCHED_BYTES", 2**18):
+            master.write_sketch(self.folder, master.read_record(self.folder, "5"), "m")
+        os.unlink(path)
+        names = sorted(os.listdir(self.folder))
+        self.assertEqual(names, ["4711.a-1-1.jsonl.gz", "4711.sketch.gz"])
+        with unittest.mock.patch.object(master, "KEEP_BYTES", 10):
+            master.prune(self.folder, time.time(), "m")
+        self.assertEqual(os.listdir(self.folder), [])
+
+
 class Archives(unittest.TestCase):
     def test_a_disk_that_hangs_is_told_in_time(self):
         with tempfile.TemporaryDirectory() as folder:
