@@ -6287,10 +6287,13 @@ KEEP_SECONDS = 365 * 86400  # how old a record may get ...
 KEEP_BYTES = 200 * 10**6  # ... and how large all of them together
 IDLE_SECONDS = 2 * 86400  # a file that nobody has written to for so long is packed, too
 MAX_RECORD = 64 * 2**20  # bytes of a file that are read
-MAX_HEAD = 65536  # bytes of its begin or its end that a summary is read from
+MAX_HEAD = 65536  # bytes of its begin or its end that a summary is read from ...
+USUAL_HEAD = 2048  # ... of which these few mostly are enough
 SUMMARY_VERDICTS = 3  # in a summary
 KEPT_RECORDS = 4  # that an archive has at hand
 ARCHIVE_SECONDS = 3.0  # that a disk may take to answer it
+READ_SECONDS = 0.5  # that it reads summaries for, until it looks what else is asked for
+SETTLED_SECONDS = 2.0  # since a folder changed: a further change has another time
 GROWS_SECONDS = (
     600.0  # since it was last written: then a file is read as one that grows
 )
@@ -7262,6 +7265,14 @@ def list_files(folder: str, job: Optional[str] = None) -> List[RecordFile]:
     return sorted(files)
 
 
+def look_again(file: RecordFile) -> RecordFile:
+    """A file as it is now; as it was, if it is gone just now."""
+    with contextlib.suppress(FileNotFoundError):
+        stat = os.stat(file.path)
+        return file._replace(size=stat.st_size, changed=stat.st_mtime_ns)
+    return file
+
+
 def read_record(folder: str, job: str) -> Optional[Record]:
     """All that is recorded of a job; None if that is nothing."""
     for _ in range(3):  # a file may be packed, and so have another name, just now
@@ -7322,14 +7333,25 @@ def read_sketch(folder: str, job: str, files: Sequence[RecordFile]) -> Optional[
 def read_summary(file: RecordFile) -> Message:
     """A file's summary: a packed one begins with it, and of others it is made."""
     if file.is_packed:
-        with open(file.path, "rb") as stream:
-            head = stream.read(MAX_HEAD)
-        with contextlib.suppress(zlib.error):
-            first = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, MAX_HEAD)
-            for line in read_lines(first):
-                if isinstance(line.get("summary"), dict):
-                    return {**BLANK_SUMMARY, "job": file.job, **line["summary"]}
+        with open(file.path, "rb", buffering=0) as stream:
+            head = stream.read(USUAL_HEAD)
+            summary = summary_in(head)
+            if summary is None:
+                summary = summary_in(head + stream.read(MAX_HEAD))
+        if summary:
+            return {**BLANK_SUMMARY, "job": file.job, **summary}
     return summarize(parse_record(file.job, read_file(file.path)))
+
+
+def summary_in(head: bytes) -> Optional[Message]:
+    """The summary that a packed file begins with; None if it is not whole, or none is there."""
+    with contextlib.suppress(zlib.error):
+        first = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, MAX_HEAD)
+        for line in read_lines(first):
+            if isinstance(line.get("summary"), dict):
+                summary: Message = line["summary"]
+                return summary
+    return None
 
 
 def read_from(path: str, at: int) -> bytes:
@@ -7429,16 +7451,25 @@ class Archive:
         self.folder = folder
         self.seconds = seconds
         self.questions: queue.Queue[Any] = queue.Queue(64)
+        self.listed: Tuple[int, List[RecordFile]] = (
+            -1,
+            [],
+        )  # the folder's time, and files
         self.summaries: Dict[str, Tuple[RecordFile, Message]] = {}
+        self.unread = 0  # files of which there is no summary yet
         self.digests: Dict[str, Digest] = {}  # by path, of files that still grow
         self.records: Dict[str, Tuple[List[RecordFile], Optional[Record]]] = {}
         self.sketches: Dict[str, Tuple[List[RecordFile], Sketch]] = {}
         threading.Thread(target=self.run, name="archive", daemon=True).start()
 
     def run(self) -> None:
-        """Answer questions, for ever."""
+        """Answer questions, for ever; as long as there are none, read what is unread."""
         while True:
-            question, answer = self.questions.get()
+            try:
+                question, answer = self.questions.get(block=not self.unread)
+            except queue.Empty:
+                self.read_on()
+                continue
             try:
                 answer.put((question(), None))
             except Exception as error:  # whoever has asked is told
@@ -7463,16 +7494,41 @@ class Archive:
 
     def files(self, jobs: Set[str]) -> List[RecordFile]:
         """The files of some jobs, or of all if none is given."""
-        names: List[Optional[str]] = [*sorted(jobs)] or [None]
-        files: List[RecordFile] = self.ask(
-            lambda: [file for job in names for file in list_files(self.folder, job)]
-        )
+        files: List[RecordFile] = self.ask(lambda: self.list_files(jobs))
+        return files
+
+    def list_files(self, jobs: Iterable[str] = ()) -> List[RecordFile]:
+        """The files of some jobs, or of all.
+
+        As long as no name in the folder has changed, only files that grow are looked at.
+        """
+        if jobs:
+            return [
+                file for job in sorted(jobs) for file in list_files(self.folder, job)
+            ]
+        try:
+            changed = os.stat(self.folder).st_mtime_ns
+        except FileNotFoundError:
+            return []
+        before, files = self.listed
+        if changed != before or time.time() - changed / 1e9 < SETTLED_SECONDS:
+            files = list_files(self.folder)
+        else:
+            files = [file if file.is_packed else look_again(file) for file in files]
+        self.listed = (changed, files)
         return files
 
     def list(self) -> List[Message]:
-        """The summaries of all jobs."""
-        summaries: List[Message] = self.ask(self.read_list)
-        return summaries
+        """The summaries of all jobs; RecordError as long as there are too many to read at once."""
+        until = time.monotonic() + self.seconds
+        while True:
+            summaries: Optional[List[Message]] = self.ask(self.read_list)
+            if summaries is not None:
+                return summaries
+            if time.monotonic() > until:
+                read = len(self.summaries)
+                text = "%s is being read, %d records so far: ask again in a few seconds"
+                raise RecordError(text % (self.folder, read))
 
     def record(self, job: str) -> Optional[Record]:
         """The record of a job."""
@@ -7498,24 +7554,40 @@ class Archive:
         keep_newest(self.sketches, job, (files, sketch))
         return sketch
 
-    def read_list(self) -> List[Message]:
-        """The summaries: files that have changed are read again, of those that grew the rest."""
+    def read_list(self) -> Optional[List[Message]]:
+        """The summaries of all jobs; None as long as some are not read yet."""
+        self.read_summaries(self.list_files())
+        return None if self.unread else merge_by_job(self.summaries.values())
+
+    def read_on(self) -> None:
+        """Read more of what is unread; what cannot be read is for those who ask."""
+        try:
+            self.read_summaries(self.list_files())
+        except OSError:
+            self.unread = 0
+
+    def read_summaries(self, files: Sequence[RecordFile]) -> None:
+        """Read what has changed, of files that grew the rest, for READ_SECONDS at most."""
+        until = time.monotonic() + READ_SECONDS
         known: Dict[str, Tuple[RecordFile, Message]] = {}
         digests: Dict[str, Digest] = {}
-        for file in list_files(self.folder):
+        unread = 0
+        for file in files:
             digest = self.find_digest(file)
             if digest:
                 digests[file.path] = digest
             before = self.summaries.get(file.path)
             if before and before[0] == file:
                 known[file.path] = before
-                continue
-            with contextlib.suppress(FileNotFoundError):
-                summary = digest.read_on(file) if digest else read_summary(file)
-                known[file.path] = (file, summary)
+            elif time.monotonic() > until:
+                unread += 1
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    summary = digest.read_on(file) if digest else read_summary(file)
+                    known[file.path] = (file, summary)
         self.summaries = known
         self.digests = digests
-        return merge_by_job(known.values())
+        self.unread = unread
 
     def find_digest(self, file: RecordFile) -> Optional[Digest]:
         """The digest of a file that grows; None for one that does not."""

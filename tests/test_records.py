@@ -554,8 +554,8 @@ class Archives(unittest.TestCase):
         counts = {}
         real = open
 
-        def counted(path, mode):
-            file = real(path, mode)
+        def counted(path, mode, buffering=-1):
+            file = real(path, mode, buffering=0)
             name = os.path.basename(path)
             counts.setdefault(name, 0)
 
@@ -565,7 +565,7 @@ class Archives(unittest.TestCase):
                     counts[name] += len(data)
                     return data
 
-            return Counted(file.detach())
+            return Counted(file)
 
         with unittest.mock.patch.object(master, "open", counted, create=True):
             return question(), counts
@@ -640,6 +640,62 @@ class Archives(unittest.TestCase):
                     self.assertAlmostEqual(found[key], value, places=6)
                 else:
                     self.assertEqual(found[key], value)
+
+    def test_many_files_are_read_a_few_at_a_time_and_others_are_answered_meanwhile(
+        self,
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            for number in range(50):
+                write(folder, "%d.a-1-1.jsonl" % number, a_record(2, str(number)))
+            real = master.read_from
+            names = []
+
+            def slow(path, at):
+                names.append(path)
+                time.sleep(0.01)
+                return real(path, at)
+
+            slices = unittest.mock.patch.object(master, "READ_SECONDS", 0.02)
+            with slices, unittest.mock.patch.object(master, "read_from", slow):
+                archive = master.Archive(folder, seconds=0.05)
+                with self.assertRaisesRegex(master.RecordError, "is being read, [1-9]"):
+                    archive.list()
+                archive.seconds = support.PATIENCE
+                self.assertEqual(archive.record("7").job, "7")
+                self.assertGreater(archive.unread, 0)
+                # it goes on by itself
+                support.eventually(lambda: not archive.unread)
+                self.assertEqual(len(archive.list()), 50)
+            self.assertEqual(len(names), len(set(names)))
+
+    def test_what_comes_and_goes_in_a_folder_that_rests_is_seen(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for job in ("1", "2", "3"):
+                path = write(folder, job + ".a-1-1.jsonl", a_record(2, job))
+                if job != "3":
+                    master.pack(path, job, "m")
+            archive = master.Archive(folder)
+            with unittest.mock.patch.object(master, "SETTLED_SECONDS", -math.inf):
+                archive.list()
+                with unittest.mock.patch.object(os, "scandir", side_effect=OSError):
+                    self.assertEqual(len(archive.list()), 3)
+                    with open(path, "ab") as file:  # of what grows, the end is read
+                        file.write(
+                            master.job_line(facts("3", state="FAILED"), NOW + 99)
+                        )
+                    states = {job["job"]: job["state"] for job in archive.list()}
+                    self.assertEqual(states["3"], "FAILED")
+                for change, left in (
+                    (lambda: os.unlink(folder + "/1.a-1-1.jsonl.gz"), {"2", "3"}),
+                    (lambda: master.pack(path, "3", "m"), {"2", "3"}),
+                    (lambda: write(folder, "4.b-1-1.jsonl", b""), {"2", "3", "4"}),
+                    (lambda: write(folder, "notes.txt", b"x"), {"2", "3", "4"}),
+                    (lambda: os.unlink(path + ".gz"), {"2", "4"}),
+                ):
+                    change()
+                    found = {job["job"] for job in archive.list()}
+                    self.assertEqual(found, left)
+            self.assertEqual({file.job for file in archive.files({"2", "3"})}, {"2"})
 
     def test_a_thousand_records_are_listed_by_their_beginnings(self):
         with tempfile.TemporaryDirectory() as folder:
