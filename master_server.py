@@ -1258,12 +1258,12 @@ class Snapshot:
         return judged
 
 
-def read_parts(rows: bytes) -> Dict[int, Parts]:
-    """The looks by slot."""
+def read_parts(rows: bytes, slots: Optional[Iterable[int]] = None) -> Dict[int, Parts]:
+    """The looks by slot: of all, or of some."""
     looks: Dict[int, Parts] = {}
     for at in range(0, len(rows), PART_SIZE):
         slot, number, seen = PART_HEAD.unpack_from(rows, at)
-        if not number:
+        if not number or (slots is not None and slot not in slots):
             continue
         kind = PART_KINDS[number - 1]
         body = PART_BODIES[kind].unpack_from(rows, at + PART_HEAD.size)
@@ -13398,6 +13398,8 @@ class Trace:
         self.gpus: List[Message] = []
         self.cores: Dict[int, float] = {}
         self.cpus: Set[int] = set()
+        # where its newest look at its parts is, as the table has it: (rows, slot)
+        self.unread: Optional[Tuple[bytes, int]] = None
         self.looks: List[Row] = []  # RECORDED at each look since the last row
 
     def take_looks(self, now: float) -> List[Range]:
@@ -13524,6 +13526,28 @@ class Recording:
         if trace and event["kind"] == "lost":
             trace.lost = event["time"]
 
+    def point_at_parts(self, rows: bytes) -> None:
+        """Note where the newest looks are; of a node that has left, its last one is read."""
+        for trace in self.traces.values():
+            if trace.seen == self.seen:
+                trace.unread = (rows, trace.slot)
+        places = [trace.unread for trace in self.traces.values() if trace.unread]
+        if any(place[0] is not rows for place in places):
+            self.read_parts()
+
+    def read_parts(self) -> None:
+        """Read the newest looks: most are replaced by others before anybody asks for them."""
+        places: Dict[int, Tuple[bytes, Dict[int, Trace]]] = {}
+        for trace in self.traces.values():
+            if trace.unread:
+                rows, slot = trace.unread
+                places.setdefault(id(rows), (rows, {}))[1][slot] = trace
+                trace.unread = None
+        for rows, traces in places.values():
+            for slot, parts in read_parts(rows, traces).items():
+                if parts.look:
+                    traces[slot].take_parts(parts)
+
     # ---- what is written
 
     def close_row(self, now: float) -> None:
@@ -13596,6 +13620,7 @@ class Recording:
 
     def write_gpus(self) -> None:
         """How each GPU is."""
+        self.read_parts()
         gpus = {}
         for trace in self.traces.values():
             for gpu in trace.gpus:
@@ -13607,6 +13632,7 @@ class Recording:
 
     def write_ranks(self, most: int) -> None:
         """The ranks with the most memory, and those that work the least."""
+        self.read_parts()
         ranks = []
         for trace in self.traces.values():
             for rank in trace.ranks:
@@ -13637,6 +13663,7 @@ class Recording:
         jobs: how many share the time that there is for that.
         """
         began = time.thread_time()
+        self.read_parts()
         nodes = [trace.evidence(view) for trace in self.traces.values()]
         evidence = JobEvidence(self.facts, nodes, list(self.events), now)
         try:
@@ -13942,7 +13969,7 @@ class Recorder:
         """Every ROW_SECONDS: a row, a verdict, or the end."""
         if recording.traces and recording.job not in self.facts:
             recording.guess(now)
-        self.take_parts(recording, view)
+        recording.point_at_parts(view.part_rows)
         recording.close_row(now)
         is_over = recording.is_over(now)
         if is_over or now >= recording.diagnose_due:
@@ -13956,14 +13983,6 @@ class Recorder:
         if is_over:
             self.writer.post(Work("pack", recording.job))
             self.writer.post(Work("report", recording.job))
-
-    def take_parts(self, recording: Recording, view: Snapshot) -> None:
-        """Note the newest look of each node that is there."""
-        for trace in recording.traces.values():
-            if trace.seen == recording.seen:
-                parts = view.parts(trace.slot)
-                if parts.look:
-                    trace.take_parts(parts)
 
     def post(self, recording: Recording) -> None:
         """Have the new lines of a job written."""
