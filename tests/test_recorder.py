@@ -560,6 +560,8 @@ class Looks(Work):
         self.send_look(0, 7, places=held)  # of another, who has the slot now
         self.send(0, "c9", job="99")
         self.look()
+        traces = self.recorder.recordings["4711"].traces
+        self.assertIsNone(traces["c1"].unread)  # else a copy of all looks is kept
         self.tell(state="FAILED")
         self.table.clear(1)
         self.look()
