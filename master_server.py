@@ -1270,12 +1270,12 @@ class Snapshot:
         return judged
 
 
-def read_parts(rows: bytes) -> Dict[int, Parts]:
-    """The looks by slot."""
+def read_parts(rows: bytes, slots: Optional[Iterable[int]] = None) -> Dict[int, Parts]:
+    """The looks by slot: of all, or of some."""
     looks: Dict[int, Parts] = {}
     for at in range(0, len(rows), PART_SIZE):
         slot, number, seen = PART_HEAD.unpack_from(rows, at)
-        if not number:
+        if not number or (slots is not None and slot not in slots):
             continue
         kind = PART_KINDS[number - 1]
         body = PART_BODIES[kind].unpack_from(rows, at + PART_HEAD.size)
@@ -6497,14 +6497,24 @@ KEEP_SECONDS = 365 * 86400  # how old a record may get ...
 KEEP_BYTES = 200 * 10**6  # ... and how large all of them together
 IDLE_SECONDS = 2 * 86400  # a file that nobody has written to for so long is packed, too
 MAX_RECORD = 64 * 2**20  # bytes of a file that are read
-MAX_HEAD = 65536  # bytes of its begin or its end that a summary is read from
+MAX_HEAD = 65536  # bytes of its begin or its end that a summary is read from ...
+USUAL_HEAD = 2048  # ... of which these few mostly are enough
 SUMMARY_VERDICTS = 3  # in a summary
 KEPT_RECORDS = 4  # that an archive has at hand
 ARCHIVE_SECONDS = 3.0  # that a disk may take to answer it
+READ_SECONDS = 0.5  # that it reads summaries for, until it looks what else is asked for
+SETTLED_SECONDS = 2.0  # since a folder changed: a further change has another time
 GROWS_SECONDS = (
     600.0  # since it was last written: then a file is read as one that grows
 )
 SUMMARIZED = ("cpu", "job_cpu", "job_mem", "gpu")  # metrics that a summary rests upon
+SKETCH_FORMAT = 1
+SKETCHED_BYTES = 2**18  # of a record: a larger one has a sketch beside it
+CURVE_POINTS = 400  # of a curve over a whole job
+MAP_COLUMNS = 120  # cells of the map for each node
+MAP_LEVELS = 10  # shades
+LEVEL_DIGITS = "0123456789A"  # each level as a text
+LEAST_AXIS = 1.0  # seconds
 RECORDED = (  # metrics with least, mean and most over the nodes
     "cpu",
     "job_cpu",
@@ -6523,6 +6533,7 @@ RECORDED = (  # metrics with least, mean and most over the nodes
     "psi_io",
 )
 BY_NODE = ("cpu", "job_cpu", "ram", "job_mem", "gpu", "gpu_mem")  # and of each node
+CHARTED = ("job_cpu", "cpu", "job_mem", "ram", "gpu", "gpu_mem") + RECORDED[7:]
 NODE_FACTS = ("cpus", "mem_total", "gpus", "job_cpus", "job_mem_limit")
 GPU_KEYS = ("gpu", "mem_used", "power", "temp")
 RECORD_NAME = re.compile(r"([A-Za-z0-9_%]+)\.([A-Za-z0-9_-]+)\.jsonl(\.gz)?")
@@ -6656,6 +6667,9 @@ def without_overlap(rows: Iterable[RecordRow]) -> List[RecordRow]:
 
     Rows of other nodes tell of something else: each command of several leaves its own record.
     """
+    rows = list(rows)
+    if all(map(is_after, rows[1:], rows)):
+        return rows
     times: List[float] = []
     steps: List[float] = []
     kept: List[RecordRow] = []
@@ -6672,6 +6686,11 @@ def without_overlap(rows: Iterable[RecordRow]) -> List[RecordRow]:
             steps.insert(place, row.step)
             kept.insert(place, row)
     return kept
+
+
+def is_after(row: RecordRow, before: RecordRow) -> bool:
+    """Whether a row stands for later time than another, all of it."""
+    return row.time - before.time >= 0.75 * max(row.step, before.step)
 
 
 def are_of_others(names: Sequence[str], others: Sequence[str]) -> bool:
@@ -6753,6 +6772,7 @@ class Record:
         self.nodes: Dict[str, Message] = {}
         self.names: Dict[str, List[str]] = {}  # of each file: the nodes of its rows
         self.taken: Dict[str, int] = {}  # of each file: its bytes that are in here
+        self.files: List[Any] = []  # them, each a RecordFile, as they were before
         self.rows: List[RecordRow] = []
         self.late: List[Late] = []
         self.events: List[Message] = []
@@ -7051,6 +7071,280 @@ def severity_of(summary: Message) -> str:
     return "" if summary["verdicts"] is None else "fine"
 
 
+# ---- sketches: what a page shows of a record
+
+
+class Piece(NamedTuple):
+    """The points of a curve between two gaps, as columns: each stands for a row or several."""
+
+    times: List[float]  # at their ends
+    steps: List[float]  # seconds
+    least: List[float]
+    means: List[float]
+    most: List[float]
+
+
+class NodeMap(NamedTuple):
+    """How much each node had of a metric over the time, in MAP_COLUMNS columns."""
+
+    top: float  # what the highest level stands for
+    levels: Dict[
+        str, str
+    ]  # node -> for each column one of LEVEL_DIGITS; a blank is unknown
+
+
+class Sketch(NamedTuple):
+    """What a page shows of a record, as thin as a page is.
+
+    It is made in a fraction of a second of a record of days, and read in a fraction of that.
+    """
+
+    summary: Message
+    first: float  # the begin of its time axis
+    last: float
+    steps: List[int]  # seconds that rows stand for: the least and the most
+    nodes: List[Message]  # of each node: what it did over the whole job
+    gpus: List[Message]
+    ranks: List[Message]
+    events: List[Message]
+    verdicts: Optional[List[Message]]
+    curves: Dict[str, List[Piece]]  # by metric
+    maps: Dict[str, NodeMap]
+
+
+def make_sketch(record: Record) -> Sketch:
+    """The sketch of a record."""
+    first, last = record.span
+    last = max(first + LEAST_AXIS, last)
+    known = {key: known_rows(record.rows, key) for key in CHARTED}
+    cpu = "job_cpu" if known["job_cpu"] else "cpu"
+    totals: Dict[str, List[Optional[Total]]] = {}
+    maps = {}
+    for key in (cpu, "job_mem", "gpu"):
+        rows = known[key]
+        means = [row.values[key][3:] for row in rows]
+        totals[key] = node_totals(rows, means)
+        if rows:
+            maps[key] = make_map(record, key, rows, means, (first, last))
+    has_all = len(totals[cpu]) == len(record.nodes) and None not in totals[cpu]
+    if cpu == "job_cpu" and not has_all:
+        rows = known["cpu"]
+        means = [row.values["cpu"][3:] for row in rows]
+        totals["cpu"] = node_totals(rows, means)
+    steps = sorted({round(row.step) for row in record.rows}) or [ROW_SECONDS]
+    return Sketch(
+        summarize(record),
+        first,
+        last,
+        [steps[0], steps[-1]],
+        run_node_rows(record, totals),
+        gpu_rows(record),
+        record.ranks,
+        record.events,
+        record.verdicts,
+        make_curves(record.rows, known),
+        maps,
+    )
+
+
+def known_rows(rows: Sequence[RecordRow], key: str) -> List[RecordRow]:
+    """The rows in which least, mean and most of a metric are known."""
+    found = [row for row in rows if key in row.values]
+    return [row for row in found if None not in row.values[key][:3]]
+
+
+def make_curves(
+    rows: Sequence[RecordRow], known: Dict[str, List[RecordRow]]
+) -> Dict[str, List[Piece]]:
+    """The curves of all metrics, with few enough points for a chart."""
+    together = max(1, -(-len(rows) // CURVE_POINTS))
+    whole = in_portions(rows, together)
+    curves = {}
+    for key, there in known.items():
+        is_whole = len(there) == len(rows)
+        portions = whole if is_whole else in_portions(there, together)
+        if there:
+            curves[key] = [make_piece(portion, key) for portion in portions]
+    return curves
+
+
+class Portion(NamedTuple):
+    """Rows without a gap between them, and how they are put together to points."""
+
+    rows: List[RecordRow]
+    bounds: List[Tuple[int, int]]  # of each point: its first row, its last and one
+    times: List[float]
+    steps: List[float]
+
+
+def in_portions(rows: Sequence[RecordRow], together: int) -> List[Portion]:
+    """The rows in portions, of which so many rows together are a point."""
+    portions = []
+    for piece in in_pieces(rows):
+        begins = range(0, len(piece), together)
+        bounds = [(begin, min(begin + together, len(piece))) for begin in begins]
+        times = [piece[end - 1].time for _, end in bounds]
+        firsts = [piece[begin] for begin, _ in bounds]
+        steps = [when - first.time + first.step for when, first in zip(times, firsts)]
+        portions.append(Portion(piece, bounds, times, steps))
+    return portions
+
+
+def in_pieces(rows: Sequence[RecordRow]) -> List[List[RecordRow]]:
+    """The rows in pieces without a gap."""
+    pieces: List[List[RecordRow]] = []
+    before: Optional[RecordRow] = None
+    for row in rows:
+        if before is None or is_gap(before, row):
+            pieces.append([])
+        pieces[-1].append(row)
+        before = row
+    return pieces
+
+
+def make_piece(portion: Portion, key: str) -> Piece:
+    """The curve of a metric over a portion, in all rows of which it is known."""
+    bands: List[Any] = [row.values[key] for row in portion.rows]
+    bounds = portion.bounds
+    least = [band[0] for band in bands]
+    means = [band[1] for band in bands]
+    most = [band[2] for band in bands]
+    return Piece(
+        portion.times,
+        portion.steps,
+        [min(least[begin:end]) for begin, end in bounds],
+        [sum(means[begin:end]) / (end - begin) for begin, end in bounds],
+        [max(most[begin:end]) for begin, end in bounds],
+    )
+
+
+def make_map(
+    record: Record,
+    key: str,
+    rows: Sequence[RecordRow],
+    means: Sequence[Sequence[Optional[float]]],
+    span: Tuple[float, float],
+) -> NodeMap:
+    """The map of a metric; means: of each row the mean of each node."""
+    columns: List[Sequence[Optional[float]]] = [()] * MAP_COLUMNS
+    for column, begin, end in map_slices(rows, span):
+        there = list(itertools.zip_longest(*means[begin:end]))
+        try:
+            count = end - begin
+            columns[column] = [total / count for total in map(sum, there)]  # type: ignore[arg-type]
+        except TypeError:  # not all of them are known
+            columns[column] = list(map(mean_known, there))
+    top = 100.0
+    if NUMBERS[key].unit != "%":
+        known = [value for means in columns for value in means if value is not None]
+        top = max(known, default=0.0) or 1.0
+    texts = [level_digits(means, top) for means in columns]
+    lines = map("".join, itertools.zip_longest(*texts, fillvalue=" "))
+    levels = dict.fromkeys(record.nodes, " " * MAP_COLUMNS)
+    levels.update(zip(record.nodes, lines))
+    return NodeMap(top, levels)
+
+
+def level_digits(means: Sequence[Optional[float]], top: float) -> List[str]:
+    """The level of each mean as a digit; a blank where it is unknown."""
+    scale = MAP_LEVELS / top
+    return [
+        " " if value is None else LEVEL_DIGITS[level_of(value * scale)]
+        for value in means
+    ]
+
+
+def level_of(share: float) -> int:
+    """The level that is next to so many levels."""
+    return min(max(int(share + 0.5), 0), MAP_LEVELS)
+
+
+def map_slices(
+    rows: Sequence[RecordRow], span: Tuple[float, float]
+) -> List[Tuple[int, int, int]]:
+    """Which rows are in which column of the map: (column, first, last and one) of each."""
+    seconds = span[1] - span[0]
+    ends = [row.time for row in rows]
+    begins = [row.time - row.step for row in rows]
+    slices = []
+    for column in range(MAP_COLUMNS):
+        begin = span[0] + seconds * column / MAP_COLUMNS
+        end = span[0] + seconds * (column + 1) / MAP_COLUMNS
+        first = bisect.bisect_right(ends, begin + 0.01)
+        last = bisect.bisect_left(begins, end - 0.01)
+        if first < last:
+            slices.append((column, first, last))
+    return slices
+
+
+Total = Tuple[float, float]  # mean and most of a node, over a job
+
+
+def node_totals(
+    rows: Sequence[RecordRow], means: Sequence[Sequence[Optional[float]]]
+) -> List[Optional[Total]]:
+    """The mean and the most of each node; None where nothing is known."""
+    steps = [row.step for row in rows]
+    duration = sum(steps)
+    totals: List[Optional[Total]] = []
+    for values in itertools.zip_longest(*means):
+        try:
+            mean_there = sum(map(operator.mul, values, steps)) / duration
+            totals.append((mean_there, max(values)))  # type: ignore[arg-type, type-var]
+        except TypeError:  # not all of them are known
+            known = [value for value in values if value is not None]
+            totals.append((sum(known) / len(known), max(known)) if known else None)
+    return totals
+
+
+def run_node_rows(
+    record: Record, totals: Dict[str, List[Optional[Total]]]
+) -> List[Message]:
+    """What each node did over the whole job; totals: of metrics, in the order of its nodes."""
+    rows = []
+    for place, (name, facts) in enumerate(record.nodes.items()):
+        found = {
+            key: each[place] if place < len(each) else None
+            for key, each in totals.items()
+        }
+        cpu = found.get("job_cpu") or found.get("cpu")
+        memory = found["job_mem"]
+        gpu = found["gpu"]
+        rows.append(
+            {
+                "node": name,
+                "job_cpus": facts.get("job_cpus"),
+                "cpu": cpu and cpu[0],
+                "cpu_most": cpu and cpu[1],
+                "mem": memory and memory[0],
+                "mem_most": memory and memory[1],
+                "gpu": gpu and gpu[0],
+            }
+        )
+    return rows
+
+
+def gpu_rows(record: Record) -> List[Message]:
+    """What each GPU did."""
+    rows = []
+    for name, readings in record.gpus.items():
+        columns = list(zip(*(reading for _, reading in readings)))
+        known = [[value for value in column if is_number(value)] for column in columns]
+        known += [[]] * (len(GPU_KEYS) - len(known))
+        busy, memory, power, temperature = known[: len(GPU_KEYS)]
+        rows.append(
+            {
+                "name": name,
+                "gpu": mean_known(busy),
+                "most": max(busy, default=None),
+                "mem": max(memory, default=None),
+                "power": max(power, default=None),
+                "temp": max(temperature, default=None),
+            }
+        )
+    return rows
+
+
 # ---- files
 
 
@@ -7162,48 +7456,112 @@ class RecordFile(NamedTuple):
         return self.path.endswith(".gz")
 
 
-def list_files(folder: str) -> List[RecordFile]:
-    """The files of records; none if there is no such folder (OSError if it cannot be read)."""
+def list_files(folder: str, job: Optional[str] = None) -> List[RecordFile]:
+    """The files of records, of all jobs or of one; none if there is no such folder (OSError)."""
+    begin = "" if job is None else safe_name(job) + "."
     files = []
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
+            if not entry.name.startswith(begin):
+                continue
             match = RECORD_NAME.fullmatch(entry.name)
             if not match:
                 continue
             with contextlib.suppress(FileNotFoundError):
                 stat = entry.stat()
-                job = urllib.parse.unquote(match.group(1))
-                file = RecordFile(job, entry.path, stat.st_size, stat.st_mtime_ns)
+                name = urllib.parse.unquote(match.group(1))
+                file = RecordFile(name, entry.path, stat.st_size, stat.st_mtime_ns)
                 files.append(file)
     return sorted(files)
+
+
+def look_again(file: RecordFile) -> RecordFile:
+    """A file as it is now; as it was, if it is gone just now."""
+    with contextlib.suppress(FileNotFoundError):
+        stat = os.stat(file.path)
+        return file._replace(size=stat.st_size, changed=stat.st_mtime_ns)
+    return file
 
 
 def read_record(folder: str, job: str) -> Optional[Record]:
     """All that is recorded of a job; None if that is nothing."""
     for _ in range(3):  # a file may be packed, and so have another name, just now
-        files = [file for file in list_files(folder) if file.job == job]
+        files = list_files(folder, job)
         try:
             contents = [read_file(file.path) for file in files]
         except FileNotFoundError:
             continue
         record = Record(job)
+        record.files = files
         for file, content in zip(files, contents):
             record.add_file(file.path, content)
         return record.finish() if files else None
     return None
 
 
+def sketch_path(folder: str, job: str) -> str:
+    """Where the sketch of a job is."""
+    return os.path.join(folder, safe_name(job) + ".sketch.gz")
+
+
+def write_sketch(folder: str, record: Record, mark: str) -> None:
+    """Write the sketch of a record that takes long to read; it says of which files it is."""
+    if sum(record.taken.values()) > SKETCHED_BYTES:
+        line = {"sketch": make_sketch(record), "format": SKETCH_FORMAT}
+        line["files"] = name_files(record.files)
+        packed = gzip.compress(record_line(line), mtime=0)
+        write_file(sketch_path(folder, record.job), packed, mark)
+
+
+def name_files(files: Sequence[RecordFile]) -> List[Any]:
+    """Files and how they are, without their folder, which may be moved."""
+    return [[os.path.basename(file.path), file.size, file.changed] for file in files]
+
+
+def read_sketch(folder: str, job: str, files: Sequence[RecordFile]) -> Optional[Sketch]:
+    """The sketch of a job, if there is one and it is of these files as they are (OSError)."""
+    try:
+        with open(sketch_path(folder, job), "rb") as file:
+            data = file.read(MAX_RECORD)
+    except FileNotFoundError:
+        return None
+    try:
+        line = json.loads(unpack(data))
+        if line["format"] != SKETCH_FORMAT or line["files"] != name_files(files):
+            return None
+        sketch = Sketch(*line["sketch"])
+        curves = {
+            key: [Piece(*piece) for piece in pieces]
+            for key, pieces in sketch.curves.items()
+        }
+        maps = {key: NodeMap(*nodes) for key, nodes in sketch.maps.items()}
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return None  # not written by us, or not to its end
+    return sketch._replace(curves=curves, maps=maps)
+
+
 def read_summary(file: RecordFile) -> Message:
     """A file's summary: a packed one begins with it, and of others it is made."""
     if file.is_packed:
-        with open(file.path, "rb") as stream:
-            head = stream.read(MAX_HEAD)
-        with contextlib.suppress(zlib.error):
-            first = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, MAX_HEAD)
-            for line in read_lines(first):
-                if isinstance(line.get("summary"), dict):
-                    return {**BLANK_SUMMARY, "job": file.job, **line["summary"]}
+        with open(file.path, "rb", buffering=0) as stream:
+            head = stream.read(USUAL_HEAD)
+            summary = summary_in(head)
+            if summary is None:
+                summary = summary_in(head + stream.read(MAX_HEAD))
+        if summary:
+            return {**BLANK_SUMMARY, "job": file.job, **summary}
     return summarize(parse_record(file.job, read_file(file.path)))
+
+
+def summary_in(head: bytes) -> Optional[Message]:
+    """The summary that a packed file begins with; None if it is not whole, or none is there."""
+    with contextlib.suppress(zlib.error):
+        first = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, MAX_HEAD)
+        for line in read_lines(first):
+            if isinstance(line.get("summary"), dict):
+                summary: Message = line["summary"]
+                return summary
+    return None
 
 
 def read_from(path: str, at: int) -> bytes:
@@ -7274,17 +7632,20 @@ def prune(folder: str, now: float, mark: str) -> int:
         if all(file.is_packed for file in jobs[job]):
             total -= sizes[job]
             count += 1
-            for path in [file.path for file in jobs[job]] + [report_path(folder, job)]:
+            paths = [file.path for file in jobs[job]]
+            paths += [report_path(folder, job), sketch_path(folder, job)]
+            for path in paths:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
     return count
 
 
 def size_of_job(folder: str, files: Sequence[RecordFile]) -> int:
-    """The bytes that a job's files take, its report among them."""
+    """The bytes that a job's files take, its report and its sketch among them."""
     size = sum(file.size for file in files)
-    with contextlib.suppress(OSError):
-        size += os.stat(report_path(folder, files[0].job)).st_size
+    for path in (report_path, sketch_path):
+        with contextlib.suppress(OSError):
+            size += os.stat(path(folder, files[0].job)).st_size
     return size
 
 
@@ -7300,15 +7661,25 @@ class Archive:
         self.folder = folder
         self.seconds = seconds
         self.questions: queue.Queue[Any] = queue.Queue(64)
+        self.listed: Tuple[int, List[RecordFile]] = (
+            -1,
+            [],
+        )  # the folder's time, and files
         self.summaries: Dict[str, Tuple[RecordFile, Message]] = {}
+        self.unread = 0  # files of which there is no summary yet
         self.digests: Dict[str, Digest] = {}  # by path, of files that still grow
         self.records: Dict[str, Tuple[List[RecordFile], Optional[Record]]] = {}
+        self.sketches: Dict[str, Tuple[List[RecordFile], Sketch]] = {}
         threading.Thread(target=self.run, name="archive", daemon=True).start()
 
     def run(self) -> None:
-        """Answer questions, for ever."""
+        """Answer questions, for ever; as long as there are none, read what is unread."""
         while True:
-            question, answer = self.questions.get()
+            try:
+                question, answer = self.questions.get(block=not self.unread)
+            except queue.Empty:
+                self.read_on()
+                continue
             try:
                 answer.put((question(), None))
             except Exception as error:  # whoever has asked is told
@@ -7333,37 +7704,100 @@ class Archive:
 
     def files(self, jobs: Set[str]) -> List[RecordFile]:
         """The files of some jobs, or of all if none is given."""
-        files: List[RecordFile] = self.ask(lambda: list_files(self.folder))
-        return [file for file in files if not jobs or file.job in jobs]
+        files: List[RecordFile] = self.ask(lambda: self.list_files(jobs))
+        return files
+
+    def list_files(self, jobs: Iterable[str] = ()) -> List[RecordFile]:
+        """The files of some jobs, or of all.
+
+        As long as no name in the folder has changed, only files that grow are looked at.
+        """
+        if jobs:
+            return [
+                file for job in sorted(jobs) for file in list_files(self.folder, job)
+            ]
+        try:
+            changed = os.stat(self.folder).st_mtime_ns
+        except FileNotFoundError:
+            return []
+        before, files = self.listed
+        if changed != before or time.time() - changed / 1e9 < SETTLED_SECONDS:
+            files = list_files(self.folder)
+        else:
+            files = [file if file.is_packed else look_again(file) for file in files]
+        self.listed = (changed, files)
+        return files
 
     def list(self) -> List[Message]:
-        """The summaries of all jobs."""
-        summaries: List[Message] = self.ask(self.read_list)
-        return summaries
+        """The summaries of all jobs; RecordError as long as there are too many to read at once."""
+        until = time.monotonic() + self.seconds
+        while True:
+            summaries: Optional[List[Message]] = self.ask(self.read_list)
+            if summaries is not None:
+                return summaries
+            if time.monotonic() > until:
+                read = len(self.summaries)
+                text = "%s is being read, %d records so far: ask again in a few seconds"
+                raise RecordError(text % (self.folder, read))
 
     def record(self, job: str) -> Optional[Record]:
         """The record of a job."""
         record: Optional[Record] = self.ask(lambda: self.read(job))
         return record
 
-    def read_list(self) -> List[Message]:
-        """The summaries: files that have changed are read again, of those that grew the rest."""
+    def sketch(self, job: str) -> Optional[Sketch]:
+        """The sketch of a job's record."""
+        sketch: Optional[Sketch] = self.ask(lambda: self.read_or_make_sketch(job))
+        return sketch
+
+    def read_or_make_sketch(self, job: str) -> Optional[Sketch]:
+        """The sketch that is at hand, or else beside the record, or else made of the record."""
+        files = list_files(self.folder, job)
+        before, sketch = self.sketches.pop(job, ([], None))
+        if before != files or sketch is None:
+            sketch = read_sketch(self.folder, job, files)
+        if sketch is None:
+            record = self.read(job)
+            if record is None:
+                return None
+            sketch = make_sketch(record)
+        keep_newest(self.sketches, job, (files, sketch))
+        return sketch
+
+    def read_list(self) -> Optional[List[Message]]:
+        """The summaries of all jobs; None as long as some are not read yet."""
+        self.read_summaries(self.list_files())
+        return None if self.unread else merge_by_job(self.summaries.values())
+
+    def read_on(self) -> None:
+        """Read more of what is unread; what cannot be read is for those who ask."""
+        try:
+            self.read_summaries(self.list_files())
+        except OSError:
+            self.unread = 0
+
+    def read_summaries(self, files: Sequence[RecordFile]) -> None:
+        """Read what has changed, of files that grew the rest, for READ_SECONDS at most."""
+        until = time.monotonic() + READ_SECONDS
         known: Dict[str, Tuple[RecordFile, Message]] = {}
         digests: Dict[str, Digest] = {}
-        for file in list_files(self.folder):
+        unread = 0
+        for file in files:
             digest = self.find_digest(file)
             if digest:
                 digests[file.path] = digest
             before = self.summaries.get(file.path)
             if before and before[0] == file:
                 known[file.path] = before
-                continue
-            with contextlib.suppress(FileNotFoundError):
-                summary = digest.read_on(file) if digest else read_summary(file)
-                known[file.path] = (file, summary)
+            elif time.monotonic() > until:
+                unread += 1
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    summary = digest.read_on(file) if digest else read_summary(file)
+                    known[file.path] = (file, summary)
         self.summaries = known
         self.digests = digests
-        return merge_by_job(known.values())
+        self.unread = unread
 
     def find_digest(self, file: RecordFile) -> Optional[Digest]:
         """The digest of a file that grows; None for one that does not."""
@@ -7376,16 +7810,14 @@ class Archive:
 
     def read(self, job: str) -> Optional[Record]:
         """The record of a job; the last few are kept, and of a file that grew the rest is read."""
-        files = [file for file in list_files(self.folder) if file.job == job]
+        files = list_files(self.folder, job)
         before, record = self.records.pop(job, ([], None))
         if record and before != files:
             record = self.read_more(record, before, files)
         if not record and files:
             record = read_record(self.folder, job)
         if record:
-            self.records[job] = (files, record)
-            while len(self.records) > KEPT_RECORDS:
-                del self.records[next(iter(self.records))]
+            keep_newest(self.records, job, (files, record))
         return record
 
     def read_more(
@@ -7402,6 +7834,13 @@ class Archive:
                 return None
             more.add_file(new.path, read_from(new.path, record.taken[new.path]))
         return more.finish()
+
+
+def keep_newest(kept: Dict[str, Any], job: str, value: Any) -> None:
+    """Keep something of a job, and of the jobs before the last few nothing."""
+    kept[job] = value
+    while len(kept) > KEPT_RECORDS:
+        del kept[next(iter(kept))]
 
 
 def merge_by_job(found: Iterable[Tuple[RecordFile, Message]]) -> List[Message]:
@@ -10092,6 +10531,11 @@ svg text {
   fill: var(--cpu);
   stroke: none;
 }
+.map path {
+  stroke-width: inherit;
+  stroke-linecap: butt;
+  vector-effect: none;
+}
 #jobs .w {
   min-width: 18rem;
 }
@@ -10211,7 +10655,11 @@ CHART_HTML = """
       </figure>"""
 TEXT_SVG = '<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>'
 PATH_SVG = '<path class="{kind}" d="{path}"/>'
-SHADE_SVG = '<path class="cell" fill-opacity="{share}" d="{path}"/>'
+MAP_SVG = (
+    '<g class="map" transform="translate({x} {y}) scale({width} {height})"'
+    ' stroke-width="{line}">{shades}</g>'
+)
+SHADE_SVG = '<path stroke-opacity="{share}" d="{path}"/>'
 DOWNLOAD_HTML = (
     '<a id="record" download="{name}" href="data:application/gzip;base64,{data}">'
     "The record itself</a>, as JSON lines in gzip. "
@@ -10238,17 +10686,14 @@ COMPARE_FORM_HTML = """
     </form>"""
 
 MAX_REPORT = 2**20  # bytes of a report: the record in it gets thinner until it fits
-CHART_POINTS = 400  # of a curve over a whole job
 CHART_WIDTH = 600  # of a chart's box, in which ...
 CHART_HEIGHT = 170
 CHART_LEFT = 78  # ... the curve has this
 CHART_RIGHT = 588
 CHART_TOP = 10
 CHART_BOTTOM = 146
-MAP_COLUMNS = 120  # cells of the map for each node
 MAP_NODES = 128  # nodes in the map
 MAP_CELL = 14  # height of a cell, as long as there are few
-MAP_LEVELS = 10  # shades
 MAX_MARKS = 40  # events in a chart
 MAX_ROWS = 500  # of a table in a report
 JOBS_PAGE = 200  # jobs on a page
@@ -10266,8 +10711,6 @@ TIME_STEPS = (  # seconds between two marks of a time axis
     + tuple(3600 * n for n in (1, 2, 3, 6, 12))
     + tuple(86400 * n for n in (1, 2, 7, 14, 28, 91, 364))
 )
-LEAST_AXIS = 1.0  # seconds
-CHARTED = ("job_cpu", "cpu", "job_mem", "ram", "gpu", "gpu_mem") + RECORDED[7:]
 SEVERITY_WORDS = {
     "fine": "\u2713 Fine",
     "advice": "\u2022 Advice",
@@ -10286,9 +10729,9 @@ UNITS.update(peak_mem="B", read_total="B", write_total="B", rank_cpu="%", got=""
 
 
 class Series(NamedTuple):
-    """Rows for a chart; kind: the class of its curve, shift: what makes its time the axis' own."""
+    """Curves for charts; kind: their class, shift: what makes their time the axis' own."""
 
-    rows: List[RecordRow]
+    curves: Dict[str, List[Piece]]  # by metric
     kind: str = ""
     shift: float = 0.0
 
@@ -10344,52 +10787,6 @@ def nice_top(key: str, most: float) -> Tuple[float, float]:
     return top, top / (2 if factor in (1, 2, 10) else 5 if factor == 2.5 else 5)
 
 
-class Band(NamedTuple):
-    """A point of a chart."""
-
-    time: float
-    step: float
-    least: float
-    mean: float
-    most: float
-
-
-def bands_of(rows: Sequence[RecordRow], key: str) -> List[List[Band]]:
-    """One metric of the rows, in pieces without a gap, and few enough for a chart."""
-    together = max(1, -(-len(rows) // CHART_POINTS))
-    bands: List[List[Band]] = []
-    for piece in pieces_of(rows, key):
-        groups = [
-            piece[place : place + together] for place in range(0, len(piece), together)
-        ]
-        bands.append([band_over(group, key) for group in groups])
-    return bands
-
-
-def pieces_of(rows: Sequence[RecordRow], key: str) -> List[List[RecordRow]]:
-    """The rows in which a metric is known, in pieces without a gap."""
-    pieces: List[List[RecordRow]] = []
-    before: Optional[RecordRow] = None
-    for row in rows:
-        values = row.values.get(key)
-        if values is None or None in values[:3]:
-            continue
-        if before is None or is_gap(before, row):
-            pieces.append([])
-        pieces[-1].append(row)
-        before = row
-    return pieces
-
-
-def band_over(rows: List[RecordRow], key: str) -> Band:
-    """One point in place of several rows."""
-    first, last = rows[0], rows[-1]
-    least, means, most = zip(*[row.values[key][:3] for row in rows])
-    step = last.time - first.time + first.step
-    middle = sum(means) / len(means)
-    return Band(last.time, step, min(least), middle, max(most))
-
-
 def draw_chart(
     key: str,
     several: Sequence[Series],
@@ -10398,19 +10795,20 @@ def draw_chart(
     marks: Sequence[float] = (),
 ) -> Optional[Html]:
     """Least, mean and most of a metric over the time; None when nothing is known."""
-    curves = [(series, bands_of(series.rows, key)) for series in several]
-    points = [band for _, bands in curves for piece in bands for band in piece]
-    if not points:
+    curves = [(series, series.curves.get(key, [])) for series in several]
+    everything = [piece for _, pieces in curves for piece in pieces]
+    if not everything:
         return None
-    most = max(band.most for band in points)
+    most = max(max(piece.most) for piece in everything)
     is_near = limit is not None and most < limit < 3 * most
     top, step = nice_top(key, float(limit or 0) if is_near else most)
     drawn = [draw_axes(key, axis, top, step)]
-    for series, bands in curves:
-        places = [places_of(series, piece, axis) for piece in bands]
-        for piece, texts in zip(bands, places):
+    for series, pieces in curves:
+        own_axis = Axis(axis.first + series.shift, axis.last + series.shift)
+        places = [places_of(tuple(piece.times), own_axis) for piece in pieces]
+        for piece, texts in zip(pieces, places):
             drawn.append(draw_band(series, piece, texts, top))
-        for piece, texts in zip(bands, places):
+        for piece, texts in zip(pieces, places):
             drawn.append(draw_mean(series, piece, texts, top))
     if limit is not None and limit <= top:
         path = "M%d %.1fH%d" % (CHART_LEFT, height_of(limit, top), CHART_RIGHT)
@@ -10418,7 +10816,7 @@ def draw_chart(
     for when in marks[:MAX_MARKS]:
         path = "M%.1f %dV%d" % (axis.place(when), CHART_TOP, CHART_BOTTOM)
         drawn.append(fill(PATH_SVG, kind="mark", path=path))
-    words = [band_words(key, bands) for _, bands in curves if bands]
+    words = [curve_words(key, pieces) for _, pieces in curves if pieces]
     return fill(
         CHART_HTML,
         label=NUMBERS[key].label,
@@ -10429,13 +10827,13 @@ def draw_chart(
     )
 
 
-def band_words(key: str, bands: Sequence[Sequence[Band]]) -> str:
+def curve_words(key: str, pieces: Sequence[Piece]) -> str:
     """A curve in words: its least, mean and most."""
-    points = [band for piece in bands for band in piece]
-    weight = sum(band.step for band in points)
-    middle = sum(band.step * band.mean for band in points) / max(weight, 1e-9)
-    least = min(band.least for band in points)
-    most = max(band.most for band in points)
+    weight = sum(sum(piece.steps) for piece in pieces)
+    total = sum(sum(map(operator.mul, piece.steps, piece.means)) for piece in pieces)
+    least = min(min(piece.least) for piece in pieces)
+    most = max(max(piece.most) for piece in pieces)
+    middle = total / max(weight, 1e-9)
     texts = [render_value(key, value) for value in (least, middle, most)]
     return "%s to %s, mean %s" % (texts[0], texts[2], texts[1])
 
@@ -10476,56 +10874,68 @@ def time_texts(axis: Axis, y: int) -> List[Html]:
     return texts
 
 
-def places_of(series: Series, piece: Sequence[Band], axis: Axis) -> List[str]:
-    """Where the points of a piece are on the time axis, as text."""
-    return ["%.1f" % axis.place(band.time - series.shift) for band in piece]
+@functools.lru_cache(maxsize=64)
+def places_of(times: Tuple[float, ...], axis: Axis) -> List[str]:
+    """Where points are on the time axis, as text: most metrics of a job have the same times."""
+    return ["%.1f " % axis.place(when) for when in times]
 
 
-def draw_band(
-    series: Series, piece: Sequence[Band], places: Sequence[str], top: float
-) -> Html:
+def draw_band(series: Series, piece: Piece, places: Sequence[str], top: float) -> Html:
     """The area between least and most."""
-    there = curve_points(places, [band.most for band in piece], top)
-    back = curve_points(places, [band.least for band in piece], top)
+    there = curve_points(places, piece.most, top)
+    back = curve_points(places, piece.least, top)
     path = "M%sZ" % "L".join(there + back[::-1])
     return fill(PATH_SVG, kind=("band " + series.kind).rstrip(), path=path)
 
 
-def draw_mean(
-    series: Series, piece: Sequence[Band], places: Sequence[str], top: float
-) -> Html:
+def draw_mean(series: Series, piece: Piece, places: Sequence[str], top: float) -> Html:
     """The curve of the mean; a point alone is a short line."""
-    points = curve_points(places, [band.mean for band in piece], top)
+    points = curve_points(places, piece.means, top)
     end = "h1" if len(points) == 1 else ""
     return fill(PATH_SVG, kind=series.kind, path="M" + "L".join(points) + end)
+
+
+# Every height in a chart as text: writing the number anew for each point takes most of a page.
+HEIGHTS = [
+    "%.1f" % (CHART_BOTTOM - tenths / 10)
+    for tenths in range(10 * (CHART_BOTTOM - CHART_TOP) + 1)
+]
 
 
 def curve_points(
     places: Sequence[str], values: Sequence[float], top: float
 ) -> List[str]:
     """The points of a curve, as a path has them."""
+    if min(values) < 0 or max(values) > top:
+        values = [min(max(value, 0.0), top) for value in values]
+    scale = (len(HEIGHTS) - 1) / top
     return [
-        "%s %.1f" % (place, height_of(value, top))
+        place + HEIGHTS[int(scale * value + 0.5)]
         for place, value in zip(places, values)
     ]
 
 
-def draw_map(record: Record, key: str, axis: Axis) -> Optional[Html]:
+def draw_map(key: str, nodes: NodeMap, axis: Axis) -> Optional[Html]:
     """A row for each node, the darker the more: which one is not like the others?"""
-    columns = dict(zip(record.nodes, record.columns(key)))
-    names = sorted(columns, key=natural)[:MAP_NODES]
+    names = sorted(nodes.levels, key=natural)[:MAP_NODES]
     if len(names) < 2:
         return None
-    slices = map_slices(record.rows_of(key), axis)
-    means = [map_means(columns[name], slices) for name in names]
-    top = 100.0
-    if UNITS.get(key) != "%":
-        top = max((value for cells in means for value in cells.values()), default=0.0)
-    paths = map_paths(means, top or 1.0)
+    paths = map_paths([nodes.levels[name] for name in names])
     cell = map_cell(len(names))
+    shades = []
+    for level, path in sorted(paths.items()):
+        share = 0.04 + 0.96 * LEVEL_DIGITS.index(level) / MAP_LEVELS
+        shades.append(fill(SHADE_SVG, share="%.2f" % share, path=path))
     drawn = [
-        fill(SHADE_SVG, share="%.2f" % (0.04 + 0.96 * level / MAP_LEVELS), path=path)
-        for level, path in sorted(paths.items())
+        fill(
+            MAP_SVG,
+            x=CHART_LEFT,
+            y=CHART_TOP + cell / 2,
+            width=(CHART_RIGHT - CHART_LEFT) / MAP_COLUMNS,
+            height=cell,
+            line="%.2f" % (1 - 1 / cell),
+            shades=shades,
+        )
     ]
     every = max(1, -(-12 // cell))
     for place in range(0, len(names), every):
@@ -10535,7 +10945,7 @@ def draw_map(record: Record, key: str, axis: Axis) -> Optional[Html]:
     bottom = CHART_TOP + cell * len(names)
     drawn += time_texts(axis, bottom + 17)
     words = "each node over time, from 0 (faint) to %s (strong)" % render_value(
-        key, top
+        key, nodes.top
     )
     return fill(
         CHART_HTML,
@@ -10552,65 +10962,24 @@ def map_cell(nodes: int) -> int:
     return MAP_CELL if nodes <= 32 else MAP_CELL // 2
 
 
-def map_slices(rows: Sequence[RecordRow], axis: Axis) -> List[Tuple[int, int, int]]:
-    """Which rows are in which column of the map: (column, first, last and one) of each."""
-    span = axis.last - axis.first
-    ends = [row.time for row in rows]
-    begins = [row.time - row.step for row in rows]
-    slices = []
-    for column in range(MAP_COLUMNS):
-        begin = axis.first + span * column / MAP_COLUMNS
-        end = axis.first + span * (column + 1) / MAP_COLUMNS
-        first = bisect.bisect_right(ends, begin + 0.01)
-        last = bisect.bisect_left(begins, end - 0.01)
-        if first < last:
-            slices.append((column, first, last))
-    return slices
+SAME_LEVELS = re.compile(r"(\w)\1*")
 
 
-def map_means(
-    values: Sequence[Optional[float]], slices: Sequence[Tuple[int, int, int]]
-) -> Dict[int, float]:
-    """The mean of a node in each column in which it is known."""
-    means = {}
-    for column, first, last in slices:
-        there = values[first:last]
-        try:
-            means[column] = sum(there) / len(there)  # type: ignore[arg-type]
-        except TypeError:  # not all of them are known
-            mean_there = mean_known(there)
-            if mean_there is not None:
-                means[column] = mean_there
-    return means
+def map_paths(lines: Sequence[str]) -> Dict[str, str]:
+    """For each level of shade: the path along its cells; lines: of each node its levels.
 
-
-def map_paths(means: List[Dict[int, float]], top: float) -> Dict[int, str]:
-    """For each level of shade: the path around its cells."""
-    width = (CHART_RIGHT - CHART_LEFT) / MAP_COLUMNS
-    lengths = ["%.1f" % (width * count) for count in range(MAP_COLUMNS + 1)]
-    places = ["%.1f" % (CHART_LEFT + width * count) for count in range(MAP_COLUMNS)]
-    cell = map_cell(len(means))
-    paths: Dict[int, List[str]] = {}
-    for node, cells in enumerate(means):
-        y = CHART_TOP + cell * node
-        levels: List[Optional[int]] = [None] * MAP_COLUMNS
-        for column, value in cells.items():
-            levels[column] = round(MAP_LEVELS * min(max(value / top, 0.0), 1.0))
-        column = 0
-        for level, same in itertools.groupby(levels):
-            first = column
-            column += len(list(same))
-            if level is not None:
-                length = lengths[column - first]
-                path = "M%s %dh%sv%dh-%sz" % (
-                    places[first],
-                    y,
-                    length,
-                    cell - 1,
-                    length,
-                )
-                paths.setdefault(level, []).append(path)
-    return {level: "".join(pieces) for level, pieces in paths.items()}
+    A cell is as wide and as high as 1.
+    """
+    places = ["M%d " % column for column in range(MAP_COLUMNS)]
+    lengths = ["h%d" % count for count in range(MAP_COLUMNS + 1)]
+    paths: Dict[str, List[str]] = {level: [] for level in LEVEL_DIGITS}
+    for node, line in enumerate(lines):
+        y = str(node)
+        for same in SAME_LEVELS.finditer(line):
+            begin, end = same.span()
+            path = places[begin] + y + lengths[end - begin]
+            paths[line[begin]].append(path)
+    return {level: "".join(pieces) for level, pieces in paths.items() if pieces}
 
 
 # ---- tables
@@ -10814,9 +11183,10 @@ def title_of(summary: Message) -> str:
     return " ".join(filter(None, ("Job", summary["job"], summary["job_name"])))
 
 
-def draw_verdicts(record: Record, summary: Message) -> Html:
+def draw_verdicts(sketch: Sketch) -> Html:
     """What was found, the worst first."""
-    verdicts = list(record.verdicts or ())
+    summary = sketch.summary
+    verdicts = list(sketch.verdicts or ())
     if summary["state"] in DEADLY_STATES and not any(
         verdict.get("severity") == "died" for verdict in verdicts
     ):
@@ -10844,7 +11214,7 @@ def draw_verdicts(record: Record, summary: Message) -> Html:
     return fill(VERDICTS_HTML, verdicts=items)
 
 
-def use_rows(record: Record, summary: Message) -> List[Message]:
+def use_rows(summary: Message, nodes: int, gpus: int) -> List[Message]:
     """What was asked for, what Slurm gave and what was used of it."""
     busy = None
     if summary["cpu"] is not None and summary["got_cpus"]:
@@ -10853,7 +11223,7 @@ def use_rows(record: Record, summary: Message) -> List[Message]:
     if summary["peak"] is not None and summary["mem_limit"]:
         peak += " (%.0f %%)" % (100 * summary["peak"] / summary["mem_limit"])
     rows = (
-        ("Nodes", summary["nodes"], len(record.nodes) or None, None),
+        ("Nodes", summary["nodes"], nodes or None, None),
         ("CPUs", summary["cpus"], summary["got_cpus"], busy),
         (
             "Memory of the node with the most",
@@ -10861,7 +11231,7 @@ def use_rows(record: Record, summary: Message) -> List[Message]:
             render_value("mem", summary["mem_limit"]),
             peak,
         ),
-        ("GPUs", summary["gpus"], len(record.gpus) or None, None),
+        ("GPUs", summary["gpus"], gpus or None, None),
         (
             "Time",
             render_value("limit", summary["limit"]),
@@ -10882,68 +11252,6 @@ def show_amount(value: Any) -> str:
     if isinstance(value, float) and not value.is_integer():
         return "%.1f" % value
     return render_value("nodes", value)
-
-
-def run_node_rows(record: Record) -> List[Message]:
-    """What each node did over the whole job."""
-    of_job = node_totals(record, "job_cpu")
-    of_node = node_totals(record, "cpu") if len(of_job) < len(record.nodes) else {}
-    memories = node_totals(record, "job_mem")
-    gpus = node_totals(record, "gpu")
-    rows = []
-    for name in sorted(record.nodes, key=natural):
-        cpu = of_job.get(name) or of_node.get(name)
-        memory = memories.get(name)
-        gpu = gpus.get(name)
-        rows.append(
-            {
-                "node": name,
-                "job_cpus": record.nodes[name].get("job_cpus"),
-                "cpu": cpu and cpu[0],
-                "cpu_most": cpu and cpu[1],
-                "mem": memory and memory[0],
-                "mem_most": memory and memory[1],
-                "gpu": gpu and gpu[0],
-            }
-        )
-    return rows
-
-
-def node_totals(record: Record, key: str) -> Dict[str, Tuple[float, float]]:
-    """The mean and the most of a metric on each node of which it is known."""
-    steps = [row.step for row in record.rows_of(key)]
-    duration = sum(steps)
-    totals = {}
-    for name, values in zip(record.nodes, record.columns(key)):
-        try:
-            mean_there = sum(map(operator.mul, values, steps)) / duration
-            totals[name] = (mean_there, max(values))  # type: ignore[type-var]
-        except TypeError:  # not all of them are known
-            known = [value for value in values if value is not None]
-            if known:
-                totals[name] = (sum(known) / len(known), max(known))
-    return totals  # type: ignore[return-value]
-
-
-def gpu_rows(record: Record) -> List[Message]:
-    """What each GPU did."""
-    rows = []
-    for name in sorted(record.gpus, key=natural):
-        columns = list(zip(*(reading for _, reading in record.gpus[name])))
-        known = [[value for value in column if is_number(value)] for column in columns]
-        known += [[]] * (len(GPU_KEYS) - len(known))
-        busy, memory, power, temperature = known[: len(GPU_KEYS)]
-        rows.append(
-            {
-                "name": name,
-                "gpu": mean_known(busy),
-                "most": max(busy, default=None),
-                "mem": max(memory, default=None),
-                "power": max(power, default=None),
-                "temp": max(temperature, default=None),
-            }
-        )
-    return rows
 
 
 def suggestions(summary: Message) -> List[str]:
@@ -10994,42 +11302,37 @@ def draw_suggestions(summary: Message) -> Optional[Html]:
     return fill(SECTION_HTML, heading="To ask for next time", parts=paste)
 
 
-def job_parts(record: Record, summary: Message) -> List[Optional[Html]]:
+def job_parts(sketch: Sketch) -> List[Optional[Html]]:
     """Everything that there is to show of a job."""
-    first, last = record.span
-    axis = Axis(first, max(first + LEAST_AXIS, last))
+    summary = sketch.summary
+    axis = Axis(sketch.first, sketch.last)
     marks = [
         event["time"]
-        for event in record.events
+        for event in sketch.events
         if event["kind"] in ("lost", "alert") and axis.first < event["time"] < axis.last
     ]
-    series = [Series(record.rows)]
+    series = [Series(sketch.curves)]
     charts = []
     for key in CHARTED:
         limit = summary["mem_limit"] if key == "job_mem" else None
         charts.append(draw_chart(key, series, axis, limit, marks))
-    maps = [draw_map(record, key, axis) for key in map_keys(record)]
-    ranks = sorted(record.ranks, key=lambda rank: -(rank.get("mem") or 0.0))
-    events = [dict(event, text=event["text"]) for event in record.events]
+    maps = [draw_map(key, nodes, axis) for key, nodes in sketch.maps.items()]
+    uses = use_rows(summary, len(sketch.nodes), len(sketch.gpus))
+    nodes = sorted(sketch.nodes, key=lambda row: natural(row["node"]))
+    gpus = sorted(sketch.gpus, key=lambda row: natural(row["name"]))
+    ranks = sorted(sketch.ranks, key=lambda rank: -(rank.get("mem") or 0.0))
     return [
         fill(PARAGRAPH_HTML, text=how_it_went(summary)),
-        draw_verdicts(record, summary),
-        draw_table("use", "Asked, got, used", USE_COLUMNS, use_rows(record, summary)),
+        draw_verdicts(sketch),
+        draw_table("use", "Asked, got, used", USE_COLUMNS, uses),
         draw_suggestions(summary),
-        draw_section("Over time", charts, span_words(record)),
+        draw_section("Over time", charts, span_words(sketch)),
         draw_section("Node by node", maps),
-        draw_table("nodes", "Nodes", RUN_NODE_COLUMNS, run_node_rows(record)),
+        draw_table("nodes", "Nodes", RUN_NODE_COLUMNS, nodes),
         draw_table("ranks", "Ranks at the end", RUN_RANK_COLUMNS, ranks),
-        draw_table("gpus", "GPUs", RUN_GPU_COLUMNS, gpu_rows(record)),
-        draw_table("events", "Events", RUN_EVENT_COLUMNS, events),
+        draw_table("gpus", "GPUs", RUN_GPU_COLUMNS, gpus),
+        draw_table("events", "Events", RUN_EVENT_COLUMNS, sketch.events),
     ]
-
-
-def map_keys(record: Record) -> List[str]:
-    """The metrics of which there is a map."""
-    recorded = {key for row in record.rows for key in row.values}
-    cpu = "job_cpu" if "job_cpu" in recorded else "cpu"
-    return [key for key in (cpu, "job_mem", "gpu") if key in recorded]
 
 
 def draw_section(
@@ -11044,15 +11347,15 @@ def draw_section(
     return fill(SECTION_HTML, heading=heading, parts=parts)
 
 
-def span_words(record: Record) -> str:
+def span_words(sketch: Sketch) -> str:
     """The times of a record, and how fine it is."""
-    first, last = record.span
-    zone = time.strftime("%Z", time.localtime(last))
-    steps = sorted({round(row.step) for row in record.rows}) or [ROW_SECONDS]
-    fine = "%d" % steps[0] if len(steps) == 1 else "%d to %d" % (steps[0], steps[-1])
+    zone = time.strftime("%Z", time.localtime(sketch.last))
+    least, most = sketch.steps
+    fine = "%d" % least if least == most else "%d to %d" % (least, most)
     return (
         "From %s to %s %s; a point stands for %s s, the area reaches from the least to the"
-        " most of all nodes." % (render_date(first), render_date(last), zone, fine)
+        " most of all nodes."
+        % (render_date(sketch.first), render_date(sketch.last), zone, fine)
     )
 
 
@@ -11073,10 +11376,10 @@ def render_document(
 
 def render_report(record: Record) -> str:
     """The report of a job as one file that needs nothing else, with the record in it."""
-    summary = summarize(record)
-    parts = job_parts(record, summary)
+    sketch = make_sketch(record)
+    parts = job_parts(sketch)
     written = "Written on %s by Cluster Sentinel." % render_date(time.time())
-    page = render_document(title_of(summary), parts, None, "\0")
+    page = render_document(title_of(sketch.summary), parts, None, "\0")
     room = MAX_REPORT - len(page.encode("utf-8", "replace")) - 1000
     data = pack_into(record, room)
     name = safe_name(record.job) + ".jsonl.gz"
@@ -11113,7 +11416,8 @@ def record_as_json(record: Record) -> Message:
     answer["verdicts"] = record.verdicts
     answer["nodes_seen"] = record.nodes
     answer["ranks"] = record.ranks
-    answer["gpus_seen"] = gpu_rows(record)
+    by_name = sorted(gpu_rows(record), key=lambda row: natural(row["name"]))
+    answer["gpus_seen"] = by_name
     answer["events"] = record.events
     answer["gaps"] = record.gaps
     answer["rows"] = [
@@ -11146,19 +11450,32 @@ def find_record(view: Optional[Snapshot], job: str, site: Site) -> Optional[Reco
     return record
 
 
+def find_sketch(view: Snapshot, job: str, site: Site) -> Optional[Sketch]:
+    """What a page shows of a job, by the records and by Slurm just now."""
+    sketch: Optional[Sketch] = site.archive.sketch(job)
+    for facts in view.jobs:
+        if job in (facts["job"], facts["raw"]):
+            known = {key: facts[key] for key in JOB_KEYS if facts[key] is not None}
+            if sketch and known.items() <= sketch.summary.items():
+                return sketch  # Slurm says nothing that is not recorded
+            record = find_record(view, job, site)
+            return make_sketch(record) if record else None
+    return sketch
+
+
 def render_record_page(view: Snapshot, query: Query, site: Site) -> str:
     """The page of a job, live or past; "" if nothing is known of it."""
-    record = find_record(view, query["job"], site)
-    if record is None:
+    sketch = find_sketch(view, query["job"], site)
+    if sketch is None:
         return ""
-    summary = summarize(record)
-    parts = job_parts(record, summary)
+    summary = sketch.summary
+    parts = job_parts(sketch)
     for field, key in (("array", "array"), ("name", "job_name")):
         name = summary[key]
         if name:
             link_query = urllib.parse.urlencode({field: name})
             parts.append(fill(RUNS_LINK_HTML, query=link_query, name=name))
-    parts.append(fill(COMPARE_FORM_HTML, root="../", job=record.job))
+    parts.append(fill(COMPARE_FORM_HTML, root="../", job=summary["job"]))
     return render_document(title_of(summary), [demo_notice(site), *parts], "../", "")
 
 
@@ -11330,23 +11647,23 @@ def render_records_json(view: Snapshot, query: Query, site: Site) -> str:
 
 def render_compare_page(view: Snapshot, query: Query, site: Site) -> str:
     """Two jobs on the same axes, and what is different, in words; "" if one is not known."""
-    records = [find_record(view, query.get(key, ""), site) for key in ("a", "b")]
-    if None in records:
+    sketches = [find_sketch(view, query.get(key, ""), site) for key in ("a", "b")]
+    if None in sketches:
         return ""
-    one, other = (record for record in records if record)
-    first, second = summarize(one), summarize(other)
-    lengths = [record.span[1] - record.span[0] for record in (one, other)]
-    axis = Axis(0.0, max(LEAST_AXIS, *lengths), is_clock=False)
+    one, other = (sketch for sketch in sketches if sketch)
+    first, second = one.summary, other.summary
+    lengths = [sketch.last - sketch.first for sketch in (one, other)]
+    axis = Axis(0.0, max(lengths), is_clock=False)
     series = [
-        Series(one.rows, "", one.span[0]),
-        Series(other.rows, "other", other.span[0]),
+        Series(one.curves, "", one.first),
+        Series(other.curves, "other", other.first),
     ]
     charts = [draw_chart(key, series, axis) for key in CHARTED]
     words = (
         "A, job %s, is the full line; B, job %s, the broken one. Time since each start."
         % (
-            one.job,
-            other.job,
+            first["job"],
+            second["job"],
         )
     )
     parts = [
@@ -11359,7 +11676,7 @@ def render_compare_page(view: Snapshot, query: Query, site: Site) -> str:
         ),
         draw_section("Over time", charts, words),
     ]
-    title = "Jobs %s and %s" % (one.job, other.job)
+    title = "Jobs %s and %s" % (first["job"], second["job"])
     return render_document(title, [demo_notice(site), *parts], "", "")
 
 
@@ -11649,7 +11966,7 @@ def explain_text(record: Record) -> str:
             lines.append("    -> %s" % verdict["cure"])
     if not verdicts:
         lines.append(SEVERITY_WORDS[severity_of(summary)])
-    for use in use_rows(record, summary):
+    for use in use_rows(summary, len(record.nodes), len(record.gpus)):
         lines.append(
             "%s: asked for %s, got %s, used %s"
             % (use["what"], use["asked"], use["got"], use["used"])
@@ -13200,6 +13517,7 @@ class RecordWriter:
         if record:
             text = self.render(record).encode("utf-8", "replace")
             write_file(report_path(self.folder, job), text, self.mark)
+            write_sketch(self.folder, record, self.mark)
         if time.monotonic() - self.pruned > PRUNE_SECONDS:
             prune(self.folder, time.time(), self.mark)
             self.pruned = time.monotonic()
@@ -13309,6 +13627,8 @@ class Trace:
         self.gpus: List[Message] = []
         self.cores: Dict[int, float] = {}
         self.cpus: Set[int] = set()
+        # where its newest look at its parts is, as the table has it: (rows, slot)
+        self.unread: Optional[Tuple[bytes, int]] = None
         self.looks: List[Row] = []  # RECORDED at each look since the last row
 
     def take_looks(self, now: float) -> List[Range]:
@@ -13435,6 +13755,28 @@ class Recording:
         if trace and event["kind"] == "lost":
             trace.lost = event["time"]
 
+    def point_at_parts(self, rows: bytes) -> None:
+        """Note where the newest looks are; of a node that has left, its last one is read."""
+        for trace in self.traces.values():
+            if trace.seen == self.seen:
+                trace.unread = (rows, trace.slot)
+        places = [trace.unread for trace in self.traces.values() if trace.unread]
+        if any(place[0] is not rows for place in places):
+            self.read_parts()
+
+    def read_parts(self) -> None:
+        """Read the newest looks: most are replaced by others before anybody asks for them."""
+        places: Dict[int, Tuple[bytes, Dict[int, Trace]]] = {}
+        for trace in self.traces.values():
+            if trace.unread:
+                rows, slot = trace.unread
+                places.setdefault(id(rows), (rows, {}))[1][slot] = trace
+                trace.unread = None
+        for rows, traces in places.values():
+            for slot, parts in read_parts(rows, traces).items():
+                if parts.look:
+                    traces[slot].take_parts(parts)
+
     # ---- what is written
 
     def close_row(self, now: float) -> None:
@@ -13507,6 +13849,7 @@ class Recording:
 
     def write_gpus(self) -> None:
         """How each GPU is."""
+        self.read_parts()
         gpus = {}
         for trace in self.traces.values():
             for gpu in trace.gpus:
@@ -13518,6 +13861,7 @@ class Recording:
 
     def write_ranks(self, most: int) -> None:
         """The ranks with the most memory, and those that work the least."""
+        self.read_parts()
         ranks = []
         for trace in self.traces.values():
             for rank in trace.ranks:
@@ -13548,6 +13892,7 @@ class Recording:
         jobs: how many share the time that there is for that.
         """
         began = time.thread_time()
+        self.read_parts()
         nodes = [trace.evidence(view) for trace in self.traces.values()]
         evidence = JobEvidence(self.facts, nodes, list(self.events), now)
         try:
@@ -13853,7 +14198,7 @@ class Recorder:
         """Every ROW_SECONDS: a row, a verdict, or the end."""
         if recording.traces and recording.job not in self.facts:
             recording.guess(now)
-        self.take_parts(recording, view)
+        recording.point_at_parts(view.part_rows)
         recording.close_row(now)
         is_over = recording.is_over(now)
         if is_over or now >= recording.diagnose_due:
@@ -13867,14 +14212,6 @@ class Recorder:
         if is_over:
             self.writer.post(Work("pack", recording.job))
             self.writer.post(Work("report", recording.job))
-
-    def take_parts(self, recording: Recording, view: Snapshot) -> None:
-        """Note the newest look of each node that is there."""
-        for trace in recording.traces.values():
-            if trace.seen == recording.seen:
-                parts = view.parts(trace.slot)
-                if parts.look:
-                    trace.take_parts(parts)
 
     def post(self, recording: Recording) -> None:
         """Have the new lines of a job written."""

@@ -2139,10 +2139,21 @@ SOON = "; ".join(
 )
 
 
+def judged(master, jobs):
+    """Whether each job has been judged once."""
+    for number in range(jobs):
+        path = "/api/job/" + load.JOB % number
+        answer = json.loads(fetch(master.page, path)[1])
+        if not answer["job"]["verdicts"]:
+            return False
+    return True
+
+
 @bench()
 def recorder(stage):
     """The recorder with 200 nodes of 10 jobs, each with 8 ranks and 4 GPUs, beside bare loops.
 
+    What is judged again and again is in it, and of ranks and GPUs what is recorded now and then.
     The size of a day is worked out from a minute of a job of 20 nodes, and of ten of one: so many
     lines of each kind has a day.
     """
@@ -2151,6 +2162,8 @@ def recorder(stage):
         flags = ("--record", folder)
         fleet = stack.enter_context(Fleet(stage, 200, jobs=10, flags=flags))
         pid = role_of(fleet.master, "recorder")
+        # all at once, which is not how it goes on
+        support.eventually(lambda: judged(fleet.master, 10), START_LIMIT)
         loads = beside_bare(stage, 10, {"recorder": lambda: own_seconds(pid)})
         memory = own_pss(pid)
     yield from load_rows(stage, "recorder", loads["recorder"])

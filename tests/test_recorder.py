@@ -526,7 +526,7 @@ class Looks(Work):
         )
         self.send(0, "c1")
         with unittest.mock.patch.object(
-            master.Snapshot, "parts", lambda view, slot: parts, create=True
+            master, "read_parts", lambda rows, slots: dict.fromkeys(slots, parts)
         ):
             self.look()
             self.look()
@@ -537,6 +537,55 @@ class Looks(Work):
         (node,) = self.judged[-1].nodes
         self.assertEqual(node.cpus, {0, 1, 2, 3, 8})
         self.assertEqual(node.cores, {0: 0.05, 1: 0.95})
+
+    def send_look(self, slot, *ranks, places=None):
+        """Have a node tell of its ranks."""
+        parts = [{"part": "look", "cpus": "0-3"}]
+        parts += [{"part": "rank", "pid": 1, "rank": rank} for rank in ranks]
+        rows = [master.check_part(part) for part in parts]
+        self.table.write_parts(slot, rows, [] if places is None else places)
+
+    def test_the_last_look_of_a_node_that_has_left_is_recorded_at_the_end(self):
+        held = []
+        self.tell()
+        self.send(0, "c1")
+        self.send(1, "c2")
+        self.send_look(0, 1, 2, places=held)
+        self.send_look(1, 3)
+        patch = unittest.mock.patch.object(master, "DIAGNOSE_SECONDS", math.inf)
+        patch.start()
+        self.addCleanup(patch.stop)
+        for _ in range(3):  # the first row is one with ranks, and these are not
+            self.look()
+        self.send_look(0, 1, 2, 4, places=held)
+        self.look()
+        self.table.clear(0)
+        self.send_look(0, 7, places=held)  # of another, who has the slot now
+        self.send(0, "c9", job="99")
+        self.look()
+        traces = self.recorder.recordings["4711"].traces
+        self.assertIsNone(traces["c1"].unread)  # else a copy of all looks is kept
+        self.tell(state="FAILED")
+        self.table.clear(1)
+        self.look()
+        found = {(rank["node"], rank["rank"]) for rank in self.record().ranks}
+        self.assertEqual(found, {("c1", 1), ("c1", 2), ("c1", 4), ("c2", 3)})
+
+    def test_looks_are_read_when_they_are_recorded_or_judged_and_at_no_other_time(self):
+        self.tell()
+        self.send(0, "c1")
+        self.send_look(0, 1)
+        read = []
+        real = master.read_parts
+
+        def count(rows, slots):
+            read.append(list(slots))
+            return real(rows, slots)
+
+        with unittest.mock.patch.object(master, "read_parts", count):
+            for _ in range(master.GPU_ROWS):
+                self.look(1)
+        self.assertEqual(read, [[1]])
 
     def test_a_verdict_that_fails_is_told_once_and_the_record_goes_on(self):
         self.recorder.diagnose = lambda evidence: 1 / 0

@@ -440,6 +440,97 @@ class Summaries(unittest.TestCase):
         self.assertEqual(master.severity_of(dict(summary, verdicts=None)), "")
 
 
+class Sketches(unittest.TestCase):
+    """What a page shows of a large record lies beside it, and counts only as long as it is true."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+        patch = unittest.mock.patch.object(master, "SKETCHED_BYTES", 1000)
+        patch.start()
+        self.addCleanup(patch.stop)
+        path = write(self.folder, "4711.a-1-1.jsonl", a_record(50))
+        master.pack(path, "4711", "m")
+        self.packed = path + ".gz"
+        self.record = master.read_record(self.folder, "4711")
+        master.write_sketch(self.folder, self.record, "m")
+        self.path = master.sketch_path(self.folder, "4711")
+
+    def find(self):
+        """The sketch beside the record, if it counts."""
+        files = master.list_files(self.folder, "4711")
+        return master.read_sketch(self.folder, "4711", files)
+
+    def change(self, path, data):
+        with open(path, "wb") as file:
+            file.write(data)
+
+    def test_it_says_what_the_record_says(self):
+        self.assertEqual(self.find(), master.make_sketch(self.record))
+
+    def test_the_record_itself_is_not_read_for_a_page(self):
+        archive = master.Archive(self.folder)
+        with unittest.mock.patch.object(master, "read_file", side_effect=OSError):
+            self.assertEqual(archive.sketch("4711"), self.find())
+            self.assertIsNone(archive.sketch("47"))
+
+    def test_a_record_that_has_changed_is_read_itself(self):
+        with open(self.packed, "rb") as file:
+            data = file.read()
+        late = a_record(60)
+        for name, change in (
+            ("cut", lambda: self.change(self.packed, data[:-9])),
+            ("longer", lambda: self.change(self.packed, data + gzip.compress(late))),
+            ("another", lambda: write(self.folder, "4711.b-2-2.jsonl", late)),
+            ("gone", lambda: os.unlink(self.packed)),
+        ):
+            with self.subTest(name):
+                self.change(self.packed, data)
+                master.write_sketch(
+                    self.folder, master.read_record(self.folder, "4711"), "m"
+                )
+                self.assertTrue(self.find())
+                change()
+                self.assertIsNone(self.find())
+                found = master.Archive(self.folder).sketch("4711")
+                record = master.read_record(self.folder, "4711")
+                self.assertEqual(found, master.make_sketch(record))
+
+    def test_one_that_is_cut_anywhere_or_none_of_ours_counts_for_nothing(self):
+        with open(self.path, "rb") as file:
+            whole = file.read()
+        content = gzip.decompress(whole)
+        strange = [whole[:size] for size in range(len(whole))]
+        strange.append(b"\0" * 2**16)
+        strange += map(gzip.compress, (b"", b"[]", b"3", b"{}", b"[" * 10**5))
+        strange.append(gzip.compress(content.replace(b'"format":1', b'"format":0')))
+        files = content[content.index(b',"format"') :]
+        strange.append(gzip.compress(b'{"sketch":[1,2]' + files))
+        strange.append(gzip.compress(b'{"sketch":[1,2,3,4,5,6,7,8,9,10,11]' + files))
+        sketch = self.find()
+        self.assertTrue(sketch)
+        for data in strange:
+            self.change(self.path, data)
+            found = self.find()
+            # a checksum of eight bytes ends it, and an empty line before that
+            if whole.startswith(data) and len(data) > len(whole) - 12:
+                self.assertIn(found, (None, sketch))
+            else:
+                self.assertIsNone(found, data[:80])
+
+    def test_a_small_record_has_none_and_it_goes_with_its_record(self):
+        path = write(self.folder, "5.a-1-1.jsonl", a_record(1, "5"))
+        with unittest.mock.patch.object(master, "SKETCHED_BYTES", 2**18):
+            master.write_sketch(self.folder, master.read_record(self.folder, "5"), "m")
+        os.unlink(path)
+        names = sorted(os.listdir(self.folder))
+        self.assertEqual(names, ["4711.a-1-1.jsonl.gz", "4711.sketch.gz"])
+        with unittest.mock.patch.object(master, "KEEP_BYTES", 10):
+            master.prune(self.folder, time.time(), "m")
+        self.assertEqual(os.listdir(self.folder), [])
+
+
 class Archives(unittest.TestCase):
     def test_a_disk_that_hangs_is_told_in_time(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -463,8 +554,8 @@ class Archives(unittest.TestCase):
         counts = {}
         real = open
 
-        def counted(path, mode):
-            file = real(path, mode)
+        def counted(path, mode, buffering=-1):
+            file = real(path, mode, buffering=0)
             name = os.path.basename(path)
             counts.setdefault(name, 0)
 
@@ -474,7 +565,7 @@ class Archives(unittest.TestCase):
                     counts[name] += len(data)
                     return data
 
-            return Counted(file.detach())
+            return Counted(file)
 
         with unittest.mock.patch.object(master, "open", counted, create=True):
             return question(), counts
@@ -549,6 +640,62 @@ class Archives(unittest.TestCase):
                     self.assertAlmostEqual(found[key], value, places=6)
                 else:
                     self.assertEqual(found[key], value)
+
+    def test_many_files_are_read_a_few_at_a_time_and_others_are_answered_meanwhile(
+        self,
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            for number in range(50):
+                write(folder, "%d.a-1-1.jsonl" % number, a_record(2, str(number)))
+            real = master.read_from
+            names = []
+
+            def slow(path, at):
+                names.append(path)
+                time.sleep(0.01)
+                return real(path, at)
+
+            slices = unittest.mock.patch.object(master, "READ_SECONDS", 0.02)
+            with slices, unittest.mock.patch.object(master, "read_from", slow):
+                archive = master.Archive(folder, seconds=0.05)
+                with self.assertRaisesRegex(master.RecordError, "is being read, [1-9]"):
+                    archive.list()
+                archive.seconds = support.PATIENCE
+                self.assertEqual(archive.record("7").job, "7")
+                self.assertGreater(archive.unread, 0)
+                # it goes on by itself
+                support.eventually(lambda: not archive.unread)
+                self.assertEqual(len(archive.list()), 50)
+            self.assertEqual(len(names), len(set(names)))
+
+    def test_what_comes_and_goes_in_a_folder_that_rests_is_seen(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for job in ("1", "2", "3"):
+                path = write(folder, job + ".a-1-1.jsonl", a_record(2, job))
+                if job != "3":
+                    master.pack(path, job, "m")
+            archive = master.Archive(folder)
+            with unittest.mock.patch.object(master, "SETTLED_SECONDS", -math.inf):
+                archive.list()
+                with unittest.mock.patch.object(os, "scandir", side_effect=OSError):
+                    self.assertEqual(len(archive.list()), 3)
+                    with open(path, "ab") as file:  # of what grows, the end is read
+                        file.write(
+                            master.job_line(facts("3", state="FAILED"), NOW + 99)
+                        )
+                    states = {job["job"]: job["state"] for job in archive.list()}
+                    self.assertEqual(states["3"], "FAILED")
+                for change, left in (
+                    (lambda: os.unlink(folder + "/1.a-1-1.jsonl.gz"), {"2", "3"}),
+                    (lambda: master.pack(path, "3", "m"), {"2", "3"}),
+                    (lambda: write(folder, "4.b-1-1.jsonl", b""), {"2", "3", "4"}),
+                    (lambda: write(folder, "notes.txt", b"x"), {"2", "3", "4"}),
+                    (lambda: os.unlink(path + ".gz"), {"2", "4"}),
+                ):
+                    change()
+                    found = {job["job"] for job in archive.list()}
+                    self.assertEqual(found, left)
+            self.assertEqual({file.job for file in archive.files({"2", "3"})}, {"2"})
 
     def test_a_thousand_records_are_listed_by_their_beginnings(self):
         with tempfile.TemporaryDirectory() as folder:

@@ -85,7 +85,9 @@ def site(*records):
     """What pages of records know beside the snapshot."""
     known = {record.job: record for record in records}
     archive = types.SimpleNamespace(
-        record=known.get, list=lambda: [master.summarize(record) for record in records]
+        record=known.get,
+        sketch=lambda job: known.get(job) and master.make_sketch(known[job]),
+        list=lambda: [master.summarize(record) for record in records],
     )
     return types.SimpleNamespace(archive=archive)
 
@@ -202,35 +204,37 @@ class Report(unittest.TestCase):
         self.assertIn(time.strftime("%F %R", time.localtime(NOW)), page)
 
     def test_a_gap_is_a_gap_in_the_curve(self):
-        whole = master.bands_of(a_record().rows, "cpu")
-        broken = master.bands_of(a_record(gap=(1000, 1300)).rows, "cpu")
+        whole = master.make_sketch(a_record()).curves["cpu"]
+        broken = master.make_sketch(a_record(gap=(1000, 1300))).curves["cpu"]
         self.assertEqual([len(whole), len(broken)], [1, 2])
 
     def test_a_chart_keeps_the_least_and_the_most_when_it_gets_coarse(self):
         record = a_record(hours=24)
         record.rows[777].values["cpu"][2] = 100.0
         record.rows[555].values["cpu"][0] = 0.0
-        bands = [
-            band for piece in master.bands_of(record.rows, "cpu") for band in piece
-        ]
-        self.assertLessEqual(len(bands), master.CHART_POINTS + 1)
-        self.assertEqual(max(band.most for band in bands), 100)
-        self.assertEqual(min(band.least for band in bands), 0)
+        (piece,) = master.make_sketch(record).curves["cpu"]
+        self.assertGreater(len(record.rows), 2 * master.CURVE_POINTS)
+        self.assertLessEqual(len(piece.times), master.CURVE_POINTS + 1)
+        self.assertEqual(max(piece.most), 100)
+        self.assertEqual(min(piece.least), 0)
+        self.assertEqual({len(column) for column in piece}, {len(piece.times)})
 
     def test_the_map_shows_each_node_and_nothing_where_nothing_is_known(self):
         record = a_record(nodes=3, gap=(1200, 2400))
         for row in record.rows:
             row.values["cpu"][3 + 1] = 3.0  # c2 idles
             row.values["cpu"][3 + 2] = None  # of c3 nothing is known
-        axis = master.Axis(*record.span)
-        slices = master.map_slices(record.rows_of("cpu"), axis)
-        columns = record.columns("cpu")
-        means = [master.map_means(column, slices) for column in columns]
-        self.assertEqual(set(means[1].values()), {3.0})
-        self.assertEqual(means[2], {})
-        missing = set(range(master.MAP_COLUMNS)) - set(means[0])
-        self.assertTrue(set(range(42, 78)) <= missing, missing)
-        drawn = master.draw_map(record, "cpu", axis)
+            row.values["job_cpu"][3:] = row.values["cpu"][3:]
+        sketch = master.make_sketch(record)
+        levels = sketch.maps["job_cpu"].levels
+        self.assertEqual(set(levels["c2"]), {"0", " "})
+        self.assertEqual(levels["c3"], " " * master.MAP_COLUMNS)
+        missing = [place for place, level in enumerate(levels["c1"]) if level == " "]
+        self.assertTrue(set(range(42, 78)) <= set(missing), missing)
+        self.assertLess(len(missing), 45)
+        axis = master.Axis(sketch.first, sketch.last)
+        drawn = master.draw_map("job_cpu", sketch.maps["job_cpu"], axis)
+        self.assertNotIn("h0.0v", drawn)
         self.assertEqual(len(re.findall(r">c\d</text>", drawn)), 3)
 
     def test_nodes_of_several_files_stay_themselves(self):
@@ -244,7 +248,7 @@ class Report(unittest.TestCase):
             ]
             record.add(lines, path)
         record.finish()
-        rows = {row["node"]: row["cpu"] for row in master.run_node_rows(record)}
+        rows = {row["node"]: row["cpu"] for row in master.make_sketch(record).nodes}
         self.assertEqual(rows, {"c1": 1, "c2": 2, "c3": 3})
 
     def test_what_is_unknown_is_a_dash_and_an_empty_record_is_a_page(self):
