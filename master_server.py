@@ -685,6 +685,7 @@ FLOAT_MASK = (1 << 8 * FLOAT_SIZE) - 1
 class Shape(NamedTuple):
     """What the samples share that differ in their floats alone."""
 
+    size: int  # bytes of a sample
     layout: struct.Struct  # unpacks the floats of a sample, in their order there
     mask: int  # all bits set but those of the floats
     fixed: int  # what a sample has under the mask
@@ -733,19 +734,18 @@ def make_shape(
         for key, value, unknown in zip(INDEX, row, UNKNOWN)
     )
     fixed = int.from_bytes(data, "big") & mask
-    return Shape(layout, mask, fixed, order, rest)
+    return Shape(len(data), layout, mask, fixed, order, rest)
 
 
 def parse_shape(data: bytes, shape: Shape) -> Optional[Row]:
     """The row in data if it is a sample of that shape with good floats; None: parse_pickle."""
-    if len(data) != shape.layout.size:
+    size, layout, mask, fixed, order, rest = shape
+    if len(data) != size or int.from_bytes(data, "big") & mask != fixed:
         return None
-    if int.from_bytes(data, "big") & shape.mask != shape.fixed:
-        return None
-    floats = shape.layout.unpack(data)
+    floats = layout.unpack(data)
     if not math.isfinite(sum(floats)):
         return None
-    row = shape.order(floats + shape.rest)
+    row: Row = order(floats + rest)
     if 0 <= row[0] <= 100 and 0 <= row[1] <= 100:
         return row
     return None
@@ -1563,6 +1563,17 @@ class Table:
         Nobody blocks in the semaphore: a thread that is woken there owns the lock while it still
         waits for the interpreter, and with thousands of threads all wait for that one.
         """
+        if not self.lock.acquire(False):
+            self.wait_for_lock()
+        if self.buf[self.notes_at]:  # has_moved(), without a call for each sample
+            try:
+                self.follow()
+            except TableError as error:
+                log.error("%s", error)
+                os._exit(EXIT_LOCK)
+
+    def wait_for_lock(self) -> None:
+        """Take the lock as soon as it is free; end this role when that takes too long."""
         deadline = time.monotonic() + LOCK_SECONDS
         while not self.lock.acquire(False):
             if time.monotonic() > deadline:
@@ -1571,12 +1582,6 @@ class Table:
                 )
                 os._exit(EXIT_LOCK)
             time.sleep(LOCK_POLL)
-        if self.has_moved():
-            try:
-                self.follow()
-            except TableError as error:
-                log.error("%s", error)
-                os._exit(EXIT_LOCK)
 
     def __enter__(self) -> None:
         """Begin to write: hold the lock and keep the sequence number odd.
@@ -1597,13 +1602,27 @@ class Table:
     def write(
         self, index: int, address: str, row: Row, since: float, alerts: str
     ) -> None:
-        """Put a sample into a slot; address is text, since is time.time() of the connection."""
+        """Put a sample into a slot; address is text, since is time.time() of the connection.
+
+        This is done for every sample: what ``with self`` does is written out here.
+        """
         # of a row, cpu and ram are in the slot and the rest, DETAILS, beside it
-        slot = (index + 1, address.encode()) + row[:2]
-        detail = (time.monotonic(), since, alerts.encode()) + row[2:]
-        with self:
-            SLOT.pack_into(self.buf, index * SLOT.size, *slot)
-            DETAIL.pack_into(self.buf, self.details_at + index * DETAIL.size, *detail)
+        cpu, ram, *details = row
+        at = index * SLOT.size
+        detail_at = self.details_at + index * DETAIL.size
+        host = address.encode()
+        names = alerts.encode()
+        now = time.monotonic()
+        self.acquire()
+        try:
+            buf = self.buf
+            number = SEQUENCE.unpack_from(buf, self.sequence_at)[0] | 1
+            SEQUENCE.pack_into(buf, self.sequence_at, number)
+            SLOT.pack_into(buf, at, index + 1, host, cpu, ram)
+            DETAIL.pack_into(buf, detail_at, now, since, names, *details)
+            SEQUENCE.pack_into(buf, self.sequence_at, number + 1)
+        finally:  # after an error the number stays odd until the next write ends
+            self.lock.release()
 
     def clear(self, index: int) -> None:
         """Empty a slot."""
@@ -1986,6 +2005,26 @@ def parse_rule(text: str) -> Union[Rule, str]:
             "%r in %r is no metric; there are %s" % (metric, text, ", ".join(NUMBERS))
         )
     return Rule(metric, op, float(threshold), float(seconds or 0))
+
+
+def limits_of(rules: Iterable[Rule]) -> List[Tuple[int, float, float]]:
+    """Of each rule: where its metric is in a Row, and from where to where it is not crossed."""
+    limits = []
+    for rule in rules:
+        is_above = rule.op == ">"
+        lowest = -math.inf if is_above else rule.threshold
+        highest = rule.threshold if is_above else math.inf
+        limits.append((INDEX[rule.metric], lowest, highest))
+    return limits
+
+
+def is_within(limits: Iterable[Tuple[int, float, float]], row: Row) -> bool:
+    """Whether no rule is crossed, as nearly always.  What is unknown crosses none."""
+    for index, lowest, highest in limits:
+        value = row[index]
+        if value > highest or value < lowest:
+            return False
+    return True
 
 
 def judge(
@@ -5487,8 +5526,10 @@ class Peer:
 
     def say(self, line: bytes) -> None:
         """Write if there is room for it: a peer that never reads is served all the same."""
-        with contextlib.suppress(OSError):
+        try:
             self.sock.send(line, socket.MSG_DONTWAIT)
+        except OSError:  # no suppress(): it takes longer than all else here
+            pass
 
     def receive(self, seconds: float) -> bytes:
         """At most RECEIVE_SIZE bytes, b"" at the end; Silence when none came in time."""
@@ -5576,6 +5617,7 @@ class Collector:
         self.early = Flapping(FLAP_VISITS, FLAP_SECONDS)  # alerts in brief visits
         self.probation = Probation()
         self.pinning = Pinning()
+        self.limits = limits_of(options.rules)
         self.runner: Optional[CommandRunner] = None
         if options.alert_command:
             self.runner = CommandRunner(options.alert_command)
@@ -5726,7 +5768,9 @@ class Collector:
         if is_new:
             self.enter(peer)
         self.samples += 1
-        changes = judge(self.options.rules, peer.state, row, time.monotonic())
+        changes: List[Tuple[str, Rule, float]] = []
+        if peer.state or not is_within(self.limits, row):
+            changes = judge(self.options.rules, peer.state, row, time.monotonic())
         if changes:
             names = [str(rule).replace(" ", "_") for rule in peer.firing()]
             peer.alerts = " ".join(names)
