@@ -44,6 +44,7 @@ if __name__ == "__main__":
     # library's: the folder that Python searches first comes last.
     sys.path.append(sys.path.pop(0))
 
+import _thread
 import argparse
 import array
 import base64
@@ -53,6 +54,7 @@ import contextlib
 import csv
 import errno
 import functools
+import gc
 import getpass
 import gzip
 import hashlib
@@ -5704,6 +5706,8 @@ class Collector:
 
     def serve(self, sock: socket.socket, address: Address) -> None:
         """Everything between a connection's begin and its end."""
+        thread = threading.get_native_id()
+        self.pinning.threads.add(thread)
         peer = Peer(sock, address, self.options.timeout)
         kind = "refused"
         text = "a defect of the master"
@@ -5728,6 +5732,7 @@ class Collector:
             if peer.slot >= 0:
                 self.leave(peer, kind, text)
             close_gently(peer.sock)
+            self.pinning.threads.discard(thread)
 
     def converse(self, peer: Peer) -> Tuple[str, str]:
         """Take samples until the peer says goodbye or closes: how it ended, (kind, text)."""
@@ -6138,6 +6143,7 @@ class Pinning:
     """
 
     def __init__(self) -> None:
+        self.threads: Set[int] = set()  # the ids that the kernel has for them
         self.looked = time.monotonic()
         self.spent = 0.0  # seconds of CPU, when it was last looked
         self.is_busy = False
@@ -6158,10 +6164,9 @@ class Pinning:
     def pin(self) -> None:
         """Have the threads of peers run where they should; the main one runs anywhere."""
         cpus = {self.own_cpu()} if self.is_busy else os.sched_getaffinity(0)
-        for thread in threading.enumerate():
-            if isinstance(thread, ServeThread):  # alert commands are to run anywhere
-                with contextlib.suppress(OSError):  # it has ended
-                    os.sched_setaffinity(thread.native_id or -1, cpus)
+        for thread in list(self.threads):  # alert commands are to run anywhere
+            with contextlib.suppress(OSError):  # it has ended
+                os.sched_setaffinity(thread, cpus)
 
     def own_cpu(self) -> int:
         """The CPU that the main thread ran on last: proc(5), /proc/PID/stat, field 39."""
@@ -6188,17 +6193,12 @@ def close_gently(sock: socket.socket) -> None:
     sock.close()
 
 
-class ServeThread(threading.Thread):
-    """serve(sock, address) on a thread: the less its run() stacks up, the fewer pages it keeps."""
+def start_thread(serve: Serve, sock: socket.socket, address: Address) -> None:
+    """Run serve(sock, address) on a thread; RuntimeError when there can be none.
 
-    def __init__(self, serve: Serve, sock: socket.socket, address: Address) -> None:
-        super().__init__(daemon=True)
-        self.serve = serve
-        self.sock = sock
-        self.address = address
-
-    def run(self) -> None:
-        self.serve(self.sock, self.address)
+    A threading.Thread would keep 2 KiB more for each: nobody waits for these, or asks their names.
+    """
+    _thread.start_new_thread(serve, (sock, address))
 
 
 def hang_up(sock: socket.socket, address: Address, shortage: Shortage) -> None:
@@ -6294,7 +6294,7 @@ def start_serving(
         set_timeout(sock, timeout)
     waiting.add(sock, split_address(address)[0])
     try:
-        ServeThread(serve, sock, address).start()
+        start_thread(serve, sock, address)
     except RuntimeError as error:
         waiting.remove(sock)
         return Shortage(str(error), "raise TasksMax or ulimit -u")
@@ -13723,6 +13723,20 @@ class StartError(Exception):
     """The master cannot start; the text says why and what to do."""
 
 
+def give_memory_back() -> None:
+    """Return to the system what compiling this file took, before every role has it as well.
+
+    What is there by now stays: a role that looks for garbage need not look through it, and so
+    goes on to share its memory.
+    """
+    gc.collect()
+    gc.freeze()
+    with contextlib.suppress(ImportError, OSError, AttributeError):  # another libc
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 # -- roles: what runs in a process of its own ----------------------------------
 
 
@@ -13794,6 +13808,7 @@ def setup_log(verbose: bool) -> None:
         sys.stderr = io.TextIOWrapper(
             raw, sys.stderr.encoding, sys.stderr.errors, write_through=True
         )
+    logging.logThreads = False  # or it would keep a name for each thread that logs
     logging.basicConfig(
         format="%(asctime)s %(message)s",
         datefmt="%H:%M:%S",
@@ -13902,6 +13917,7 @@ class Supervisor:
         self.listeners = listeners
         self.table = table
         self.new_lock()
+        give_memory_back()
         try:
             while not self.signals and not self.has_failed:
                 self.start_missing()
