@@ -40,6 +40,34 @@ import os
 import sys
 
 if __name__ == "__main__":
+    # CPython keeps the tree that it has parsed the main program into for as long as that runs:
+    # 25 MiB of this one, since 3.9, which each role would have as well.  Of a text that `exec`
+    # gets compiled it keeps none.  So the same process starts once more, with that, if it is to
+    # stay.  A text from a pipe cannot be read again, and a debugger would lose its program.
+    RESTART = """\
+"master_server.py"
+import os
+import sys
+__file__ = sys.argv[1]
+sys.argv[:2] = [__file__]
+if sys.path[:1] == [""]:
+    sys.path[0] = os.path.dirname(os.path.abspath(__file__))
+with open(__file__, "rb") as file:
+    CODE = compile(file.read(), __file__, "exec")
+exec(CODE)"""
+    words = getattr(sys, "orig_argv", [])  # since Python 3.10
+    options = words[1 : -len(sys.argv)]  # of the interpreter
+    is_script = words[-len(sys.argv) :] == sys.argv and os.path.isfile(sys.argv[0])
+    is_first = not {"-c", "-m"}.intersection(options)
+    is_brief = any(
+        word.startswith(("-h", "--help", "--explain")) for word in sys.argv[1:]
+    )
+    if is_script and is_first and not is_brief and sys.executable:
+        restarted = [sys.executable, *options, "-c", RESTART, *sys.argv]
+        try:
+            os.execv(sys.executable, restarted)
+        except OSError:
+            pass  # then it takes more memory
     # A json.py or select.py of the user's own, in this folder, must not hide the standard
     # library's: the folder that Python searches first comes last.
     sys.path.append(sys.path.pop(0))
@@ -13724,7 +13752,7 @@ class StartError(Exception):
 
 
 def give_memory_back() -> None:
-    """Return to the system what compiling this file took, before every role has it as well.
+    """Return to the system what compiling this file took, before each role has it as well.
 
     What is there by now stays: a role that looks for garbage need not look through it, and so
     goes on to share its memory.
