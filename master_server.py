@@ -46,10 +46,39 @@ import os
 import sys
 
 if __name__ == "__main__":
+    # CPython keeps the tree that it has parsed the main program into for as long as that runs:
+    # 25 MiB of this one, since 3.9, which each role would have as well.  Of a text that `exec`
+    # gets compiled it keeps none.  So the same process starts once more, with that, if it is to
+    # stay.  A text from a pipe cannot be read again, and a debugger would lose its program.
+    RESTART = """\
+"master_server.py"
+import os
+import sys
+__file__ = sys.argv[1]
+sys.argv[:2] = [__file__]
+if sys.path[:1] == [""]:
+    sys.path[0] = os.path.dirname(os.path.abspath(__file__))
+with open(__file__, "rb") as file:
+    CODE = compile(file.read(), __file__, "exec")
+exec(CODE)"""
+    words = getattr(sys, "orig_argv", [])  # since Python 3.10
+    options = words[1 : -len(sys.argv)]  # of the interpreter
+    is_script = words[-len(sys.argv) :] == sys.argv and os.path.isfile(sys.argv[0])
+    is_first = not {"-c", "-m"}.intersection(options)
+    is_brief = any(
+        word.startswith(("-h", "--help", "--explain")) for word in sys.argv[1:]
+    )
+    if is_script and is_first and not is_brief and sys.executable:
+        restarted = [sys.executable, *options, "-c", RESTART, *sys.argv]
+        try:
+            os.execv(sys.executable, restarted)
+        except OSError:
+            pass  # then it takes more memory
     # A json.py or select.py of the user's own, in this folder, must not hide the standard
     # library's: the folder that Python searches first comes last.
     sys.path.append(sys.path.pop(0))
 
+import _thread
 import argparse
 import array
 import base64
@@ -59,6 +88,7 @@ import contextlib
 import csv
 import errno
 import functools
+import gc
 import getpass
 import gzip
 import hashlib
@@ -692,6 +722,7 @@ FLOAT_MASK = (1 << 8 * FLOAT_SIZE) - 1
 class Shape(NamedTuple):
     """What the samples share that differ in their floats alone."""
 
+    size: int  # bytes of a sample
     layout: struct.Struct  # unpacks the floats of a sample, in their order there
     mask: int  # all bits set but those of the floats
     fixed: int  # what a sample has under the mask
@@ -740,19 +771,18 @@ def make_shape(
         for key, value, unknown in zip(INDEX, row, UNKNOWN)
     )
     fixed = int.from_bytes(data, "big") & mask
-    return Shape(layout, mask, fixed, order, rest)
+    return Shape(len(data), layout, mask, fixed, order, rest)
 
 
 def parse_shape(data: bytes, shape: Shape) -> Optional[Row]:
     """The row in data if it is a sample of that shape with good floats; None: parse_pickle."""
-    if len(data) != shape.layout.size:
+    size, layout, mask, fixed, order, rest = shape
+    if len(data) != size or int.from_bytes(data, "big") & mask != fixed:
         return None
-    if int.from_bytes(data, "big") & shape.mask != shape.fixed:
-        return None
-    floats = shape.layout.unpack(data)
+    floats = layout.unpack(data)
     if not math.isfinite(sum(floats)):
         return None
-    row = shape.order(floats + shape.rest)
+    row: Row = order(floats + rest)
     if 0 <= row[0] <= 100 and 0 <= row[1] <= 100:
         return row
     return None
@@ -1575,6 +1605,17 @@ class Table:
         Nobody blocks in the semaphore: a thread that is woken there owns the lock while it still
         waits for the interpreter, and with thousands of threads all wait for that one.
         """
+        if not self.lock.acquire(False):
+            self.wait_for_lock()
+        if self.buf[self.notes_at]:  # has_moved(), without a call for each sample
+            try:
+                self.follow()
+            except TableError as error:
+                log.error("%s", error)
+                os._exit(EXIT_LOCK)
+
+    def wait_for_lock(self) -> None:
+        """Take the lock as soon as it is free; end this role when that takes too long."""
         deadline = time.monotonic() + LOCK_SECONDS
         while not self.lock.acquire(False):
             if time.monotonic() > deadline:
@@ -1583,12 +1624,6 @@ class Table:
                 )
                 os._exit(EXIT_LOCK)
             time.sleep(LOCK_POLL)
-        if self.has_moved():
-            try:
-                self.follow()
-            except TableError as error:
-                log.error("%s", error)
-                os._exit(EXIT_LOCK)
 
     def __enter__(self) -> None:
         """Begin to write: hold the lock and keep the sequence number odd.
@@ -1609,13 +1644,27 @@ class Table:
     def write(
         self, index: int, address: str, row: Row, since: float, alerts: str
     ) -> None:
-        """Put a sample into a slot; address is text, since is time.time() of the connection."""
+        """Put a sample into a slot; address is text, since is time.time() of the connection.
+
+        This is done for every sample: what ``with self`` does is written out here.
+        """
         # of a row, cpu and ram are in the slot and the rest, DETAILS, beside it
-        slot = (index + 1, address.encode()) + row[:2]
-        detail = (time.monotonic(), since, alerts.encode()) + row[2:]
-        with self:
-            SLOT.pack_into(self.buf, index * SLOT.size, *slot)
-            DETAIL.pack_into(self.buf, self.details_at + index * DETAIL.size, *detail)
+        cpu, ram, *details = row
+        at = index * SLOT.size
+        detail_at = self.details_at + index * DETAIL.size
+        host = address.encode()
+        names = alerts.encode()
+        now = time.monotonic()
+        self.acquire()
+        try:
+            buf = self.buf
+            number = SEQUENCE.unpack_from(buf, self.sequence_at)[0] | 1
+            SEQUENCE.pack_into(buf, self.sequence_at, number)
+            SLOT.pack_into(buf, at, index + 1, host, cpu, ram)
+            DETAIL.pack_into(buf, detail_at, now, since, names, *details)
+            SEQUENCE.pack_into(buf, self.sequence_at, number + 1)
+        finally:  # after an error the number stays odd until the next write ends
+            self.lock.release()
 
     def clear(self, index: int) -> None:
         """Empty a slot."""
@@ -1998,6 +2047,26 @@ def parse_rule(text: str) -> Union[Rule, str]:
             "%r in %r is no metric; there are %s" % (metric, text, ", ".join(NUMBERS))
         )
     return Rule(metric, op, float(threshold), float(seconds or 0))
+
+
+def limits_of(rules: Iterable[Rule]) -> List[Tuple[int, float, float]]:
+    """Of each rule: where its metric is in a Row, and from where to where it is not crossed."""
+    limits = []
+    for rule in rules:
+        is_above = rule.op == ">"
+        lowest = -math.inf if is_above else rule.threshold
+        highest = rule.threshold if is_above else math.inf
+        limits.append((INDEX[rule.metric], lowest, highest))
+    return limits
+
+
+def is_within(limits: Iterable[Tuple[int, float, float]], row: Row) -> bool:
+    """Whether no rule is crossed, as nearly always.  What is unknown crosses none."""
+    for index, lowest, highest in limits:
+        value = row[index]
+        if value > highest or value < lowest:
+            return False
+    return True
 
 
 def judge(
@@ -5697,8 +5766,10 @@ class Peer:
 
     def say(self, line: bytes) -> None:
         """Write if there is room for it: a peer that never reads is served all the same."""
-        with contextlib.suppress(OSError):
+        try:
             self.sock.send(line, socket.MSG_DONTWAIT)
+        except OSError:  # no suppress(): it takes longer than all else here
+            pass
 
     def receive(self, seconds: float) -> bytes:
         """At most RECEIVE_SIZE bytes, b"" at the end; Silence when none came in time."""
@@ -5786,6 +5857,7 @@ class Collector:
         self.early = Flapping(FLAP_VISITS, FLAP_SECONDS)  # alerts in brief visits
         self.probation = Probation()
         self.pinning = Pinning()
+        self.limits = limits_of(options.rules)
         self.runner: Optional[CommandRunner] = None
         if options.alert_command:
             self.runner = CommandRunner(options.alert_command)
@@ -5872,6 +5944,8 @@ class Collector:
 
     def serve(self, sock: socket.socket, address: Address) -> None:
         """Everything between a connection's begin and its end."""
+        thread = threading.get_native_id()
+        self.pinning.threads.add(thread)
         peer = Peer(sock, address, self.options.timeout)
         kind = "refused"
         text = "a defect of the master"
@@ -5896,6 +5970,7 @@ class Collector:
             if peer.slot >= 0:
                 self.leave(peer, kind, text)
             close_gently(peer.sock)
+            self.pinning.threads.discard(thread)
 
     def converse(self, peer: Peer) -> Tuple[str, str]:
         """Take samples until the peer says goodbye or closes: how it ended, (kind, text)."""
@@ -5936,7 +6011,9 @@ class Collector:
         if is_new:
             self.enter(peer)
         self.samples += 1
-        changes = judge(self.options.rules, peer.state, row, time.monotonic())
+        changes: List[Tuple[str, Rule, float]] = []
+        if peer.state or not is_within(self.limits, row):
+            changes = judge(self.options.rules, peer.state, row, time.monotonic())
         if changes:
             names = [str(rule).replace(" ", "_") for rule in peer.firing()]
             peer.alerts = " ".join(names)
@@ -6304,6 +6381,7 @@ class Pinning:
     """
 
     def __init__(self) -> None:
+        self.threads: Set[int] = set()  # the ids that the kernel has for them
         self.looked = time.monotonic()
         self.spent = 0.0  # seconds of CPU, when it was last looked
         self.is_busy = False
@@ -6324,10 +6402,9 @@ class Pinning:
     def pin(self) -> None:
         """Have the threads of peers run where they should; the main one runs anywhere."""
         cpus = {self.own_cpu()} if self.is_busy else os.sched_getaffinity(0)
-        for thread in threading.enumerate():
-            if isinstance(thread, ServeThread):  # alert commands are to run anywhere
-                with contextlib.suppress(OSError):  # it has ended
-                    os.sched_setaffinity(thread.native_id or -1, cpus)
+        for thread in list(self.threads):  # alert commands are to run anywhere
+            with contextlib.suppress(OSError):  # it has ended
+                os.sched_setaffinity(thread, cpus)
 
     def own_cpu(self) -> int:
         """The CPU that the main thread ran on last: proc(5), /proc/PID/stat, field 39."""
@@ -6354,17 +6431,12 @@ def close_gently(sock: socket.socket) -> None:
     sock.close()
 
 
-class ServeThread(threading.Thread):
-    """serve(sock, address) on a thread: the less its run() stacks up, the fewer pages it keeps."""
+def start_thread(serve: Serve, sock: socket.socket, address: Address) -> None:
+    """Run serve(sock, address) on a thread; RuntimeError when there can be none.
 
-    def __init__(self, serve: Serve, sock: socket.socket, address: Address) -> None:
-        super().__init__(daemon=True)
-        self.serve = serve
-        self.sock = sock
-        self.address = address
-
-    def run(self) -> None:
-        self.serve(self.sock, self.address)
+    A threading.Thread would keep 2 KiB more for each: nobody waits for these, or asks their names.
+    """
+    _thread.start_new_thread(serve, (sock, address))
 
 
 def hang_up(sock: socket.socket, address: Address, shortage: Shortage) -> None:
@@ -6460,7 +6532,7 @@ def start_serving(
         set_timeout(sock, timeout)
     waiting.add(sock, split_address(address)[0])
     try:
-        ServeThread(serve, sock, address).start()
+        start_thread(serve, sock, address)
     except RuntimeError as error:
         waiting.remove(sock)
         return Shortage(str(error), "raise TasksMax or ulimit -u")
@@ -14245,6 +14317,20 @@ class StartError(Exception):
     """The master cannot start; the text says why and what to do."""
 
 
+def give_memory_back() -> None:
+    """Return to the system what compiling this file took, before each role has it as well.
+
+    What is there by now stays: a role that looks for garbage need not look through it, and so
+    goes on to share its memory.
+    """
+    gc.collect()
+    gc.freeze()
+    with contextlib.suppress(ImportError, OSError, AttributeError):  # another libc
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 # -- roles: what runs in a process of its own ----------------------------------
 
 
@@ -14316,6 +14402,7 @@ def setup_log(verbose: bool) -> None:
         sys.stderr = io.TextIOWrapper(
             raw, sys.stderr.encoding, sys.stderr.errors, write_through=True
         )
+    logging.logThreads = False  # or it would keep a name for each thread that logs
     logging.basicConfig(
         format="%(asctime)s %(message)s",
         datefmt="%H:%M:%S",
@@ -14424,6 +14511,7 @@ class Supervisor:
         self.listeners = listeners
         self.table = table
         self.new_lock()
+        give_memory_back()
         try:
             while not self.signals and not self.has_failed:
                 self.start_missing()

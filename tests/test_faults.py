@@ -895,21 +895,21 @@ class Threads(unittest.TestCase):
 
 # The collector has no more than so many threads; a dashboard is not touched.
 FEW_THREADS = """
-import threading
-start = master_server.ServeThread.start
-def limited(self):
+import _thread
+start = master_server.start_thread
+def limited(*facts):
     name = multiprocessing.current_process().name
-    if name == "collector" and threading.active_count() > 4:
+    if name == "collector" and _thread._count() > 3:
         raise RuntimeError("can't start new thread")
-    start(self)
-master_server.ServeThread.start = limited
+    start(*facts)
+master_server.start_thread = limited
 """
 
 # No role has threads for those who connect.
 NO_THREADS = """
-def refuse(self):
+def refuse(*facts):
     raise RuntimeError("can't start new thread")
-master_server.ServeThread.start = refuse
+master_server.start_thread = refuse
 master_server.HTTP_SECONDS = 1.0
 """
 

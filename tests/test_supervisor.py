@@ -267,6 +267,56 @@ class Addresses(unittest.TestCase):
         self.assertNotIn("taken", self.told(0, taken=1)[1])
 
 
+TREE_KEPT = 8 * 2**20  # bytes, and more: the parse tree of the program
+
+
+def resident_bytes(pid):
+    """The memory that the process has, proc(5)."""
+    with open("/proc/%d/statm" % pid) as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class AsTyped(unittest.TestCase):
+    """`python3 master_server.py`: one process, without the tree that it was parsed into."""
+
+    def test_no_process_keeps_the_tree_that_the_program_was_parsed_into(self):
+        path = os.path.join(support.ROOT, "master_server.py")
+        flags = ("--port", "0", "--dashboard-port", "0")
+        with open(path, "rb") as file:
+            from_pipe = support.start("-", *flags, stdin=file)
+        self.addCleanup(from_pipe.kill)
+        from_file = support.start_master(as_typed=True)
+        self.addCleanup(from_file.kill)
+        tells = support.run("-c", "import sys; print(hasattr(sys, 'orig_argv'))").stdout
+        if tells.strip() != "True":
+            self.skipTest("Python before 3.10 does not tell its own words")
+        for role in ("collector", "dashboard"):
+            pids = [
+                int(tool.logged(r"%s started, pid (\d+)" % role).group(1))
+                for tool in (from_pipe, from_file)
+            ]
+            saved = resident_bytes(pids[0]) - resident_bytes(pids[1])
+            self.assertGreater(saved, TREE_KEPT, role)
+
+    def test_it_stays_one_process_with_its_words_and_those_of_its_interpreter(self):
+        words = ("-W", "error", os.path.join(support.ROOT, "master_server.py"))
+        flags = ("--port", "0", "--dashboard-port", "0", "--shm-name", "own_words")
+        master = support.start(*words, *flags)
+        self.addCleanup(master.kill)
+        master.logged("dashboard started")
+        with open("/proc/%d/cmdline" % master.pid) as file:
+            told = file.read().split("\0")
+        self.assertEqual(told[1:3], ["-W", "error"])
+        self.assertEqual(told[-len(flags) - 1 : -1], list(flags))
+        self.assertEqual(len(support.descendants(master.pid)), 2)
+        self.assertEqual(master.stop(), 0)
+
+    def test_its_name_in_messages_is_its_own(self):
+        done = support.run("master_server.py", "--nonsense", as_typed=True)
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("master_server.py: error: ", done.stderr)
+
+
 class Idle(unittest.TestCase):
     """With nobody sending and nobody watching it hardly ever wakes up, and is there at once."""
 
