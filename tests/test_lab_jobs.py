@@ -76,21 +76,6 @@ def tearDownModule():
         LAB.down()
 
 
-def with_word(host, word):
-    """The pids, as they are outside, of the processes on a host whose command has the word."""
-    with open(os.path.join(LAB.dir, host, "pid")) as file:
-        here = os.readlink("/proc/%s/ns/net" % file.read().strip())
-    found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            with open("/proc/%s/cmdline" % name, "rb") as file:
-                words = file.read().split(b"\0")
-            is_here = os.readlink("/proc/%s/ns/net" % name) == here
-            if is_here and word.encode() in words:
-                found.append(int(name))
-    return found
-
-
 class Watched(unittest.TestCase):
     def setUp(self):
         self.addCleanup(LAB.no_jobs)
@@ -187,7 +172,7 @@ class Watched(unittest.TestCase):
             pid
             for host in ("login", "c1", "c2")
             for flag in ("--lifeline", "--herd")
-            for pid in with_word(host, flag)
+            for pid in LAB.pids_with(host, flag)
         }
 
     def test_whichever_part_is_killed_nothing_of_it_is_left_after_ten_seconds(self):
@@ -205,7 +190,7 @@ class Watched(unittest.TestCase):
                 eventually(lambda: set(self.rows()) == both, 30)
                 before = self.left_of_ours()
                 self.assertGreaterEqual(len(before), 4)
-                pids = with_word(host, word)
+                pids = LAB.pids_with(host, word)
                 self.assertTrue(pids)
                 for pid in pids:
                     with contextlib.suppress(ProcessLookupError):
