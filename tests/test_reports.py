@@ -600,6 +600,11 @@ class Served(unittest.TestCase):
             self.assertEqual(len(made), 2)
 
 
+# (dark, the window): in the fast run the narrow one alone
+LOOKS = (True, (390, 844)), (False, (1280, 800))
+LOOKS = LOOKS if support.LONG else LOOKS[:1]
+
+
 class InBrowser(unittest.TestCase):
     """The pages in Chromium: served ones, and a report from a file."""
 
@@ -624,7 +629,7 @@ class InBrowser(unittest.TestCase):
         flags = ("--record", self.folder)
         with support.start_master(*flags) as tool, Browser() as browser:
             pages = ["http://localhost:%d%s" % (tool.page, path) for path in self.paths]
-            for dark, size in ((False, (1280, 800)), (True, (390, 844))):
+            for dark, size in LOOKS:
                 browser.show_as(*size, dark=dark)
                 for page in [*pages, "file://" + self.report]:
                     with self.subTest((page, dark)):
