@@ -151,8 +151,8 @@ def path_of(folder, number, kind):
 
 
 def start_process(*words):
-    """Start this file."""
-    command = [sys.executable, os.path.abspath(__file__)]
+    """Start this file; the folders of the site, if there are any, come with the path of a task."""
+    command = [sys.executable, "-S", os.path.abspath(__file__)]
     return subprocess.Popen(command + [str(word) for word in words])
 
 

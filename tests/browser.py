@@ -10,6 +10,7 @@ import base64
 import contextlib
 import http.client
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -22,6 +23,11 @@ FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run -
     --disable-dev-shm-usage""".split()
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # W3C WebDriver, section 12
 LIMIT = 30  # seconds for one command
+# where npm put them; a path in any case, which support.requires takes for one
+NODE_PATH = "/" + os.environ.get("NODE_PATH", "").lstrip("/")
+AXE = os.path.join(NODE_PATH, "axe-core", "axe.min.js")
+HTML_VALIDATE = os.path.join(NODE_PATH, "html-validate", "bin", "html-validate.mjs")
+TASTE = ("void-style", "long-title", "no-trailing-whitespace")  # and bytes: no errors
 
 
 class BrowserError(ValueError):
@@ -232,3 +238,34 @@ class Browser:
 
     def __exit__(self, *_):
         self.close()
+
+
+def axe_on(browser):
+    """The violations of axe-core's rules on the page that the browser shows."""
+    with open(AXE, encoding="utf-8") as file:
+        browser.run(file.read())
+    return browser.wait(
+        "const done = arguments[0]; axe.run(document, {runOnly: ['wcag2a', 'wcag2aa',"
+        "'wcag21a', 'wcag21aa', 'best-practice']}).then(result => done(result.violations"
+        ".map(v => [v.id, v.help, v.nodes.slice(0, 3).map(node => node.html)])))"
+    )
+
+
+def html_validate(texts, rules=None):
+    """(exit code, what html-validate says) of pages; rules: other than the recommended ones."""
+    wanted = dict(dict.fromkeys(TASTE, "off"), **(rules or {}))
+    config = {"root": True, "extends": ["html-validate:recommended"], "rules": wanted}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, text in enumerate(texts):
+            name = os.path.join(folder, "%d.html" % number)
+            with open(name, "w", encoding="utf-8") as file:
+                file.write(text)
+        with open(os.path.join(folder, ".htmlvalidate.json"), "w") as file:
+            json.dump(config, file)
+        done = subprocess.run(
+            ["node", HTML_VALIDATE, folder],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=120,
+        )
+    return done.returncode, done.stdout.decode()[:3000]

@@ -11,6 +11,8 @@ What the tool sees is what it would see without this: its __file__, sys.argv, sy
 __main__ of its own.
 """
 
+import contextlib
+import functools
 import marshal
 import os
 import sys
@@ -32,7 +34,7 @@ def code_of(folder, path):
     kept = os.path.join(folder, name)
     try:
         with open(kept, "rb") as file:
-            return marshal.load(file)
+            return marshal.loads(file.read())  # ten times as fast as `load`
     except (OSError, ValueError, EOFError):
         pass
     with open(path, "rb") as file:
@@ -65,12 +67,22 @@ def install(folder):
     machinery.SourceFileLoader.get_code = get_code
 
 
+def compile_text(folder, text, path, *more, **named):
+    """What `compile` returns; agent.py starts itself once more as statements that call it."""
+    if os.path.basename(path) in TOOLS:
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if file.read() == text:
+                return code_of(folder, path)
+    return compile(text, path, *more, **named)
+
+
 def run(folder, words):
     """Become the program: words are what follows `python3` on a command line."""
     install(folder)
     main = types.ModuleType("__main__")
     if words[0] == "-c":
         sys.path[0] = ""
+        main.compile = functools.partial(compile_text, folder)
         code = compile(words.pop(1), "<string>", "exec", dont_inherit=True)
     else:
         sys.path[0] = os.path.dirname(words[0])

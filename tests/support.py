@@ -183,13 +183,14 @@ def command_of(argv, python=None, as_typed=False):
     """The command line of a tool: command_of(["agent.py", "--once"]); its name stands for its path.
 
     Anything else ("-c", "-m", a path) goes as it is. What starts a tool of this repository, or
-    imports one, has the bytecode ready, see compiled.py.
+    imports one, has the bytecode ready, see compiled.py, and leaves out the site's folders (-S):
+    the tools need none, and where much is installed, looking there takes longer than all the rest.
     """
     words = [str(word) for word in argv]
     if not os.path.isabs(words[0]) and os.path.exists(os.path.join(ROOT, words[0])):
         words[0] = os.path.join(ROOT, words[0])
     if COMPILED and not as_typed and _is_ours(words):
-        words[:0] = [compiled.__file__, code_folder()]
+        words[:0] = ["-S", compiled.__file__, code_folder()]
     return [python or PYTHON] + words
 
 

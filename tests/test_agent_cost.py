@@ -120,7 +120,7 @@ class Memory(unittest.TestCase):
         path = os.path.join(support.ROOT, "agent.py")
         with open(path, "rb") as file:
             from_pipe = self.start("-", stdin=file)
-        from_file = self.start("agent.py")
+        from_file = self.start("agent.py", as_typed=True)
         tells = support.run("-c", "import sys; print(hasattr(sys, 'orig_argv'))").stdout
         if tells.strip() != "True":
             self.skipTest("Python before 3.10 does not tell its own words")

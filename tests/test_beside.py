@@ -122,7 +122,7 @@ class Told(unittest.TestCase):
     def discover(self, *flags, in_turn=False):
         """What `python3 -m unittest discover` says, without what differs in each run."""
         done = support.subprocess.run(
-            [sys.executable, "-m", "unittest", "discover", "-v", *flags],
+            [sys.executable, "-S", "-m", "unittest", "discover", "-v", *flags],
             cwd=self.folder,
             env=self.environment(in_turn),
             stdout=support.subprocess.PIPE,
@@ -202,7 +202,7 @@ class Told(unittest.TestCase):
         pids = os.path.join(self.folder, "pids")
         self.write(test_a=ENDLESS % pids, test_b=ENDLESS % pids)
         run = support.Tool(
-            [sys.executable, "-m", "unittest", "discover"],
+            [sys.executable, "-S", "-m", "unittest", "discover"],
             self.environment(),
             cwd=self.folder,
         )

@@ -6,7 +6,7 @@ every line of JSON, and a dict is what the standard library says of it, too.  Ev
 request is one that can be answered, or HTTPError.
 
 SENTINEL_TEST_SEED    another seed (1)
-SENTINEL_FUZZ_INPUTS  how many inputs (200,000; 8,000 unless what takes long is asked for)
+SENTINEL_FUZZ_INPUTS  how many inputs (200,000; 4,000 unless what takes long is asked for)
 """
 
 import json
@@ -45,7 +45,7 @@ from test_wire import (
 
 SEED = int(os.environ.get("SENTINEL_TEST_SEED", "1"))
 INPUTS = int(
-    os.environ.get("SENTINEL_FUZZ_INPUTS") or (200000 if support.LONG else 8000)
+    os.environ.get("SENTINEL_FUZZ_INPUTS") or (200000 if support.LONG else 4000)
 )
 CODES = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes]
 # what the arguments of opcodes become: the edges of every size that there is

@@ -132,7 +132,13 @@ echo "! Welcome again"
 printf "prompt> "
 exec sh -c "$command"
 """
+# what the step finds on the PATH of its node
+NODE_PYTHON = """\
+#!/bin/sh
+exec {python} -S "$@"
+"""
 COMMANDS = {
+    "python3": NODE_PYTHON,
     "squeue": SQUEUE,
     "scontrol": SCONTROL,
     "sacct": SACCT,
@@ -585,7 +591,7 @@ class Endings(Watching):
         asked = len(self.slurm.calls("scontrol"))
         for pid in support.descendants(watcher.pid):
             words = command_line(pid).split(b"\0")
-            if b"--lifeline" in words and words[0].endswith(b"python3"):
+            if b"--lifeline" in words and words[0] == os.fsencode(sys.executable):
                 os.kill(pid, signal.SIGTERM)
         eventually(lambda: len(self.slurm.calls("scontrol")) > asked)
         self.assertEqual(self.job()["state"], "RUNNING")
@@ -908,6 +914,7 @@ class Herding(Watching):
         folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, folder)
         os.symlink(python, os.path.join(folder, "python3"))
+        os.unlink(os.path.join(self.slurm.folder, "python3"))
         self.slurm.write("queue", row())
         self.slurm.write("job.7", details())
         path = folder + os.pathsep + os.environ["PATH"]

@@ -157,25 +157,32 @@ class Lab:
             "both nodes are idle",
         )
 
-    def pids(self, host, tool):
-        """The pids, as they are outside, of the processes on a host that run `python3 TOOL`.
-
-        The agent starts itself once more, as `python3 -c TEXT TOOL`.
-        """
+    def commands(self, host):
+        """Yield (pid, as it is outside, words of its command) of each process on a host."""
         with open(os.path.join(self.dir, host, "pid")) as file:
             here = os.readlink("/proc/%s/ns/net" % file.read().strip())
-        found = []
         for name in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
                 with open("/proc/%s/cmdline" % name, "rb") as file:
-                    words = file.read().split(b"\0")
-                script = words[3:4] if words[1:2] == [b"-c"] else words[1:2]
-                if (
-                    script == [tool.encode()]
-                    and os.readlink("/proc/%s/ns/net" % name) == here
-                ):
-                    found.append(int(name))
+                    words = os.fsdecode(file.read()).split("\0")
+                if os.readlink("/proc/%s/ns/net" % name) == here:
+                    yield int(name), words
+
+    def pids(self, host, tool):
+        """The pids of the processes on a host that run `python3 TOOL`.
+
+        The agent starts itself once more, as `python3 -c TEXT TOOL`.
+        """
+        found = []
+        for pid, words in self.commands(host):
+            script = words[3:4] if words[1:2] == ["-c"] else words[1:2]
+            if script == [tool]:
+                found.append(pid)
         return found
+
+    def pids_with(self, host, word):
+        """The pids of the processes on a host whose command has the word."""
+        return [pid for pid, words in self.commands(host) if word in words]
 
     def kill(self, host, tool):
         """SIGKILL to them, and wait until nothing is left of them."""

@@ -177,21 +177,6 @@ class Pace:
         return sum(look[1] for look in looks) / sum(look[2] for look in looks)
 
 
-def with_word(host, word):
-    """The pids, as they are outside, of the processes on a host whose command has the word."""
-    with open(os.path.join(LAB.dir, host, "pid")) as file:
-        here = os.readlink("/proc/%s/ns/net" % file.read().strip())
-    found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            with open("/proc/%s/cmdline" % name, "rb") as file:
-                words = file.read().split(b"\0")
-            is_here = os.readlink("/proc/%s/ns/net" % name) == here
-            if is_here and word.encode() in words:
-                found.append(int(name))
-    return found
-
-
 def everything_in(folder):
     """The paths of all files and folders in it; what the jobs themselves print is none of ours."""
     return {
@@ -291,7 +276,7 @@ class Watched(Bounded):
             pid
             for host in ("login", "c1", "c2")
             for flag in ("--lifeline", "--herd")
-            for pid in with_word(host, flag)
+            for pid in LAB.pids_with(host, flag)
         }
 
 
@@ -403,7 +388,7 @@ class Jobs(Watched):
                 before, steps = self.left_of_ours(), self.our_steps()
                 self.assertGreaterEqual(len(before), 4)
                 self.assertEqual(len(steps), 1)
-                pids = with_word(host, word)
+                pids = LAB.pids_with(host, word)
                 self.assertTrue(pids)
                 killed = time.monotonic()
                 for pid in pids:
