@@ -7967,7 +7967,7 @@ ASIDE_HTML = """
 
 
 # Most texts have none of these, and html.escape() takes its time
-SPECIAL = re.compile("[&<>\"']")
+find_special = re.compile("[&<>\"']").search
 
 
 class Html(str):
@@ -7977,7 +7977,7 @@ class Html(str):
 def as_markup(value: object) -> str:
     """A value as markup: a list stands for its items, None for nothing."""
     if isinstance(value, str):
-        is_plain = isinstance(value, Html) or not SPECIAL.search(value)
+        is_plain = isinstance(value, Html) or not find_special(value)
         return value if is_plain else html.escape(value)
     if isinstance(value, list):
         return "".join(map(as_markup, value))
@@ -7985,10 +7985,20 @@ def as_markup(value: object) -> str:
 
 
 def fill(template: str, *values: object, **named: object) -> Html:
-    """Put values into the {} and the {name} of a template; what is no markup is escaped."""
+    """Put values into the {} and the {name} of a template; what is no markup is escaped.
+
+    A page has thousands of them: what needs no escape is left as it is.
+    """
     for name, value in named.items():
-        named[name] = as_markup(value)
-    return Html(template.format(*map(as_markup, values), **named))
+        kind = type(value)
+        is_plain = (
+            kind is Html or kind is int or kind is str and not find_special(value)
+        )
+        if not is_plain:
+            named[name] = as_markup(value)
+    if values:
+        return Html(template.format(*map(as_markup, values), **named))
+    return Html(template.format_map(named))
 
 
 # ============================================================================
@@ -8666,6 +8676,7 @@ SELF_EVIDENT = "severity job job_name user state time kind node text what".split
 RECENT_POINTS = 30  # of a curve in a table
 RECENT_STEP = 5  # every fifth tick: the last five minutes
 SIGNS = {"died": "\u2716", "problem": "\u26a0", "advice": "\u2022", "fine": "\u2713"}
+PATHS_KEPT = 512  # templates of curves, one for each number of points
 MOVE = "M%d %dh0"  # a path begins anew with a dot, should no line follow
 DRAW = "L%d %d"
 
@@ -8811,6 +8822,8 @@ def from_first_known(values: List[float]) -> List[float]:
 
     One beyond a float is unknown, too: NaN.
     """
+    if all(map(math.isfinite, values)):
+        return values
     finite = [value if math.isfinite(value) else math.nan for value in values]
     for index, value in enumerate(finite):
         if value == value:
@@ -8829,16 +8842,30 @@ def draw_curves(series: Dict[str, List[float]], points: int, top: float) -> Html
 
 def path_through(values: List[float], top: float) -> str:
     """The path of a curve in a box that is 100 high (SVG 2, 9.3)."""
+    scale = 100 / top
+    heights = [100 - scale * value for value in values]
+    if not heights or sum(heights) != sum(heights):
+        return path_with_gaps(heights)
+    if min(heights) < 0 or max(heights) > 100:
+        heights = [max(0.0, min(100.0, height)) for height in heights]
+    return whole_path(len(heights)) % tuple(heights)
+
+
+@functools.lru_cache(maxsize=PATHS_KEPT)
+def whole_path(points: int) -> str:
+    """The template of a path through so many heights, none of which is unknown."""
+    return "M0 %dh0" + "".join("L%d %%d" % x for x in range(1, points))
+
+
+def path_with_gaps(heights: List[float]) -> str:
+    """The path of a curve some of whose heights are unknown: NaN."""
     path = []
     pen = MOVE
-    scale = 100 / top
-    for x, value in enumerate(values):
-        if value != value:
+    for x, height in enumerate(heights):
+        if height != height:
             pen = MOVE
             continue
-        height = scale * value
-        height = 0 if height < 0 else 100 if height > 100 else height
-        path.append(pen % (x, 100 - height))
+        path.append(pen % (x, max(0.0, min(100.0, height))))
         pen = DRAW
     return "".join(path)
 
@@ -11810,14 +11837,23 @@ class History:
         stride = step * stretch.ticks
         newest = self.tick - self.tick % stride
         oldest = newest - (points - 1) * stride
-        readings = []
-        for tick in range(oldest, newest + 1, stride):
-            if last - FINE < tick <= last:
-                at = tick // stretch.ticks % stretch.size
-                readings.append(ring[stretch.first + at])
-            else:
-                readings.append(math.nan)
+        readings = read_stretch(ring, stretch, oldest // stretch.ticks, step)[:points]
+        forgotten = (last - FINE - oldest) // stride + 1
+        if forgotten > 0:
+            readings[:forgotten] = [math.nan] * min(forgotten, points)
+        told = max(0, (last - oldest) // stride + 1)
+        readings[told:] = [math.nan] * (points - told)
         return readings
+
+
+def read_stretch(ring: Any, stretch: Stretch, oldest: int, step: int) -> List[float]:
+    """Every step-th reading of a stretch, from that of a tick on until a whole ring later."""
+    at = oldest % stretch.size
+    end = stretch.first + stretch.size
+    readings: List[float] = ring[stretch.first + at : end : step].tolist()
+    after = (at - stretch.size) % step  # where it goes on, at the beginning
+    readings += ring[stretch.first + after : stretch.first + at : step].tolist()
+    return readings
 
 
 # -- what the master takes -----------------------------------------------------
