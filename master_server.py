@@ -7967,7 +7967,7 @@ ASIDE_HTML = """
 
 
 # Most texts have none of these, and html.escape() takes its time
-find_special = re.compile("[&<>\"']").search
+find_special: Callable[[Any], Any] = re.compile("[&<>\"']").search
 
 
 class Html(str):
@@ -8013,7 +8013,8 @@ UNITS.update(
 UNITS.update(mem_used="B", mem_total="B", power="W", power_limit="W", temp="\u00b0C")
 SCALES = {  # larger units of a unit, the smallest first
     "s": (("min", 60), ("h", 3600), ("d", 86400)),
-    "B": (("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30), ("TiB", 2**40)),
+    # as Slurm counts: --mem=74G is 74 GB here, and 74 * 2**30 bytes
+    "B": (("KB", 2**10), ("MB", 2**20), ("GB", 2**30), ("TB", 2**40)),
 }
 FRACTIONS = ("load1",)  # numbers without a unit that are no counts
 SMALL = ("nfs_rtt",)  # numbers that are thousandths of their unit
@@ -12227,7 +12228,8 @@ def has_cookie(request: Request, cookie: str) -> bool:
 #
 # All of it follows from the time alone: a job runs for a while, ends, and soon after the next
 # of its kind begins.  Whoever looks for a few minutes sees a node that idles, a node that falls
-# silent and comes back, memory that grows until the job dies of it, and jobs that wait.
+# silent and comes back, memory that grows until the job dies of it, and jobs that wait.  The
+# job that died is submitted again with more memory, and then runs for an hour.
 
 DEMO_USER = "demo"
 DEMO_INTERVAL = 2.0  # seconds between two samples of a node
@@ -12243,7 +12245,12 @@ DEMO_CPUS = 32  # of a node
 DEMO_RANKS = 4  # processes of a job on a node
 DEMO_SECONDS = 2.0  # to connect, or for a line of the collector
 DEMO_KNOWN_SECONDS = 3600.0  # after its end a job is known for so long
-DEMO_KNOWN_TASKS = 4  # of an array, that have ended
+DEMO_TASKS = 40  # of an array
+DEMO_PAST = 900.0  # seconds before the beginning of which jobs are judged
+
+
+DEMO_MORE = 1.2  # times the memory of a job that died of it, for the next one ...
+DEMO_ENOUGH = 0.8  # ... which takes so much of what was not enough before
 
 
 class DemoJob(NamedTuple):
@@ -12261,6 +12268,9 @@ class DemoJob(NamedTuple):
     gpus: int = 0  # of a node
     array: str = ""
     ending: str = "COMPLETED"
+    again: float = (
+        0.0  # seconds of the next one, if that asks for more memory and ends well
+    )
 
 
 # fmt: off
@@ -12270,7 +12280,7 @@ DEMO_JOBS = (
     DemoJob(48213, "md_npt_310K", ("c11", "c12", "c13", "c14", "c15"), 64 * GIB,
             7200, 14400, 2400, cpu=94, full=58),
     DemoJob(48217, "assemble_genome", ("c21",), 192 * GIB,
-            420, 7200, 150, cpu=61, full=100, ending="OUT_OF_MEMORY"),
+            420, 7200, 150, cpu=61, full=100, ending="OUT_OF_MEMORY", again=3600),
     DemoJob(48305, "fit", ("c31",), 16 * GIB,
             240, 1800, 100, cpu=98, full=35, array="48300"),
 )
@@ -12284,55 +12294,83 @@ class DemoRun(NamedTuple):
     start: float  # time.time()
     passed: float  # seconds; at most those that it runs
     is_over: bool
+    seconds: float  # that it runs
+    memory: float  # bytes of a node that it asks for
+    full: float  # percent of them that it uses at its end
+    ending: str
 
 
 def demo_run(job: DemoJob, began: float, now: float) -> DemoRun:
     """What of a job runs now, or has just ended, in a demonstration that began then."""
-    cycle = job.seconds + DEMO_PAUSE
-    count, passed = divmod(now - began + job.age, cycle)
-    step = 1 if job.array else 1000  # the next task of the array, or another job
+    lengths = [job.seconds, job.again] if job.again else [job.seconds]
+    cycle = sum(lengths) + DEMO_PAUSE * len(lengths)
+    rounds, passed = divmod(now - began + job.age, cycle)
+    start = began - job.age + rounds * cycle
+    count = int(rounds) * len(lengths)
+    memory = job.memory
+    full = job.full
+    ending = job.ending
+    if job.again and passed >= job.seconds + DEMO_PAUSE:
+        passed -= job.seconds + DEMO_PAUSE
+        start += job.seconds + DEMO_PAUSE
+        count += 1
+        memory = DEMO_MORE * job.memory
+        full = job.full * DEMO_ENOUGH / DEMO_MORE
+        ending = "COMPLETED"
+    seconds = job.again if count % len(lengths) else job.seconds
     return DemoRun(
-        job.number + int(count) * step,
-        began - job.age + count * cycle,
-        min(passed, job.seconds),
-        passed >= job.seconds,
+        job.number
+        + count * (1 if job.array else 1000),  # its next task, or another job
+        start,
+        min(passed, seconds),
+        passed >= seconds,
+        seconds,
+        memory,
+        full,
+        ending,
     )
 
 
 def demo_ended(job: DemoJob, began: float, now: float) -> List[DemoRun]:
     """The runs of a job before the one of now, as long as they are known."""
     run = demo_run(job, began, now)
-    cycle = job.seconds + DEMO_PAUSE
     ended = []
-    for back in range(1, 1 + (DEMO_KNOWN_TASKS if job.array else 1)):
-        start = run.start - back * cycle
-        number = run.number - back * (1 if job.array else 1000)
-        is_known = now - start - job.seconds < DEMO_KNOWN_SECONDS
-        if is_known and number > int(job.array or 0):
-            ended.append(DemoRun(number, start, job.seconds, True))
+    for _ in range(demo_task(job, run)[1] - 1 if job.array else 1):
+        run = demo_run(job, began, run.start - 1)
+        if now - run.start - run.seconds < DEMO_KNOWN_SECONDS:
+            ended.append(run)
     return ended
+
+
+def demo_task(job: DemoJob, run: DemoRun) -> Tuple[int, int]:
+    """The array of a run, and the task's number in it, from 1: after the last, another array."""
+    arrays, place = divmod(run.number - int(job.array) - 1, DEMO_TASKS)
+    return int(job.array) + 1000 * arrays, place + 1
+
+
+def demo_raw(job: DemoJob, run: DemoRun) -> int:
+    """The number that Slurm gives a run."""
+    return sum(demo_task(job, run)) if job.array else run.number
 
 
 def demo_id(job: DemoJob, run: DemoRun) -> str:
     """A run's id, as squeue has it: 48211, 48300_5."""
-    if not job.array:
-        return str(run.number)
-    return "%s_%d" % (job.array, run.number - int(job.array))
+    return "%d_%d" % demo_task(job, run) if job.array else str(run.number)
 
 
 def demo_facts(job: DemoJob, run: DemoRun) -> Message:
     """What Slurm would say of a run."""
     facts: Message = {
         "job": demo_id(job, run),
-        "raw": str(run.number),
+        "raw": str(demo_raw(job, run)),
         "job_name": job.name,
         "user": DEMO_USER,
-        "state": job.ending if run.is_over else "RUNNING",
+        "state": run.ending if run.is_over else "RUNNING",
         "partition": "gpu" if job.gpus else "cpu",
         "nodelist": ",".join(job.nodes),
         "nodes": len(job.nodes),
         "cpus": DEMO_CPUS * len(job.nodes),
-        "mem": job.memory,
+        "mem": run.memory,
         "submit": run.start - 900,
         "start": run.start,
         "limit": job.limit,
@@ -12340,10 +12378,10 @@ def demo_facts(job: DemoJob, run: DemoRun) -> Message:
     if job.gpus:
         facts["gpus"] = job.gpus * len(job.nodes)
     if job.array:
-        facts["array"] = job.array
+        facts["array"] = str(demo_task(job, run)[0])
     if run.is_over:
-        facts["end"] = run.start + job.seconds
-        facts["exit"] = "0:0" if job.ending == "COMPLETED" else "0:125"
+        facts["end"] = run.start + run.seconds
+        facts["exit"] = "0:0" if run.ending == "COMPLETED" else "0:125"
     return facts
 
 
@@ -12362,9 +12400,12 @@ def demo_waiting(began: float, now: float) -> List[Message]:
     waiting = []
     for job in DEMO_JOBS:
         if job.array:
-            task = demo_run(job, began, now).number - int(job.array)
-            number = "%s_[%d-%d]" % (job.array, task + 1, task + 35)
-            facts = dict(common, job=number, raw=job.array, array=job.array)
+            array, task = demo_task(job, demo_run(job, began, now))
+            if task == DEMO_TASKS:
+                continue
+            tasks = "%d-%d" % (task + 1, DEMO_TASKS)
+            number = "%d_[%s]" % (array, tasks)
+            facts = dict(common, job=number, raw=str(array), array=str(array))
             facts.update(job_name=job.name, reason="JobArrayTaskLimit")
             waiting.append(facts)
     last = dict(common, job="48400", raw="48400", job_name="postprocess")
@@ -12390,8 +12431,8 @@ def demo_cpu(job: DemoJob, name: str, run: DemoRun, now: float) -> float:
 
 def demo_memory(job: DemoJob, name: str, run: DemoRun, now: float) -> float:
     """Percent of its memory that a job uses on a node: it grows."""
-    share = run.passed / job.seconds
-    full = job.full * (0.5 + 0.5 * share) + demo_wave(name, "ram", now)
+    share = run.passed / run.seconds
+    full = run.full * (0.5 + 0.5 * share) + 0.1 * demo_wave(name, "ram", now)
     return min(100.0, max(1.0, full))
 
 
@@ -12422,7 +12463,7 @@ def demo_node(job: DemoJob, name: str, run: DemoRun, now: float) -> Message:
     """The readings of a node as a whole."""
     cpu = demo_cpu(job, name, run, now)
     memory = 256 * GIB
-    used = demo_memory(job, name, run, now) / 100 * job.memory + 6 * GIB
+    used = demo_memory(job, name, run, now) / 100 * run.memory + 6 * GIB
     readings: Message = {
         "cpu": cpu,
         "ram": 100 * used / memory,
@@ -12465,9 +12506,9 @@ def demo_node(job: DemoJob, name: str, run: DemoRun, now: float) -> Message:
 def demo_job(job: DemoJob, name: str, run: DemoRun, now: float) -> Message:
     """The readings of a job on a node; one whose memory is full is killed at its very end."""
     full = demo_memory(job, name, run, now)
-    used = full / 100 * job.memory
+    used = full / 100 * run.memory
     is_killed = (
-        job.ending == "OUT_OF_MEMORY" and job.seconds - run.passed < 2 * DEMO_INTERVAL
+        run.ending == "OUT_OF_MEMORY" and run.seconds - run.passed < 2 * DEMO_INTERVAL
     )
     busy = demo_busy(job, name, run, now)
     return {
@@ -12475,9 +12516,9 @@ def demo_job(job: DemoJob, name: str, run: DemoRun, now: float) -> Message:
         "job_cpu": demo_cpu(job, name, run, now),
         "cores_busy": sum(tenths >= "5" for tenths in busy),
         "job_mem": used,
-        "job_cache": min(0.05 * job.memory, job.memory - used),
-        "job_mem_limit": job.memory,
-        "job_mem_peak": min(job.memory, used + 0.05 * job.memory),
+        "job_cache": min(0.05 * run.memory, run.memory - used),
+        "job_mem_limit": run.memory,
+        "job_mem_peak": min(run.memory, used + 0.05 * run.memory),
         "job_mem_failcnt": 7 if is_killed else 0,
         "oom_kill": 1 if is_killed else 0,
         "job_ram": full,
@@ -12626,7 +12667,7 @@ class Demo:
     ) -> None:
         self.address = (reachable(options.host), options.port)
         self.secret = options.secret
-        self.began = time.time()
+        self.began = options.demo_began
         self.agents: Dict[Tuple[str, str], DemoAgent] = {}  # by (node, job)
         self.told: Dict[str, Message] = {}  # facts, by raw id
         self.told_all = -math.inf  # time.time()
@@ -12662,7 +12703,7 @@ class Demo:
         key = (name, demo_id(job, run))
         if run.is_over:
             if key in self.agents:
-                self.agents.pop(key).close("the job has ended: " + job.ending)
+                self.agents.pop(key).close("the job has ended: " + run.ending)
             return
         first, last = DEMO_SILENCE
         if name == DEMO_SILENT_NODE and first <= (now - self.began) % 600 < last:
@@ -12693,6 +12734,75 @@ class Demo:
             agent.send(dict(each, part="job"))
             self.told[each["raw"]] = each
         agent.close("told")
+
+
+def demo_past(
+    began: float, now: float, seconds: float, step: float
+) -> Iterator[Tuple[float, DemoJob, DemoRun]]:
+    """Each job that runs now, at each step of so many seconds before, the oldest first."""
+    for back in range(int(seconds / step), 0, -1):
+        when = now - back * step
+        for job in DEMO_JOBS:
+            run = demo_run(job, began, when)
+            if not run.is_over and run.start == demo_run(job, began, now).start:
+                yield when, job, run
+
+
+def demo_row(sample: Message, seen: float) -> Row:
+    """A sample as Snapshot.rows() has it: seen by time.monotonic()."""
+    row: List[Any] = [0, b"", *UNKNOWN[:2], seen, math.nan, b"", *UNKNOWN[2:]]
+    for key, value in sample.items():
+        if key in INDEX:
+            place = NODE_KEYS.index(key)
+            row[place] = value.encode() if isinstance(value, str) else float(value)
+    return tuple(row)
+
+
+def parts_of(told: List[Message]) -> Parts:
+    """A look at a node as Snapshot.parts() has it."""
+    kinds: Dict[str, List[Message]] = {kind: [] for kind in PART_FIELDS}
+    for part in told:
+        known: Message = {key: part.get(key) for key, _ in PART_FIELDS[part["part"]]}
+        kinds[part["part"]].append(known)
+    return Parts(kinds["look"][0], kinds["core"], kinds["rank"], kinds["gpu"])
+
+
+def fill_history(dashboard: Dashboard, began: float) -> None:
+    """Have a dashboard know what it would, had it been there before the beginning."""
+    now = time.time()
+    for when, job, run in demo_past(began, now, FINE * TICK_SECONDS, 2 * TICK_SECONDS):
+        tick = round((when - now) / TICK_SECONDS)
+        for name in job.nodes:
+            row = demo_row(demo_sample(job, name, run, when), 0.0)
+            dashboard.history.note((name, demo_id(job, run)), PICK_GRAPHS(row), tick)
+
+
+def fill_recordings(recorder: Any, began: float) -> None:
+    """Have the recorder know what it would, had it been there before the beginning."""
+    now = time.time()
+    if now - began > ROW_SECONDS:
+        return  # it is one that started again, and all of that is recorded
+    for when, job, run in demo_past(began, now, DEMO_PAST, ROW_SECONDS):
+        facts: Message = dict.fromkeys(JOB_KEYS)
+        facts.update(demo_facts(job, run))
+        recording = recorder.recording(facts["job"], when)
+        recording.tell(facts, when)
+        for name in job.nodes:
+            row = demo_row(demo_sample(job, name, run, when), time.monotonic())
+            recording.take(name, row, when)
+            if now - when < 2 * ROW_SECONDS:
+                told = demo_parts(job, name, run, when, 0)
+                recording.traces[name].take_parts(parts_of(told))
+        recording.close_row(when)
+    for recording in recorder.recordings.values():
+        recording.diagnose_due = now
+
+
+# What a role is told of the time before the beginning
+DEMO_FILLS: Dict[str, Callable[[Any, float], None]] = {
+    "dashboard": fill_history,
+    "recorder": fill_recordings,
+}
 
 
 # ============================================================================
@@ -13772,7 +13882,10 @@ def run_role(
         # thousands that wait would cost it a core.
         sys.setswitchinterval(1.0)
     begin = {role.name: role.begin for role in ROLES}[name]
-    begin(listener, Table.inherit(segment, lock), options).run()
+    begun = begin(listener, Table.inherit(segment, lock), options)
+    if options.demo and name in DEMO_FILLS:
+        DEMO_FILLS[name](begun, options.demo_began)
+    begun.run()
 
 
 def setup_log(verbose: bool) -> None:
@@ -14413,8 +14526,12 @@ def run_master(options: argparse.Namespace) -> int:
     check_demo(options)
     options.secret = read_secret(options.secret_file) if options.secret_file else None
     raise_limits()
+    options.demo_began = time.time()
     supervisor = Supervisor(options)
     with contextlib.ExitStack() as stack:
+        if options.demo and options.record is None:
+            options.archive = make_demo_folder(stack)
+            options.record = None if options.no_record else options.archive
         listeners = open_listeners(options, stack)
         options.port = port_of(listeners["collector"])
         options.dashboard_port = port_of(listeners["dashboard"])
@@ -14430,6 +14547,18 @@ def run_master(options: argparse.Namespace) -> int:
         supervisor.run(listeners, table)
     log.info("stopped")
     return int(supervisor.has_failed)
+
+
+def make_demo_folder(stack: contextlib.ExitStack) -> str:
+    """A new folder for records of invented jobs, which are not to be among the user's own.
+
+    It is gone when the stack is.
+    """
+    import tempfile  # here, as it takes time that every other start can do without
+
+    folder = tempfile.mkdtemp(prefix="sentinel-demo-")
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def need_scripts(options: argparse.Namespace) -> None:

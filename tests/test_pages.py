@@ -179,10 +179,10 @@ class Readings(unittest.TestCase):
             ("cpu", 12.345, "12.3 %"),
             ("mem_used", 0, "0.0 B"),
             ("mem_used", 1023, "1023.0 B"),
-            ("mem_used", 1024, "1.0 KiB"),
-            ("mem_used", 11.24 * 2**30, "11.2 GiB"),
+            ("mem_used", 1024, "1.0 KB"),
+            ("mem_used", 11.24 * 2**30, "11.2 GB"),
             ("mem_used", 3 * 2**50, "3072.0 TiB"),
-            ("net_rx", 2.5e6, "2.4 MiB/s"),
+            ("net_rx", 2.5e6, "2.4 MB/s"),
             ("age", 0.44, "0.4 s"),
             ("job_time_left", 59.9, "59.9 s"),
             ("job_time_left", 600, "10.0 min"),
@@ -654,7 +654,7 @@ class NodePage(unittest.TestCase):
         self.assertIn('<path class="cpu" d="M0 100h0L1 0M3 50h0"/>', page)
         self.assertIn('<path class="net_rx" d="M0 100h0L1 0"/>', page)
         times = " ".join(master.render_value("time", NOW - ago) for ago in (10, 5, 0))
-        self.assertIn("Received 4.0 KiB/s 4.0 KiB/s 2.0 KiB/s 0 " + times, words(page))
+        self.assertIn("Received 4.0 KB/s 4.0 KB/s 2.0 KB/s 0 " + times, words(page))
         self.assertIn('data-values="0 100  50"', page)
         self.assertEqual(page.count("<figure "), 2)
 
@@ -850,7 +850,7 @@ class JobsFirst(unittest.TestCase):
         self.assertEqual(row["clock"], "2:13 of 12:00 h")
         self.assertAlmostEqual(row["clock_share"], 18.5, places=1)
         self.assertEqual((row["cpu"], row["gpu"]), (78.0, "94"))
-        self.assertEqual(row["memory"], "66 % of 128 GiB")
+        self.assertEqual(row["memory"], "66 % of 128 GB")
 
     def test_the_headline_counts_those_that_died_and_those_with_a_problem(self):
         title = master.figures(self.view, master.select(self.view, {}))[0]

@@ -362,10 +362,10 @@ class Parts(unittest.TestCase):
         text = "\n".join(self.screen(ASCII, 160))
         self.assertIn("CPUs, those of the job: 0-3,8", text)
         self.assertRegex(text, r"(?m)^ +0 0950-9 *$")
-        self.assertRegex(text, r"(?m)^ +0 H100 +\|+ +95\.0 % +1\.0 GiB")
+        self.assertRegex(text, r"(?m)^ +0 H100 +\|+ +95\.0 % +1\.0 GB")
         self.assertRegex(text, r"(?m)^ +3 .* 88 cannot be read *$")
         self.assertRegex(text, r"(?m)^ +0 +4411 python3 +R +\|+\.* +99\.5 %")
-        self.assertRegex(text, r"(?m)^ +1 +4412 \?\[2J +- +2\.0 GiB")
+        self.assertRegex(text, r"(?m)^ +1 +4412 \?\[2J +- +2\.0 GB")
         self.assertRegex(text, r"Load 3\.0")
 
     def test_blocks_only_where_there_are_any(self):
