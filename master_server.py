@@ -7303,10 +7303,12 @@ footer,
 dt,
 label,
 thead th,
-.axis,
-.finished {
+.axis {
   color: var(--dim);
   font-size: 0.85rem;
+}
+.finished {
+  color: var(--dim);
 }
 .fine {
   color: var(--good);
@@ -7401,6 +7403,13 @@ section {
 }
 .scroll {
   overflow-x: auto;
+  /* a shadow at an edge tells that there is more behind it */
+  background:
+    linear-gradient(to right, var(--bg) 1rem, transparent) left / 2.5rem 100% local,
+    linear-gradient(to left, var(--bg) 1rem, transparent) right / 2.5rem 100% local,
+    linear-gradient(to right, var(--line), transparent) left / 1rem 100%,
+    linear-gradient(to left, var(--line), transparent) right / 1rem 100%;
+  background-repeat: no-repeat;
 }
 #jobs .w {
   width: 24%;
@@ -7417,6 +7426,16 @@ section {
 }
 #ended .bar {
   display: none;
+}
+@media (min-width: 1151px) {
+  /* as wide as they ever need to be, so that columns stay where they are */
+  #jobs [data-what="CPU"] {
+    min-width: 5rem;
+  }
+  #jobs [data-what="Time"],
+  #jobs [data-what="Memory"] {
+    min-width: 9.4rem;
+  }
 }
 @media (max-width: 1150px) {
   /* a row is a card: what is said in it matters most, and must not be outside of the screen */
@@ -7460,6 +7479,26 @@ section {
   #jobs td.w {
     width: 100%;
   }
+  /* whose row it is stays in sight */
+  tbody th {
+    position: sticky;
+    left: 0;
+    z-index: 1;
+    min-width: 4.5rem;
+    max-width: 8rem;
+    background: var(--bg);
+  }
+  tbody .job {
+    max-width: none;
+  }
+}
+@media (pointer: coarse) {
+  td a,
+  th a,
+  nav a {
+    display: inline-block;
+    padding: 0.4rem 0;
+  }
 }
 table {
   border-collapse: collapse;
@@ -7481,8 +7520,21 @@ thead a {
 [aria-sort] {
   font-weight: 700;
 }
+[aria-sort="ascending"] a::after {
+  content: "\\2191" / "";
+}
+[aria-sort="descending"] a::after {
+  content: "\\2193" / "";
+}
 .job {
   background: var(--card);
+}
+.job div {
+  position: sticky;
+  left: 0.55rem;
+  width: fit-content;
+  max-width: calc(100vw - 3rem);
+  white-space: normal;
 }
 .n {
   text-align: right;
@@ -7493,16 +7545,16 @@ thead a {
   min-width: 9.6rem;
 }
 
-/* The bar behind a percentage */
+/* The bar below a percentage */
 .bar {
   position: absolute;
-  top: 2px;
+  bottom: 0;
   left: 2px;
   z-index: -1;
   width: calc(100% - 4px);
-  height: calc(100% - 4px);
+  height: 4px;
+  background: var(--line);
   fill: var(--cpu);
-  opacity: 0.25;
 }
 .bar.ram,
 .bar.job_ram {
@@ -7640,16 +7692,22 @@ figcaption output {
   main {
     display: grid;
     gap: 0 2.5rem;
-    grid-template-columns: minmax(0, 1fr) 44rem;
+    grid-template-columns: minmax(0, 1fr) 34rem;
+    grid-auto-flow: row dense;
   }
   main > * {
     grid-column: 1 / -1;
   }
-  #nodes {
+  #nodes,
+  #ended {
     grid-column: 1;
   }
   aside {
     grid-column: 2;
+    grid-row: span 2;
+  }
+  aside .w {
+    min-width: 6rem;
   }
 }
 """
@@ -7708,9 +7766,14 @@ function morph(old, wanted) {
 }
 function show(page) {
   const focus = document.activeElement;
+  // what is in sight stays where it is, whatever comes above it
+  const sections = [...main.querySelectorAll("header, dl, form, section")];
+  const seen = sections.find(each => each.getBoundingClientRect().bottom > 0) || main;
+  const top = seen.getBoundingClientRect().top;
   const selection = getSelection();
   const {isCollapsed, anchorNode, anchorOffset, focusNode, focusOffset} = selection;
   morph(main, page.querySelector("main"));
+  scrollBy(0, seen.isConnected ? seen.getBoundingClientRect().top - top : 0);
   if (focus !== document.activeElement) focus.focus({preventScroll: true});
   try {
     const ends = [anchorNode, anchorOffset, focusNode, focusOffset];
@@ -7859,6 +7922,16 @@ EMPTY_HTML = """
       <pre>SENTINEL_HOST={host} SENTINEL_PORT={port} sbatch run_agent.slurm</pre>
     </section>"""
 
+NO_RUNNING_JOB_HTML = """
+    <section>
+      <p>No running job of yours yet. It is here within half a minute of its start, with nothing
+      to do for you. What keeps it from here, if anything does, is in the master's log.</p>
+    </section>"""
+NO_MATCH_HTML = """
+    <section>
+      <p>No node matches. <a href="./">Show all</a></p>
+    </section>"""
+
 CARDS_HTML = """
     <dl>{cards}
     </dl>"""
@@ -7909,7 +7982,7 @@ BODY_HTML = """
         <tbody id="{id}">{heading}{rows}
         </tbody>"""
 BODY_HEADING_HTML = """
-          <tr><th class="job" scope="rowgroup" colspan="{span}">{heading}</th></tr>"""
+          <tr><th class="job" scope="rowgroup" colspan="{span}"><div>{heading}</div></th></tr>"""
 ROW_HTML = """
           <tr id="{id}">{cells}</tr>"""
 CELL_HTML = '<td class="{kind}">{content}</td>'
@@ -7918,6 +7991,7 @@ NAMED_CELL_START_HTML = '<td data-what="{what}"'
 CURVES_CELL_HTML = "<td>{curves}</td>"
 BAD_CELL_HTML = '<td><b class="bad">{words}</b></td>'
 LINK_CELL_HTML = '<td><a href="{href}">{text}</a></td>'
+JOB_NAME_CELL_HTML = '<td class="t"><a href="{href}">{text}</a></td>'
 NODE_CELL_HTML = '<th scope="row" class="w"><a href="{href}">{name}</a>{marks}</th>'
 NO_NODE_CELL_HTML = '<th scope="row" class="w">-</th>'
 MARK_HTML = '<b class="bad"> \u26a0\xa0{mark}</b>'
@@ -8099,6 +8173,7 @@ def mean(rows: Sequence[Message], key: str) -> float:
 Query = Dict[str, str]  # the fields behind the ? of an address
 IDLE = 10.0  # percent: a node below is idle ...
 BUSY = 50.0  # percent: ... if the rest of its job is above
+SEARCHED_JOB = ("job", "raw", "job_name", "user", "state", "text")  # likewise, of a job
 SEARCHED = (*TEXTS, "address", "marks")  # where the words of a filter are looked for
 
 
@@ -8271,11 +8346,12 @@ def make_job_rows(view: Snapshot) -> List[Message]:
 
 
 def job_order(row: Message) -> Tuple[Any, ...]:
-    """A key to sort jobs by: the worst verdict, then running, pending, ended; then the id."""
+    """A key to sort jobs by: the worst verdict; running, pending, the newest end; then the id."""
     severity = row["severity"]
     need = NEEDS.index(severity) if severity in NEEDS else len(NEEDS)
     states = ("running", "pending", "ended")
-    return need, states.index(row["phase"]), natural(row["job"])
+    ended = -(row["end"] or 0) if row["phase"] == "ended" else 0
+    return need, states.index(row["phase"]), ended, natural(row["job"])
 
 
 def job_row(view: Snapshot, tasks: List[Message], nodes: List[Message]) -> Message:
@@ -8504,6 +8580,8 @@ def find_tasks(view: Snapshot, name: str) -> List[Message]:
     if len(tasks) > 1:
         return tasks
     job = find_job(view, name)
+    if job is None and "_[" in name:  # tasks that waited, and run or have ended by now
+        return find_tasks(view, name.partition("_[")[0])
     return [job] if job else tasks
 
 
@@ -8549,6 +8627,7 @@ def mark_odd(ranks: List[Message], key: str, least: float) -> None:
             away = abs(rank[key] - middle)
             if away > least and away > ODD_SPREADS * spread:
                 rank["odd"] = True
+                rank["marks"] = ["unlike the others"]
 
 
 def rank_order(rank: Message) -> Tuple[Any, ...]:
@@ -8558,13 +8637,18 @@ def rank_order(rank: Message) -> Tuple[Any, ...]:
 
 
 def gpus_of_job(view: Snapshot, rows: List[Message]) -> List[Message]:
-    """The job's GPUs on all its nodes."""
+    """The job's GPUs on all its nodes; one that idles while another works is marked."""
     gpus = []
     for row in rows:
         for gpu in view.parts(row["slot"]).gpus:
             gpu = dict(gpu, node=name_of(row), address=row["address"])
             gpu["slot"] = "%d-%s" % (row["slot"], gpu["uuid"] or gpu["index"])
             gpus.append(gpu)
+    known = [gpu for gpu in gpus if gpu["gpu"] is not None]
+    if known and max(gpu["gpu"] for gpu in known) > BUSY:
+        for gpu in known:
+            if gpu["gpu"] < IDLE:
+                gpu["marks"] = ["idle"]
     return gpus
 
 
@@ -8647,9 +8731,9 @@ def cards_of(view: Snapshot, rows: List[Message]) -> List[Card]:
     jobs = {row["job"] for row in rows} - {None}
     cards = [Card("Nodes", "%d" % len(rows), "jobs: %d" % len(jobs))]
     for key in ("cpu", "ram"):
-        worst, name = max((row[key], name_of(row)) for row in rows)
+        values = [(row[key], name_of(row)) for row in rows]
         figure = "%.1f %%" % mean(rows, key)
-        remark = "worst: %.1f %% %s" % (worst, name)
+        remark = "%.0f %% %s to %.0f %% %s" % (*min(values), *max(values))
         cards.append(Card(NUMBERS[key].label, figure, remark))
     age = min(row["age"] for row in rows)
     taken = render_value("time", view.time - age)
@@ -8738,6 +8822,14 @@ def draw_job_page(column: "Column", row: Message, site: Site) -> Html:
     if not job:
         return draw_text(column, row, site)
     return fill(LINK_CELL_HTML, href=named_path("job", job), text=job)
+
+
+def draw_job_name(column: "Column", row: Message, site: Site) -> Html:
+    """The job's name, which leads where its id does."""
+    name = row.get("job_name")
+    if not name or not row.get("job"):
+        return draw_text(column, row, site)
+    return fill(JOB_NAME_CELL_HTML, href=named_path("job", row["job"]), text=name)
 
 
 def draw_severity(column: "Column", row: Message, site: Site) -> Html:
@@ -8964,10 +9056,10 @@ RANK_COLUMNS = (
     Column("on", "Ran on CPUs"),
     Column("state", "State"),
     Column("wchan", "Waits in"),
-    Column("read", "Reads", RIGHT),
-    Column("write", "Writes", RIGHT),
-    Column("read_total", "Read", RIGHT),
-    Column("write_total", "Written", RIGHT),
+    Column("read", "Reads now", RIGHT),
+    Column("write", "Writes now", RIGHT),
+    Column("read_total", "Read in all", RIGHT),
+    Column("write_total", "Written in all", RIGHT),
     Column("step", "Step"),
 )
 GPU_COLUMNS = (
@@ -9000,7 +9092,7 @@ VERDICT_COLUMNS = (
 JOB_COLUMNS = (
     Column("severity", "Verdict", LEFT, draw_severity),
     Column("job", "Job", LEFT, draw_job_page),
-    Column("job_name", "Job name", BREAKABLE),
+    Column("job_name", "Job name", BREAKABLE, draw_job_name),
     of_metric("user"),
     Column("state", "State"),
     Column("nodes", "Nodes", RIGHT),
@@ -9018,6 +9110,9 @@ JOB_COLUMNS = (
 MAP_FROM = 61  # nodes: so many get a map
 PAGE_ROWS = 100  # nodes: more get a table in pages
 NEW_EVENTS = 20  # events on the page
+FOLDED_EVENTS = ("connected", "finished")  # those of a job's nodes are one row, ...
+FOLD_SECONDS = 10.0  # ... if they are no further apart
+SHOWN_OTHERS = 8  # nodes that are named in such a row
 FINE = 300  # points of the graphs of CPU and RAM: one a tick
 COARSE = 60  # points of the other graphs ...
 FIFTH = 5  # ... one in so many ticks
@@ -9080,12 +9175,15 @@ class Page:
 
     def all_nodes(self) -> str:
         """The page: what matters, every live node, what has gone and what happened."""
-        title, cards = figures(self.view, self.rows)
+        is_filtered = any(self.query.get(key) for key in ("q", "job", "user"))
+        everything = select(self.view, {}) if is_filtered else self.rows
+        title = headline(self.view, everything)
         return self.whole(
             title,
             self.jobs(),
-            self.cards(cards),
+            self.cards(cards_of(self.view, self.rows)),
             self.form() if self.view.nodes else self.empty(),
+            fill(NO_MATCH_HTML) if everything and not self.rows else None,
             self.node_map() if len(self.rows) >= MAP_FROM else None,
             self.nodes() if self.rows else None,
             self.ended_jobs(),
@@ -9099,7 +9197,7 @@ class Page:
         rows = [row for row in self.rows if name_of(row) == name] or events[:1]
         if not rows:
             return ""
-        parts = [self.places(rows), self.last_known(rows)]
+        parts = [self.places(rows), self.trouble(rows), self.last_known(rows)]
         for number, row in enumerate(rows, 1):
             parts.append(self.graphs(row))
             parts.append(self.readings(number, row))
@@ -9123,8 +9221,9 @@ class Page:
             job_row(self.view, [job], nodes_of_job(self.view, job)) for job in tasks
         ]
         jobs.sort(key=job_order)
+        sign = SIGNS[jobs[0]["severity"]] if jobs[0]["severity"] in NEEDS else ""
         return self.whole(
-            title.strip(),
+            (sign + " " + title).strip(),
             fill(PLACES_HTML, more=None if several else self.record_link(tasks[0])),
             self.known_table("jobs", count_tasks(tasks) if several else "Job", jobs),
             self.known_table("verdicts", "Verdicts", self.verdict_rows(tasks)),
@@ -9135,6 +9234,17 @@ class Page:
             self.known_table("events", "Events", events, () if several else ("job",)),
             root="../",
         )
+
+    def trouble(self, rows: List[Message]) -> Optional[Html]:
+        """What is wrong with the jobs that a node is in."""
+        names = {row["job"] for row in rows if row["job"]}
+        tasks = [job for job in map(self.find_job, sorted(names)) if job]
+        found = [row for row in self.verdict_rows(tasks) if row["severity"] in NEEDS]
+        return self.known_table("verdicts", "Verdicts on its job", found)
+
+    def find_job(self, name: str) -> Optional[Message]:
+        """What is known of a job."""
+        return find_job(self.view, name)
 
     def verdict_rows(self, tasks: List[Message]) -> List[Message]:
         """What is judged of a job, or of the tasks of an array, the worst first."""
@@ -9229,6 +9339,10 @@ class Page:
     def empty(self) -> Html:
         """What to do as long as there is no agent."""
         options = self.site.options
+        if getattr(options, "my_jobs", None) is not None or getattr(
+            options, "ssh", None
+        ):
+            return fill(NO_RUNNING_JOB_HTML)
         host = options.host
         if host in ("0.0.0.0", "::", ""):
             host = socket.gethostname()
@@ -9273,11 +9387,28 @@ class Page:
             options=options,
         )
 
+    def asked_job_rows(self) -> List[Message]:
+        """The jobs that the query asks for, by themselves or by one of their nodes."""
+        words = self.query.get("q", "").lower().split()
+        job, user = self.query.get("job"), self.query.get("user")
+        if not (words or job or user):
+            return self.job_rows
+        names = {row["job"] for row in self.rows if row["job"]}
+        names |= {name.partition("_")[0] for name in names}  # arrays
+        rows = []
+        for row in self.job_rows:
+            text = "\n".join(str(row[key] or "") for key in SEARCHED_JOB).lower()
+            has_words = bool(words) and all(word in text for word in words)
+            may_be = not job and user in (None, "", row["user"])
+            if names & {row["job"], row["raw"]} or has_words and may_be:
+                rows.append(row)
+        return rows
+
     def jobs(self) -> Optional[Html]:
         """The table of jobs, but for those that ended well."""
         rows = [
             row
-            for row in self.job_rows
+            for row in self.asked_job_rows()
             if row["phase"] != "ended" or row["severity"] in NEEDS
         ]
         if not rows:
@@ -9288,7 +9419,7 @@ class Page:
         """The table of jobs that ended, and that need nobody."""
         rows = [
             row
-            for row in self.job_rows
+            for row in self.asked_job_rows()
             if row["phase"] == "ended" and row["severity"] not in NEEDS
         ]
         if not rows:
@@ -9406,7 +9537,7 @@ class Page:
         """Who left, and what happened."""
         lost = gone(self.view, "lost")
         finished = gone(self.view, "finished")
-        newest = self.view.events[: -NEW_EVENTS - 1 : -1]
+        newest = fold_events(self.view.events[::-1])[:NEW_EVENTS]
         tables = []
         for name, caption, columns, rows in (
             ("lost", "Recently gone", GONE_COLUMNS, lost),
@@ -9545,6 +9676,29 @@ class Page:
         number = row.get("slot") or int(row["time"] * 1e6)
         cells = draw_cells(name, columns, row, self.site)
         return fill(ROW_HTML, id="%s_%s" % (name, number), cells=cells)
+
+
+def fold_events(events: List[Message]) -> List[Message]:
+    """Events, the newest first; what many nodes of a job did at once is told in one row."""
+    folded: List[Message] = []
+    firsts: Dict[Any, Message] = {}
+    for event in events:
+        key = (event["kind"], event["job"])
+        first = firsts.get(key)
+        if event["kind"] not in FOLDED_EVENTS or not event["job"]:
+            folded.append(event)
+        elif first and first["time"] - event["time"] < FOLD_SECONDS:
+            first["others"].append(name_of(event))
+        else:
+            firsts[key] = dict(event, others=[])
+            folded.append(firsts[key])
+    for event in firsts.values():
+        others = sorted(event["others"], key=natural)
+        if others:
+            more = ", ".join(others[:SHOWN_OTHERS])
+            more += ", ..." if len(others) > SHOWN_OTHERS else ""
+            event["text"] = "and %s: %s" % (counted(len(others), "more node"), more)
+    return folded
 
 
 def demo_notice(site: Site) -> Optional[Html]:

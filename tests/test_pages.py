@@ -181,7 +181,7 @@ class Readings(unittest.TestCase):
             ("mem_used", 1023, "1023.0 B"),
             ("mem_used", 1024, "1.0 KB"),
             ("mem_used", 11.24 * 2**30, "11.2 GB"),
-            ("mem_used", 3 * 2**50, "3072.0 TiB"),
+            ("mem_used", 3 * 2**50, "3072.0 TB"),
             ("net_rx", 2.5e6, "2.4 MB/s"),
             ("age", 0.44, "0.4 s"),
             ("job_time_left", 59.9, "59.9 s"),
@@ -372,7 +372,7 @@ class Sentence(unittest.TestCase):
             [node(1, node="a", cpu=10.0, job="1"), node(2, node="b", cpu=90.0, age=3.0)]
         )
         text = words(render("/", snapshot))
-        self.assertIn("Nodes 2 jobs: 1 CPU 50.0 % worst: 90.0 % b RAM 20.0 %", text)
+        self.assertIn("Nodes 2 jobs: 1 CPU 50.0 % 10 % a to 90 % b RAM 20.0 %", text)
         self.assertRegex(text, r"Newest sample \d\d:\d\d:\d\d 0\.5 s ago")
 
 
