@@ -7706,8 +7706,23 @@ figcaption output {
     grid-column: 2;
     grid-row: span 2;
   }
-  aside .w {
-    min-width: 6rem;
+  /* rows are cards, as on a phone */
+  aside thead {
+    display: none;
+  }
+  aside tr {
+    display: flex;
+    flex-wrap: wrap;
+    padding: 0.2rem 0;
+    border-bottom: 1px solid var(--line);
+  }
+  aside td,
+  aside th {
+    border: 0;
+    min-width: 0;
+  }
+  aside td.w {
+    width: 100%;
   }
 }
 """
@@ -8627,7 +8642,7 @@ def mark_odd(ranks: List[Message], key: str, least: float) -> None:
             away = abs(rank[key] - middle)
             if away > least and away > ODD_SPREADS * spread:
                 rank["odd"] = True
-                rank["marks"] = ["unlike the others"]
+                rank["marks"] = ["odd"]
 
 
 def rank_order(rank: Message) -> Tuple[Any, ...]:
@@ -9094,7 +9109,7 @@ JOB_COLUMNS = (
     Column("job", "Job", LEFT, draw_job_page),
     Column("job_name", "Job name", BREAKABLE, draw_job_name),
     of_metric("user"),
-    Column("state", "State"),
+    Column("state", "State", SHORT),
     Column("nodes", "Nodes", RIGHT),
     Column("clock", "Time", RIGHT, draw_share),
     Column("cpu", "CPU", RIGHT, draw_percent),
@@ -9692,8 +9707,8 @@ def fold_events(events: List[Message]) -> List[Message]:
         else:
             firsts[key] = dict(event, others=[])
             folded.append(firsts[key])
-    for event in firsts.values():
-        others = sorted(event["others"], key=natural)
+    for event in folded:
+        others = sorted(event.get("others", ()), key=natural)
         if others:
             more = ", ".join(others[:SHOWN_OTHERS])
             more += ", ..." if len(others) > SHOWN_OTHERS else ""

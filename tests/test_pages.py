@@ -856,6 +856,60 @@ class JobsFirst(unittest.TestCase):
         title = master.figures(self.view, master.select(self.view, {}))[0]
         self.assertEqual(title, "\u26a0 6 jobs: 1 died, 1 with a problem")
 
+    def test_a_filter_is_for_jobs_too_and_the_headline_is_of_all(self):
+        title = words(render("/", self.view)).partition(" - ")[0]
+        for query, shown in (
+            ({"q": "calm"}, "1"),
+            ({"q": "memory 4"}, "4"),
+            ({"job": "3"}, "3"),
+            ({"q": "40001"}, "1"),  # the address of its node
+            ({"q": "6"}, "6"),
+        ):
+            page = render("/", self.view, **query)
+            found = set(re.findall(r'id="(?:jobs|ended)_(\w+)"', page))
+            self.assertIn(shown, found, query)
+            self.assertNotIn("5", found, query)
+            self.assertEqual(words(page).partition(" - ")[0], title)
+        self.assertIn("No node matches", words(render("/", self.view, q="nothing")))
+        self.assertNotIn("No node matches", words(render("/", self.view)))
+
+    def test_of_those_that_ended_the_newest_is_first(self):
+        ends = {8: 300.0, 9: 20.0, 10: 100.0}
+        jobs = [
+            job(number, state="TIMEOUT", start=NOW - 900, end=NOW - ago)
+            for number, ago in ends.items()
+        ]
+        rows = master.job_rows(view(jobs=jobs))
+        self.assertEqual([row["job"] for row in rows], ["9", "10", "8"])
+
+    def test_the_name_leads_where_the_id_does_and_a_title_has_the_sign(self):
+        page = render("/", self.view)
+        self.assertEqual(page.count('href="./job/3"'), 2)
+        page = render("/job/", self.view, job="3")
+        self.assertIn("<title>\u26a0 Job 3 sick - ", page)
+        self.assertIn("<title>Job 1 calm - ", render("/job/", self.view, job="1"))
+
+    def test_tasks_that_waited_lead_to_their_array_once_they_do_not(self):
+        page = render("/job/", self.view, job="6_[2-9]")
+        self.assertIn("6_1", words(page))
+        self.assertFalse(master.is_past(self.view, "6_[2-9]"))
+        self.assertEqual(render("/job/", self.view, job="77_[2-9]"), "")
+
+    def test_who_watches_own_jobs_is_told_to_start_nothing_while_there_are_none(self):
+        own = site(my_jobs=[], ssh=None)
+        text = words(master.ROUTES["/"][1](view(), {}, own))
+        self.assertIn("No running job of yours yet", text)
+        self.assertNotIn("agent.py", text)
+        self.assertIn("agent.py", words(render("/", view())))
+
+    def test_the_page_of_a_node_says_what_is_wrong_with_its_job(self):
+        self.view.nodes[2]["node"] = "c3"
+        text = words(render("/node/", self.view, node="c3"))
+        self.assertIn("Verdicts on its job", text)
+        self.assertIn("3 of 4 CPUs of c1 idle", text)
+        self.view.nodes[0]["node"] = "c1"
+        self.assertNotIn("Verdicts", words(render("/node/", self.view, node="c1")))
+
     def test_page_text_and_json_have_the_same_words(self):
         for path in ("/", "/nodes.txt", "/api/jobs"):
             self.assertIn("3 of 4 CPUs of c1 idle", render(path, self.view))
@@ -930,6 +984,42 @@ class JobsFirst(unittest.TestCase):
         died = {"1": self.judged("died", "out of memory")}
         (row,) = master.job_rows(view(busy + [idle], jobs=[job(1)], verdicts=died))
         self.assertEqual(row["text"], "out of memory")
+
+    def test_a_gpu_that_idles_while_another_works_is_marked(self):
+        blank = dict.fromkeys(("uuid", "index", "name"))
+        for busy, marked in (
+            ([95.0, 0.0, None], [False, True, False]),
+            ([30.0, 0.0], [False, False]),
+            ([0.0, 0.0], [False, False]),
+        ):
+            gpus = [dict(blank, index=i, gpu=value) for i, value in enumerate(busy)]
+            snapshot = view([node(1, job="1")])
+            snapshot.parts = lambda slot, gpus=gpus: master.Parts({}, [], [], gpus)
+            found = master.gpus_of_job(snapshot, snapshot.nodes)
+            self.assertEqual([gpu.get("marks") == ["idle"] for gpu in found], marked)
+
+    def test_what_the_nodes_of_a_job_did_at_once_is_one_event(self):
+        told = [event("connected", "c%d" % n, 20 - n, job="1") for n in range(12)]
+        told.append(event("lost", "c1", 1.0, "silent", job="1"))
+        told.append(event("lost", "c2", 1.0, "silent", job="1"))
+        told.append(event("connected", "d1", 0.5, "from d1", job="2"))
+        folded = master.fold_events(told[::-1])
+        self.assertEqual(
+            [(row["kind"], row["node"]) for row in folded],
+            [
+                ("connected", "d1"),
+                ("lost", "c2"),
+                ("lost", "c1"),
+                ("connected", "c11"),
+                ("connected", "c1"),
+            ],
+        )
+        self.assertEqual(
+            folded[3]["text"],
+            "and 9 more nodes: c2, c3, c4, c5, c6, c7, c8, c9, ...",
+        )
+        self.assertEqual(folded[4]["text"], "and 1 more node: c0")
+        self.assertEqual(told[0]["text"], "")
 
     def test_gpus_are_told_one_by_one_and_many_by_those_that_idle(self):
         for busy, told in (
