@@ -8024,10 +8024,12 @@ footer,
 dt,
 label,
 thead th,
-.axis,
-.finished {
+.axis {
   color: var(--dim);
   font-size: 0.85rem;
+}
+.finished {
+  color: var(--dim);
 }
 .fine {
   color: var(--good);
@@ -8122,6 +8124,13 @@ section {
 }
 .scroll {
   overflow-x: auto;
+  /* a shadow at an edge tells that there is more behind it */
+  background:
+    linear-gradient(to right, var(--bg) 1rem, transparent) left / 2.5rem 100% local,
+    linear-gradient(to left, var(--bg) 1rem, transparent) right / 2.5rem 100% local,
+    linear-gradient(to right, var(--line), transparent) left / 1rem 100%,
+    linear-gradient(to left, var(--line), transparent) right / 1rem 100%;
+  background-repeat: no-repeat;
 }
 #jobs .w {
   width: 24%;
@@ -8138,6 +8147,16 @@ section {
 }
 #ended .bar {
   display: none;
+}
+@media (min-width: 1151px) {
+  /* as wide as they ever need to be, so that columns stay where they are */
+  #jobs [data-what="CPU"] {
+    min-width: 5rem;
+  }
+  #jobs [data-what="Time"],
+  #jobs [data-what="Memory"] {
+    min-width: 9.4rem;
+  }
 }
 @media (max-width: 1150px) {
   /* a row is a card: what is said in it matters most, and must not be outside of the screen */
@@ -8181,6 +8200,26 @@ section {
   #jobs td.w {
     width: 100%;
   }
+  /* whose row it is stays in sight */
+  tbody th {
+    position: sticky;
+    left: 0;
+    z-index: 1;
+    min-width: 4.5rem;
+    max-width: 8rem;
+    background: var(--bg);
+  }
+  tbody .job {
+    max-width: none;
+  }
+}
+@media (pointer: coarse) {
+  td a,
+  th a,
+  nav a {
+    display: inline-block;
+    padding: 0.4rem 0;
+  }
 }
 table {
   border-collapse: collapse;
@@ -8202,8 +8241,21 @@ thead a {
 [aria-sort] {
   font-weight: 700;
 }
+[aria-sort="ascending"] a::after {
+  content: "\\2191" / "";
+}
+[aria-sort="descending"] a::after {
+  content: "\\2193" / "";
+}
 .job {
   background: var(--card);
+}
+.job div {
+  position: sticky;
+  left: 0.55rem;
+  width: fit-content;
+  max-width: calc(100vw - 3rem);
+  white-space: normal;
 }
 .n {
   text-align: right;
@@ -8214,16 +8266,16 @@ thead a {
   min-width: 9.6rem;
 }
 
-/* The bar behind a percentage */
+/* The bar below a percentage */
 .bar {
   position: absolute;
-  top: 2px;
+  bottom: 0;
   left: 2px;
   z-index: -1;
   width: calc(100% - 4px);
-  height: calc(100% - 4px);
+  height: 4px;
+  background: var(--line);
   fill: var(--cpu);
-  opacity: 0.25;
 }
 .bar.ram,
 .bar.job_ram {
@@ -8361,16 +8413,37 @@ figcaption output {
   main {
     display: grid;
     gap: 0 2.5rem;
-    grid-template-columns: minmax(0, 1fr) 44rem;
+    grid-template-columns: minmax(0, 1fr) 34rem;
+    grid-auto-flow: row dense;
   }
   main > * {
     grid-column: 1 / -1;
   }
-  #nodes {
+  #nodes,
+  #ended {
     grid-column: 1;
   }
   aside {
     grid-column: 2;
+    grid-row: span 2;
+  }
+  /* rows are cards, as on a phone */
+  aside thead {
+    display: none;
+  }
+  aside tr {
+    display: flex;
+    flex-wrap: wrap;
+    padding: 0.2rem 0;
+    border-bottom: 1px solid var(--line);
+  }
+  aside td,
+  aside th {
+    border: 0;
+    min-width: 0;
+  }
+  aside td.w {
+    width: 100%;
   }
 }
 """
@@ -8429,9 +8502,14 @@ function morph(old, wanted) {
 }
 function show(page) {
   const focus = document.activeElement;
+  // what is in sight stays where it is, whatever comes above it
+  const sections = [...main.querySelectorAll("header, dl, form, section")];
+  const seen = sections.find(each => each.getBoundingClientRect().bottom > 0) || main;
+  const top = seen.getBoundingClientRect().top;
   const selection = getSelection();
   const {isCollapsed, anchorNode, anchorOffset, focusNode, focusOffset} = selection;
   morph(main, page.querySelector("main"));
+  scrollBy(0, seen.isConnected ? seen.getBoundingClientRect().top - top : 0);
   if (focus !== document.activeElement) focus.focus({preventScroll: true});
   try {
     const ends = [anchorNode, anchorOffset, focusNode, focusOffset];
@@ -8587,6 +8665,10 @@ WATCHING_HTML = """
       <p>If one of yours runs and is not here, the lines of the log that begin with
         <code>agent:</code> say what keeps it away.</p>
     </section>"""
+NO_MATCH_HTML = """
+    <section>
+      <p>No node matches. <a href="./">Show all</a></p>
+    </section>"""
 
 CARDS_HTML = """
     <dl>{cards}
@@ -8638,7 +8720,7 @@ BODY_HTML = """
         <tbody id="{id}">{heading}{rows}
         </tbody>"""
 BODY_HEADING_HTML = """
-          <tr><th class="job" scope="rowgroup" colspan="{span}">{heading}</th></tr>"""
+          <tr><th class="job" scope="rowgroup" colspan="{span}"><div>{heading}</div></th></tr>"""
 ROW_HTML = """
           <tr id="{id}">{cells}</tr>"""
 CELL_HTML = '<td class="{kind}">{content}</td>'
@@ -8647,6 +8729,7 @@ NAMED_CELL_START_HTML = '<td data-what="{what}"'
 CURVES_CELL_HTML = "<td>{curves}</td>"
 BAD_CELL_HTML = '<td><b class="bad">{words}</b></td>'
 LINK_CELL_HTML = '<td><a href="{href}">{text}</a></td>'
+JOB_NAME_CELL_HTML = '<td class="t"><a href="{href}">{text}</a></td>'
 NODE_CELL_HTML = '<th scope="row" class="w"><a href="{href}">{name}</a>{marks}</th>'
 NO_NODE_CELL_HTML = '<th scope="row" class="w">-</th>'
 MARK_HTML = '<b class="bad"> \u26a0\xa0{mark}</b>'
@@ -8696,7 +8779,7 @@ ASIDE_HTML = """
 
 
 # Most texts have none of these, and html.escape() takes its time
-SPECIAL = re.compile("[&<>\"']")
+find_special: Callable[[Any], Any] = re.compile("[&<>\"']").search
 
 
 class Html(str):
@@ -8706,7 +8789,7 @@ class Html(str):
 def as_markup(value: object) -> str:
     """A value as markup: a list stands for its items, None for nothing."""
     if isinstance(value, str):
-        is_plain = isinstance(value, Html) or not SPECIAL.search(value)
+        is_plain = isinstance(value, Html) or not find_special(value)
         return value if is_plain else html.escape(value)
     if isinstance(value, list):
         return "".join(map(as_markup, value))
@@ -8714,10 +8797,20 @@ def as_markup(value: object) -> str:
 
 
 def fill(template: str, *values: object, **named: object) -> Html:
-    """Put values into the {} and the {name} of a template; what is no markup is escaped."""
+    """Put values into the {} and the {name} of a template; what is no markup is escaped.
+
+    A page has thousands of them: what needs no escape is left as it is.
+    """
     for name, value in named.items():
-        named[name] = as_markup(value)
-    return Html(template.format(*map(as_markup, values), **named))
+        kind = type(value)
+        is_plain = (
+            kind is Html or kind is int or kind is str and not find_special(value)
+        )
+        if not is_plain:
+            named[name] = as_markup(value)
+    if values:
+        return Html(template.format(*map(as_markup, values), **named))
+    return Html(template.format_map(named))
 
 
 # ============================================================================
@@ -8732,7 +8825,8 @@ UNITS.update(
 UNITS.update(mem_used="B", mem_total="B", power="W", power_limit="W", temp="\u00b0C")
 SCALES = {  # larger units of a unit, the smallest first
     "s": (("min", 60), ("h", 3600), ("d", 86400)),
-    "B": (("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30), ("TiB", 2**40)),
+    # as Slurm counts: --mem=74G is 74 GB here, and 74 * 2**30 bytes
+    "B": (("KB", 2**10), ("MB", 2**20), ("GB", 2**30), ("TB", 2**40)),
 }
 FRACTIONS = ("load1",)  # numbers without a unit that are no counts
 SMALL = ("nfs_rtt",)  # numbers that are thousandths of their unit
@@ -8817,6 +8911,7 @@ def mean(rows: Sequence[Message], key: str) -> float:
 Query = Dict[str, str]  # the fields behind the ? of an address
 IDLE = 10.0  # percent: a node below is idle ...
 BUSY = 50.0  # percent: ... if the rest of its job is above
+SEARCHED_JOB = ("job", "raw", "job_name", "user", "state", "text")  # likewise, of a job
 SEARCHED = (*TEXTS, "address", "marks")  # where the words of a filter are looked for
 
 
@@ -8994,11 +9089,12 @@ def make_job_rows(view: Snapshot) -> List[Message]:
 
 
 def job_order(row: Message) -> Tuple[Any, ...]:
-    """A key to sort jobs by: the worst verdict, then running, pending, ended; then the id."""
+    """A key to sort jobs by: the worst verdict; running, pending, the newest end; then the id."""
     severity = row["severity"]
     need = NEEDS.index(severity) if severity in NEEDS else len(NEEDS)
     states = ("running", "pending", "ended")
-    return need, states.index(row["phase"]), natural(row["job"])
+    ended = -(row["end"] or 0) if row["phase"] == "ended" else 0
+    return need, states.index(row["phase"]), ended, natural(row["job"])
 
 
 def job_row(view: Snapshot, tasks: List[Message], nodes: List[Message]) -> Message:
@@ -9227,6 +9323,8 @@ def find_tasks(view: Snapshot, name: str) -> List[Message]:
     if len(tasks) > 1:
         return tasks
     job = find_job(view, name)
+    if job is None and "_[" in name:  # tasks that waited, and run or have ended by now
+        return find_tasks(view, name.partition("_[")[0])
     return [job] if job else tasks
 
 
@@ -9272,6 +9370,7 @@ def mark_odd(ranks: List[Message], key: str, least: float) -> None:
             away = abs(rank[key] - middle)
             if away > least and away > ODD_SPREADS * spread:
                 rank["odd"] = True
+                rank["marks"] = ["odd"]
 
 
 def rank_order(rank: Message) -> Tuple[Any, ...]:
@@ -9281,13 +9380,18 @@ def rank_order(rank: Message) -> Tuple[Any, ...]:
 
 
 def gpus_of_job(view: Snapshot, rows: List[Message]) -> List[Message]:
-    """The job's GPUs on all its nodes."""
+    """The job's GPUs on all its nodes; one that idles while another works is marked."""
     gpus = []
     for row in rows:
         for gpu in view.parts(row["slot"]).gpus:
             gpu = dict(gpu, node=name_of(row), address=row["address"])
             gpu["slot"] = "%d-%s" % (row["slot"], gpu["uuid"] or gpu["index"])
             gpus.append(gpu)
+    known = [gpu for gpu in gpus if gpu["gpu"] is not None]
+    if known and max(gpu["gpu"] for gpu in known) > BUSY:
+        for gpu in known:
+            if gpu["gpu"] < IDLE:
+                gpu["marks"] = ["idle"]
     return gpus
 
 
@@ -9372,9 +9476,9 @@ def cards_of(view: Snapshot, rows: List[Message]) -> List[Card]:
     jobs = {row["job"] for row in rows} - {None}
     cards = [Card("Nodes", "%d" % len(rows), "jobs: %d" % len(jobs))]
     for key in ("cpu", "ram"):
-        worst, name = max((row[key], name_of(row)) for row in rows)
+        values = [(row[key], name_of(row)) for row in rows]
         figure = "%.1f %%" % mean(rows, key)
-        remark = "worst: %.1f %% %s" % (worst, name)
+        remark = "%.0f %% %s to %.0f %% %s" % (*min(values), *max(values))
         cards.append(Card(NUMBERS[key].label, figure, remark))
     age = min(row["age"] for row in rows)
     taken = render_value("time", view.time - age)
@@ -9402,6 +9506,7 @@ SELF_EVIDENT = "severity job job_name user state time kind node text what".split
 RECENT_POINTS = 30  # of a curve in a table
 RECENT_STEP = 5  # every fifth tick: the last five minutes
 SIGNS = {"died": "\u2716", "problem": "\u26a0", "advice": "\u2022", "fine": "\u2713"}
+PATHS_KEPT = 512  # templates of curves, one for each number of points
 MOVE = "M%d %dh0"  # a path begins anew with a dot, should no line follow
 DRAW = "L%d %d"
 
@@ -9462,6 +9567,14 @@ def draw_job_page(column: "Column", row: Message, site: Site) -> Html:
     if not job:
         return draw_text(column, row, site)
     return fill(LINK_CELL_HTML, href=named_path("job", job), text=job)
+
+
+def draw_job_name(column: "Column", row: Message, site: Site) -> Html:
+    """The job's name, which leads where its id does."""
+    name = row.get("job_name")
+    if not name or not row.get("job"):
+        return draw_text(column, row, site)
+    return fill(JOB_NAME_CELL_HTML, href=named_path("job", row["job"]), text=name)
 
 
 def draw_severity(column: "Column", row: Message, site: Site) -> Html:
@@ -9547,6 +9660,8 @@ def from_first_known(values: List[float]) -> List[float]:
 
     One beyond a float is unknown, too: NaN.
     """
+    if all(map(math.isfinite, values)):
+        return values
     finite = [value if math.isfinite(value) else math.nan for value in values]
     for index, value in enumerate(finite):
         if value == value:
@@ -9565,16 +9680,30 @@ def draw_curves(series: Dict[str, List[float]], points: int, top: float) -> Html
 
 def path_through(values: List[float], top: float) -> str:
     """The path of a curve in a box that is 100 high (SVG 2, 9.3)."""
+    scale = 100 / top
+    heights = [100 - scale * value for value in values]
+    if not heights or sum(heights) != sum(heights):
+        return path_with_gaps(heights)
+    if min(heights) < 0 or max(heights) > 100:
+        heights = [max(0.0, min(100.0, height)) for height in heights]
+    return whole_path(len(heights)) % tuple(heights)
+
+
+@functools.lru_cache(maxsize=PATHS_KEPT)
+def whole_path(points: int) -> str:
+    """The template of a path through so many heights, none of which is unknown."""
+    return "M0 %dh0" + "".join("L%d %%d" % x for x in range(1, points))
+
+
+def path_with_gaps(heights: List[float]) -> str:
+    """The path of a curve some of whose heights are unknown: NaN."""
     path = []
     pen = MOVE
-    scale = 100 / top
-    for x, value in enumerate(values):
-        if value != value:
+    for x, height in enumerate(heights):
+        if height != height:
             pen = MOVE
             continue
-        height = scale * value
-        height = 0 if height < 0 else 100 if height > 100 else height
-        path.append(pen % (x, 100 - height))
+        path.append(pen % (x, max(0.0, min(100.0, height))))
         pen = DRAW
     return "".join(path)
 
@@ -9672,10 +9801,10 @@ RANK_COLUMNS = (
     Column("on", "Ran on CPUs"),
     Column("state", "State"),
     Column("wchan", "Waits in"),
-    Column("read", "Reads", RIGHT),
-    Column("write", "Writes", RIGHT),
-    Column("read_total", "Read", RIGHT),
-    Column("write_total", "Written", RIGHT),
+    Column("read", "Reads now", RIGHT),
+    Column("write", "Writes now", RIGHT),
+    Column("read_total", "Read in all", RIGHT),
+    Column("write_total", "Written in all", RIGHT),
     Column("step", "Step"),
 )
 GPU_COLUMNS = (
@@ -9708,9 +9837,9 @@ VERDICT_COLUMNS = (
 JOB_COLUMNS = (
     Column("severity", "Verdict", LEFT, draw_severity),
     Column("job", "Job", LEFT, draw_job_page),
-    Column("job_name", "Job name", BREAKABLE),
+    Column("job_name", "Job name", BREAKABLE, draw_job_name),
     of_metric("user"),
-    Column("state", "State"),
+    Column("state", "State", SHORT),
     Column("nodes", "Nodes", RIGHT),
     Column("clock", "Time", RIGHT, draw_share),
     Column("cpu", "CPU", RIGHT, draw_percent),
@@ -9726,6 +9855,9 @@ JOB_COLUMNS = (
 MAP_FROM = 61  # nodes: so many get a map
 PAGE_ROWS = 100  # nodes: more get a table in pages
 NEW_EVENTS = 20  # events on the page
+FOLDED_EVENTS = ("connected", "finished")  # those of a job's nodes are one row, ...
+FOLD_SECONDS = 10.0  # ... if they are no further apart
+SHOWN_OTHERS = 8  # nodes that are named in such a row
 FINE = 300  # points of the graphs of CPU and RAM: one a tick
 COARSE = 60  # points of the other graphs ...
 FIFTH = 5  # ... one in so many ticks
@@ -9788,12 +9920,15 @@ class Page:
 
     def all_nodes(self) -> str:
         """The page: what matters, every live node, what has gone and what happened."""
-        title, cards = figures(self.view, self.rows)
+        is_filtered = any(self.query.get(key) for key in ("q", "job", "user"))
+        everything = select(self.view, {}) if is_filtered else self.rows
+        title = headline(self.view, everything)
         return self.whole(
             title,
             self.jobs(),
-            self.cards(cards),
+            self.cards(cards_of(self.view, self.rows)),
             self.form() if self.view.nodes else self.empty(),
+            fill(NO_MATCH_HTML) if everything and not self.rows else None,
             self.node_map() if len(self.rows) >= MAP_FROM else None,
             self.nodes() if self.rows else None,
             self.ended_jobs(),
@@ -9807,7 +9942,7 @@ class Page:
         rows = [row for row in self.rows if name_of(row) == name] or events[:1]
         if not rows:
             return ""
-        parts = [self.places(rows), self.last_known(rows)]
+        parts = [self.places(rows), self.trouble(rows), self.last_known(rows)]
         for number, row in enumerate(rows, 1):
             parts.append(self.graphs(row))
             parts.append(self.readings(number, row))
@@ -9831,8 +9966,9 @@ class Page:
             job_row(self.view, [job], nodes_of_job(self.view, job)) for job in tasks
         ]
         jobs.sort(key=job_order)
+        sign = SIGNS[jobs[0]["severity"]] if jobs[0]["severity"] in NEEDS else ""
         return self.whole(
-            title.strip(),
+            (sign + " " + title).strip(),
             fill(PLACES_HTML, more=None if several else self.record_link(tasks[0])),
             self.known_table("jobs", count_tasks(tasks) if several else "Job", jobs),
             self.known_table("verdicts", "Verdicts", self.verdict_rows(tasks)),
@@ -9843,6 +9979,17 @@ class Page:
             self.known_table("events", "Events", events, () if several else ("job",)),
             root="../",
         )
+
+    def trouble(self, rows: List[Message]) -> Optional[Html]:
+        """What is wrong with the jobs that a node is in."""
+        names = {row["job"] for row in rows if row["job"]}
+        tasks = [job for job in map(self.find_job, sorted(names)) if job]
+        found = [row for row in self.verdict_rows(tasks) if row["severity"] in NEEDS]
+        return self.known_table("verdicts", "Verdicts on its job", found)
+
+    def find_job(self, name: str) -> Optional[Message]:
+        """What is known of a job."""
+        return find_job(self.view, name)
 
     def verdict_rows(self, tasks: List[Message]) -> List[Message]:
         """What is judged of a job, or of the tasks of an array, the worst first."""
@@ -9983,11 +10130,28 @@ class Page:
             options=options,
         )
 
+    def asked_job_rows(self) -> List[Message]:
+        """The jobs that the query asks for, by themselves or by one of their nodes."""
+        words = self.query.get("q", "").lower().split()
+        job, user = self.query.get("job"), self.query.get("user")
+        if not (words or job or user):
+            return self.job_rows
+        names = {row["job"] for row in self.rows if row["job"]}
+        names |= {name.partition("_")[0] for name in names}  # arrays
+        rows = []
+        for row in self.job_rows:
+            text = "\n".join(str(row[key] or "") for key in SEARCHED_JOB).lower()
+            has_words = bool(words) and all(word in text for word in words)
+            may_be = not job and user in (None, "", row["user"])
+            if names & {row["job"], row["raw"]} or has_words and may_be:
+                rows.append(row)
+        return rows
+
     def jobs(self) -> Optional[Html]:
         """The table of jobs, but for those that ended well."""
         rows = [
             row
-            for row in self.job_rows
+            for row in self.asked_job_rows()
             if row["phase"] != "ended" or row["severity"] in NEEDS
         ]
         if not rows:
@@ -9998,7 +10162,7 @@ class Page:
         """The table of jobs that ended, and that need nobody."""
         rows = [
             row
-            for row in self.job_rows
+            for row in self.asked_job_rows()
             if row["phase"] == "ended" and row["severity"] not in NEEDS
         ]
         if not rows:
@@ -10116,7 +10280,7 @@ class Page:
         """Who left, and what happened."""
         lost = gone(self.view, "lost")
         finished = gone(self.view, "finished")
-        newest = self.view.events[: -NEW_EVENTS - 1 : -1]
+        newest = fold_events(self.view.events[::-1])[:NEW_EVENTS]
         tables = []
         for name, caption, columns, rows in (
             ("lost", "Recently gone", GONE_COLUMNS, lost),
@@ -10255,6 +10419,29 @@ class Page:
         number = row.get("slot") or int(row["time"] * 1e6)
         cells = draw_cells(name, columns, row, self.site)
         return fill(ROW_HTML, id="%s_%s" % (name, number), cells=cells)
+
+
+def fold_events(events: List[Message]) -> List[Message]:
+    """Events, the newest first; what many nodes of a job did at once is told in one row."""
+    folded: List[Message] = []
+    firsts: Dict[Any, Message] = {}
+    for event in events:
+        key = (event["kind"], event["job"])
+        first = firsts.get(key)
+        if event["kind"] not in FOLDED_EVENTS or not event["job"]:
+            folded.append(event)
+        elif first and first["time"] - event["time"] < FOLD_SECONDS:
+            first["others"].append(name_of(event))
+        else:
+            firsts[key] = dict(event, others=[])
+            folded.append(firsts[key])
+    for event in folded:
+        others = sorted(event.get("others", ()), key=natural)
+        if others:
+            more = ", ".join(others[:SHOWN_OTHERS])
+            more += ", ..." if len(others) > SHOWN_OTHERS else ""
+            event["text"] = "and %s: %s" % (counted(len(others), "more node"), more)
+    return folded
 
 
 def demo_notice(site: Site) -> Optional[Html]:
@@ -12426,14 +12613,23 @@ class History:
         stride = step * stretch.ticks
         newest = self.tick - self.tick % stride
         oldest = newest - (points - 1) * stride
-        readings = []
-        for tick in range(oldest, newest + 1, stride):
-            if last - FINE < tick <= last:
-                at = tick // stretch.ticks % stretch.size
-                readings.append(ring[stretch.first + at])
-            else:
-                readings.append(math.nan)
+        readings = read_stretch(ring, stretch, oldest // stretch.ticks, step)[:points]
+        forgotten = (last - FINE - oldest) // stride + 1
+        if forgotten > 0:
+            readings[:forgotten] = [math.nan] * min(forgotten, points)
+        told = max(0, (last - oldest) // stride + 1)
+        readings[told:] = [math.nan] * (points - told)
         return readings
+
+
+def read_stretch(ring: Any, stretch: Stretch, oldest: int, step: int) -> List[float]:
+    """Every step-th reading of a stretch, from that of a tick on until a whole ring later."""
+    at = oldest % stretch.size
+    end = stretch.first + stretch.size
+    readings: List[float] = ring[stretch.first + at : end : step].tolist()
+    after = (at - stretch.size) % step  # where it goes on, at the beginning
+    readings += ring[stretch.first + after : stretch.first + at : step].tolist()
+    return readings
 
 
 # -- what the master takes -----------------------------------------------------
@@ -12809,7 +13005,8 @@ def has_cookie(request: Request, cookie: str) -> bool:
 #
 # All of it follows from the time alone: a job runs for a while, ends, and soon after the next
 # of its kind begins.  Whoever looks for a few minutes sees a node that idles, a node that falls
-# silent and comes back, memory that grows until the job dies of it, and jobs that wait.
+# silent and comes back, memory that grows until the job dies of it, and jobs that wait.  The
+# job that died is submitted again with more memory, and then runs for an hour.
 
 DEMO_USER = "demo"
 DEMO_INTERVAL = 2.0  # seconds between two samples of a node
@@ -12825,7 +13022,12 @@ DEMO_CPUS = 32  # of a node
 DEMO_RANKS = 4  # processes of a job on a node
 DEMO_SECONDS = 2.0  # to connect, or for a line of the collector
 DEMO_KNOWN_SECONDS = 3600.0  # after its end a job is known for so long
-DEMO_KNOWN_TASKS = 4  # of an array, that have ended
+DEMO_TASKS = 40  # of an array
+DEMO_PAST = 900.0  # seconds before the beginning of which jobs are judged
+
+
+DEMO_MORE = 1.2  # times the memory of a job that died of it, for the next one ...
+DEMO_ENOUGH = 0.8  # ... which takes so much of what was not enough before
 
 
 class DemoJob(NamedTuple):
@@ -12843,6 +13045,9 @@ class DemoJob(NamedTuple):
     gpus: int = 0  # of a node
     array: str = ""
     ending: str = "COMPLETED"
+    again: float = (
+        0.0  # seconds of the next one, if that asks for more memory and ends well
+    )
 
 
 # fmt: off
@@ -12852,7 +13057,7 @@ DEMO_JOBS = (
     DemoJob(48213, "md_npt_310K", ("c11", "c12", "c13", "c14", "c15"), 64 * GIB,
             7200, 14400, 2400, cpu=94, full=58),
     DemoJob(48217, "assemble_genome", ("c21",), 192 * GIB,
-            420, 7200, 150, cpu=61, full=100, ending="OUT_OF_MEMORY"),
+            420, 7200, 150, cpu=61, full=100, ending="OUT_OF_MEMORY", again=3600),
     DemoJob(48305, "fit", ("c31",), 16 * GIB,
             240, 1800, 100, cpu=98, full=35, array="48300"),
 )
@@ -12866,55 +13071,83 @@ class DemoRun(NamedTuple):
     start: float  # time.time()
     passed: float  # seconds; at most those that it runs
     is_over: bool
+    seconds: float  # that it runs
+    memory: float  # bytes of a node that it asks for
+    full: float  # percent of them that it uses at its end
+    ending: str
 
 
 def demo_run(job: DemoJob, began: float, now: float) -> DemoRun:
     """What of a job runs now, or has just ended, in a demonstration that began then."""
-    cycle = job.seconds + DEMO_PAUSE
-    count, passed = divmod(now - began + job.age, cycle)
-    step = 1 if job.array else 1000  # the next task of the array, or another job
+    lengths = [job.seconds, job.again] if job.again else [job.seconds]
+    cycle = sum(lengths) + DEMO_PAUSE * len(lengths)
+    rounds, passed = divmod(now - began + job.age, cycle)
+    start = began - job.age + rounds * cycle
+    count = int(rounds) * len(lengths)
+    memory = job.memory
+    full = job.full
+    ending = job.ending
+    if job.again and passed >= job.seconds + DEMO_PAUSE:
+        passed -= job.seconds + DEMO_PAUSE
+        start += job.seconds + DEMO_PAUSE
+        count += 1
+        memory = DEMO_MORE * job.memory
+        full = job.full * DEMO_ENOUGH / DEMO_MORE
+        ending = "COMPLETED"
+    seconds = job.again if count % len(lengths) else job.seconds
     return DemoRun(
-        job.number + int(count) * step,
-        began - job.age + count * cycle,
-        min(passed, job.seconds),
-        passed >= job.seconds,
+        job.number
+        + count * (1 if job.array else 1000),  # its next task, or another job
+        start,
+        min(passed, seconds),
+        passed >= seconds,
+        seconds,
+        memory,
+        full,
+        ending,
     )
 
 
 def demo_ended(job: DemoJob, began: float, now: float) -> List[DemoRun]:
     """The runs of a job before the one of now, as long as they are known."""
     run = demo_run(job, began, now)
-    cycle = job.seconds + DEMO_PAUSE
     ended = []
-    for back in range(1, 1 + (DEMO_KNOWN_TASKS if job.array else 1)):
-        start = run.start - back * cycle
-        number = run.number - back * (1 if job.array else 1000)
-        is_known = now - start - job.seconds < DEMO_KNOWN_SECONDS
-        if is_known and number > int(job.array or 0):
-            ended.append(DemoRun(number, start, job.seconds, True))
+    for _ in range(demo_task(job, run)[1] - 1 if job.array else 1):
+        run = demo_run(job, began, run.start - 1)
+        if now - run.start - run.seconds < DEMO_KNOWN_SECONDS:
+            ended.append(run)
     return ended
+
+
+def demo_task(job: DemoJob, run: DemoRun) -> Tuple[int, int]:
+    """The array of a run, and the task's number in it, from 1: after the last, another array."""
+    arrays, place = divmod(run.number - int(job.array) - 1, DEMO_TASKS)
+    return int(job.array) + 1000 * arrays, place + 1
+
+
+def demo_raw(job: DemoJob, run: DemoRun) -> int:
+    """The number that Slurm gives a run."""
+    return sum(demo_task(job, run)) if job.array else run.number
 
 
 def demo_id(job: DemoJob, run: DemoRun) -> str:
     """A run's id, as squeue has it: 48211, 48300_5."""
-    if not job.array:
-        return str(run.number)
-    return "%s_%d" % (job.array, run.number - int(job.array))
+    return "%d_%d" % demo_task(job, run) if job.array else str(run.number)
 
 
 def demo_facts(job: DemoJob, run: DemoRun) -> Message:
     """What Slurm would say of a run."""
     facts: Message = {
         "job": demo_id(job, run),
-        "raw": str(run.number),
+        "raw": str(demo_raw(job, run)),
         "job_name": job.name,
         "user": DEMO_USER,
-        "state": job.ending if run.is_over else "RUNNING",
+        "state": run.ending if run.is_over else "RUNNING",
         "partition": "gpu" if job.gpus else "cpu",
         "nodelist": ",".join(job.nodes),
         "nodes": len(job.nodes),
         "cpus": DEMO_CPUS * len(job.nodes),
-        "mem": job.memory,
+        "mem": run.memory,
         "submit": run.start - 900,
         "start": run.start,
         "limit": job.limit,
@@ -12922,10 +13155,10 @@ def demo_facts(job: DemoJob, run: DemoRun) -> Message:
     if job.gpus:
         facts["gpus"] = job.gpus * len(job.nodes)
     if job.array:
-        facts["array"] = job.array
+        facts["array"] = str(demo_task(job, run)[0])
     if run.is_over:
-        facts["end"] = run.start + job.seconds
-        facts["exit"] = "0:0" if job.ending == "COMPLETED" else "0:125"
+        facts["end"] = run.start + run.seconds
+        facts["exit"] = "0:0" if run.ending == "COMPLETED" else "0:125"
     return facts
 
 
@@ -12944,9 +13177,12 @@ def demo_waiting(began: float, now: float) -> List[Message]:
     waiting = []
     for job in DEMO_JOBS:
         if job.array:
-            task = demo_run(job, began, now).number - int(job.array)
-            number = "%s_[%d-%d]" % (job.array, task + 1, task + 35)
-            facts = dict(common, job=number, raw=job.array, array=job.array)
+            array, task = demo_task(job, demo_run(job, began, now))
+            if task == DEMO_TASKS:
+                continue
+            tasks = "%d-%d" % (task + 1, DEMO_TASKS)
+            number = "%d_[%s]" % (array, tasks)
+            facts = dict(common, job=number, raw=str(array), array=str(array))
             facts.update(job_name=job.name, reason="JobArrayTaskLimit")
             waiting.append(facts)
     last = dict(common, job="48400", raw="48400", job_name="postprocess")
@@ -12972,8 +13208,8 @@ def demo_cpu(job: DemoJob, name: str, run: DemoRun, now: float) -> float:
 
 def demo_memory(job: DemoJob, name: str, run: DemoRun, now: float) -> float:
     """Percent of its memory that a job uses on a node: it grows."""
-    share = run.passed / job.seconds
-    full = job.full * (0.5 + 0.5 * share) + demo_wave(name, "ram", now)
+    share = run.passed / run.seconds
+    full = run.full * (0.5 + 0.5 * share) + 0.1 * demo_wave(name, "ram", now)
     return min(100.0, max(1.0, full))
 
 
@@ -13004,7 +13240,7 @@ def demo_node(job: DemoJob, name: str, run: DemoRun, now: float) -> Message:
     """The readings of a node as a whole."""
     cpu = demo_cpu(job, name, run, now)
     memory = 256 * GIB
-    used = demo_memory(job, name, run, now) / 100 * job.memory + 6 * GIB
+    used = demo_memory(job, name, run, now) / 100 * run.memory + 6 * GIB
     readings: Message = {
         "cpu": cpu,
         "ram": 100 * used / memory,
@@ -13047,9 +13283,9 @@ def demo_node(job: DemoJob, name: str, run: DemoRun, now: float) -> Message:
 def demo_job(job: DemoJob, name: str, run: DemoRun, now: float) -> Message:
     """The readings of a job on a node; one whose memory is full is killed at its very end."""
     full = demo_memory(job, name, run, now)
-    used = full / 100 * job.memory
+    used = full / 100 * run.memory
     is_killed = (
-        job.ending == "OUT_OF_MEMORY" and job.seconds - run.passed < 2 * DEMO_INTERVAL
+        run.ending == "OUT_OF_MEMORY" and run.seconds - run.passed < 2 * DEMO_INTERVAL
     )
     busy = demo_busy(job, name, run, now)
     return {
@@ -13057,9 +13293,9 @@ def demo_job(job: DemoJob, name: str, run: DemoRun, now: float) -> Message:
         "job_cpu": demo_cpu(job, name, run, now),
         "cores_busy": sum(tenths >= "5" for tenths in busy),
         "job_mem": used,
-        "job_cache": min(0.05 * job.memory, job.memory - used),
-        "job_mem_limit": job.memory,
-        "job_mem_peak": min(job.memory, used + 0.05 * job.memory),
+        "job_cache": min(0.05 * run.memory, run.memory - used),
+        "job_mem_limit": run.memory,
+        "job_mem_peak": min(run.memory, used + 0.05 * run.memory),
         "job_mem_failcnt": 7 if is_killed else 0,
         "oom_kill": 1 if is_killed else 0,
         "job_ram": full,
@@ -13208,7 +13444,7 @@ class Demo:
     ) -> None:
         self.address = (reachable(options.host), options.port)
         self.secret = options.secret
-        self.began = time.time()
+        self.began = options.demo_began
         self.agents: Dict[Tuple[str, str], DemoAgent] = {}  # by (node, job)
         self.told: Dict[str, Message] = {}  # facts, by raw id
         self.told_all = -math.inf  # time.time()
@@ -13244,7 +13480,7 @@ class Demo:
         key = (name, demo_id(job, run))
         if run.is_over:
             if key in self.agents:
-                self.agents.pop(key).close("the job has ended: " + job.ending)
+                self.agents.pop(key).close("the job has ended: " + run.ending)
             return
         first, last = DEMO_SILENCE
         if name == DEMO_SILENT_NODE and first <= (now - self.began) % 600 < last:
@@ -13275,6 +13511,75 @@ class Demo:
             agent.send(dict(each, part="job"))
             self.told[each["raw"]] = each
         agent.close("told")
+
+
+def demo_past(
+    began: float, now: float, seconds: float, step: float
+) -> Iterator[Tuple[float, DemoJob, DemoRun]]:
+    """Each job that runs now, at each step of so many seconds before, the oldest first."""
+    for back in range(int(seconds / step), 0, -1):
+        when = now - back * step
+        for job in DEMO_JOBS:
+            run = demo_run(job, began, when)
+            if not run.is_over and run.start == demo_run(job, began, now).start:
+                yield when, job, run
+
+
+def demo_row(sample: Message, seen: float) -> Row:
+    """A sample as Snapshot.rows() has it: seen by time.monotonic()."""
+    row: List[Any] = [0, b"", *UNKNOWN[:2], seen, math.nan, b"", *UNKNOWN[2:]]
+    for key, value in sample.items():
+        if key in INDEX:
+            place = NODE_KEYS.index(key)
+            row[place] = value.encode() if isinstance(value, str) else float(value)
+    return tuple(row)
+
+
+def parts_of(told: List[Message]) -> Parts:
+    """A look at a node as Snapshot.parts() has it."""
+    kinds: Dict[str, List[Message]] = {kind: [] for kind in PART_FIELDS}
+    for part in told:
+        known: Message = {key: part.get(key) for key, _ in PART_FIELDS[part["part"]]}
+        kinds[part["part"]].append(known)
+    return Parts(kinds["look"][0], kinds["core"], kinds["rank"], kinds["gpu"])
+
+
+def fill_history(dashboard: Dashboard, began: float) -> None:
+    """Have a dashboard know what it would, had it been there before the beginning."""
+    now = time.time()
+    for when, job, run in demo_past(began, now, FINE * TICK_SECONDS, 2 * TICK_SECONDS):
+        tick = round((when - now) / TICK_SECONDS)
+        for name in job.nodes:
+            row = demo_row(demo_sample(job, name, run, when), 0.0)
+            dashboard.history.note((name, demo_id(job, run)), PICK_GRAPHS(row), tick)
+
+
+def fill_recordings(recorder: Any, began: float) -> None:
+    """Have the recorder know what it would, had it been there before the beginning."""
+    now = time.time()
+    if now - began > ROW_SECONDS:
+        return  # it is one that started again, and all of that is recorded
+    for when, job, run in demo_past(began, now, DEMO_PAST, ROW_SECONDS):
+        facts: Message = dict.fromkeys(JOB_KEYS)
+        facts.update(demo_facts(job, run))
+        recording = recorder.recording(facts["job"], when)
+        recording.tell(facts, when)
+        for name in job.nodes:
+            row = demo_row(demo_sample(job, name, run, when), time.monotonic())
+            recording.take(name, row, when)
+            if now - when < 2 * ROW_SECONDS:
+                told = demo_parts(job, name, run, when, 0)
+                recording.traces[name].take_parts(parts_of(told))
+        recording.close_row(when)
+    for recording in recorder.recordings.values():
+        recording.diagnose_due = now
+
+
+# What a role is told of the time before the beginning
+DEMO_FILLS: Dict[str, Callable[[Any, float], None]] = {
+    "dashboard": fill_history,
+    "recorder": fill_recordings,
+}
 
 
 # ============================================================================
@@ -14388,7 +14693,10 @@ def run_role(
         # thousands that wait would cost it a core.
         sys.setswitchinterval(1.0)
     begin = {role.name: role.begin for role in ROLES}[name]
-    begin(listener, Table.inherit(segment, lock), options).run()
+    begun = begin(listener, Table.inherit(segment, lock), options)
+    if options.demo and name in DEMO_FILLS:
+        DEMO_FILLS[name](begun, options.demo_began)
+    begun.run()
 
 
 def setup_log(verbose: bool) -> None:
@@ -15035,8 +15343,12 @@ def run_master(options: argparse.Namespace) -> int:
     check_demo(options)
     options.secret = read_secret(options.secret_file) if options.secret_file else None
     raise_limits()
+    options.demo_began = time.time()
     supervisor = Supervisor(options)
     with contextlib.ExitStack() as stack:
+        if options.demo and options.record is None:
+            options.archive = make_demo_folder(stack)
+            options.record = None if options.no_record else options.archive
         listeners = listen(options, stack)
         options.shm_name = options.shm_name or "sentinel_%d" % options.port
         table = Table.create(options.shm_name, options.max_agents)
@@ -15050,6 +15362,18 @@ def run_master(options: argparse.Namespace) -> int:
         supervisor.run(listeners, table)
     log.info("stopped")
     return int(supervisor.has_failed)
+
+
+def make_demo_folder(stack: contextlib.ExitStack) -> str:
+    """A new folder for records of invented jobs, which are not to be among the user's own.
+
+    It is gone when the stack is.
+    """
+    import tempfile  # here, as it takes time that every other start can do without
+
+    folder = tempfile.mkdtemp(prefix="sentinel-demo-")
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def need_scripts(options: argparse.Namespace) -> None:

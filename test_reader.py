@@ -88,6 +88,7 @@ PROBLEM = "problem"
 
 # Eighths of a block, from the left, and from below
 EIGHTHS = " \u258f\u258e\u258d\u258c\u258b\u258a\u2589\u2588"
+ELLIPSIS = "\u2026"
 HEIGHTS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 
 
@@ -108,6 +109,13 @@ class Letters:
             return text
         shown = "".join(char if char.isprintable() else "?" for char in text)
         return shown.encode(self.encoding, "replace").decode(self.encoding)
+
+    def fit(self, text: str, width: int) -> str:
+        """A text for so many columns: where it is cut, its end tells that."""
+        if columns_of(text) <= width:
+            return text
+        end = ELLIPSIS if self.has_blocks else ">"
+        return cut(text, max(0, width - 1)) + end
 
     def bar(self, percent: Optional[float], width: int) -> str:
         """A bar of so many columns for a value from 0 to 100; blanks if it is not known."""
@@ -549,8 +557,8 @@ RANK_COLUMNS = (
     Column("gpu", "GPUs", 6, 3),
     Column("cpus", "May use", 12, 5),
     Column("on", "Ran on", 12, 5),
-    Column("read", "Read", 11, 6, True, "disk_read"),
-    Column("write", "Written", 11, 6, True, "disk_write"),
+    Column("read", "Reads now", 11, 6, True, "disk_read"),
+    Column("write", "Writes now", 11, 6, True, "disk_write"),
     Column("wchan", "Waits in", 20, 7),
 )
 
@@ -618,8 +626,14 @@ class Table:
         """What a column says of a row, in its width."""
         width = self.widths[column.key]
         if column.key == "bar":
-            return self.letters.bar(row.get(self.bar_key), width)
+            percent = row.get(self.bar_key)
+            if percent is not None and row.get("cpus") and "pid" in row:
+                cpus = self.master_server.parse_cpu_list(row["cpus"])
+                percent /= max(1, len(cpus))  # of those that the process may use
+            return self.letters.bar(percent, width)
         text = self.letters.clean(self.reading(column, row))
+        if not column.is_number:
+            text = self.letters.fit(text, width)
         return pad(text, width, column.is_number)
 
     def reading(self, column: Column, row: Message) -> str:
@@ -660,6 +674,10 @@ KEY_BARS = {
     NODES: "Enter:node  Esc:jobs  /:filter  s:sort  ?:help  q:quit",
     NODE: "Up Down:scroll  Esc:nodes  ?:help  q:quit",
 }
+ASKED_BARS = {
+    "sort": "Up Down:choose  Enter:sort by it  Esc:back",
+    "help": "any key:back  q:quit",
+}
 HELP = """
  Up Down PgUp PgDn Home End   choose a row
  Enter, Right                 open it: a job's nodes, a node's ranks and GPUs
@@ -672,6 +690,9 @@ HELP = """
 
  In front of a job:   X it died   ! a problem   * a hint
  A dash is what is not known; it is never shown as 0.
+
+ Ranks:  Thr threads, Run those of them that can run, S the state: R runs, S sleeps,
+         D waits for a disk;  the bar is of the CPUs that the rank may use
 """.strip("\n")
 
 
@@ -925,22 +946,24 @@ class View:
             return "%s  of %s" % (self.path[1], names)
         return "%s  %s" % (names, counted(row["count"] or 0, "node"))
 
-    def verdict_lines(self, room: int) -> List[Line]:
+    def verdict_lines(self, width: int, room: int) -> List[Line]:
         """What is wrong, of all jobs or of the one that is open, the worst first."""
         group = self.group()
         groups = [group] if group else self.groups
         found = [(verdict, group) for group in groups for verdict in group.verdicts]
         found.sort(key=lambda pair: SEVERITIES.index(pair[0]["severity"]))
-        lines = []
+        lines: List[Line] = []
         for verdict, group in found[:room]:
             words = [verdict.get(key) for key in ("what", "proof", "cure")]
             text = " - ".join(str(word) for word in words if word)
             name = "" if self.depth else "%s: " % group.row["job"]
             severity = verdict["severity"]
-            text = "%s %s%s" % (MARKS[severity], name, text)
-            lines.append([(self.letters.clean(text), LOOKS[severity])])
-        if len(found) > room and lines:
-            lines[-1].append((" (%d more)" % (len(found) - room), DIM))
+            text = self.letters.clean("%s %s%s" % (MARKS[severity], name, text))
+            more = ""
+            if len(found) > room and len(lines) == room - 1:
+                more = " (%d more)" % (len(found) - room)
+            text = self.letters.fit(text, width - len(more))
+            lines.append([(text, LOOKS[severity]), (more, DIM)])
         return lines
 
     def detail_lines(self, width: int, room: int) -> List[Line]:
@@ -997,6 +1020,8 @@ class View:
         words = self.words[min(self.depth, NODES)]
         if self.asked == "filter":
             return [("Filter: ", BOLD), (self.letters.clean(words), PLAIN), ("_", BOLD)]
+        if self.asked:
+            return [(pad(ASKED_BARS[self.asked], width), HEADING)]
         keys = KEY_BARS[self.depth]
         if self.sorts[self.depth]:
             keys = keys.replace("s:sort", "s:sort (%s)" % self.sorted_by())
@@ -1178,7 +1203,7 @@ def window(chosen: int, count: int, room: int) -> int:
 def render_screen(view: View, width: int, height: int) -> List[Line]:
     """The lines of the whole screen: so many, and none of them wider."""
     notes = view.note_lines(NOTES) if height >= NOTES_FROM else []
-    verdicts = view.verdict_lines(MAX_VERDICTS) if height >= NOTES_FROM else []
+    verdicts = view.verdict_lines(width, MAX_VERDICTS) if height >= NOTES_FROM else []
     room = max(1, height - 2 - len(verdicts) - len(notes))
     body = view.body(width, room)
     body += view.detail_lines(width, room - len(body))
@@ -1189,7 +1214,7 @@ def render_screen(view: View, width: int, height: int) -> List[Line]:
 
 def render_text(view: View, width: int) -> str:
     """One screen as plain text, with every job and every node of it."""
-    lines = [view.title(width)] + view.verdict_lines(10**6)
+    lines = [view.title(width)] + view.verdict_lines(width, 10**6)
     lines += view.list_lines(width, len(view.groups) + 1)
     for group in view.groups:
         if group.nodes:

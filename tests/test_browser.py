@@ -610,7 +610,7 @@ master_server.DEMO_LOOK = 2
 master_server.DEMO_PAUSE = 60.0
 master_server.DEMO_SILENCE = (0.0, 0.0)
 master_server.DEMO_JOBS = tuple(
-    job._replace(seconds=8.0 if "OUT" in job.ending or job.array else 3000.0, age=0.0)
+    job._replace(seconds=8.0 if "OUT" in job.ending or job.array else 3000.0, age=0.0, again=0.0)
     for job in master_server.DEMO_JOBS
 )
 """

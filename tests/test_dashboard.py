@@ -429,7 +429,7 @@ class Paths(Served):
 
     def test_health_tells_what_the_master_itself_takes(self):
         takes = (
-            r"ok\nThis master takes (\S+) % of a core and (\S+) MiB of resident memory"
+            r"ok\nThis master takes (\S+) % of a core and (\S+) MB of resident memory"
             r" for (\S+) samples a second\n"
         )
         with start_master("--with-agent") as tool:

@@ -33,7 +33,7 @@ master_server.DEMO_INTERVAL = 0.1
 master_server.DEMO_PAUSE = 1.0
 master_server.DEMO_SILENCE = (0.0, 0.0)
 master_server.DEMO_JOBS = tuple(
-    job._replace(seconds=3.0, age=0.0) for job in master_server.DEMO_JOBS
+    job._replace(seconds=3.0, age=0.0, again=0.0) for job in master_server.DEMO_JOBS
 )
 """
 SILENT = """
@@ -96,7 +96,7 @@ class Invented(unittest.TestCase):
                 master.check_job(facts)
                 self.assertLess(facts["end"], began)
                 told[facts["job"]] = facts["state"]
-        self.assertEqual(told["47217"], "OUT_OF_MEMORY")
+        self.assertEqual(told["47217"], "COMPLETED")  # with more memory than before
         self.assertEqual(told["47213"], "COMPLETED")
         tasks = [name for name in told if name.startswith("48300_")]
         self.assertEqual(tasks, ["48300_4", "48300_3", "48300_2", "48300_1"])
@@ -122,14 +122,50 @@ class Invented(unittest.TestCase):
             self.assertGreaterEqual(len(ids), 2, job.name)
             for told in list(ids.values())[:-1]:
                 states = [facts["state"] for facts in told]
-                self.assertEqual(states[-1], job.ending)
+                ending = states[-1]
+                self.assertIn(ending, {job.ending, "COMPLETED"})
                 self.assertEqual(len({facts["start"] for facts in told}), 1)
-                self.assertEqual("".join(states).count("RUNNING" + job.ending), 1)
+                self.assertEqual("".join(states).count("RUNNING" + ending), 1)
 
     def test_memory_is_full_just_before_a_job_dies_of_it(self):
         (job,) = [job for job in master.DEMO_JOBS if job.ending == "OUT_OF_MEMORY"]
-        run = master.DemoRun(job.number, 0.0, job.seconds - 1, False)
+        run = master.demo_run(job, 1.8e9, 1.8e9 + job.seconds - job.age - 1)
+        self.assertFalse(run.is_over)
         self.assertGreater(master.demo_sample(job, "c21", run, 0.0)["job_ram"], 98)
+
+    def test_the_job_that_died_runs_well_with_more_memory_and_deaths_stay_few(self):
+        (job,) = [job for job in master.DEMO_JOBS if job.ending == "OUT_OF_MEMORY"]
+        day = 86400
+        runs = {}
+        for second in range(0, day, 10):
+            run = master.demo_run(job, 1.8e9, 1.8e9 + second)
+            runs[run.number] = run
+        ended = [run for run in runs.values() if run.is_over]
+        died = [run for run in ended if run.ending == job.ending]
+        self.assertIn(len(died), range(15, day // 3600))
+        for run in ended[1::2]:
+            self.assertEqual(run.ending, "COMPLETED")
+            self.assertGreater(run.memory, job.memory)
+            used = master.demo_sample(job, "c21", run, 0.0)["job_ram"]
+            self.assertLess(used, 90)
+
+    def test_an_array_has_as_many_tasks_from_its_first_to_its_last(self):
+        (job,) = [job for job in master.DEMO_JOBS if job.array]
+        began = 1.8e9
+        arrays = set()
+        for second in range(0, 86400, 100):
+            now = began + second
+            run = master.demo_run(job, began, now)
+            array, task = master.demo_task(job, run)
+            arrays.add(array)
+            waiting = [
+                master.tasks_in(facts["job"])[0]
+                for facts in master.demo_waiting(began, now)
+                if facts.get("array") == str(array)
+            ]
+            self.assertEqual(task + sum(waiting), master.DEMO_TASKS)
+            self.assertEqual(master.demo_facts(job, run)["array"], str(array))
+        self.assertGreater(len(arrays), 3)
 
 
 class Shown(support.MasterTest):
@@ -153,6 +189,30 @@ class Shown(support.MasterTest):
         before = row_of(page, node="c01")["cpu"]
         eventually(lambda: row_of(page, node="c01")["cpu"] != before)
 
+    def test_what_was_before_is_known_from_the_first_look_on(self):
+        page = self.master.page
+        eventually(lambda: len(nodes(page)) == len(NAMES))
+
+        def words():
+            answer = json.loads(get(page, "/api/jobs").text)
+            return " ".join(
+                verdict["what"]
+                for job in answer["jobs"]
+                for verdict in job["verdicts"] or ()
+            )
+
+        eventually(lambda: "idle for 15 min" in words())
+        self.assertIn("memory of c21 grows steadily", words())
+        figures = re.findall(r'data-values="([^"]*)"', get(page, "/node/c01").text)
+        self.assertGreater(len(figures), 25)
+        self.assertGreater(min(len(figure.split()) for figure in figures), 50)
+
+        def record():
+            return json.loads(get(page, "/api/record/48211").text)
+
+        eventually(lambda: len(record()["rows"]) > 50)
+        self.assertEqual(record()["gaps"], [])
+
     def test_facts_are_told_when_they_change_and_not_each_time(self):
         began = 1.8e9
         told = []
@@ -170,6 +230,28 @@ class Shown(support.MasterTest):
             self.assertNotIn("demonstration", page_text(real.page).lower())
             self.assertNotIn("demo", real.log)
             self.assertEqual(nodes(real.page), [])
+
+
+class Records(unittest.TestCase):
+    def test_they_are_nobody_elses_and_gone_with_the_demonstration(self):
+        with tempfile.TemporaryDirectory() as home:
+            folder = os.path.join(home, ".sentinel", "jobs")
+            os.makedirs(folder)
+            with open(os.path.join(folder, "7.other-1-1.jsonl"), "w") as file:
+                file.write('{"sentinel": 1, "job": {"job": "7"}, "time": 1}\n')
+            for flags in ((), ("--no-record",)):
+                with start_master(
+                    "--demo", *flags, env={"HOME": home, "TMPDIR": home}
+                ) as tool:
+                    eventually(lambda: "48211" in page_text(tool.page, "/jobs"))
+                    self.assertNotIn(" 7 ", page_text(tool.page, "/jobs"))
+                    own = [
+                        n for n in os.listdir(home) if n.startswith("sentinel-demo-")
+                    ]
+                    self.assertEqual(len(own), 1)
+                    self.assertEqual(tool.stop(), 0)
+                self.assertEqual(os.listdir(home), [".sentinel"])
+            self.assertEqual(os.listdir(folder), ["7.other-1-1.jsonl"])
 
 
 class Alive(unittest.TestCase):

@@ -154,7 +154,7 @@ class Pages(PartsTest):
         label = "2 of the job&#x27;s CPUs busy, 2 idle, 2 not of the job"
         self.assertIn(label, html)
         text = page_text(self.master.page, "/job/200")
-        for words in ("hrtimer_nanosleep", "Example GPU", "power cap", "2.9 MiB"):
+        for words in ("hrtimer_nanosleep", "Example GPU", "power cap", "2.9 MB"):
             self.assertIn(words, text)
 
     def test_a_job_that_nobody_knows_is_404(self):

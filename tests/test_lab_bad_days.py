@@ -16,7 +16,6 @@ import unittest
 import support
 import test_lab_jobs
 from support import eventually, stays
-from test_lab_jobs import with_word
 
 # Commands of Slurm's as they are on a bad day, in a folder of their own: their mode is in a file
 BAD = """\
@@ -131,12 +130,12 @@ class Cables(test_lab_jobs.Watched):
         os.rename(keys, keys + ".away")
         self.addCleanup(os.rename, keys + ".away", keys)
         sessions = self.accepted()
-        for pid in with_word("laptop", "ServerAliveCountMax=2"):
+        for pid in LAB.pids_with("laptop", "ServerAliveCountMax=2"):
             os.kill(pid, signal.SIGKILL)
         line = r"Permission denied .*: nothing is asked for in the background: start it"
         master.logged(line, 60)
         self.within(10, "no step is left", lambda: self.steps() == 0)
-        stays(lambda: len(with_word("laptop", "ServerAliveCountMax=2")) == 0, 10)
+        stays(lambda: len(LAB.pids_with("laptop", "ServerAliveCountMax=2")) == 0, 10)
         self.assertEqual(master.log.count("Permission denied"), 1)
         self.assertEqual(self.accepted(), sessions)
         self.assertIsNone(master.code)
@@ -173,7 +172,7 @@ class Cables(test_lab_jobs.Watched):
         self.host = "laptop"
         self.page = re.search(page, terminal.out).group(1)
         eventually(lambda: set(self.rows()) == {(job, "c1")}, 30)
-        for pid in with_word("laptop", "ServerAliveCountMax=2"):
+        for pid in LAB.pids_with("laptop", "ServerAliveCountMax=2"):
             os.kill(pid, signal.SIGKILL)
         eventually(lambda: "nothing is asked for in the background" in terminal.out, 60)
         self.assertEqual(terminal.out.count("Enter passphrase"), 1)
@@ -220,8 +219,8 @@ class ManyJobs(test_lab_jobs.Watched):
         self.assertEqual(self.steps(), 30)
         self.assertIn("40 running", self.get("/nodes.txt?width=200"))
         self.assertNotIn("cannot attach", master.log)
-        (herd,) = with_word("login", "--herd")
-        sruns = with_word("login", "--lifeline")
+        (herd,) = LAB.pids_with("login", "--herd")
+        sruns = LAB.pids_with("login", "--lifeline")
         self.assertGreaterEqual(len(sruns), 30)
         memory = pss(herd) / MIB
         self.assertLessEqual(memory, 25)

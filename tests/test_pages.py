@@ -190,10 +190,10 @@ class Readings(unittest.TestCase):
             ("cpu", 12.345, "12.3 %"),
             ("mem_used", 0, "0.0 B"),
             ("mem_used", 1023, "1023.0 B"),
-            ("mem_used", 1024, "1.0 KiB"),
-            ("mem_used", 11.24 * 2**30, "11.2 GiB"),
-            ("mem_used", 3 * 2**50, "3072.0 TiB"),
-            ("net_rx", 2.5e6, "2.4 MiB/s"),
+            ("mem_used", 1024, "1.0 KB"),
+            ("mem_used", 11.24 * 2**30, "11.2 GB"),
+            ("mem_used", 3 * 2**50, "3072.0 TB"),
+            ("net_rx", 2.5e6, "2.4 MB/s"),
             ("age", 0.44, "0.4 s"),
             ("job_time_left", 59.9, "59.9 s"),
             ("job_time_left", 600, "10.0 min"),
@@ -401,7 +401,7 @@ class Sentence(unittest.TestCase):
             [node(1, node="a", cpu=10.0, job="1"), node(2, node="b", cpu=90.0, age=3.0)]
         )
         text = words(render("/", snapshot))
-        self.assertIn("Nodes 2 jobs: 1 CPU 50.0 % worst: 90.0 % b RAM 20.0 %", text)
+        self.assertIn("Nodes 2 jobs: 1 CPU 50.0 % 10 % a to 90 % b RAM 20.0 %", text)
         self.assertRegex(text, r"Newest sample \d\d:\d\d:\d\d 0\.5 s ago")
 
 
@@ -683,7 +683,7 @@ class NodePage(unittest.TestCase):
         self.assertIn('<path class="cpu" d="M0 100h0L1 0M3 50h0"/>', page)
         self.assertIn('<path class="net_rx" d="M0 100h0L1 0"/>', page)
         times = " ".join(master.render_value("time", NOW - ago) for ago in (10, 5, 0))
-        self.assertIn("Received 4.0 KiB/s 4.0 KiB/s 2.0 KiB/s 0 " + times, words(page))
+        self.assertIn("Received 4.0 KB/s 4.0 KB/s 2.0 KB/s 0 " + times, words(page))
         self.assertIn('data-values="0 100  50"', page)
         self.assertEqual(page.count("<figure "), 2)
 
@@ -879,11 +879,65 @@ class JobsFirst(unittest.TestCase):
         self.assertEqual(row["clock"], "2:13 of 12:00 h")
         self.assertAlmostEqual(row["clock_share"], 18.5, places=1)
         self.assertEqual((row["cpu"], row["gpu"]), (78.0, "94"))
-        self.assertEqual(row["memory"], "66 % of 128 GiB")
+        self.assertEqual(row["memory"], "66 % of 128 GB")
 
     def test_the_headline_counts_those_that_died_and_those_with_a_problem(self):
         title = master.figures(self.view, master.select(self.view, {}))[0]
         self.assertEqual(title, "\u26a0 6 jobs: 1 died, 1 with a problem")
+
+    def test_a_filter_is_for_jobs_too_and_the_headline_is_of_all(self):
+        title = words(render("/", self.view)).partition(" - ")[0]
+        for query, shown in (
+            ({"q": "calm"}, "1"),
+            ({"q": "memory 4"}, "4"),
+            ({"job": "3"}, "3"),
+            ({"q": "40001"}, "1"),  # the address of its node
+            ({"q": "6"}, "6"),
+        ):
+            page = render("/", self.view, **query)
+            found = set(re.findall(r'id="(?:jobs|ended)_(\w+)"', page))
+            self.assertIn(shown, found, query)
+            self.assertNotIn("5", found, query)
+            self.assertEqual(words(page).partition(" - ")[0], title)
+        self.assertIn("No node matches", words(render("/", self.view, q="nothing")))
+        self.assertNotIn("No node matches", words(render("/", self.view)))
+
+    def test_of_those_that_ended_the_newest_is_first(self):
+        ends = {8: 300.0, 9: 20.0, 10: 100.0}
+        jobs = [
+            job(number, state="TIMEOUT", start=NOW - 900, end=NOW - ago)
+            for number, ago in ends.items()
+        ]
+        rows = master.job_rows(view(jobs=jobs))
+        self.assertEqual([row["job"] for row in rows], ["9", "10", "8"])
+
+    def test_the_name_leads_where_the_id_does_and_a_title_has_the_sign(self):
+        page = render("/", self.view)
+        self.assertEqual(page.count('href="./job/3"'), 2)
+        page = render("/job/", self.view, job="3")
+        self.assertIn("<title>\u26a0 Job 3 sick - ", page)
+        self.assertIn("<title>Job 1 calm - ", render("/job/", self.view, job="1"))
+
+    def test_tasks_that_waited_lead_to_their_array_once_they_do_not(self):
+        page = render("/job/", self.view, job="6_[2-9]")
+        self.assertIn("6_1", words(page))
+        self.assertFalse(master.is_past(self.view, "6_[2-9]"))
+        self.assertEqual(render("/job/", self.view, job="77_[2-9]"), "")
+
+    def test_who_watches_own_jobs_is_told_to_start_nothing_while_there_are_none(self):
+        own = site(my_jobs=[], ssh=None)
+        text = words(master.ROUTES["/"][1](view(), {}, own))
+        self.assertIn("No running job of yours yet", text)
+        self.assertNotIn("agent.py", text)
+        self.assertIn("agent.py", words(render("/", view())))
+
+    def test_the_page_of_a_node_says_what_is_wrong_with_its_job(self):
+        self.view.nodes[2]["node"] = "c3"
+        text = words(render("/node/", self.view, node="c3"))
+        self.assertIn("Verdicts on its job", text)
+        self.assertIn("3 of 4 CPUs of c1 idle", text)
+        self.view.nodes[0]["node"] = "c1"
+        self.assertNotIn("Verdicts", words(render("/node/", self.view, node="c1")))
 
     def test_page_text_and_json_have_the_same_words(self):
         for path in ("/", "/nodes.txt", "/api/jobs"):
@@ -959,6 +1013,42 @@ class JobsFirst(unittest.TestCase):
         died = {"1": self.judged("died", "out of memory")}
         (row,) = master.job_rows(view(busy + [idle], jobs=[job(1)], verdicts=died))
         self.assertEqual(row["text"], "out of memory")
+
+    def test_a_gpu_that_idles_while_another_works_is_marked(self):
+        blank = dict.fromkeys(("uuid", "index", "name"))
+        for busy, marked in (
+            ([95.0, 0.0, None], [False, True, False]),
+            ([30.0, 0.0], [False, False]),
+            ([0.0, 0.0], [False, False]),
+        ):
+            gpus = [dict(blank, index=i, gpu=value) for i, value in enumerate(busy)]
+            snapshot = view([node(1, job="1")])
+            snapshot.parts = lambda slot, gpus=gpus: master.Parts({}, [], [], gpus)
+            found = master.gpus_of_job(snapshot, snapshot.nodes)
+            self.assertEqual([gpu.get("marks") == ["idle"] for gpu in found], marked)
+
+    def test_what_the_nodes_of_a_job_did_at_once_is_one_event(self):
+        told = [event("connected", "c%d" % n, 20 - n, job="1") for n in range(12)]
+        told.append(event("lost", "c1", 1.0, "silent", job="1"))
+        told.append(event("lost", "c2", 1.0, "silent", job="1"))
+        told.append(event("connected", "d1", 0.5, "from d1", job="2"))
+        folded = master.fold_events(told[::-1])
+        self.assertEqual(
+            [(row["kind"], row["node"]) for row in folded],
+            [
+                ("connected", "d1"),
+                ("lost", "c2"),
+                ("lost", "c1"),
+                ("connected", "c11"),
+                ("connected", "c1"),
+            ],
+        )
+        self.assertEqual(
+            folded[3]["text"],
+            "and 9 more nodes: c2, c3, c4, c5, c6, c7, c8, c9, ...",
+        )
+        self.assertEqual(folded[4]["text"], "and 1 more node: c0")
+        self.assertEqual(told[0]["text"], "")
 
     def test_gpus_are_told_one_by_one_and_many_by_those_that_idle(self):
         for busy, told in (

@@ -110,7 +110,7 @@ class Report(unittest.TestCase):
             "\u26a0 Problem: it leaks 1 GiB a minute",
             "--mem=20G",
             "CPUs 8 8",
-            "16.0 GiB",
+            "16.0 GB",
             "#SBATCH --mem=20G",
             "c1",
             "c2",
@@ -200,7 +200,7 @@ class Report(unittest.TestCase):
         texts = re.findall(r"<text[^>]*>(.*?)</text>", chart)
         clock = [text for text in texts if re.fullmatch(r"\d\d:\d\d", text)]
         self.assertGreaterEqual(len(clock), 3)
-        self.assertTrue(any("GiB" in text for text in texts), texts)
+        self.assertTrue(any("GB" in text for text in texts), texts)
         self.assertIn(time.strftime("%F %R", time.localtime(NOW)), page)
 
     def test_a_gap_is_a_gap_in_the_curve(self):

@@ -196,7 +196,7 @@ class Screens(unittest.TestCase):
     def test_the_job_that_needs_the_user_is_first_and_says_why(self):
         lines = lines_of(screens(some_jobs()))
         self.assertRegex(lines[0], r"^3 jobs, 4 nodes - 1 died +\d\d:\d\d:\d\d, live$")
-        self.assertRegex(lines[2], r"^>X 6 +old .*FAILED .* failed, exit code 3:")
+        self.assertRegex(lines[2], r"^>X 6 +old .*FAILED .* failed, exit code 3\u2026$")
         self.assertRegex(lines[3], r"^ \* 7 +md +.* 3 .* 61 % +20 % +c3 idle$")
         self.assertRegex(lines[5], r"^   8 +next +.*PENDING +- .* - +- +Priority")
         self.assertRegex(lines[4], r"^   \(no job\) .* 1 .* 10 % +20 %$")
@@ -228,6 +228,18 @@ class Screens(unittest.TestCase):
         for height in range(1, 12):  # a list comes before it
             drawn = test_reader.render_screen(shown, 80, height)
             self.assertEqual(len(drawn), height)
+
+    def test_what_is_cut_off_ends_in_a_sign_of_it(self):
+        wrong = verdict(
+            "problem", "it leaks", "a proof of some length " * 4, "--mem=9G", ""
+        )
+        snap = snapshot(node(1, job="7"), jobs=[job(7)], verdicts={"7": [wrong] * 5})
+        for letters, sign in ((UTF8, "\u2026"), (ASCII, ">")):
+            lines = lines_of(screens(snap, letters))
+            for line in lines[1:3]:
+                self.assertRegex(line, r"^! 7: it leaks - a proof .*%s$" % sign)
+            self.assertTrue(lines[3].endswith(sign + " (2 more)"), lines[3])
+            self.assertEqual([len(line) for line in lines[1:4]], [WIDTH] * 3)
 
     def test_the_users_column_is_there_when_they_are_several(self):
         jobs = [job(1, user="ann"), job(2, user="ann")]
@@ -347,6 +359,13 @@ class Parts(unittest.TestCase):
                     "cpu": None,
                     "mem": 2**31,
                 },
+                {
+                    "rank": 2,
+                    "pid": 4413,
+                    "program": "wide",
+                    "cpu": 400.0,
+                    "cpus": "0-7",
+                },
             ],
             [
                 {"index": 0, "name": "H100", "gpu": 95.0, "mem_used": 2**30},
@@ -362,10 +381,12 @@ class Parts(unittest.TestCase):
         text = "\n".join(self.screen(ASCII, 160))
         self.assertIn("CPUs, those of the job: 0-3,8", text)
         self.assertRegex(text, r"(?m)^ +0 0950-9 *$")
-        self.assertRegex(text, r"(?m)^ +0 H100 +\|+ +95\.0 % +1\.0 GiB")
+        self.assertRegex(text, r"(?m)^ +0 H100 +\|+ +95\.0 % +1\.0 GB")
         self.assertRegex(text, r"(?m)^ +3 .* 88 cannot be read *$")
         self.assertRegex(text, r"(?m)^ +0 +4411 python3 +R +\|+\.* +99\.5 %")
-        self.assertRegex(text, r"(?m)^ +1 +4412 \?\[2J +- +2\.0 GiB")
+        self.assertRegex(text, r"(?m)^ +1 +4412 \?\[2J +- +2\.0 GB")
+        # its bar is of the CPUs that it may use
+        self.assertRegex(text, r"(?m)^ +2 +4413 wide +\|{5}\.{5} +400\.0 %")
         self.assertRegex(text, r"Load 3\.0")
 
     def test_blocks_only_where_there_are_any(self):
@@ -470,6 +491,15 @@ class Keys(unittest.TestCase):
             shown = screens(some_jobs())
             press(shown, *keys)
             self.assertTrue(shown.has_ended, keys)
+
+    def test_the_last_line_tells_the_keys_of_what_is_open(self):
+        shown = screens(some_jobs())
+        press(shown, "s")
+        self.assertIn("Enter:sort by it", lines_of(shown)[-1])
+        press(shown, "escape", "?")
+        self.assertIn("any key:back", lines_of(shown)[-1])
+        press(shown, "x")
+        self.assertIn("Enter:nodes", lines_of(shown)[-1])
 
     def test_keys_that_there_are_not_do_nothing(self):
         before = lines_of(self.shown)
