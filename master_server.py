@@ -6278,6 +6278,7 @@ def start_serving(
 # Each master writes a file of its own, JOB.WRITER.jsonl: two that watch the same job need no
 # lock, and what they wrote is put together when it is read.  A job that has ended is packed:
 # JOB.WRITER.jsonl.gz, of which the first gzip member holds nothing but {"summary": ...}.
+# Beside a large one lies JOB.sketch.gz, which is all that a page shows of it.
 
 RECORD_FORMAT = 1
 ROW_SECONDS = 10  # from one row to the next, as long as a job is young ...
