@@ -6560,6 +6560,7 @@ def start_serving(
 # Each master writes a file of its own, JOB.WRITER.jsonl: two that watch the same job need no
 # lock, and what they wrote is put together when it is read.  A job that has ended is packed:
 # JOB.WRITER.jsonl.gz, of which the first gzip member holds nothing but {"summary": ...}.
+# Beside a large one lies JOB.sketch.gz, which is all that a page shows of it.
 
 RECORD_FORMAT = 1
 ROW_SECONDS = 10  # from one row to the next, as long as a job is young ...
@@ -10798,6 +10799,11 @@ svg text {
 #jobs .w {
   min-width: 18rem;
 }
+@media screen {
+  #jobs td.d {
+    white-space: nowrap;
+  }
+}
 .verdicts {
   list-style: none;
   margin: 0 0 1.4rem;
@@ -10937,6 +10943,8 @@ BARS_HTML = (
 )
 RUNS_LINK_HTML = """
     <p><a href="../runs?{query}">All runs of {name}</a></p>"""
+COMPARED_HTML = """
+    <p>{name}: <a href="{href}">{title}</a>. {words}</p>"""
 COMPARE_FORM_HTML = """
     <form action="{root}compare">
       <input type="hidden" name="a" value="{job}">
@@ -10993,6 +11001,7 @@ class Series(NamedTuple):
     curves: Dict[str, List[Piece]]  # by metric
     kind: str = ""
     shift: float = 0.0
+    name: str = ""  # what tells them from others in the same charts
 
 
 class Axis(NamedTuple):
@@ -11022,11 +11031,25 @@ class Axis(NamedTuple):
     def words(self, when: float, step: float) -> str:
         """How a time is written, as exactly as the step needs it."""
         if not self.is_clock:
-            return render_value("ran", when) if when else "start"
+            return elapsed_words(int(when), step)
         moment = time.localtime(when)
         if step >= 86400 or moment[3:6] == (0, 0, 0):
             return time.strftime("%d %b", moment)
         return time.strftime("%R" if step >= 60 else "%T", moment)
+
+
+def elapsed_words(seconds: int, step: float) -> str:
+    """A time since a start, as exactly as the step between marks needs it."""
+    if not seconds:
+        return "start"
+    for size, unit, larger in ((86400, "d", ""), (3600, "h", ""), (60, "min", "h")):
+        if step >= size:
+            if larger and seconds >= 60 * size:
+                return "%d:%02d %s" % (*divmod(seconds // size, 60), larger)
+            return "%d %s" % (seconds // size, unit)
+    if seconds >= 60:
+        return "%d:%02d min" % divmod(seconds, 60)
+    return "%d s" % seconds
 
 
 def nice_top(key: str, most: float) -> Tuple[float, float]:
@@ -11075,11 +11098,15 @@ def draw_chart(
     for when in marks[:MAX_MARKS]:
         path = "M%.1f %dV%d" % (axis.place(when), CHART_TOP, CHART_BOTTOM)
         drawn.append(fill(PATH_SVG, kind="mark", path=path))
-    words = [curve_words(key, pieces) for _, pieces in curves if pieces]
+    words = [
+        (series.name + " " + curve_words(key, pieces)).lstrip()
+        for series, pieces in curves
+        if pieces
+    ]
     return fill(
         CHART_HTML,
         label=NUMBERS[key].label,
-        words=" | ".join(words),
+        words="; ".join(words),
         width=CHART_WIDTH,
         height=CHART_HEIGHT,
         drawn=drawn,
@@ -11300,6 +11327,7 @@ def draw_text_as(key: str) -> Draw:
     return draw
 
 
+DATED = "d"  # a class of the style sheet, as LEFT is
 AS_BYTES = draw_text_as("mem")
 AS_PERCENT = draw_text_as("cpu")
 AS_COUNT = draw_text_as("nodes")
@@ -11318,8 +11346,8 @@ RECORD_COLUMNS = (
     Column("gpu", "GPU", RIGHT, draw_percent),
     Column("peak", "Peak memory", RIGHT, AS_BYTES),
     Column("mem", "Memory asked for", RIGHT),
-    Column("start", "Started", LEFT, draw_date),
-    Column("end", "Ended", LEFT, draw_date),
+    Column("start", "Started", DATED, draw_date),
+    Column("end", "Ended", DATED, draw_date),
 )
 USE_COLUMNS = (
     Column("what", "What"),
@@ -11801,8 +11829,7 @@ def render_jobs_page(view: Snapshot, query: Query, site: Site) -> str:
     asked = query.get("page", "")
     page = min(max(int(asked), 1), last) if asked.isdecimal() else 1
     shown = jobs[JOBS_PAGE * (page - 1) : JOBS_PAGE * page]
-    counts = collections.Counter(job["state"] or "UNKNOWN" for job in everything)
-    words = ["%d %s" % (count, state.lower()) for state, count in counts.most_common()]
+    words = state_words(everything)
     parts: List[Optional[Html]] = [
         fill(PARAGRAPH_HTML, text=", ".join(words) or "No jobs yet"),
         jobs_form(everything, query),
@@ -11816,6 +11843,15 @@ def render_jobs_page(view: Snapshot, query: Query, site: Site) -> str:
         ),
     ]
     return render_document("Jobs", [demo_notice(site), *parts], "", "")
+
+
+def state_words(jobs: Iterable[Message]) -> List[str]:
+    """How many jobs are in which state, the most first."""
+    counts = collections.Counter(job["state"] or "UNKNOWN" for job in jobs)
+    return [
+        "%d %s" % (count, state.lower().replace("_", " "))
+        for state, count in counts.most_common()
+    ]
 
 
 def jobs_form(jobs: Sequence[Message], query: Query) -> Html:
@@ -11914,8 +11950,8 @@ def render_compare_page(view: Snapshot, query: Query, site: Site) -> str:
     lengths = [sketch.last - sketch.first for sketch in (one, other)]
     axis = Axis(0.0, max(lengths), is_clock=False)
     series = [
-        Series(one.curves, "", one.first),
-        Series(other.curves, "other", other.first),
+        Series(one.curves, "", one.first, "A"),
+        Series(other.curves, "other", other.first, "B"),
     ]
     charts = [draw_chart(key, series, axis) for key in CHARTED]
     words = (
@@ -11926,10 +11962,8 @@ def render_compare_page(view: Snapshot, query: Query, site: Site) -> str:
         )
     )
     parts = [
-        fill(PARAGRAPH_HTML, text="A: %s. %s" % (title_of(first), how_it_went(first))),
-        fill(
-            PARAGRAPH_HTML, text="B: %s. %s" % (title_of(second), how_it_went(second))
-        ),
+        compared_job("A", first),
+        compared_job("B", second),
         draw_table(
             "compare", "Differences", COMPARE_COLUMNS, compare_rows(first, second)
         ),
@@ -11937,6 +11971,17 @@ def render_compare_page(view: Snapshot, query: Query, site: Site) -> str:
     ]
     title = "Jobs %s and %s" % (first["job"], second["job"])
     return render_document(title, [demo_notice(site), *parts], "", "")
+
+
+def compared_job(name: str, summary: Message) -> Html:
+    """Which job it is, a link to its page, and how it went."""
+    return fill(
+        COMPARED_HTML,
+        name=name,
+        href="record/" + urllib.parse.quote(summary["job"], ""),
+        title=title_of(summary),
+        words=how_it_went(summary),
+    )
 
 
 COMPARED = (  # what is compared: a label, the key, and how it is written
@@ -12154,23 +12199,25 @@ def render_runs_page(view: Snapshot, query: Query, site: Site) -> str:
     jobs = runs_asked_for(view, query, site)
     if not jobs:
         return ""
-    counts = collections.Counter(job["state"] or "UNKNOWN" for job in jobs)
-    words = ["%d %s" % (count, state.lower()) for state, count in counts.most_common()]
+    words = state_words(jobs)
     done = [job for job in jobs if job["state"] in ENDED_STATES]
     advice = advise(done)
     lines = "\n".join(line for line, _ in advice)
-    why = "; ".join("%s %s" % (line.split("--")[1], words) for line, words in advice)
+    why = "; ".join("%s: %s" % (line.split("--")[1], words) for line, words in advice)
     paste = fill(PASTE_HTML, lines=lines, why=why)
     if not advice:
         text = "That takes %d runs that completed, with samples." % MIN_RUNS
         paste = fill(PARAGRAPH_HTML, text=text)
     title = "Runs of %s" % (query.get("name") or query.get("array"))
+    caption = "Jobs"
+    if len(jobs) > MAX_ROWS:
+        caption = "The last %d of these jobs" % MAX_ROWS
     parts = [
         fill(PARAGRAPH_HTML, text="%d runs: %s" % (len(jobs), ", ".join(words))),
         draw_table("spread", "What they used", SPREAD_COLUMNS, spread_rows(done)),
         draw_table("failures", "Failures", FAILURE_COLUMNS, failure_rows(done)),
         fill(SECTION_HTML, heading="To ask for next time", parts=paste),
-        draw_table("jobs", "Jobs", RECORD_COLUMNS, jobs),
+        draw_table("jobs", caption, RECORD_COLUMNS, jobs),
     ]
     return render_document(title, [demo_notice(site), *parts], "", "")
 

@@ -2224,8 +2224,10 @@ def write_record(folder, job, nodes, hours, state, chance):
     path = os.path.join(folder, job + ".bench-1-1.jsonl")
     with open(path, "wb") as file:
         file.write(b"".join(record.finish().lines()))
-    if record.end:
+    if record.end:  # as the recorder leaves it
         master_server.pack(path, job, "bench")
+        record = master_server.read_record(folder, job)
+        master_server.write_sketch(folder, record, "bench")
 
 
 class Asked:

@@ -719,6 +719,64 @@ class Roles(unittest.TestCase):
         self.assertLess(rows[1].values["job_cpu"][1], 80)
         self.assertEqual(support.descendants(tool.pid), [])
 
+    def test_a_disk_that_hangs_under_a_master_costs_one_line_and_goes_on_later(self):
+        hangs = os.path.join(os.path.dirname(self.folder), "hangs")
+        patch = """
+import os, time
+append = master_server.append_lines
+def hang(path, data):
+    while os.path.exists(%r):
+        time.sleep(0.05)
+    return append(path, data)
+master_server.append_lines = hang
+master_server.HANG_SECONDS = 0.5
+"""
+        patch = FAST + patch % hangs
+        with self.master(patch=patch) as tool, PlainAgent(tool.port) as agent:
+            self.keep_sending([agent], lambda: self.record().rows)
+            with open(hangs, "w"):
+                pass
+            told = lambda: "it does not answer" in tool.log  # noqa: E731
+            self.keep_sending([agent], told)
+            rows = len(self.record().rows)
+            seen = support.nodes(tool.page)[0]["age"]
+            self.assertLess(seen, 3)  # the page is live
+            os.unlink(hangs)
+            self.keep_sending([agent], lambda: "again" in tool.log)
+            self.keep_sending([agent], lambda: len(self.record().rows) > rows + 1)
+            self.assertEqual(tool.log.count("cannot record"), 1)
+        self.assertLess(self.longest_hole(), 3)
+
+    @support.slow("ten masters")
+    def test_ten_masters_record_one_job_in_one_folder_without_a_broken_line(self):
+        with contextlib.ExitStack() as stack:
+            tools = [stack.enter_context(self.master()) for _ in range(10)]
+            agents = [stack.enter_context(PlainAgent(tool.port)) for tool in tools]
+
+            def all_have_rows():
+                files = master.list_files(self.folder)
+                rows = [master.read_file(file.path).count(b'"row"') for file in files]
+                return len(rows) == 10 and min(rows) >= 3
+
+            self.keep_sending(agents, all_have_rows)
+            for agent in agents:
+                agent.send({"bye": "finished"})
+            packed = lambda: all(  # noqa: E731
+                file.is_packed for file in master.list_files(self.folder)
+            )
+            eventually(packed, 60)
+        for file in master.list_files(self.folder):
+            lines = master.read_file(file.path).split(b"\n")
+            self.assertEqual(lines.pop(), b"")
+            found = list(master.read_lines(b"\n".join(lines)))
+            self.assertEqual(len(found), len(lines))
+        record = self.record()
+        self.assertEqual(sorted(record.nodes), ["c%d" % n for n in range(10)])
+        self.assertTrue(record.has_ended)
+        self.assertTrue(os.path.exists(master.report_path(self.folder, "4711")))
+        names = os.listdir(self.folder)
+        self.assertEqual([name for name in names if ".new" in name], [])
+
     def test_nothing_is_recorded_unless_jobs_are_watched_or_it_is_asked_for(self):
         done = support.run("master_server.py", "--record", "x", "--no-record")
         self.assertEqual(done.returncode, 2)

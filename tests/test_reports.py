@@ -297,6 +297,20 @@ class Axes(unittest.TestCase):
                 self.assertTrue(2 <= len(marks) <= 8, marks)
                 self.assertEqual(len({text for _, text in marks}), len(marks), marks)
 
+    def test_times_since_a_start_are_told_as_exactly_as_their_marks_need_it(self):
+        for seconds, first, last in (
+            (40, "10 s", "40 s"),
+            (100, "15 s", "1:30 min"),
+            (3600, "10 min", "1:00 h"),
+            (2 * 3600, "30 min", "2:00 h"),
+            (30 * 3600, "6 h", "30 h"),
+            (9 * 86400, "2 d", "8 d"),
+        ):
+            texts = [text for _, text in master.Axis(0, seconds, False).marks()]
+            with self.subTest(seconds):
+                self.assertEqual([texts[1], texts[-1]], [first, last])
+                self.assertEqual(texts[0], "start")
+
     def test_a_value_axis_ends_at_a_round_value_at_or_above_the_most(self):
         for most in (1e-9, 0.3, 1, 7, 99, 1023, 1025, 3e9, 7.7e13):
             for key in ("job_mem", "load1", "net_rx"):
@@ -380,6 +394,15 @@ class Lists(unittest.TestCase):
         self.assertIn("Nodes 2 2 the same", text)
         self.assertIn('class="other"', page)
         self.assertIn(">start</text>", page)
+        self.assertRegex(text, r"Job CPU A \d.* %, mean .* %; B \d.* %, mean")
+        self.assertIn('<a href="record/12">Job 12 train</a>', page)
+
+    def test_of_what_is_known_of_one_job_alone_it_is_said_of_which(self):
+        for row in self.records[0].rows:
+            del row.values["gpu"]
+        page = render("/compare", *self.records, a="9", b="10")
+        self.assertRegex(words(page), r"GPU B \d")
+        self.assertNotRegex(words(page), r"GPU A \d")
 
     def test_a_list_of_jobs_as_text_has_a_line_each(self):
         lines = master.render_jobs_text(
@@ -472,7 +495,8 @@ class Runs(unittest.TestCase):
         runs = tasks(1) + [dict(a_run(1, 1e9, 5), job="6", array="6", job_name="other")]
         text = words(self.page(runs, array="5"))
         self.assertIn("1000 runs: 992 completed, 8 failed", text)
-        self.assertIn("would have sufficed for", text)
+        self.assertIn("M: would have sufficed for", text)
+        self.assertIn("The last 500 of these jobs", text)
         self.assertIn("1 runs", words(self.page(runs, name="other")))
         self.assertEqual(self.page(runs, name="none"), "")
         self.assertEqual(self.page(runs), "")
