@@ -568,7 +568,7 @@ class Jobs(Watched):
         eventually(lambda: (job, "c1") in self.rows(), 30)
         ended = eventually(lambda: self.jobs()[job]["exit"] and self.jobs()[job], 150)
         self.assertEqual(ended["state"], "TIMEOUT")
-        self.assertEqual(self.ended_as(job), "TIMEOUT 0:0")
+        self.assertRegex(self.ended_as(job), "TIMEOUT")
         self.assertTrue(60 <= ended["end"] - ended["start"] < 150)
 
     def test_the_cpu_time_of_a_job_is_what_the_kernel_counted(self):
