@@ -2938,6 +2938,7 @@ QUESTION_SECONDS = 25.0  # for one run of squeue, scontrol or sacct
 YOUNG_SECONDS = 20.0  # a job younger than this is not attached to
 MAX_ATTACHED = 30  # jobs with a step of ours at once
 MAX_STEPS = 3  # tries of a job: rungs of the ladder, or steps that ended
+MAX_SINGLE_STEPS = 16  # of a job at once, where each of its nodes needs one of its own
 LAST_RUNG = 2  # 0: one step for all nodes, 1: one step a node, 2: without GPUs
 RETRY_SECONDS = 300.0  # after the last rung
 ATTACH_SECONDS = 20.0  # for a step's first line, and at least ...
@@ -3744,8 +3745,7 @@ class Herd:
             "directory": parse_job_directory(text),
         }
         job.tries += 1
-        groups = [[node] for node in nodes] if job.rung == 1 else [nodes]
-        for number, group in enumerate(groups):
+        for number, group in enumerate(self.groups(job, nodes)):
             key = "%s.%d-%d" % (job.facts["raw"], job.tries, number)
             command = self.step_command(job, group, facts)
             try:
@@ -3754,6 +3754,18 @@ class Herd:
             except OSError as error:
                 self.say("job %s: srun: %s" % (job.name, error.strerror))
                 job.attach_at = time.monotonic() + RETRY_SECONDS
+
+    def groups(self, job: Job, nodes: List[str]) -> List[List[str]]:
+        """Return the nodes of each step of the job's rung: no srun for each of a hundred."""
+        if job.rung != 1:
+            return [nodes]
+        left = nodes[MAX_SINGLE_STEPS:]
+        if left:
+            self.say(
+                "job %s: only one step a node works, so %d of its %d nodes are not watched: "
+                "from %s on" % (job.name, len(left), len(nodes), left[0])
+            )
+        return [[node] for node in nodes[:MAX_SINGLE_STEPS]]
 
     def step_command(
         self, job: Job, nodes: List[str], facts: Dict[str, Any]
