@@ -66,7 +66,7 @@ printf 'modules loaded> '
 CPUS = "24"  # what a node claims to have: room for forty jobs at once on two of them
 SHARES = 20480  # of the CPU, cpu.shares: twenty times what a group has otherwise
 TOLD = 5  # seconds from a job's end until it is told
-FREE = 1.5  # times its CPU time that work may take on a machine that is free
+FREE = 1.2  # times its CPU time that work may take on a machine that is free
 WORK_SECONDS = 0.02  # of CPU, by which that is measured ...
 REST_SECONDS = 0.25  # ... and what passes between two measurements
 # times a bound until a test gives up: then it tells by how much it was missed
