@@ -4082,7 +4082,9 @@ class Relay:
         """Act on one line of the herd; those before its greeting are a login shell's."""
         if not self.greeted:
             self.greeted = line == GREETING
-            if line.strip() and not self.greeted:
+            if self.greeted:
+                self.before = ""
+            elif line.strip():
                 self.before = line.decode("utf-8", "replace").strip()[:TEXT_BYTES]
             return
         kind, _, text = line.partition(b" ")
@@ -4241,8 +4243,12 @@ class Relay:
                 words = (words + read_pipe(herd.stderr))[-FILE_BYTES:]
                 if ready[herd.stderr.fileno()] & select.POLLHUP:
                     poll.unregister(herd.stderr.fileno())
-            if herd.stdout.fileno() in ready and not self.read_herd(herd):
-                break
+            if herd.stdout.fileno() in ready:
+                was_greeted = self.greeted
+                if not self.read_herd(herd):
+                    break
+                if self.greeted and not was_greeted:
+                    words = b""  # a banner of sshd's is no reason for an end
             self.pass_facts()
         self.end_herd(herd)
         words += read_pipe(herd.stderr)

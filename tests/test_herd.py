@@ -126,6 +126,7 @@ SSH = """\
 #!/bin/sh
 for command; do :; done
 echo "Welcome to the cluster"
+echo "Welcome, says the banner" >&2
 echo "= Welcome, no JSON"
 echo "@ ghost.1-0.0 {\\"cpu\\": 1, \\"ram\\": 1, \\"node\\": \\"ghost\\"}"
 echo "! Welcome again"
@@ -691,6 +692,8 @@ class LoginShells(Watching):
         os.chmod(ssh, stat.S_IRWXU)
         watcher = self.watch("--ssh", "login")
         eventually(lambda: self.rows() == [("c1", "7")])
+        os.kill(herd_of(watcher), signal.SIGKILL)
+        watcher.logged("the herd ended: trying again until it answers", BUSY)
         self.assertNotIn("Welcome", watcher.log)
         self.assertNotIn("ghost", watcher.log)
 

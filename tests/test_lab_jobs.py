@@ -428,6 +428,7 @@ class Jobs(Watched):
                     10, "stopped: no process is left", lambda: not self.left_of_ours()
                 )
                 self.within(10, "stopped: no step is left", lambda: self.steps() == 0)
+                self.assertNotIn("This system is monitored", master.log)
         self.assertEqual(LAB.queue(), {job: "RUNNING"})
 
     def test_where_the_cluster_has_no_python_but_the_oldest(self):
