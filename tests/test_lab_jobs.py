@@ -592,10 +592,10 @@ class Jobs(Watched):
                     return time.monotonic() - row["age"], usage(), row["job_cpu"]
 
         def ratio():
-            """What the page told of 20 s, to what the kernel counted meanwhile."""
+            """What the page told of 40 s, to what the kernel counted meanwhile."""
             begin, before, _ = last, _, _ = fresh()
             told = 0.0
-            while last - begin < 20:
+            while last - begin < 40:
                 now, spent, share = fresh()
                 if now - last > 1:  # another one
                     told += share / 100 * 2 * (now - last)  # of two CPUs
