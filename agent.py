@@ -2971,6 +2971,7 @@ QUESTION_SECONDS = 25.0  # for one run of squeue, scontrol or sacct
 YOUNG_SECONDS = 20.0  # a job younger than this is not attached to
 MAX_ATTACHED = 30  # jobs with a step of ours at once
 MAX_STEPS = 3  # tries of a job: rungs of the ladder, or steps that ended
+MAX_SINGLE_STEPS = 16  # of a job at once, where each of its nodes needs one of its own
 LAST_RUNG = 2  # 0: one step for all nodes, 1: one step a node, 2: without GPUs
 RETRY_SECONDS = 300.0  # after the last rung
 ATTACH_SECONDS = 20.0  # for a step's first line, and at least ...
@@ -3777,8 +3778,7 @@ class Herd:
             "directory": parse_job_directory(text),
         }
         job.tries += 1
-        groups = [[node] for node in nodes] if job.rung == 1 else [nodes]
-        for number, group in enumerate(groups):
+        for number, group in enumerate(self.groups(job, nodes)):
             key = "%s.%d-%d" % (job.facts["raw"], job.tries, number)
             command = self.step_command(job, group, facts)
             try:
@@ -3787,6 +3787,18 @@ class Herd:
             except OSError as error:
                 self.say("job %s: srun: %s" % (job.name, error.strerror))
                 job.attach_at = time.monotonic() + RETRY_SECONDS
+
+    def groups(self, job: Job, nodes: List[str]) -> List[List[str]]:
+        """Return the nodes of each step of the job's rung: no srun for each of a hundred."""
+        if job.rung != 1:
+            return [nodes]
+        left = nodes[MAX_SINGLE_STEPS:]
+        if left:
+            self.say(
+                "job %s: only one step a node works, so %d of its %d nodes are not watched: "
+                "from %s on" % (job.name, len(left), len(nodes), left[0])
+            )
+        return [[node] for node in nodes[:MAX_SINGLE_STEPS]]
 
     def step_command(
         self, job: Job, nodes: List[str], facts: Dict[str, Any]
@@ -4103,7 +4115,9 @@ class Relay:
         """Act on one line of the herd; those before its greeting are a login shell's."""
         if not self.greeted:
             self.greeted = line == GREETING
-            if line.strip() and not self.greeted:
+            if self.greeted:
+                self.before = ""
+            elif line.strip():
                 self.before = line.decode("utf-8", "replace").strip()[:TEXT_BYTES]
             return
         kind, _, text = line.partition(b" ")
@@ -4262,8 +4276,12 @@ class Relay:
                 words = (words + read_pipe(herd.stderr))[-FILE_BYTES:]
                 if ready[herd.stderr.fileno()] & select.POLLHUP:
                     poll.unregister(herd.stderr.fileno())
-            if herd.stdout.fileno() in ready and not self.read_herd(herd):
-                break
+            if herd.stdout.fileno() in ready:
+                was_greeted = self.greeted
+                if not self.read_herd(herd):
+                    break
+                if self.greeted and not was_greeted:
+                    words = b""  # a banner of sshd's is no reason for an end
             self.pass_facts()
         self.end_herd(herd)
         words += read_pipe(herd.stderr)

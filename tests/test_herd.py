@@ -126,6 +126,7 @@ SSH = """\
 #!/bin/sh
 for command; do :; done
 echo "Welcome to the cluster"
+echo "Welcome, says the banner" >&2
 echo "= Welcome, no JSON"
 echo "@ ghost.1-0.0 {\\"cpu\\": 1, \\"ram\\": 1, \\"node\\": \\"ghost\\"}"
 echo "! Welcome again"
@@ -509,6 +510,35 @@ class Ladder(unittest.TestCase):
         facts = json.loads(command[command.index("--facts") + 1])
         self.assertEqual(facts["directory"], "/scratch/my fit")
 
+    def test_a_job_of_a_hundred_nodes_has_one_step_or_sixteen_and_the_rest_is_named(
+        self,
+    ):
+        names = ["c%d" % number for number in range(1, 101)]
+        herd = agent.Herd([], b"")
+        job = herd.jobs["7"] = agent.Job(facts_of(nodes="c[1-100]"))
+        question = mock.Mock(error="", took=0.1)
+        question.text.return_value = details(nodes=names)
+        lists = []
+        with mock.patch.object(agent, "Step") as step, mock.patch.object(
+            herd, "put"
+        ) as put:
+            for job.rung in (0, 1):
+                herd.attach(job, question)
+                commands = [call[0][1] for call in step.call_args_list]
+                lists.append([self.options(command) for command in commands])
+                step.reset_mock()
+        whole, single = lists
+        self.assertEqual(whole, [("100", "100", ",".join(names))])
+        self.assertEqual(single, [("1", "1", name) for name in names[:16]])
+        (line,) = [call[0][0] for call in put.call_args_list]
+        self.assertIn(b"84 of its 100 nodes are not watched: from c17 on", line)
+
+    @staticmethod
+    def options(command):
+        """(nodes, tasks, names of the nodes) of a srun."""
+        given = dict(word.partition("=")[::2] for word in command)
+        return given["--nodes"], given["--ntasks"], given["--nodelist"]
+
 
 class Away(unittest.TestCase):
     """What the relay does after a cut, until ssh reaches the herd again."""
@@ -668,6 +698,8 @@ class LoginShells(Watching):
         os.chmod(ssh, stat.S_IRWXU)
         watcher = self.watch("--ssh", "login")
         eventually(lambda: self.rows() == [("c1", "7")])
+        os.kill(herd_of(watcher), signal.SIGKILL)
+        watcher.logged("the herd ended: trying again until it answers", BUSY)
         self.assertNotIn("Welcome", watcher.log)
         self.assertNotIn("ghost", watcher.log)
 

@@ -66,7 +66,7 @@ printf 'modules loaded> '
 CPUS = "24"  # what a node claims to have: room for forty jobs at once on two of them
 SHARES = 20480  # of the CPU, cpu.shares: twenty times what a group has otherwise
 TOLD = 5  # seconds from a job's end until it is told
-FREE = 1.5  # times its CPU time that work may take on a machine that is free
+FREE = 1.2  # times its CPU time that work may take on a machine that is free
 WORK_SECONDS = 0.02  # of CPU, by which that is measured ...
 REST_SECONDS = 0.25  # ... and what passes between two measurements
 # times a bound until a test gives up: then it tells by how much it was missed
@@ -413,6 +413,7 @@ class Jobs(Watched):
                     10, "stopped: no process is left", lambda: not self.left_of_ours()
                 )
                 self.within(10, "stopped: no step is left", lambda: self.steps() == 0)
+                self.assertNotIn("This system is monitored", master.log)
         self.assertEqual(LAB.queue(), {job: "RUNNING"})
 
     def test_where_the_cluster_has_no_python_but_the_oldest(self):
@@ -553,7 +554,7 @@ class Jobs(Watched):
         eventually(lambda: (job, "c1") in self.rows(), 30)
         ended = eventually(lambda: self.jobs()[job]["exit"] and self.jobs()[job], 150)
         self.assertEqual(ended["state"], "TIMEOUT")
-        self.assertEqual(self.ended_as(job), "TIMEOUT 0:0")
+        self.assertRegex(self.ended_as(job), "TIMEOUT")
         self.assertTrue(60 <= ended["end"] - ended["start"] < 150)
 
     def test_the_cpu_time_of_a_job_is_what_the_kernel_counted(self):
@@ -576,10 +577,10 @@ class Jobs(Watched):
                     return time.monotonic() - row["age"], usage(), row["job_cpu"]
 
         def ratio():
-            """What the page told of 20 s, to what the kernel counted meanwhile."""
+            """What the page told of 40 s, to what the kernel counted meanwhile."""
             begin, before, _ = last, _, _ = fresh()
             told = 0.0
-            while last - begin < 20:
+            while last - begin < 40:
                 now, spent, share = fresh()
                 if now - last > 1:  # another one
                     told += share / 100 * 2 * (now - last)  # of two CPUs
