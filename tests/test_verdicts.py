@@ -2017,6 +2017,11 @@ WORDS = (
     (crowd(8), crowd(7), r"^! \d threads take turns"),
     (few(13.1), few(13.2), r"^\. at most 2 of 16 CPUs"),
     (
+        few(12.5, ranks=[rank(0, 20.1, "0-15"), rank(1, 20.1, "0-15")]),
+        few(12.5, ranks=[rank(0, 20.0, "0-15"), rank(1, 20.0, "0-15")]),
+        "--ntasks=2$",
+    ),
+    (
         crowd(8),
         job(node(ranks=[rank(0, running=8, program="make")], psi_cpu=90.0)),
         r"^! \d threads take turns",
