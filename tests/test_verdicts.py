@@ -1758,6 +1758,10 @@ EDGES = {
         ),
         (all_idle(300), all_idle(280)),
         (
+            job(node(gpus=[gpu(0), dict(unused(1), gpu=1.0)], gpu=45, gpu_min=1)),
+            job(node(gpus=[gpu(0), dict(unused(1), gpu=1.1)], gpu=45, gpu_min=1)),
+        ),
+        (
             all_idle(300, job_read=flat(1e5, 900)),
             all_idle(300, job_read=flat(1.1e5, 900)),
         ),
