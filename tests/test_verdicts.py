@@ -1758,6 +1758,10 @@ EDGES = {
         ),
         (all_idle(300), all_idle(280)),
         (
+            job(node(gpus=[gpu(0), dict(unused(1), gpu=1.0)], gpu=45, gpu_min=1)),
+            job(node(gpus=[gpu(0), dict(unused(1), gpu=1.1)], gpu=45, gpu_min=1)),
+        ),
+        (
             all_idle(300, job_read=flat(1e5, 900)),
             all_idle(300, job_read=flat(1.1e5, 900)),
         ),
@@ -2015,6 +2019,12 @@ EDGES = {
 WORDS = (
     (grown(0.951 * 2, 2), grown(0.95 * 2, 2), r"^! memory of c1 is nearly full"),
     (crowd(8), crowd(7), r"^! \d threads take turns"),
+    (few(13.1), few(13.2), r"^\. at most 2 of 16 CPUs"),
+    (
+        few(12.5, ranks=[rank(0, 20.1, "0-15"), rank(1, 20.1, "0-15")]),
+        few(12.5, ranks=[rank(0, 20.0, "0-15"), rank(1, 20.0, "0-15")]),
+        "--ntasks=2$",
+    ),
     (
         crowd(8),
         job(node(ranks=[rank(0, running=8, program="make")], psi_cpu=90.0)),
@@ -2413,6 +2423,10 @@ class Bounds(unittest.TestCase):
             older = long_ago(node("c1", job_mem=flat(GB, 60)), ago)
             evidence = job(older, node("c2"), start=NOW - 300)
             self.assertEqual(len(master_server.Case(evidence).nodes), count)
+        for ago, points in ((310.0, 2), (311.0, 1)):
+            known = node("c1", job_cpu=[(NOW - ago, 1.0), (NOW, 1.0)])
+            case = master_server.Case(job(known, start=NOW - 300))
+            self.assertEqual(len(case.nodes[0].curves["job_cpu"]), points)
         never = job(node("c1")._replace(curves={}), node("c2"), start=NOW - 300)
         self.assertEqual(len(master_server.Case(never).nodes), 2)
         waits = job(long_ago(node("c1"), 900), state="PENDING", start=NOW - 300)
