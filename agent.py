@@ -162,21 +162,32 @@ LUSTRE_BYTES = r"^%s\s+\d+ samples \[bytes\] \d+ \d+ (\d+)"
 TEXT_BYTES = 255  # the most that the master takes of a text
 
 
+def find_line(text: str, name: str) -> int:
+    """Return where the line is that begins with the name, -1 without one."""
+    at = text.find("\n" + name) + 1
+    if at or text.startswith(name):
+        return at
+    return -1
+
+
+def number_at(text: str, start: int) -> int:
+    """Return the number that is next there."""
+    return int(text[start : start + 30].split(None, 1)[0])
+
+
 def number(text: str, name: str) -> int:
     """Return the number behind the name that begins a line; ValueError names what is missing."""
-    at = 0
-    if not text.startswith(name):
-        at = text.find("\n" + name) + 1
-        if at == 0:
-            raise ValueError("there is no line %r" % name.strip())
-    start = at + len(name)
-    return int(text[start : start + 30].split(None, 1)[0])
+    at = find_line(text, name)
+    if at < 0:
+        raise ValueError("there is no line %r" % name.strip())
+    return number_at(text, at + len(name))
 
 
 def number_or(text: str, name: str, default: int) -> int:
     """Return the number behind the name that begins a line, or the default without one."""
-    if "\n" + name in text or text.startswith(name):
-        return number(text, name)
+    at = find_line(text, name)
+    if at >= 0:
+        return number_at(text, at + len(name))
     return default
 
 
@@ -200,14 +211,13 @@ def parse_meminfo(text: str) -> Tuple[int, ...]:
     """
     # MemTotal:       24684096 kB
     total = number(text, "MemTotal:")
-    if "MemAvailable:" in text:
-        available = number(text, "MemAvailable:")
-    else:
+    available = number_or(text, "MemAvailable:", -1)
+    if available < 0:
         available = available_before_3_14(text)
     if available > total:
         available = number(text, "MemFree:")
     swap = number_or(text, "SwapTotal:", 0)
-    unused = number_or(text, "SwapFree:", 0)
+    unused = number_or(text, "SwapFree:", 0) if swap else 0
     return total * 1024, available * 1024, swap * 1024, unused * 1024
 
 
@@ -2261,8 +2271,7 @@ class Link:
         except BlockingIOError:  # no answer yet
             answer = None
         if answer == b"ok\n" and self.answered and not self.half_line:
-            self.heard = time.monotonic()  # as nearly always: no news
-            self.ok_at = self.heard
+            self.heard = self.ok_at = time.monotonic()  # as nearly always: no news
             return
         if answer is not None:
             said = self.half_line + answer
@@ -2450,12 +2459,15 @@ class Report(Dict[str, Tuple[float, float, float]]):
         self.samples += 1
         self.seconds += seconds
         for key in REPORTED:
-            if key in sample:
-                value = float(sample[key])
-                known, mean, peak = self.get(key, (0.0, 0.0, 0.0))
-                mean += (value - mean) * seconds / (known + seconds)
-                self[key] = (known + seconds, mean, max(peak, value))
-                self.least[key] = min(self.least.get(key, value), value)
+            if key not in sample:
+                continue
+            value = float(sample[key])
+            known, mean, peak = self.get(key, (0.0, 0.0, 0.0))
+            known += seconds
+            mean += (value - mean) * seconds / known
+            self[key] = (known, mean, value if value > peak else peak)
+            if not value >= self.least.get(key, math.inf):
+                self.least[key] = value
 
     def lines(self, last: Sample, ended: str = "") -> Iterable[str]:
         """Yield the report for people, a line a subject; last is the last sample."""
@@ -2823,14 +2835,16 @@ class Agent:
     def wait(self, until: float) -> None:
         """Sleep until then, or until something happens, and act on what has happened."""
         ready = self.poll(until)
-        if self.awake in ready:
+        if not ready:
+            pass  # as nearly always: it is time for the next sample
+        elif self.awake in ready:
             os.read(self.awake, FILE_BYTES)
         elif self.args.lifeline and 0 in ready:
             if not os.read(0, FILE_BYTES):
                 self.ending = "no longer watched"
         elif 1 in ready:
             self.ending = "finished"  # who read our stdout has gone
-        elif ready:
+        else:
             self.link.exchange()
         if self.signals:
             self.handle_signals()
