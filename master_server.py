@@ -8107,6 +8107,7 @@ SCALES = {  # larger units of a unit, the smallest first
 }
 FRACTIONS = ("load1",)  # numbers without a unit that are no counts
 SMALL = ("nfs_rtt",)  # numbers that are thousandths of their unit
+SMALL_TOP = 0.01  # the least upper end of their graphs
 MAX_DIGITS = 8  # of a number; a longer one is no machine's, and is written as 1e+99
 
 
@@ -9354,9 +9355,8 @@ class Page:
     def empty(self) -> Html:
         """What to do as long as there is no agent."""
         options = self.site.options
-        if getattr(options, "my_jobs", None) is not None or getattr(
-            options, "ssh", None
-        ):
+        my_jobs = getattr(options, "my_jobs", None)
+        if my_jobs is not None or getattr(options, "ssh", None):
             return fill(NO_RUNNING_JOB_HTML)
         host = options.host
         if host in ("0.0.0.0", "::", ""):
@@ -9619,7 +9619,7 @@ class Page:
         rows = [other for other in self.view.nodes if other["job"] == row["job"]]
         if not row["job"] or len(rows) > SCALED_NODES:
             rows = [row]
-        known = [1.0]
+        known = [SMALL_TOP if key in SMALL else 1.0]
         for other in rows:
             known += self.site.series(other, key, points, 1)
         return max(value for value in known if value == value)
