@@ -8831,6 +8831,7 @@ SCALES = {  # larger units of a unit, the smallest first
 }
 FRACTIONS = ("load1",)  # numbers without a unit that are no counts
 SMALL = ("nfs_rtt",)  # numbers that are thousandths of their unit
+SMALL_TOP = 0.01  # the least upper end of their graphs
 MAX_DIGITS = 8  # of a number; a longer one is no machine's, and is written as 1e+99
 
 
@@ -10348,7 +10349,7 @@ class Page:
         rows = [other for other in self.view.nodes if other["job"] == row["job"]]
         if not row["job"] or len(rows) > SCALED_NODES:
             rows = [row]
-        known = [1.0]
+        known = [SMALL_TOP if key in SMALL else 1.0]
         for other in rows:
             known += self.site.series(other, key, points, 1)
         return max(value for value in known if value == value)

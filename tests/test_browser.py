@@ -303,6 +303,18 @@ class FortyNodes(InBrowser):
         self.assertEqual(self.browser.run("return getSelection().toString()"), "11")
         self.assertSamePage()
 
+    def test_what_is_in_sight_stays_in_its_place_when_what_is_above_it_changes(self):
+        self.open()
+        self.browser.run(
+            "document.querySelector('header').style.paddingBottom = '150px';"
+            "document.getElementById('nodes').scrollIntoView()"
+        )
+        find = "return Math.round(document.getElementById('nodes').getBoundingClientRect().top)"
+        before = self.browser.run(find)
+        padded = "return document.querySelector('header').style.length"
+        eventually(lambda: not self.browser.run(padded), 20)
+        self.assertLess(abs(self.browser.run(find) - before), 3)
+
     def test_nothing_is_asked_while_the_tab_is_hidden(self):
         count = "return performance.getEntriesByType('resource').length"
         self.browser.run(
@@ -351,6 +363,17 @@ class FortyNodes(InBrowser):
                         "return document.querySelector('h1').getBoundingClientRect().width > 100"
                     )
                 )
+
+    def test_on_a_phone_the_headings_of_jobs_are_in_sight(self):
+        self.open()
+        for width in (320, 400):
+            self.browser.show_as(width, 700)
+            right = self.browser.run(
+                "return Math.max(...[...document.querySelectorAll('.job div')].map("
+                "each => each.getBoundingClientRect().right))"
+            )
+            self.assertLessEqual(right, width)
+        self.browser.show_as(1280, 800)
 
     def test_at_320_points_name_cpu_and_ram_are_in_sight(self):
         self.browser.show_as(320, 640)
