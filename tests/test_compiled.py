@@ -100,7 +100,7 @@ class Compiled(unittest.TestCase):
 
     def test_what_roles_start_from_is_bytecode_where_no_other_tool_is_beside_it(self):
         path = os.path.join(support.ROOT, "master_server.py")
-        is_own = support.PYTHON == sys.executable
+        is_own = sys.executable == support.PYTHON
         self.assertEqual(support._ready(path, ("--port", 0)).endswith(".pyc"), is_own)
         for flags, more in (
             (("--with-agent",), {}),
