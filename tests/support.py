@@ -35,6 +35,7 @@ import importlib.util
 import json
 import os
 import pickle
+import py_compile
 import re
 import shutil
 import signal
@@ -459,8 +460,23 @@ import multiprocessing, runpy, sys
 if __name__ == "__main__":
     multiprocessing.set_start_method(sys.argv.pop(1))
     sys.argv[0] = %r
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    runpy.run_path(%r, run_name="__main__")
 """
+
+
+def _ready(path, flags, python=None, as_typed=False, **_):
+    """What each process of a start method runs, and would compile: the file, or its bytecode.
+
+    The bytecode is this Python's, and has no other tool beside it.
+    """
+    is_alone = not any(flag in flags for flag in ("--with-agent", "--my-jobs", "--ssh"))
+    if as_typed or not (COMPILED and is_alone) or (python or PYTHON) != sys.executable:
+        return path
+    name = "%s-%s.pyc" % (path.replace("/", "+"), sys.implementation.cache_tag)
+    ready = os.path.join(code_folder(), name)
+    if not os.path.exists(ready):
+        py_compile.compile(path, ready, doraise=True)
+    return ready
 
 
 def with_constants(tool, **constants):
@@ -495,7 +511,7 @@ def start_master(*flags, patch="", method="", constants=None, **more):
     if patch:
         argv = ["-c", PATCHED % (ROOT, patch)]
     elif method:
-        argv = ["-c", _BY_METHOD % path, method]
+        argv = ["-S", "-c", _BY_METHOD % (path, _ready(path, flags, **more)), method]
     for flag in ("--port", "--dashboard-port"):
         argv += [] if flag in flags else [flag, "0"]
     is_watching = {"--my-jobs", "--ssh"} & set(flags)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import tempfile
 import unittest
 
@@ -67,6 +68,20 @@ class Compiled(unittest.TestCase):
         self.assertIn(self.path, done.stdout)
         self.assertEqual(len(os.listdir(self.kept)), 1)
 
+    def test_statements_that_compile_the_text_of_a_tool_have_what_is_kept(self):
+        """As those do with which the agent starts once more; of another text there is none."""
+        self.write("print('kept')")
+        statements = "import sys; exec(compile({}, sys.argv[1], 'exec'))"
+        own = statements.format("open(sys.argv[1], 'rb').read()")
+        for text, said, kept in (
+            (statements.format("b'print(1)'"), "1", 0),
+            (own, "kept", 1),
+        ):
+            with self.subTest(text):
+                done = self.run_compiled("-c", text, self.path)
+                self.assertEqual((done.stdout, done.stderr), (said + "\n", ""))
+                self.assertEqual(len(os.listdir(self.kept)), kept)
+
     def test_without_a_folder_that_can_be_written_it_runs_as_well(self):
         os.rmdir(self.kept)
         self.assertEqual(self.run_compiled(self.path).returncode, 7)
@@ -82,6 +97,17 @@ class Compiled(unittest.TestCase):
                 command = support.command_of(words)
                 self.assertEqual(COMPILED in command, is_compiled)
                 self.assertNotIn(COMPILED, support.command_of(words, as_typed=True))
+
+    def test_what_roles_start_from_is_bytecode_where_no_other_tool_is_beside_it(self):
+        path = os.path.join(support.ROOT, "master_server.py")
+        is_own = sys.executable == support.PYTHON
+        self.assertEqual(support._ready(path, ("--port", 0)).endswith(".pyc"), is_own)
+        for flags, more in (
+            (("--with-agent",), {}),
+            ((), {"as_typed": True}),
+            ((), {"python": "/another/python3"}),
+        ):
+            self.assertEqual(support._ready(path, flags, **more), path)
 
 
 class AsTyped(unittest.TestCase):

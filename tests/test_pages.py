@@ -3,6 +3,7 @@
 import array
 import base64
 import csv
+import functools
 import hashlib
 import html
 import html.parser
@@ -406,7 +407,14 @@ class Sentence(unittest.TestCase):
 
 
 class Html(unittest.TestCase):
-    def pages(self):
+    @classmethod
+    @functools.lru_cache()
+    def outlines(cls):
+        """Those of the pages: each is made and read once for all tests."""
+        return [Outline(page) for page in cls.pages()]
+
+    @staticmethod
+    def pages():
         rows = [
             node(
                 n,
@@ -443,8 +451,7 @@ class Html(unittest.TestCase):
                 yield render("/node/", snapshot, node=name)
 
     def test_no_text_of_a_peer_becomes_markup_on_any_page(self):
-        for page in self.pages():
-            outline = Outline(page)
+        for outline in self.outlines():
             self.assertEqual(len(outline.all("script")), 1)
             self.assertFalse(
                 {"img", "iframe", "object"} & {tag for tag, _ in outline.elements}
@@ -477,8 +484,8 @@ class Html(unittest.TestCase):
         self.assertEqual(page.count("<caption>"), 4)
 
     def test_links_lead_nowhere_else_whatever_a_node_is_called(self):
-        for page in self.pages():
-            for tag, attributes in Outline(page).elements:
+        for outline in self.outlines():
+            for tag, attributes in outline.elements:
                 for name in ("href", "src", "action"):
                     if name in attributes:
                         self.assertRegex(
@@ -488,10 +495,10 @@ class Html(unittest.TestCase):
                         )
 
     def test_ids_are_unique_on_a_page(self):
-        for page in self.pages():
+        for outline in self.outlines():
             ids = [
                 attributes["id"]
-                for _, attributes in Outline(page).elements
+                for _, attributes in outline.elements
                 if "id" in attributes
             ]
             self.assertEqual(
