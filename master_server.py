@@ -78,6 +78,7 @@ import signal
 import socket
 import struct
 import subprocess
+import tempfile
 import threading
 import time
 import unicodedata
@@ -8662,7 +8663,7 @@ BREAKABLE = "t"  # anywhere, when there is little room
 SHORT = "g"  # some words, in more than one line when there is little room
 UNKNOWN_CELL = "u"  # beside one of the others
 CARD_TABLES = ("jobs", "ended", "verdicts", "events", "lost", "finished")
-SELF_EVIDENT = "severity job job_name user state time kind node text what".split()
+SELF_EVIDENT = "severity job job_name user state time when kind node text what".split()
 RECENT_POINTS = 30  # of a curve in a table
 RECENT_STEP = 5  # every fifth tick: the last five minutes
 SIGNS = {"died": "\u2716", "problem": "\u26a0", "advice": "\u2022", "fine": "\u2713"}
@@ -9866,7 +9867,31 @@ svg text {
   stroke: none;
 }
 #jobs .w {
-  min-width: 18rem;
+  min-width: 16rem;
+}
+#jobs td:not(.w) {
+  white-space: nowrap;
+}
+#jobs .t {
+  min-width: 0;
+}
+@media (max-width: 1500px) {
+  #jobs .w {
+    min-width: 14rem;
+  }
+  #jobs td,
+  #jobs th {
+    padding: 0.18rem 0.35rem;
+  }
+}
+@media (max-width: 1150px) {
+  #jobs .w {
+    min-width: 0;
+    width: 100%;
+  }
+  #jobs .n .bar {
+    display: none;
+  }
 }
 .verdicts {
   list-style: none;
@@ -9957,7 +9982,8 @@ REPORT_HTML = """\
 </html>
 """
 REPORT_NAV_HTML = """
-    <nav aria-label="Pages"><a href="{root}./">Live</a> <a href="{root}jobs">All jobs</a></nav>"""
+    <nav aria-label="Pages"><a href="{root}./">All jobs and nodes</a>
+      <a href="{root}jobs">Jobs of the past</a></nav>"""
 PARAGRAPH_HTML = """
     <p>{text}</p>"""
 SECTION_HTML = """
@@ -9989,6 +10015,8 @@ DOWNLOAD_HTML = (
     '<a id="record" download="{name}" href="data:application/gzip;base64,{data}">'
     "The record itself</a>, as JSON lines in gzip. "
 )
+TIME_CELL_HTML = '<td class="{kind}" title="{title}">{text}</td>'
+BAD_TEXT_CELL_HTML = '<td class="w"><span class="bad">{text}</span></td>'
 JOBS_FORM_HTML = """
     <form role="search" action="jobs">
       <label>Filter <input type="search" name="q" value="{words}"></label>{selects}
@@ -10025,6 +10053,7 @@ MAP_LEVELS = 10  # shades
 MAX_MARKS = 40  # events in a chart
 MAX_ROWS = 500  # of a table in a report
 JOBS_PAGE = 200  # jobs on a page
+URGENT_SECONDS = 86400.0  # after its end a death is first in the list of jobs
 MIN_RUNS = 3  # that advice on many runs rests upon, at least
 SUFFICES = 0.995  # the share of runs that what is advised would have sufficed for
 RUNS_TIME_MARGIN = 1.2  # of the time that so many runs took
@@ -10407,32 +10436,170 @@ def render_date(when: Optional[float]) -> str:
     return time.strftime("%F %R", time.localtime(when))
 
 
+def short_date(when: float, now: float) -> str:
+    """A time as short as it is clear: 01:05 of today, 28 Nov 22:50, 2025-11-28."""
+    moment = time.localtime(when)
+    today = time.localtime(now)
+    if moment[:3] == today[:3]:
+        return time.strftime("%R", moment)
+    is_near = abs(when - now) < 300 * 86400
+    return time.strftime("%d %b %R" if is_near else "%F", moment)
+
+
+def moment_words(job: Message, now: float) -> Tuple[str, str]:
+    """When a job ended, started or may start: (short, and with all that there is to say)."""
+    prefix = "since "
+    when, words = job["start"], "started"
+    if job["state"] == "PENDING" and when:
+        prefix = "expected "
+        words = "expected to start"
+    elif job["state"] == "PENDING":
+        when, words = job["submit"], "submitted"
+    elif is_over_by_now(job):
+        prefix = ""
+        when, words = job["end"] or job["time"], "ended"
+    if not when:
+        return "-", ""
+    return prefix + short_date(when, now), "%s %s" % (words, render_date(when))
+
+
+def is_over_by_now(job: Message) -> bool:
+    """Whether a job has ended, as far as Slurm or its agents tell."""
+    return job["state"] in ENDED_STATES or bool(job["has_ended"])
+
+
+def draw_when(column: Column, row: Message, site: Site) -> Html:
+    """When a job ended, or since when it runs or waits."""
+    text, title = moment_words(row, time.time())
+    kind = UNKNOWN_CELL if text == "-" else LEFT
+    return fill(TIME_CELL_HTML, kind=kind, title=title, text=text)
+
+
+def draw_why(column: Column, row: Message, site: Site) -> Html:
+    """What is wrong with a job, how it died, or why there is no verdict on it."""
+    text = verdict_text(row)
+    if not text:
+        return fill(CELL_HTML, kind="w " + UNKNOWN_CELL, content="-")
+    if severity_of(row) in ("died", "problem"):
+        return fill(BAD_TEXT_CELL_HTML, text=text)
+    return fill(CELL_HTML, kind="w", content=text)
+
+
+def draw_state(column: Column, row: Message, site: Site) -> Html:
+    """A job's state in words."""
+    return fill(CELL_HTML, kind=LEFT, content=state_words(row["state"]))
+
+
+def state_words(state: Optional[str]) -> str:
+    """A state of Slurm's as people write it; of a job that only agents know of: unknown."""
+    return (state or "unknown").lower().replace("_", " ")
+
+
+def draw_clock(column: Column, row: Message, site: Site) -> Html:
+    """How long a job ran of its time limit, as the overview has it."""
+    text = clock_text(row["ran"], row["limit"]) if row["state"] != "PENDING" else None
+    if text is None and row["limit"]:
+        text = "limit " + render_clock(row["limit"])
+    return fill(CELL_HTML, kind=RIGHT if text else RIGHT_UNKNOWN, content=text or "-")
+
+
+def clock_text(ran: Optional[float], limit: Optional[float]) -> Optional[str]:
+    """7 min of 2:00 h; None when it has not run."""
+    if ran is None:
+        return None
+    text = render_clock(ran)
+    if not limit:
+        return text
+    whole = render_clock(limit)
+    if whole.endswith(" h"):  # one unit is enough for both
+        text = text.replace(" h", "")
+    return "%s of %s" % (text, whole)
+
+
+def draw_busy(column: Column, row: Message, site: Site) -> Html:
+    """How busy all CPUs or GPUs of a job were in the mean: 57 % of 128."""
+    busy = row[column.key]
+    count = row[column.key + "s"]
+    asked = render_value("nodes", count)
+    if busy is None:
+        text = "asked " + asked if count else "-"
+        return fill(CELL_HTML, kind=RIGHT_UNKNOWN, content=text)
+    text = "%.0f %%" % busy + (" of " + asked if count else "")
+    width = "%.1f" % min(busy, 100.0)
+    return fill(PERCENT_CELL_HTML, text=text, key=column.key, width=width)
+
+
+def draw_memory(column: Column, row: Message, site: Site) -> Html:
+    """The peak of the node with the most, of what that node has for the job."""
+    text = memory_text(row["peak"], row["mem_limit"] or row["mem"])
+    share = None
+    if row["peak"] and row["mem_limit"]:
+        share = 100 * row["peak"] / row["mem_limit"]
+    if share is None:
+        kind = RIGHT if row["peak"] else RIGHT_UNKNOWN
+        return fill(CELL_HTML, kind=kind, content=text or "-")
+    width = "%.1f" % min(share, 100.0)
+    return fill(PERCENT_CELL_HTML, text=text, key="job_ram", width=width)
+
+
+def memory_text(peak: Optional[float], limit: Optional[float]) -> str:
+    """67 of 128 GiB; "" when nothing is known."""
+    if peak is None:
+        return "asked " + short_size(limit) if limit else ""
+    if not limit:
+        return short_size(peak)
+    used, whole = short_size(peak), short_size(limit)
+    if used.split()[-1] == whole.split()[-1]:
+        used = used.split()[0]
+    return "%s of %s" % (used, whole)
+
+
+def short_size(size: float) -> str:
+    """A size with two or three digits: 16 GiB, 5.2 GiB."""
+    number, unit = render_value("mem", size).split()
+    if float(number) >= 10 or number.endswith(".0"):
+        number = "%.0f" % float(number)
+    return "%s %s" % (number, unit)
+
+
 def draw_record(column: Column, row: Message, site: Site) -> Html:
     """A job's id, a link to its report."""
     href = "record/" + urllib.parse.quote(row["job"], "")
     return fill(LINK_CELL_HTML, href=href, text=row["job"])
 
 
-def draw_worst(column: Column, row: Message, site: Site) -> Html:
-    """What is wrong with a job, or how it died."""
-    severity = severity_of(row)
-    kind = "bad" if severity in ("problem", "died") else ""
-    return fill(CELL_HTML, kind="w " + kind, content=verdict_words(row))
-
-
 def verdict_words(summary: Message) -> str:
     """The worst verdict on a job in a line."""
-    words = SEVERITY_WORDS[severity_of(summary)]
+    severity = severity_of(summary)
+    text = verdict_text(summary)
+    if not severity:
+        return text.capitalize()
+    words = SEVERITY_WORDS[severity]
+    return "%s: %s" % (words, text) if text else words
+
+
+NOT_SAID = ("fine", "Nothing is wrong")  # by a verdict that says no more than its severity
+
+
+def verdict_text(summary: Message) -> str:
+    """What the worst verdict on a job says, or why there is none; "" when all is said."""
     severity = severity_of(summary)
     for verdict in summary["verdicts"] or ():
-        if verdict.get("severity") == severity and verdict.get("what") != "fine":
-            return "%s: %s" % (words, verdict.get("what"))
+        if verdict.get("severity") == severity and verdict.get("what") not in NOT_SAID:
+            return str(verdict.get("what"))
     if severity == "died":
-        return "%s: %s" % (
-            words,
-            " ".join(filter(None, (summary["state"], summary["exit"]))),
-        )
-    return words
+        words = [state_words(summary["state"])]
+        if summary["exit"]:
+            words.append("exit code " + summary["exit"])
+        return ", ".join(words)
+    if severity:
+        return ""
+    if summary["state"] == "PENDING":
+        return remarks(summary)[0] if summary["reason"] else ""
+    return "nobody watched it" if is_over_by_now(summary) else "no verdict yet"
+
+
+RIGHT_UNKNOWN = RIGHT + " " + UNKNOWN_CELL
 
 
 def draw_text_as(key: str) -> Draw:
@@ -10440,7 +10607,8 @@ def draw_text_as(key: str) -> Draw:
 
     def draw(column: Column, row: Message, site: Site) -> Html:
         text = render_value(key, row.get(column.key))
-        return fill(CELL_HTML, kind=column.align, content=text)
+        kind = RIGHT_UNKNOWN if text == "-" else column.align
+        return fill(CELL_HTML, kind=kind, content=text)
 
     return draw
 
@@ -10453,7 +10621,7 @@ RECORD_COLUMNS = (
     Column("job_name", "Name"),
     Column("user", "User"),
     Column("state", "State"),
-    Column("severity", "Verdict", WRAPPED, draw_worst),
+    Column("severity", "Verdict", WRAPPED),
     Column("nodes", "Nodes", RIGHT),
     Column("cpus", "CPUs", RIGHT, AS_COUNT),
     Column("gpus", "GPUs", RIGHT, AS_COUNT),
@@ -10465,6 +10633,20 @@ RECORD_COLUMNS = (
     Column("mem", "Memory asked for", RIGHT),
     Column("start", "Started", LEFT, draw_date),
     Column("end", "Ended", LEFT, draw_date),
+)
+JOBS_COLUMNS = (  # of the page; what matters most is at the left
+    Column("severity", "Verdict", LEFT, draw_severity),
+    Column("job", "Job", LEFT, draw_record),
+    Column("job_name", "Name", BREAKABLE),
+    Column("user", "User"),
+    Column("state", "State", LEFT, draw_state),
+    Column("when", "When", LEFT, draw_when),
+    Column("text", "What", WRAPPED, draw_why),
+    Column("nodes", "Nodes", RIGHT),
+    Column("ran", "Time", RIGHT, draw_clock),
+    Column("cpu", "CPUs", RIGHT, draw_busy),
+    Column("gpu", "GPUs", RIGHT, draw_busy),
+    Column("peak", "Memory", RIGHT, draw_memory),
 )
 USE_COLUMNS = (
     Column("what", "What"),
@@ -10531,7 +10713,7 @@ def draw_table(
     known = [
         place
         for place, column in enumerate(columns)
-        if column.key in (always, "severity")
+        if column.key in (always, "severity", "job", "text")
         or any(row.get(column.key) is not None for row in rows)
     ]
     if headings is None:
@@ -10957,16 +11139,75 @@ def all_summaries(view: Snapshot, site: Site) -> List[Message]:
         told = {key: facts[key] for key in JOB_KEYS if facts[key] is not None}
         is_over = facts["state"] in ENDED_STATES
         jobs[facts["job"]] = dict(summary, has_ended=is_over, **told)
+        judged = judged_now(view, facts)
+        if judged and not (is_over and summary["verdicts"]):
+            jobs[facts["job"]]["verdicts"] = judged
+        if not is_over:
+            ran = run_time(facts, view.time)
+            jobs[facts["job"]]["ran"] = ran if facts["start"] else summary["ran"]
     for job in jobs.values():
         job["severity"] = severity_of(job) or None
+        job["when"] = moment_of(job)
     return list(jobs.values())
 
 
+def judged_now(view: Snapshot, facts: Message) -> Optional[List[Message]]:
+    """What the overview says of a job; None if nobody has judged it."""
+    verdicts = verdicts_of(view).get(facts["raw"])
+    if facts["state"] in ENDED_STATES or severity_among(verdicts) in NEEDS:
+        return verdicts
+    trouble = trouble_of_nodes(nodes_of_one(view, facts), True)
+    if trouble is None:
+        return verdicts
+    return [{"severity": trouble[0], "what": trouble[1]}] + (verdicts or [])
+
+
+def severity_among(verdicts: Optional[Sequence[Message]]) -> str:
+    """The severity of the first verdict, which is the worst; "" without one."""
+    return verdicts[0]["severity"] if verdicts else ""
+
+
+def nodes_of_one(view: Snapshot, facts: Message) -> List[Message]:
+    """The nodes on which an agent watches the job."""
+    names = (facts["job"], facts["raw"])
+    return [node for node in view.nodes if node["job"] in names]
+
+
+def moment_of(job: Message) -> Optional[float]:
+    """When a job ended, started or was submitted: what it is sorted by."""
+    keys = ("end", "time") if is_over_by_now(job) else ("start",)
+    if job["state"] == "PENDING":
+        keys = ("submit",)
+    known = [float(job[key]) for key in keys if job[key]]
+    return known[0] if known else None
+
+
 def pick_jobs(jobs: Iterable[Message], query: Query) -> List[Message]:
-    """Those that a query asks for, in its order."""
+    """Those that a query asks for, in its order; else what needs the user comes first."""
     words = query.get("q", "").lower().split()
     found = [job for job in jobs if is_job_asked_for(job, query, words)]
-    return in_order(found, query.get("sort") or "-time")
+    found.sort(key=lambda job: natural(job["job"]))
+    if query.get("sort"):
+        return in_order(found, query["sort"])
+    now = time.time()
+    return sorted(found, key=lambda job: job_need(job, now))
+
+
+def job_need(job: Message, now: float) -> Tuple[Any, ...]:
+    """A key to sort jobs by: lately died or in trouble, running, pending; then the newest.
+
+    It is the same at each look: a job that runs has its place by its start.
+    """
+    when = job["when"] or 0.0
+    phase = 2 if is_over_by_now(job) else 1 if job["state"] == "PENDING" else 0
+    needs = ("died", "problem").index(job["severity"]) if is_urgent(job, now) else 2
+    return needs, phase, -when
+
+
+def is_urgent(job: Message, now: float) -> bool:
+    """Whether a job has died or is in trouble, not longer ago than a day."""
+    is_old = is_over_by_now(job) and now - (job["when"] or 0.0) > URGENT_SECONDS
+    return job["severity"] in ("died", "problem") and not is_old
 
 
 def is_job_asked_for(job: Message, query: Query, words: Sequence[str]) -> bool:
@@ -10998,12 +11239,12 @@ def render_jobs_page(view: Snapshot, query: Query, site: Site) -> str:
     asked = query.get("page", "")
     page = min(max(int(asked), 1), last) if asked.isdecimal() else 1
     shown = jobs[JOBS_PAGE * (page - 1) : JOBS_PAGE * page]
-    counts = collections.Counter(job["state"] or "UNKNOWN" for job in everything)
-    words = ["%d %s" % (count, state.lower()) for state, count in counts.most_common()]
+    columns = jobs_columns(everything)
     parts: List[Optional[Html]] = [
-        fill(PARAGRAPH_HTML, text=", ".join(words) or "No jobs yet"),
+        fill(PARAGRAPH_HTML, text=jobs_words(everything)),
         jobs_form(everything, query),
-        draw_table("jobs", "Jobs", RECORD_COLUMNS, shown, job_headings(query)),
+        draw_table("jobs", "Jobs", columns, shown, job_headings(query, columns))
+        or fill(PARAGRAPH_HTML, text="No job matches" if everything else "No jobs yet"),
         page_list(query, page, last) if last > 1 else None,
         fill(
             JOBS_LINKS_HTML,
@@ -11012,7 +11253,25 @@ def render_jobs_page(view: Snapshot, query: Query, site: Site) -> str:
             json=jobs_link("jobs.json", query),
         ),
     ]
-    return render_document("Jobs", [demo_notice(site), *parts], "", "")
+    title = "Jobs of now and of the past"
+    return render_document(title, [demo_notice(site), *parts], "", "")
+
+
+def jobs_words(jobs: Sequence[Message]) -> str:
+    """How many jobs there are in which state, and when that was so: the page is not live."""
+    counts = collections.Counter(state_words(job["state"]) for job in jobs)
+    texts = ["%d %s" % (count, state) for state, count in counts.most_common()]
+    words = "%s: %s. " % (count_words(len(jobs), "job"), ", ".join(texts))
+    now = "As of %s; this page does not renew itself." % time.strftime("%R")
+    return words + now if jobs else now
+
+
+def jobs_columns(jobs: Sequence[Message]) -> List[Column]:
+    """The columns of the list; all jobs of one user need no column for that."""
+    users = {job["user"] for job in jobs if job["user"]}
+    return [
+        column for column in JOBS_COLUMNS if column.key != "user" or len(users) > 1
+    ]
 
 
 def jobs_form(jobs: Sequence[Message], query: Query) -> Html:
@@ -11028,7 +11287,7 @@ def jobs_form(jobs: Sequence[Message], query: Query) -> Html:
             for value in values
         ]
         label = "Verdict" if key == "severity" else key.capitalize()
-        if values:
+        if len(values) > 1 or query.get(key):
             selects.append(
                 fill(SELECT_HTML, label=label, key=key, first="all", options=options)
             )
@@ -11040,14 +11299,16 @@ def jobs_form(jobs: Sequence[Message], query: Query) -> Html:
     )
 
 
-def job_headings(query: Query) -> List[Html]:
+def job_headings(query: Query, columns: Sequence[Column]) -> List[Html]:
     """The cells above the list of jobs: links that sort it."""
-    sort = query.get("sort") or "-time"
+    sort = query.get("sort") or ""
     cells = []
-    for column in RECORD_COLUMNS:
+    for column in columns:
         turned = "-" + column.key if sort == column.key else column.key
         href = jobs_link("jobs", query, sort=turned, page="")
-        label = fill(LINK_HTML, href=href, text=column.heading)
+        label: Union[str, Html] = column.heading
+        if column.key != WHAT.key:  # which has no order
+            label = fill(LINK_HTML, href=href, text=column.heading)
         align = heading_align(column)
         if sort.lstrip("-") == column.key:
             order = "descending" if sort.startswith("-") else "ascending"
@@ -11367,7 +11628,7 @@ def render_runs_page(view: Snapshot, query: Query, site: Site) -> str:
         draw_table("spread", "What they used", SPREAD_COLUMNS, spread_rows(done)),
         draw_table("failures", "Failures", FAILURE_COLUMNS, failure_rows(done)),
         fill(SECTION_HTML, heading="To ask for next time", parts=paste),
-        draw_table("jobs", "Jobs", RECORD_COLUMNS, jobs),
+        draw_table("jobs", "Jobs", jobs_columns(jobs), jobs),
     ]
     return render_document(title, [demo_notice(site), *parts], "", "")
 
@@ -12091,6 +12352,8 @@ class Dashboard:
         try:
             files = self.archive.files(jobs)
             facts = [job for job in view.jobs if not jobs or job["job"] in jobs]
+            if not jobs:  # a list of jobs has live verdicts, and says as of when
+                facts += [verdicts_of(view), time.strftime("%R")]
             made_of, body = self.reports.get(key, (None, b""))
             if made_of != (files, facts):
                 body = render(view, query, self).encode("utf-8", "replace")
@@ -14379,6 +14642,8 @@ def run_master(options: argparse.Namespace) -> int:
     raise_limits()
     supervisor = Supervisor(options)
     with contextlib.ExitStack() as stack:
+        if options.demo and not options.record:
+            make_demo_folder(options, stack)
         listeners = open_listeners(options, stack)
         options.port = port_of(listeners["collector"])
         options.dashboard_port = port_of(listeners["dashboard"])
@@ -14417,6 +14682,26 @@ def check_demo(options: argparse.Namespace) -> None:
             "argument --demo: not allowed with --my-jobs, --ssh or --with-agent, for it"
             " would show invented nodes among real ones"
         )
+
+
+def make_demo_folder(
+    options: argparse.Namespace, stack: contextlib.ExitStack
+) -> None:
+    """Keep the records of a demonstration in a folder of its own, which the stack removes.
+
+    Records of real jobs are neither read nor shown among what is invented.
+    """
+    try:
+        folder = tempfile.mkdtemp(prefix="sentinel-demo-")
+    except OSError as error:
+        raise StartError(
+            "no folder for the records of the demonstration: %s; give --record DIR"
+            % error.strerror
+        ) from None
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    options.archive = folder
+    if not options.no_record:
+        options.record = folder
 
 
 def read_secret(path: str) -> bytes:

@@ -91,7 +91,8 @@ def site(*records):
 
 
 def view(*jobs):
-    return types.SimpleNamespace(time=NOW, jobs=list(jobs), nodes=[], made={})
+    made = {"verdicts": {}}
+    return types.SimpleNamespace(time=NOW, jobs=list(jobs), nodes=[], made=made)
 
 
 def render(path, *records, live=(), **query):
@@ -382,7 +383,7 @@ class Lists(unittest.TestCase):
             [master.summarize(record) for record in self.records]
         ).splitlines()
         self.assertEqual(len(lines), 4)
-        self.assertIn("Died: FAILED", lines[1])
+        self.assertIn("Died: failed", lines[1])
 
     def test_json_of_a_job_has_its_curves(self):
         answer = json.loads(render("/api/record/", *self.records, job="10"))
