@@ -9869,15 +9869,15 @@ svg text {
 #jobs .w {
   min-width: 16rem;
 }
-#jobs td:not(.w) {
+#jobs td:not(.w, .t) {
   white-space: nowrap;
-}
-#jobs .t {
-  min-width: 0;
 }
 @media (max-width: 1500px) {
   #jobs .w {
-    min-width: 14rem;
+    min-width: 12.5rem;
+  }
+  #jobs .t {
+    min-width: 7rem;
   }
   #jobs td,
   #jobs th {
@@ -10460,7 +10460,10 @@ def moment_words(job: Message, now: float) -> Tuple[str, str]:
         when, words = job["end"] or job["time"], "ended"
     if not when:
         return "-", ""
-    return prefix + short_date(when, now), "%s %s" % (words, render_date(when))
+    text = short_date(when, now)
+    if " " not in text:  # else there is little room, and the state says the same
+        text = prefix + text
+    return text, "%s %s" % (words, render_date(when))
 
 
 def is_over_by_now(job: Message) -> bool:
@@ -11142,9 +11145,10 @@ def all_summaries(view: Snapshot, site: Site) -> List[Message]:
         judged = judged_now(view, facts)
         if judged and not (is_over and summary["verdicts"]):
             jobs[facts["job"]]["verdicts"] = judged
-        if not is_over:
-            ran = run_time(facts, view.time)
-            jobs[facts["job"]]["ran"] = ran if facts["start"] else summary["ran"]
+        elif not is_over and severity_of(jobs[facts["job"]]) == "died":
+            jobs[facts["job"]]["verdicts"] = None  # of a run before this one
+        if not is_over and facts["start"]:
+            jobs[facts["job"]]["ran"] = run_time(facts, view.time)
     for job in jobs.values():
         job["severity"] = severity_of(job) or None
         job["when"] = moment_of(job)
