@@ -78,7 +78,6 @@ import signal
 import socket
 import struct
 import subprocess
-import tempfile
 import threading
 import time
 import unicodedata
@@ -6689,6 +6688,14 @@ class Record:
         return first, max(first, last)
 
     @property
+    def watched(self) -> Tuple[float, float]:
+        """The times between which there are curves; all of its span without any."""
+        first, last = self.span
+        if self.rows:
+            first = max(first, self.rows[0].time - self.rows[0].step)
+        return first, max(first, last)
+
+    @property
     def has_ended(self) -> bool:
         """Whether the job is over, by what Slurm or its agents said."""
         return self.facts["state"] in ENDED_STATES or bool(
@@ -9095,6 +9102,9 @@ class Page:
         jobs = [
             job_row(self.view, [job], nodes_of_job(self.view, job)) for job in tasks
         ]
+        if several:
+            past = getattr(self.site, "past_jobs", {})
+            jobs = [with_record(job, past.get(job["job"])) for job in jobs]
         jobs.sort(key=job_order)
         return self.whole(
             title.strip(),
@@ -9115,6 +9125,8 @@ class Page:
         rows = []
         for task in tasks:
             for verdict in judged.get(task["raw"], []):
+                if len(tasks) > 1 and verdict["severity"] == "fine":
+                    continue  # its row says so
                 job = task["job"] if len(tasks) > 1 else None
                 rows.append(dict(verdict, job=job))
         order = (*NEEDS, "fine")
@@ -9520,6 +9532,22 @@ class Page:
         return fill(ROW_HTML, id="%s_%s" % (name, number), cells=cells)
 
 
+def with_record(row: Message, summary: Optional[Message]) -> Message:
+    """The row of a task with what is recorded of it, where its nodes do not tell any more."""
+    if not summary or row["phase"] != "ended":
+        return row
+    row = dict(row)
+    if row["cpu"] is None:
+        row["cpu"] = summary["cpu"]
+    if row["memory"] is None and summary["peak"] and summary["mem_limit"]:
+        peak = {"job_ram": 100 * summary["peak"] / summary["mem_limit"]}
+        row.update(memory_of_job([dict(peak, job_mem_limit=summary["mem_limit"])]))
+    severity = severity_of(summary)
+    if row["severity"] is None and severity:
+        row["severity"] = severity
+    return row
+
+
 def demo_notice(site: Site) -> Optional[Html]:
     """That all is invented, if it is."""
     options = getattr(site, "options", None)
@@ -9849,6 +9877,10 @@ svg text {
   stroke-width: 1;
   stroke-dasharray: 1 3;
 }
+.mark.end {
+  stroke: var(--fg);
+  stroke-dasharray: none;
+}
 .band {
   fill: var(--cpu);
   stroke: none;
@@ -9986,6 +10018,8 @@ REPORT_NAV_HTML = """
       <a href="{root}jobs">Jobs of the past</a></nav>"""
 PARAGRAPH_HTML = """
     <p>{text}</p>"""
+MISSING_HTML = """
+    <p>{words}. <a href="{root}jobs">The list of jobs</a> has those that are known.</p>"""
 SECTION_HTML = """
     <section>
       <h2>{heading}</h2>{parts}
@@ -10036,7 +10070,20 @@ COMPARE_FORM_HTML = """
       <input type="hidden" name="a" value="{job}">
       <label>Compare with job <input type="text" name="b" value=""></label>
       <button type="submit">Compare</button>
+      <small>Without an id you choose from a list.</small>
     </form>"""
+CHOICE_FORM_HTML = """
+    <form action="compare">{selects}
+      <label>or B by its id <input type="text" name="id" value=""></label>
+      <button type="submit">Compare</button>
+    </form>"""
+CHOICE_HTML = """
+      <label>Job {label}
+        <select name="{key}">{options}
+        </select>
+      </label>"""
+CHOICE_OPTION_HTML = """
+          <option value="{job}"{selected}>{words}</option>"""
 
 MAX_REPORT = 2**20  # bytes of a report: the record in it gets thinner until it fits
 CHART_POINTS = 400  # of a curve over a whole job
@@ -10059,6 +10106,7 @@ SUFFICES = 0.995  # the share of runs that what is advised would have sufficed f
 RUNS_TIME_MARGIN = 1.2  # of the time that so many runs took
 CPU_SLACK = 0.1  # of a CPU: what is busy beside the program itself
 SPREAD_BARS = 20
+MAX_CHOICES = 100  # jobs in a list to choose from
 MAX_WHERE = 8  # nodes and jobs that are named of a kind of failure
 MEMORY_MARGIN = 1.2  # of the peak, to ask for ...
 TIME_MARGIN = 1.5  # ... and of the time that one run took
@@ -10069,7 +10117,8 @@ TIME_STEPS = (  # seconds between two marks of a time axis
     + tuple(86400 * n for n in (1, 2, 7, 14, 28, 91, 364))
 )
 LEAST_AXIS = 1.0  # seconds
-CHARTED = ("job_cpu", "cpu", "job_mem", "ram", "gpu", "gpu_mem") + RECORDED[7:]
+CHARTED = ("job_cpu", "job_mem", "gpu", "gpu_mem", "cpu", "ram") + RECORDED[7:]
+EVENTS_MARKED = ("lost", "alert")
 SEVERITY_WORDS = {
     "fine": "\u2713 Fine",
     "advice": "\u2022 Advice",
@@ -10127,6 +10176,13 @@ class Axis(NamedTuple):
         if step >= 86400 or moment[3:6] == (0, 0, 0):
             return time.strftime("%d %b", moment)
         return time.strftime("%R" if step >= 60 else "%T", moment)
+
+
+class Mark(NamedTuple):
+    """An upright line in a chart: when something happened, and what."""
+
+    time: float
+    words: str
 
 
 def nice_top(key: str, most: float) -> Tuple[float, float]:
@@ -10197,7 +10253,7 @@ def draw_chart(
     several: Sequence[Series],
     axis: Axis,
     limit: Optional[float] = None,
-    marks: Sequence[float] = (),
+    marks: Sequence[Mark] = (),
 ) -> Optional[Html]:
     """Least, mean and most of a metric over the time; None when nothing is known."""
     curves = [(series, bands_of(series.rows, key)) for series in several]
@@ -10217,9 +10273,8 @@ def draw_chart(
     if limit is not None and limit <= top:
         path = "M%d %.1fH%d" % (CHART_LEFT, height_of(limit, top), CHART_RIGHT)
         drawn.append(fill(PATH_SVG, kind="limit", path=path))
-    for when in marks[:MAX_MARKS]:
-        path = "M%.1f %dV%d" % (axis.place(when), CHART_TOP, CHART_BOTTOM)
-        drawn.append(fill(PATH_SVG, kind="mark", path=path))
+        drawn.append(limit_text(key, limit, top))
+    drawn += draw_marks(marks, axis)
     words = [band_words(key, bands) for _, bands in curves if bands]
     return fill(
         CHART_HTML,
@@ -10229,6 +10284,34 @@ def draw_chart(
         height=CHART_HEIGHT,
         drawn=drawn,
     )
+
+
+def limit_text(key: str, limit: float, top: float) -> Html:
+    """What the line of a limit is, above it or, at the top of the chart, below."""
+    y = height_of(limit, top)
+    y += 13 if y < CHART_TOP + 12 else -4
+    words = "limit %s" % render_value(key, limit)
+    place = CHART_LEFT + 4
+    return fill(TEXT_SVG, x=place, y="%.0f" % y, anchor="start", text=words)
+
+
+def draw_marks(marks: Sequence[Mark], axis: Axis) -> List[Html]:
+    """Upright lines where something happened; of each kind the first says what it was."""
+    drawn = []
+    told: Set[str] = set()
+    for when, words in marks[:MAX_MARKS]:
+        x = axis.place(when)
+        kind = "mark" if words in EVENTS_MARKED else "mark end"
+        path = "M%.1f %dV%d" % (x, CHART_TOP, CHART_BOTTOM)
+        drawn.append(fill(PATH_SVG, kind=kind, path=path))
+        if words in told:
+            continue
+        told.add(words)
+        anchor, away = ("end", -4) if x > CHART_WIDTH / 2 else ("start", 4)
+        y = CHART_BOTTOM - 6 - 14 * (len(told) - 1)
+        place = "%.0f" % (x + away)
+        drawn.append(fill(TEXT_SVG, x=place, y=y, anchor=anchor, text=words))
+    return drawn
 
 
 def band_words(key: str, bands: Sequence[Sequence[Band]]) -> str:
@@ -10581,7 +10664,10 @@ def verdict_words(summary: Message) -> str:
     return "%s: %s" % (words, text) if text else words
 
 
-NOT_SAID = ("fine", "Nothing is wrong")  # by a verdict that says no more than its severity
+NOT_SAID = (
+    "fine",
+    "Nothing is wrong",
+)  # by a verdict that says no more than its severity
 
 
 def verdict_text(summary: Message) -> str:
@@ -10748,6 +10834,11 @@ def heading_align(column: Column) -> str:
 # ---- one job
 
 
+def is_watched_job(summary: Message) -> bool:
+    """Whether anything but Slurm told of a job."""
+    return bool(summary["weight"])
+
+
 def how_it_went(summary: Message) -> str:
     """A job's state in a sentence."""
     state = summary["state"] or "UNKNOWN"
@@ -10772,6 +10863,33 @@ def title_of(summary: Message) -> str:
     return " ".join(filter(None, ("Job", summary["job"], summary["job_name"])))
 
 
+UNWATCHED = (
+    "Nobody watched this job: no agent ran beside it. What it used is not known; this is what"
+    " Slurm alone says."
+)
+
+
+def unwatched_note(summary: Message) -> Optional[Html]:
+    """That nobody has watched a job that is over, if so: dashes alone do not say why."""
+    if is_watched_job(summary) or not is_over_by_now(summary):
+        return None
+    return fill(PARAGRAPH_HTML, text=UNWATCHED)
+
+
+def cure_of(verdict: Message) -> str:
+    """The line to paste of a verdict; "" when it lacks its number: --mem alone is an error."""
+    cure = str(verdict.get("cure") or "")
+    return "" if cure in ("--mem", "--time") else cure
+
+
+def known_only(rows: Sequence[Message]) -> List[Message]:
+    """The rows without their dashes, so that a column of nothing else is left out."""
+    return [
+        {key: None if text == "-" else text for key, text in row.items()}
+        for row in rows
+    ]
+
+
 def draw_verdicts(record: Record, summary: Message) -> Html:
     """What was found, the worst first."""
     verdicts = list(record.verdicts or ())
@@ -10781,14 +10899,14 @@ def draw_verdicts(record: Record, summary: Message) -> Html:
         verdicts.insert(0, {"severity": "died", "what": how_it_went(summary)})
     if not verdicts:
         severity = severity_of(summary)
-        nothing = "nothing was found" if severity else "nobody has looked at it"
+        nothing = "nothing was found" if severity else "there is no verdict on it"
         verdicts = [{"severity": severity, "what": nothing}]
     items = []
     for verdict in verdicts:
         severity = verdict.get("severity") or ""
         what = verdict.get("what")
         proof = verdict.get("proof")
-        cure = verdict.get("cure")
+        cure = cure_of(verdict)
         items.append(
             fill(
                 VERDICT_HTML,
@@ -10819,7 +10937,7 @@ def use_rows(record: Record, summary: Message) -> List[Message]:
             render_value("mem", summary["mem_limit"]),
             peak,
         ),
-        ("GPUs", summary["gpus"], len(record.gpus) or None, None),
+        ("GPUs", summary["gpus"], len(record.gpus) or None, busy_gpus(summary)),
         (
             "Time",
             render_value("limit", summary["limit"]),
@@ -10833,6 +10951,13 @@ def use_rows(record: Record, summary: Message) -> List[Message]:
         if any(text != "-" for text in known):
             texts.append(dict(zip(("what", "asked", "got", "used"), [what] + known)))
     return texts
+
+
+def busy_gpus(summary: Message) -> Optional[float]:
+    """How many GPUs a job kept busy, in the mean."""
+    if summary["gpu"] is None or not summary["gpus"]:
+        return None
+    return float(summary["gpu"] * summary["gpus"] / 100)
 
 
 def show_amount(value: Any) -> str:
@@ -10909,9 +11034,10 @@ def suggestions(summary: Message) -> List[str]:
     lines = []
     peak = summary["peak"]
     state = summary["state"]
-    if state == "OUT_OF_MEMORY" and summary["mem_limit"]:
+    limit = summary["mem_limit"] or summary["mem"]
+    if state == "OUT_OF_MEMORY" and limit:
         # as the verdict says
-        lines.append("#SBATCH " + memory_flag(summary["mem_limit"]))
+        lines.append("#SBATCH " + memory_flag(limit))
     elif state == "COMPLETED" and peak:
         wanted = memory_to_ask(peak)
         if not summary["mem_limit"] or abs(wanted * GIB - summary["mem_limit"]) > GIB:
@@ -10948,33 +11074,77 @@ def draw_suggestions(summary: Message) -> Optional[Html]:
         "This rests on one run, of which a sample was taken every few seconds: a peak"
         " between two of them may have been higher."
     )
+    if not is_watched_job(summary):
+        why = (
+            "This rests on one run that nobody watched: it is a fifth more than the memory"
+            " that it asked for, or twice its time."
+        )
     paste = fill(PASTE_HTML, lines="\n".join(lines), why=why)
     return fill(SECTION_HTML, heading="To ask for next time", parts=paste)
 
 
+def charted_first(verdicts: Sequence[Message]) -> List[str]:
+    """The metrics of charts: first those that the verdicts, the worst first, are about."""
+    keys: List[str] = []
+    for verdict in verdicts:
+        rule = verdict.get("rule")
+        if rule == "out_of_memory":
+            keys.append("job_mem")
+        for check in CHECKS:
+            if check.name == rule:
+                keys += check.holds + check.needs
+    wanted = [key for key in keys if key in CHARTED]
+    return list(dict.fromkeys((*wanted, *CHARTED)))
+
+
+def marks_of(events: Sequence[Message], summary: Message, axis: Axis) -> List[Mark]:
+    """What is marked in the charts of a job: its end, alerts, and nodes that fell silent."""
+    marks = []
+    if is_over_by_now(summary) and summary["end"]:
+        died = severity_of(summary) == "died"
+        words = "died" if died else "ended"
+        when = min(summary["end"], axis.last)
+        marks.append(
+            Mark(when, "%s %s" % (words, time.strftime("%R", time.localtime(when))))
+        )
+    for event in events:
+        if event["kind"] in EVENTS_MARKED and axis.first < event["time"] < axis.last:
+            marks.append(Mark(event["time"], event["kind"]))
+    return marks
+
+
 def job_parts(record: Record, summary: Message) -> List[Optional[Html]]:
     """Everything that there is to show of a job."""
-    first, last = record.span
+    first, last = record.watched
     axis = Axis(first, max(first + LEAST_AXIS, last))
-    marks = [
-        event["time"]
-        for event in record.events
-        if event["kind"] in ("lost", "alert") and axis.first < event["time"] < axis.last
-    ]
+    marks = marks_of(record.events, summary, axis)
     series = [Series(record.rows)]
     charts = []
-    for key in CHARTED:
+    flat = []
+    for key in charted_first(record.verdicts or ()):
+        if largest(record.rows, key) == 0:
+            flat.append(NUMBERS[key].label)
+            continue
         limit = summary["mem_limit"] if key == "job_mem" else None
         charts.append(draw_chart(key, series, axis, limit, marks))
+    words = span_words(record)
+    if flat:
+        words += " Always 0: %s." % ", ".join(flat)
     maps = [draw_map(record, key, axis) for key in map_keys(record)]
     ranks = sorted(record.ranks, key=lambda rank: -(rank.get("mem") or 0.0))
     events = [dict(event, text=event["text"]) for event in record.events]
     return [
         fill(PARAGRAPH_HTML, text=how_it_went(summary)),
+        unwatched_note(summary),
         draw_verdicts(record, summary),
-        draw_table("use", "Asked, got, used", USE_COLUMNS, use_rows(record, summary)),
+        draw_table(
+            "use",
+            "Asked, got, used",
+            USE_COLUMNS,
+            known_only(use_rows(record, summary)),
+        ),
         draw_suggestions(summary),
-        draw_section("Over time", charts, span_words(record)),
+        draw_section("Over time", charts, words),
         draw_section("Node by node", maps),
         draw_table("nodes", "Nodes", RUN_NODE_COLUMNS, run_node_rows(record)),
         draw_table("ranks", "Ranks at the end", RUN_RANK_COLUMNS, ranks),
@@ -11004,14 +11174,20 @@ def draw_section(
 
 def span_words(record: Record) -> str:
     """The times of a record, and how fine it is."""
-    first, last = record.span
+    first, last = record.watched
     zone = time.strftime("%Z", time.localtime(last))
     steps = sorted({round(row.step) for row in record.rows}) or [ROW_SECONDS]
     fine = "%d" % steps[0] if len(steps) == 1 else "%d to %d" % (steps[0], steps[-1])
-    return (
+    words = (
         "From %s to %s %s; a point stands for %s s, the area reaches from the least to the"
         " most of all nodes." % (render_date(first), render_date(last), zone, fine)
     )
+    start = record.facts["start"]
+    if start and first - start > 2 * ROW_SECONDS:
+        words += " It was watched since then, and had started on %s." % render_date(
+            start
+        )
+    return words
 
 
 def render_document(
@@ -11118,6 +11294,28 @@ def render_record_page(view: Snapshot, query: Query, site: Site) -> str:
             parts.append(fill(RUNS_LINK_HTML, query=link_query, name=name))
     parts.append(fill(COMPARE_FORM_HTML, root="../", job=record.job))
     return render_document(title_of(summary), [demo_notice(site), *parts], "../", "")
+
+
+def missing_words(path: str, query: Query) -> str:
+    """What an address lacks that leads to no job: a parameter, or one that is known."""
+    if path == "/runs":
+        names = [query[key] for key in ("name", "array") if query.get(key)]
+        if not names:
+            return "Which runs? The parameter name or array is missing: /runs?name=NAME"
+        return "No run of %s is known" % " and ".join(names)
+    if path == "/compare":
+        jobs = [query[key] for key in ("a", "b") if query.get(key)]
+        return "No such job, or none of %s is known" % " and ".join(jobs)
+    if not query.get("job"):
+        return "Which job? Its id is missing: %sID" % path
+    return "Nothing is known of a job %s" % query["job"]
+
+
+def render_missing(path: str, query: Query, site: Site) -> str:
+    """The page for an address that leads to no job."""
+    root = "../" if path.endswith("/") else ""
+    more = fill(MISSING_HTML, words=missing_words(path, query), root=root)
+    return render_document("No such job", [demo_notice(site), more], root, "")
 
 
 def render_record_json(view: Snapshot, query: Query, site: Site) -> str:
@@ -11273,9 +11471,7 @@ def jobs_words(jobs: Sequence[Message]) -> str:
 def jobs_columns(jobs: Sequence[Message]) -> List[Column]:
     """The columns of the list; all jobs of one user need no column for that."""
     users = {job["user"] for job in jobs if job["user"]}
-    return [
-        column for column in JOBS_COLUMNS if column.key != "user" or len(users) > 1
-    ]
+    return [column for column in JOBS_COLUMNS if column.key != "user" or len(users) > 1]
 
 
 def jobs_form(jobs: Sequence[Message], query: Query) -> Html:
@@ -11367,7 +11563,12 @@ def render_records_json(view: Snapshot, query: Query, site: Site) -> str:
 
 
 def render_compare_page(view: Snapshot, query: Query, site: Site) -> str:
-    """Two jobs on the same axes, and what is different, in words; "" if one is not known."""
+    """Two jobs on the same axes, and what is different, in words; "" if one is not known.
+
+    As long as one is not given, there are lists to choose from.
+    """
+    if not (query.get("a") and query.get("b")):
+        return render_choice_page(view, query, site)
     records = [find_record(view, query.get(key, ""), site) for key in ("a", "b")]
     if None in records:
         return ""
@@ -11387,6 +11588,11 @@ def render_compare_page(view: Snapshot, query: Query, site: Site) -> str:
             other.job,
         )
     )
+    unwatched = [
+        fill(PARAGRAPH_HTML, text="%s was not watched: it has no curves." % letter)
+        for letter, summary in (("A", first), ("B", second))
+        if not is_watched_job(summary)
+    ]
     parts = [
         fill(PARAGRAPH_HTML, text="A: %s. %s" % (title_of(first), how_it_went(first))),
         fill(
@@ -11395,10 +11601,48 @@ def render_compare_page(view: Snapshot, query: Query, site: Site) -> str:
         draw_table(
             "compare", "Differences", COMPARE_COLUMNS, compare_rows(first, second)
         ),
+        *unwatched,
         draw_section("Over time", charts, words),
     ]
     title = "Jobs %s and %s" % (one.job, other.job)
     return render_document(title, [demo_notice(site), *parts], "", "")
+
+
+def render_choice_page(view: Snapshot, query: Query, site: Site) -> str:
+    """Lists of the jobs that can be compared: first of the same name, then the newest."""
+    jobs = [job for job in all_summaries(view, site) if job["state"] != "PENDING"]
+    jobs.sort(key=lambda job: -(job["when"] or 0.0))
+    names = {job["job"]: job["job_name"] for job in jobs}
+    chosen = {key: query[key] for key in ("a", "b") if query.get(key)}
+    name = names.get(next(iter(chosen.values()), ""))
+    jobs.sort(key=lambda job: job["job_name"] != name)
+    selects = []
+    for key in ("a", "b"):
+        others = [job for key_of, job in chosen.items() if key_of != key]
+        choices = [job for job in jobs if job["job"] not in others]
+        # what is chosen is in the list, however long that is
+        choices.sort(key=lambda job: job["job"] != chosen.get(key))
+        options = [choice(job, chosen.get(key)) for job in choices[:MAX_CHOICES]]
+        selects.append(fill(CHOICE_HTML, label=key.upper(), key=key, options=options))
+    parts = [
+        demo_notice(site),
+        fill(PARAGRAPH_HTML, text="Choose two jobs, the parameters a and b."),
+        fill(CHOICE_FORM_HTML, selects=selects),
+    ]
+    return render_document("Compare two jobs", parts, "", "")
+
+
+def choice(job: Message, chosen: Optional[str]) -> Html:
+    """A job in a list to choose from."""
+    text, _ = moment_words(job, time.time())
+    words = [job["job"], job["job_name"], state_words(job["state"]), text]
+    is_chosen = job["job"] == chosen
+    return fill(
+        CHOICE_OPTION_HTML,
+        job=job["job"],
+        selected=Html(" selected") if is_chosen else None,
+        words=" ".join(filter(None, words)),
+    )
 
 
 COMPARED = (  # what is compared: a label, the key, and how it is written
@@ -11420,6 +11664,8 @@ def compare_rows(one: Message, other: Message) -> List[Message]:
     rows = []
     for label, key, written in COMPARED:
         pair = [summary.get(key) for summary in (one, other)]
+        if key == "mem_limit":  # as Slurm says, where no agent has seen it
+            pair = [summary[key] or summary["mem"] for summary in (one, other)]
         if key == "severity":
             pair = [severity_of(summary) or None for summary in (one, other)]
         if pair == [None, None]:
@@ -11497,7 +11743,10 @@ def advise(jobs: Sequence[Message]) -> List[Tuple[str, str]]:
     done = [job for job in jobs if job["state"] == "COMPLETED"]
     advice = []
     peaks = sorted(job["peak"] for job in done if job["peak"])
-    if len(peaks) >= MIN_RUNS:
+    deaths = advise_after_deaths(jobs)
+    if deaths:
+        advice.append(deaths)
+    elif len(peaks) >= MIN_RUNS:
         wanted = MEMORY_MARGIN * quantile(peaks, SUFFICES) / 2**20
         mebibytes = int(-(-wanted // 64)) * 64
         enough = sum(peak <= mebibytes * 2**20 for peak in peaks)
@@ -11523,6 +11772,21 @@ def advise(jobs: Sequence[Message]) -> List[Tuple[str, str]]:
     return advice
 
 
+def advise_after_deaths(jobs: Sequence[Message]) -> Optional[Tuple[str, str]]:
+    """What memory to ask for when runs died of it: more than any that completed or died had."""
+    dead = [job for job in jobs if job["state"] == "OUT_OF_MEMORY"]
+    limits = [job["mem_limit"] or job["mem"] for job in dead]
+    killed = max(filter(None, limits), default=None)
+    if killed is None:
+        return None
+    done = [job["peak"] for job in jobs if job["state"] == "COMPLETED" and job["peak"]]
+    words = "is more than the %s that %s died of; whether it is enough is not known" % (
+        short_size(killed),
+        count_words(len(dead), "run"),
+    )
+    return "#SBATCH " + memory_flag(max(done + [killed])), words
+
+
 def suffice_words(enough: int, known: Sequence[float], words: str) -> str:
     """For how many runs it would have sufficed."""
     return "would have sufficed for %d of %d runs; %s" % (enough, len(known), words)
@@ -11533,20 +11797,22 @@ def failure_rows(jobs: Sequence[Message]) -> List[Message]:
     groups: Dict[str, List[Message]] = {}
     for job in jobs:
         if job["state"] in ENDED_STATES and job["state"] != "COMPLETED":
-            cause = " ".join(filter(None, (job["state"], job["exit"])))
+            cause = state_words(job["state"])
+            if job["exit"] not in (None, "0:0"):
+                cause += ", exit code " + job["exit"]
             groups.setdefault(cause, []).append(job)
     rows = []
     for cause, failed in sorted(groups.items(), key=lambda item: -len(item[1])):
         nodes = collections.Counter(name for job in failed for name in job["names"])
-        where = ["%s (%d)" % pair for pair in nodes.most_common(MAX_WHERE)]
-        which = [job["job"] for job in failed[:MAX_WHERE]]
-        more = ["..."] if len(failed) > MAX_WHERE else []
+        where = [
+            "%d on %s" % (count, name) for name, count in nodes.most_common(MAX_WHERE)
+        ]
         rows.append(
             {
                 "cause": cause,
                 "count": len(failed),
                 "where": ", ".join(where) or None,
-                "which": ", ".join(which + more),
+                "which": [job["job"] for job in failed],
             }
         )
     return rows
@@ -11570,8 +11836,22 @@ def spread_rows(jobs: Sequence[Message]) -> List[Message]:
     return rows
 
 
+def draw_which(column: Column, row: Message, site: Site) -> Html:
+    """Some jobs, each a link to its page."""
+    links: List[Html] = []
+    for job in row["which"][:MAX_WHERE]:
+        href = "record/" + urllib.parse.quote(job, "")
+        links.append(fill("{} ", fill(LINK_HTML, href=href, text=job)))
+    more = len(row["which"]) - MAX_WHERE
+    if more > 0:
+        links.append(fill("and {} more", more))
+    return fill(CELL_HTML, kind=column.align, content=links)
+
+
 def draw_bars(column: Column, row: Message, site: Site) -> Html:
     """A row of bars; in words: how many runs each stands for."""
+    if row["count"] < MIN_RUNS:
+        return fill(CELL_HTML, kind=UNKNOWN_CELL, content="-")
     top = max(row["bars"])
     path = ""
     for place, count in enumerate(row["bars"]):
@@ -11586,15 +11866,15 @@ SPREAD_COLUMNS = (
     Column("count", "Runs", RIGHT, AS_COUNT),
     Column("least", "Least", RIGHT),
     Column("median", "Median", RIGHT),
-    Column("high", "90 %", RIGHT),
+    Column("high", "9 of 10 below", RIGHT),
     Column("most", "Most", RIGHT),
-    Column("bars", "How many", LEFT, draw_bars),
+    Column("bars", "Distribution", LEFT, draw_bars),
 )
 FAILURE_COLUMNS = (
     Column("cause", "How it ended"),
     Column("count", "Runs", RIGHT, AS_COUNT),
     Column("where", "On nodes", WRAPPED),
-    Column("which", "Jobs", WRAPPED),
+    Column("which", "Jobs", WRAPPED, draw_which),
 )
 
 
@@ -11616,19 +11896,26 @@ def render_runs_page(view: Snapshot, query: Query, site: Site) -> str:
     jobs = runs_asked_for(view, query, site)
     if not jobs:
         return ""
-    counts = collections.Counter(job["state"] or "UNKNOWN" for job in jobs)
-    words = ["%d %s" % (count, state.lower()) for state, count in counts.most_common()]
+    counts = collections.Counter(state_words(job["state"]) for job in jobs)
+    words = ["%d %s" % (count, state) for state, count in counts.most_common()]
     done = [job for job in jobs if job["state"] in ENDED_STATES]
     advice = advise(done)
     lines = "\n".join(line for line, _ in advice)
-    why = "; ".join("%s %s" % (line.split("--")[1], words) for line, words in advice)
+    flags = [(line.split()[-1], words) for line, words in advice]
+    why = ". ".join("%s %s" % pair for pair in flags)
     paste = fill(PASTE_HTML, lines=lines, why=why)
     if not advice:
-        text = "That takes %d runs that completed, with samples." % MIN_RUNS
+        text = (
+            "Nothing yet: advice takes %d runs that completed and were watched, or one that"
+            " died of its memory limit." % MIN_RUNS
+        )
         paste = fill(PARAGRAPH_HTML, text=text)
     title = "Runs of %s" % (query.get("name") or query.get("array"))
     parts = [
-        fill(PARAGRAPH_HTML, text="%d runs: %s" % (len(jobs), ", ".join(words))),
+        fill(
+            PARAGRAPH_HTML,
+            text="%s: %s" % (count_words(len(jobs), "run"), ", ".join(words)),
+        ),
         draw_table("spread", "What they used", SPREAD_COLUMNS, spread_rows(done)),
         draw_table("failures", "Failures", FAILURE_COLUMNS, failure_rows(done)),
         fill(SECTION_HTML, heading="To ask for next time", parts=paste),
@@ -11683,8 +11970,8 @@ def explain_text(record: Record) -> str:
         lines.append("%s: %s" % (word, "nothing is wrong" if what == "fine" else what))
         if verdict.get("proof"):
             lines.append("    %s" % verdict["proof"])
-        if verdict.get("cure"):
-            lines.append("    -> %s" % verdict["cure"])
+        if cure_of(verdict):
+            lines.append("    -> %s" % cure_of(verdict))
     if not verdicts:
         lines.append(SEVERITY_WORDS[severity_of(summary)])
     for use in use_rows(record, summary):
@@ -12180,6 +12467,8 @@ class Dashboard:
             *options.allow_host,
         }
         self.archive: Optional[Archive] = None  # until it is asked for
+        self.past_jobs: Dict[str, Message] = {}  # summaries of records ...
+        self.past_due = 0.0  # ... and when they are to be read again: time.monotonic()
         # (path, whether it is packed, query) -> files and facts that it was made of, body:
         # a page of records
         self.reports: Dict[Any, Tuple[Any, bytes]] = {}
@@ -12332,6 +12621,8 @@ class Dashboard:
             path = path.replace("job", "record")
         if path in REPORT_ROUTES:
             return self.answer_report(path, query, request.fields, headers)
+        if path == "/job/" and len(find_tasks(self.fresh(), query["job"])) > 1:
+            self.look_into_records()
         kind, _ = ROUTES[path]
         is_zipped = "gzip" in request.fields.get("accept-encoding", "")
         body = self.body(path, query, is_zipped)
@@ -12350,12 +12641,18 @@ class Dashboard:
         with self.lock:
             self.archive = self.archive or Archive(self.options.archive)
         is_zipped = "gzip" in fields.get("accept-encoding", "")
+        if path == "/compare" and query.get("id"):  # typed in, beside a list of jobs
+            query["b"] = query.pop("id")
         key = (path, is_zipped, tuple(sorted(query.items())))
         view = self.fresh()
-        jobs = {query[name] for name in ("job", "a", "b") if name in query}
+        jobs = {query[name] for name in ("job", "a", "b") if query.get(name)}
+        if path == "/compare" and len(jobs) == 1:
+            jobs = set()  # the other one is to be chosen among all
         try:
             files = self.archive.files(jobs)
-            facts = [job for job in view.jobs if not jobs or job["job"] in jobs]
+            facts: List[Any] = [
+                job for job in view.jobs if not jobs or job["job"] in jobs
+            ]
             if not jobs:  # a list of jobs has live verdicts, and says as of when
                 facts += [verdicts_of(view), time.strftime("%R")]
             made_of, body = self.reports.get(key, (None, b""))
@@ -12370,12 +12667,36 @@ class Dashboard:
         except RecordError as error:
             raise HTTPError(503, str(error)) from None
         if not body:
-            raise HTTPError(404, "no such job; /jobs has a list of them")
+            raise self.missing(path, query, fields)
         headers.update({"Content-Type": kind, "Vary": "Accept, Accept-Encoding"})
         headers["Content-Security-Policy"] = REPORT_POLICY
         if is_zipped:
             headers["Content-Encoding"] = "gzip"
         return body
+
+    def look_into_records(self) -> None:
+        """Have the summaries of recorded jobs at hand, now and then: a disk may take its time."""
+        now = time.monotonic()
+        with self.lock:
+            is_due = bool(self.options.record) and now >= self.past_due
+            if not is_due:
+                return
+            self.past_due = now + ROW_SECONDS
+            self.archive = self.archive or Archive(self.options.archive)
+        try:
+            self.past_jobs = {job["job"]: job for job in self.archive.list()}
+        except RecordError:
+            self.past_due = now + 6 * ROW_SECONDS
+
+    def missing(self, path: str, query: Query, fields: Fields) -> HTTPError:
+        """The answer to an address that leads to no job: a page for a browser, else a line."""
+        accepted = fields.get("accept", "")
+        if REPORT_ROUTES[path][0] != HTML or "text/html" not in accepted:
+            words = missing_words(path, query)
+            return HTTPError(404, words + "; /jobs has a list of those that are known")
+        page = render_missing(path, query, self)
+        headers = {"Content-Type": HTML, "Content-Security-Policy": REPORT_POLICY}
+        return HTTPError(404, page, headers)
 
     def check_host(self, request: Request) -> None:
         """HTTPError for a Host that is not ours: a page elsewhere whose name leads here."""
@@ -14646,8 +14967,9 @@ def run_master(options: argparse.Namespace) -> int:
     raise_limits()
     supervisor = Supervisor(options)
     with contextlib.ExitStack() as stack:
-        if options.demo and not options.record:
-            make_demo_folder(options, stack)
+        if options.demo and options.record is None:
+            options.archive = make_demo_folder(stack)
+            options.record = None if options.no_record else options.archive
         listeners = open_listeners(options, stack)
         options.port = port_of(listeners["collector"])
         options.dashboard_port = port_of(listeners["dashboard"])
@@ -14663,6 +14985,18 @@ def run_master(options: argparse.Namespace) -> int:
         supervisor.run(listeners, table)
     log.info("stopped")
     return int(supervisor.has_failed)
+
+
+def make_demo_folder(stack: contextlib.ExitStack) -> str:
+    """A new folder for records of invented jobs, which are not to be among the user's own.
+
+    It is gone when the stack is.
+    """
+    import tempfile  # here, as it takes time that every other start can do without
+
+    folder = tempfile.mkdtemp(prefix="sentinel-demo-")
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def need_scripts(options: argparse.Namespace) -> None:
@@ -14686,26 +15020,6 @@ def check_demo(options: argparse.Namespace) -> None:
             "argument --demo: not allowed with --my-jobs, --ssh or --with-agent, for it"
             " would show invented nodes among real ones"
         )
-
-
-def make_demo_folder(
-    options: argparse.Namespace, stack: contextlib.ExitStack
-) -> None:
-    """Keep the records of a demonstration in a folder of its own, which the stack removes.
-
-    Records of real jobs are neither read nor shown among what is invented.
-    """
-    try:
-        folder = tempfile.mkdtemp(prefix="sentinel-demo-")
-    except OSError as error:
-        raise StartError(
-            "no folder for the records of the demonstration: %s; give --record DIR"
-            % error.strerror
-        ) from None
-    stack.callback(shutil.rmtree, folder, ignore_errors=True)
-    options.archive = folder
-    if not options.no_record:
-        options.record = folder
 
 
 def read_secret(path: str) -> bytes:

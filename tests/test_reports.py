@@ -462,15 +462,15 @@ class Runs(unittest.TestCase):
 
     def test_failures_are_counted_by_cause_and_node(self):
         (row,) = master.failure_rows(tasks(1))
-        self.assertEqual((row["cause"], row["count"]), ("FAILED 1:0", 8))
-        self.assertEqual(row["where"], "c2 (8)")
+        self.assertEqual((row["cause"], row["count"]), ("failed, exit code 1:0", 8))
+        self.assertEqual(row["where"], "8 on c2")
 
     def test_the_page_tells_of_the_runs_that_are_asked_for(self):
         runs = tasks(1) + [dict(a_run(1, 1e9, 5), job="6", array="6", job_name="other")]
         text = words(self.page(runs, array="5"))
         self.assertIn("1000 runs: 992 completed, 8 failed", text)
         self.assertIn("would have sufficed for", text)
-        self.assertIn("1 runs", words(self.page(runs, name="other")))
+        self.assertIn("1 run:", words(self.page(runs, name="other")))
         self.assertEqual(self.page(runs, name="none"), "")
         self.assertEqual(self.page(runs), "")
 
