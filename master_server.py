@@ -9901,7 +9901,7 @@ svg text {
 #jobs .w {
   min-width: 16rem;
 }
-#jobs td:not(.w, .t) {
+#jobs td:not(.w, .t, .s) {
   white-space: nowrap;
 }
 @media (max-width: 1500px) {
@@ -9909,7 +9909,7 @@ svg text {
     min-width: 12.5rem;
   }
   #jobs .t {
-    min-width: 7rem;
+    min-width: 10rem;
   }
   #jobs td,
   #jobs th {
@@ -9923,6 +9923,28 @@ svg text {
   }
   #jobs .n .bar {
     display: none;
+  }
+}
+.choice label {
+  flex: 1 1 16rem;
+  max-width: 32rem;
+}
+@media (max-width: 700px) {
+  #jobs .t {
+    min-width: 0;
+  }
+  #use td,
+  #compare td,
+  #failures td,
+  #spread td,
+  #spread th,
+  #nodes td,
+  #nodes th {
+    white-space: normal;
+    padding: 0.18rem 0.3rem;
+  }
+  #spread .line {
+    width: 3rem;
   }
 }
 .verdicts {
@@ -10073,7 +10095,7 @@ COMPARE_FORM_HTML = """
       <small>Without an id you choose from a list.</small>
     </form>"""
 CHOICE_FORM_HTML = """
-    <form action="compare">{selects}
+    <form class="choice" action="compare">{selects}
       <label>or B by its id <input type="text" name="id" value=""></label>
       <button type="submit">Compare</button>
     </form>"""
@@ -10573,7 +10595,7 @@ def draw_why(column: Column, row: Message, site: Site) -> Html:
 
 def draw_state(column: Column, row: Message, site: Site) -> Html:
     """A job's state in words."""
-    return fill(CELL_HTML, kind=LEFT, content=state_words(row["state"]))
+    return fill(CELL_HTML, kind="s", content=state_words(row["state"]))
 
 
 def state_words(state: Optional[str]) -> str:
@@ -10685,6 +10707,8 @@ def verdict_text(summary: Message) -> str:
         return ""
     if summary["state"] == "PENDING":
         return remarks(summary)[0] if summary["reason"] else ""
+    if is_watched_job(summary):
+        return "not judged"
     return "nobody watched it" if is_over_by_now(summary) else "no verdict yet"
 
 
@@ -11315,7 +11339,7 @@ def render_missing(path: str, query: Query, site: Site) -> str:
     """The page for an address that leads to no job."""
     root = "../" if path.endswith("/") else ""
     more = fill(MISSING_HTML, words=missing_words(path, query), root=root)
-    return render_document("No such job", [demo_notice(site), more], root, "")
+    return render_document("Nothing to show", [demo_notice(site), more], root, "")
 
 
 def render_record_json(view: Snapshot, query: Query, site: Site) -> str:
@@ -11580,7 +11604,11 @@ def render_compare_page(view: Snapshot, query: Query, site: Site) -> str:
         Series(one.rows, "", one.span[0]),
         Series(other.rows, "other", other.span[0]),
     ]
-    charts = [draw_chart(key, series, axis) for key in CHARTED]
+    charts = [
+        draw_chart(key, series, axis)
+        for key in CHARTED
+        if any(largest(record.rows, key) for record in (one, other))
+    ]
     words = (
         "A, job %s, is the full line; B, job %s, the broken one. Time since each start."
         % (
@@ -11588,11 +11616,11 @@ def render_compare_page(view: Snapshot, query: Query, site: Site) -> str:
             other.job,
         )
     )
-    unwatched = [
-        fill(PARAGRAPH_HTML, text="%s was not watched: it has no curves." % letter)
-        for letter, summary in (("A", first), ("B", second))
-        if not is_watched_job(summary)
-    ]
+    both = (("A", first), ("B", second))
+    blind = [letter for letter, summary in both if not is_watched_job(summary)]
+    if blind:
+        words = "%s was not watched: there is no curve of it. Time since the start."
+        words = words % blind[0]
     parts = [
         fill(PARAGRAPH_HTML, text="A: %s. %s" % (title_of(first), how_it_went(first))),
         fill(
@@ -11601,8 +11629,8 @@ def render_compare_page(view: Snapshot, query: Query, site: Site) -> str:
         draw_table(
             "compare", "Differences", COMPARE_COLUMNS, compare_rows(first, second)
         ),
-        *unwatched,
-        draw_section("Over time", charts, words),
+        draw_section("Over time", charts, words)
+        or fill(PARAGRAPH_HTML, text="Neither was watched: there are no curves."),
     ]
     title = "Jobs %s and %s" % (one.job, other.job)
     return render_document(title, [demo_notice(site), *parts], "", "")
@@ -11626,7 +11654,10 @@ def render_choice_page(view: Snapshot, query: Query, site: Site) -> str:
         selects.append(fill(CHOICE_HTML, label=key.upper(), key=key, options=options))
     parts = [
         demo_notice(site),
-        fill(PARAGRAPH_HTML, text="Choose two jobs, the parameters a and b."),
+        fill(
+            PARAGRAPH_HTML,
+            text="Two jobs are compared, as /compare?a=ID&b=ID. Choose them here.",
+        ),
         fill(CHOICE_FORM_HTML, selects=selects),
     ]
     return render_document("Compare two jobs", parts, "", "")
