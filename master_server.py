@@ -9906,10 +9906,10 @@ svg text {
 }
 @media (max-width: 1500px) {
   #jobs .w {
-    min-width: 12.5rem;
+    min-width: 12rem;
   }
   #jobs .t {
-    min-width: 10rem;
+    min-width: 10.5rem;
   }
   #jobs td,
   #jobs th {
@@ -9943,8 +9943,12 @@ svg text {
     white-space: normal;
     padding: 0.18rem 0.3rem;
   }
-  #spread .line {
-    width: 3rem;
+  #compare td,
+  #failures td {
+    overflow-wrap: anywhere;
+  }
+  #spread tr > :last-child {
+    display: none;
   }
 }
 .verdicts {
