@@ -8504,6 +8504,22 @@ def find_tasks(view: Snapshot, name: str) -> List[Message]:
     return [job] if job else tasks
 
 
+def with_record(row: Message, summary: Optional[Message]) -> Message:
+    """The row of a task with what is recorded of it, where its nodes do not tell any more."""
+    if not summary or row["phase"] != "ended":
+        return row
+    row = dict(row)
+    if row["cpu"] is None:
+        row["cpu"] = summary["cpu"]
+    if row["memory"] is None and summary["peak"] and summary["mem_limit"]:
+        peak = {"job_ram": 100 * summary["peak"] / summary["mem_limit"]}
+        row.update(memory_of_job([dict(peak, job_mem_limit=summary["mem_limit"])]))
+    severity = severity_of(summary)
+    if row["severity"] is None and severity:
+        row["severity"] = severity
+    return row
+
+
 def nodes_of_jobs(view: Snapshot, jobs: Sequence[Message]) -> List[Message]:
     """The nodes on which an agent watches one of the jobs, in their order."""
     return [row for job in jobs for row in nodes_of_job(view, job)]
@@ -9530,22 +9546,6 @@ class Page:
         number = row.get("slot") or int(row["time"] * 1e6)
         cells = draw_cells(name, columns, row, self.site)
         return fill(ROW_HTML, id="%s_%s" % (name, number), cells=cells)
-
-
-def with_record(row: Message, summary: Optional[Message]) -> Message:
-    """The row of a task with what is recorded of it, where its nodes do not tell any more."""
-    if not summary or row["phase"] != "ended":
-        return row
-    row = dict(row)
-    if row["cpu"] is None:
-        row["cpu"] = summary["cpu"]
-    if row["memory"] is None and summary["peak"] and summary["mem_limit"]:
-        peak = {"job_ram": 100 * summary["peak"] / summary["mem_limit"]}
-        row.update(memory_of_job([dict(peak, job_mem_limit=summary["mem_limit"])]))
-    severity = severity_of(summary)
-    if row["severity"] is None and severity:
-        row["severity"] = severity
-    return row
 
 
 def demo_notice(site: Site) -> Optional[Html]:
@@ -10599,10 +10599,10 @@ def draw_why(column: Column, row: Message, site: Site) -> Html:
 
 def draw_state(column: Column, row: Message, site: Site) -> Html:
     """A job's state in words."""
-    return fill(CELL_HTML, kind="s", content=state_words(row["state"]))
+    return fill(CELL_HTML, kind="s", content=plain_state(row["state"]))
 
 
-def state_words(state: Optional[str]) -> str:
+def plain_state(state: Optional[str]) -> str:
     """A state of Slurm's as people write it; of a job that only agents know of: unknown."""
     return (state or "unknown").lower().replace("_", " ")
 
@@ -10703,7 +10703,7 @@ def verdict_text(summary: Message) -> str:
         if verdict.get("severity") == severity and verdict.get("what") not in NOT_SAID:
             return str(verdict.get("what"))
     if severity == "died":
-        words = [state_words(summary["state"])]
+        words = [plain_state(summary["state"])]
         if summary["exit"]:
             words.append("exit code " + summary["exit"])
         return ", ".join(words)
@@ -11489,7 +11489,7 @@ def render_jobs_page(view: Snapshot, query: Query, site: Site) -> str:
 
 def jobs_words(jobs: Sequence[Message]) -> str:
     """How many jobs there are in which state, and when that was so: the page is not live."""
-    counts = collections.Counter(state_words(job["state"]) for job in jobs)
+    counts = collections.Counter(plain_state(job["state"]) for job in jobs)
     texts = ["%d %s" % (count, state) for state, count in counts.most_common()]
     words = "%s: %s. " % (count_words(len(jobs), "job"), ", ".join(texts))
     now = "As of %s; this page does not renew itself." % time.strftime("%R")
@@ -11670,7 +11670,7 @@ def render_choice_page(view: Snapshot, query: Query, site: Site) -> str:
 def choice(job: Message, chosen: Optional[str]) -> Html:
     """A job in a list to choose from."""
     text, _ = moment_words(job, time.time())
-    words = [job["job"], job["job_name"], state_words(job["state"]), text]
+    words = [job["job"], job["job_name"], plain_state(job["state"]), text]
     is_chosen = job["job"] == chosen
     return fill(
         CHOICE_OPTION_HTML,
@@ -11832,7 +11832,7 @@ def failure_rows(jobs: Sequence[Message]) -> List[Message]:
     groups: Dict[str, List[Message]] = {}
     for job in jobs:
         if job["state"] in ENDED_STATES and job["state"] != "COMPLETED":
-            cause = state_words(job["state"])
+            cause = plain_state(job["state"])
             if job["exit"] not in (None, "0:0"):
                 cause += ", exit code " + job["exit"]
             groups.setdefault(cause, []).append(job)
@@ -11931,7 +11931,7 @@ def render_runs_page(view: Snapshot, query: Query, site: Site) -> str:
     jobs = runs_asked_for(view, query, site)
     if not jobs:
         return ""
-    counts = collections.Counter(state_words(job["state"]) for job in jobs)
+    counts = collections.Counter(plain_state(job["state"]) for job in jobs)
     words = ["%d %s" % (count, state) for state, count in counts.most_common()]
     done = [job for job in jobs if job["state"] in ENDED_STATES]
     advice = advise(done)
