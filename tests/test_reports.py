@@ -617,7 +617,7 @@ RULES = {
 class InBrowser(unittest.TestCase):
     """The pages in Chromium: served ones, and a report from a file."""
 
-    paths = ("/jobs", "/record/1", "/compare?a=1&b=2", "/runs?name=train")
+    paths = ("/jobs", "/record/1", "/compare?a=1&b=2", "/compare?a=1", "/runs?name=train")
 
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
