@@ -10840,6 +10840,9 @@ svg text {
   stroke-linecap: butt;
   vector-effect: none;
 }
+#jobs [data-what] {
+  min-width: 0; /* this page does not renew itself */
+}
 #jobs .w {
   min-width: 16rem;
 }
