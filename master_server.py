@@ -2310,6 +2310,11 @@ SLOW_BYTES = 5e6  # a second: what waits for I/O and moves no more has a slow fi
 IDLE_GPU = 1.0  # percent busy
 UNUSED_GPU = 100 * MIB  # of a GPU's memory: no program has opened it
 MARGIN = 1.2  # a fifth more than was needed: what to ask for next time
+NEAR_LIMIT = 0.9  # of the limit of memory: little is left from here on
+FALLEN = 0.05  # of the limit: memory that is so much lower has fallen ...
+RISEN = 0.01  # ... and so much higher has grown
+STILL = 0.002  # ... and with no more between the least and the most stands still
+GROWTH_SECONDS = 180.0  # without another height: memory does not grow any more
 
 # The same words are in agent.py's report.
 OUT_OF_MEMORY = "out of memory: the kernel killed %s"
@@ -2919,7 +2924,7 @@ def clock_words(moment: Optional[float], form: str = "%H:%M") -> str:
 
 def time_words(seconds: float) -> str:
     """A duration: 45 s, 20 min, 3 h 10 min."""
-    if seconds < 100:
+    if seconds < 120:
         return "%d s" % round(seconds)
     minutes = int(seconds / 60)
     if minutes < 100:
@@ -3454,36 +3459,101 @@ def fit_line(points: Curve) -> Tuple[float, float]:
     return both / across, both * both / (across * up)
 
 
+def points_until(points: Curve, place: int, seconds: float) -> Curve:
+    """The points of the seconds up to one of them, it included."""
+    since = points[place][0] - seconds - CURVE_STEP / 2
+    first = place
+    while first and points[first - 1][0] >= since:
+        first -= 1
+    return points[first : place + 1]
+
+
+def grows_steadily(
+    node: NodeEvidence, points: Curve, limit: float, seconds: float
+) -> bool:
+    """Whether memory has done nothing but grow, in a line that meets the limit soon."""
+    used = points[-1][1]
+    if len(points) < 5 or not limit / 2 <= used < limit:
+        return False
+    moments = [moment for moment, _ in points]
+    if moments[-1] - moments[0] < seconds - CURVE_STEP / 2:
+        return False
+    for sooner, later in zip(points, points[1:]):
+        if later[1] <= sooner[1] or later[0] - sooner[0] > MAX_HOLE:
+            return False
+    slope, share = fit_line(points)
+    if share < 0.95 or (limit - used) / slope > 600:
+        return False
+    first = moments[-1] - seconds - CURVE_STEP / 2
+    reads = [
+        value
+        for moment, value in node.curves.get("job_read", ())
+        if first <= moment <= moments[-1]
+    ]
+    may_load = not reads or mean_of(reads) >= slope / 2
+    return used >= 0.8 * limit or not may_load
+
+
+def growing_since(node: NodeEvidence, seconds: float) -> Optional[float]:
+    """Since when a node's memory grows towards its limit; None if it does not.
+
+    It does once it grew steadily for the seconds, and does so until that is refuted: memory
+    fell, stood still, or reached no new height for a while.  A program whose memory grows also
+    frees some now and then.
+    """
+    limit = node.sample["job_mem_limit"]
+    points = node.curves["job_mem"]
+    if points[-1][1] < (0.5 - FALLEN) * limit:
+        return None
+    since: Optional[float] = None
+    height = 0.0  # the highest so far, and when that was
+    reached = 0.0
+    for place, (moment, used) in enumerate(points):
+        if used >= limit / 2:
+            window = points_until(points, place, seconds)
+            if grows_steadily(node, window, limit, seconds):
+                since = window[0][0] if since is None else since
+                height, reached = used, moment
+                continue
+        if since is None:
+            continue
+        last = [value for _, value in points_until(points, place, SOON_SECONDS)]
+        is_still = len(last) >= 3 and max(last) - min(last) <= STILL * limit
+        if used >= height + RISEN * limit:
+            height, reached = used, moment
+        has_fallen = used < height - FALLEN * limit
+        if is_still or has_fallen or moment - reached > GROWTH_SECONDS:
+            since = None
+    return since
+
+
 def find_growth(
     case: Case, nodes: List[NodeEvidence], seconds: float
 ) -> Iterator[Figures]:
     found = []
     for node in nodes:
-        since = case.now - seconds - CURVE_STEP / 2
-        points = [point for point in node.curves["job_mem"] if point[0] >= since]
-        if len(points) < 5:
+        begun = growing_since(node, seconds)
+        if begun is None:
             continue
-        slope, share = fit_line(points)
-        used = points[-1][1]
-        limit = node.sample["job_mem_limit"]
-        steps = [later[1] - sooner[1] for sooner, later in zip(points, points[1:])]
-        is_steady = share >= 0.95 and all(step > 0 for step in steps)
-        if is_steady and slope > 0 and limit / 2 <= used < limit:
-            left = (limit - used) / slope
-            reads = recent(node, "job_read", case.now, seconds)
-            may_load = not reads or mean_of(reads) >= slope / 2
-            if left <= 600 and not (may_load and used < 0.8 * limit):
-                found.append((left, slope, used, limit, node))
+        since = max(begun, case.now - GROWTH_SECONDS)
+        points = [point for point in node.curves["job_mem"] if point[0] >= since]
+        slope, _ = fit_line(points)
+        if slope > 0:
+            used = points[-1][1]
+            limit = node.sample["job_mem_limit"]
+            left = max(0.0, limit - used) / slope
+            found.append((left, slope, used, limit, node, points[0][0]))
     if found:
-        left, slope, used, limit, node = min(found, key=lambda entry: entry[0])
+        left, slope, used, limit, node, since = min(found, key=operator.itemgetter(0))
         largest = largest_rank_words(node.ranks)
+        pace = "at this pace it is full in %s" % time_words(left)
         yield {
             "node": node.name,
             "used": used / GIB,
             "limit": limit / GIB,
             "pace": size_words(60 * slope),
-            "left": time_words(left),
-            "time": time_words(seconds),
+            "left": pace if used < limit else "it is full",
+            "time": time_words(CURVE_STEP * round((case.now - since) / CURVE_STEP)),
             "largest": "; " + largest if largest else "",
             "flag": memory_flag(limit),
         }
@@ -3494,8 +3564,7 @@ def find_little_memory(
 ) -> Iterator[Figures]:
     for node in nodes:
         limit = node.sample["job_mem_limit"]
-        share = lambda value: value > 0.9 * limit  # noqa: B023, E731
-        if lasts(node, "job_mem", case.now, seconds, share):
+        if is_nearly_full(case, node, seconds):
             used = node.curves["job_mem"][-1][1]
             largest = largest_rank_words(node.ranks)
             yield {
@@ -3507,6 +3576,28 @@ def find_little_memory(
                 "largest": "; " + largest if largest else "",
                 "flag": memory_flag(limit),
             }
+
+
+def is_nearly_full(case: Case, node: NodeEvidence, seconds: float) -> bool:
+    """Whether memory was above 90 % for so long, in the last minutes, and has not fallen since.
+
+    What is nearly full does not become fine because a little was freed for a moment.
+    """
+    limit = node.sample["job_mem_limit"]
+    enough = seconds - CURVE_STEP / 2
+    end: Optional[float] = None  # of a time above 90 %
+    later = case.now
+    for moment, used in reversed(node.curves["job_mem"]):
+        if used < (NEAR_LIMIT - FALLEN) * limit:
+            return False
+        if used <= NEAR_LIMIT * limit or later - moment > MAX_HOLE:
+            end = None
+        if used > NEAR_LIMIT * limit:
+            end = moment if end is None else end
+            if end - moment >= enough:
+                return case.now - end <= GROWTH_SECONDS
+        later = moment
+    return False
 
 
 def find_cache(
@@ -4339,7 +4430,7 @@ CHECKS: Tuple[Check, ...] = (
         holds=("job_mem",),
         seconds=HOLD_SECONDS,
         find=find_growth,
-        what="memory of {node} grows steadily: at this pace it is full in {left}",
+        what="memory of {node} grows steadily: {left}",
         proof="{used:.3g} GB of {limit:.3g} GB, {pace} more a minute for {time}{largest}",
         cure="{flag}  # if it needs that; a leak only takes longer",
         source="cc-backend, parameters: memory leak slope; straight line with R2 >= 0.95",
