@@ -2308,12 +2308,16 @@ QUIET_BYTES = 1e5  # a second, read and written: no I/O to speak of
 LEAST_QUIET = 30.0  # seconds for which that is known at least
 SLOW_BYTES = 5e6  # a second: what waits for I/O and moves no more has a slow filesystem
 IDLE_GPU = 1.0  # percent busy
+WORKING_GPUS = 50.0  # percent busy, in the mean of a node's: they are at work
+LEFT_OUT_CPU = 5.0  # percent of its CPUs: a node that does no more has nothing to do
 UNUSED_GPU = 100 * MIB  # of a GPU's memory: no program has opened it
 MARGIN = 1.2  # a fifth more than was needed: what to ask for next time
 NEAR_LIMIT = 0.9  # of the limit of memory: little is left from here on
 FALLEN = 0.05  # of the limit: memory that is so much lower has fallen ...
 RISEN = 0.01  # ... and so much higher has grown
 STILL = 0.002  # ... and with no more between the least and the most stands still
+LEAST_RISES = 4  # from one point to the next: a line needs some
+GROWTH_POINTS = 130  # of a curve: what was before is not looked at
 GROWTH_SECONDS = 180.0  # without another height: memory does not grow any more
 
 # The same words are in agent.py's report.
@@ -3338,33 +3342,64 @@ def find_idle_gpus(
     case: Case, nodes: List[NodeEvidence], seconds: float
 ) -> Iterator[Figures]:
     names: List[str] = []
+    places: List[Tuple[int, str, str]] = []
     memory: List[float] = []
     times: List[float] = []
+    counts: List[int] = []  # of each node
+    left_out: List[str] = []
     for node in nodes:
         idle, lasted = idle_gpus(case, node, seconds)
+        if idle and len(idle) == len(node.gpus) and is_left_out(case, node):
+            left_out.append(node.name)
+        counts.append(len(idle))
         if idle:
             numbers = [int(gpu["index"]) for gpu in idle if "index" in gpu]
             names.append("%s gpu %s" % (node.name, range_words(numbers)))
+            places.append((len(idle), names[-1], node.name))
             memory += [gpu["mem_used"] for gpu in idle if "mem_used" in gpu]
             times += [lasted] * len(idle)
     if not times:
         return
     total = sum(len(node.gpus) for node in nodes)
     total = max(total, int(case.facts.get("gpus", 0)))
-    are_all = len(times) == total
     each = ", at most %s each" % size_words(max(memory)) if memory else ""
+    more = ""
+    if left_out:
+        more += "; %s: no CPU works, either" % list_words(left_out)
+    now = sum(is_idle_gpu(gpu) for node in nodes for gpu in node.gpus)
+    if now > len(times):
+        more += "; %d more are idle just now" % (now - len(times))
+    if len(times) == total:
+        cure = (
+            "srun --jobid=%s --overlap --pty nvidia-smi  # does the program find them?"
+            % case.job
+        )
+    elif case.is_whole(nodes) and min(counts):  # --gres is of each node
+        least = max(len(node.gpus) for node in nodes) - min(counts)
+        cure = "--gres=gpu:%d  # or does the program know of more than one GPU?" % max(
+            1, least
+        )
+    else:
+        _, words, name = max(places, key=operator.itemgetter(0))
+        cure = "srun --jobid=%s --overlap --nodes=1 --nodelist=%s --pty nvidia-smi" % (
+            case.job,
+            shlex.quote(name),
+        )
+        cure += "  # which ranks should use %s?" % words
     yield {
         "idle": len(times),
         "all": total,
         "time": time_words(min(times)),
         "names": list_words(names),
-        "memory": each,
-        "cure": "srun --jobid=%s --overlap --pty nvidia-smi  # does the program find them?"
-        % case.job
-        if are_all
-        else "--gres=gpu:%d  # or does the program know of more than one GPU?"
-        % max(1, (total - len(times)) // len(nodes)),
+        "memory": each + more,
+        "cure": cure,
     }
+
+
+def is_idle_gpu(gpu: Dict[str, Any]) -> bool:
+    """Whether a GPU does nothing just now: what is not known is not idle."""
+    busy = gpu.get("gpu")
+    return busy is not None and busy <= IDLE_GPU
 
 
 def idle_gpus(
@@ -3377,11 +3412,13 @@ def idle_gpus(
     """
     if any("gpu" not in gpu or "index" not in gpu for gpu in node.gpus):
         return [], 0.0
-    idle = [gpu for gpu in node.gpus if gpu["gpu"] <= IDLE_GPU]
+    idle = [gpu for gpu in node.gpus if is_idle_gpu(gpu)]
     are_all = len(idle) == len(node.gpus)
     key = "gpu" if are_all else "gpu_min"
     lasted = lasting(node, key, case.now, lambda value: value <= IDLE_GPU)
     patience = idle_gpu_patience(node) if are_all else LONG_SECONDS
+    if are_all and is_left_out(case, node):
+        patience = LONG_SECONDS
     if lasted >= patience - CURVE_STEP / 2:
         return idle, lasted
     works = any(
@@ -3394,6 +3431,21 @@ def idle_gpus(
     if works and lasted >= seconds - CURVE_STEP / 2:
         return unused, lasted
     return [], 0.0
+
+
+def is_left_out(case: Case, node: NodeEvidence) -> bool:
+    """Whether the CPUs of a node do nothing, either, while most GPUs of all others are at work."""
+    others = [other for other in case.live if other.name != node.name]
+    if not others or "job_cpus" not in node.sample:
+        return False
+    rest = recent(node, "job_cpu", case.now, LONG_SECONDS)
+    if not rest or max(rest) > LEFT_OUT_CPU:
+        return False
+    for other in others:
+        shares = recent(other, "gpu", case.now, LONG_SECONDS)
+        if not shares or min(shares) < WORKING_GPUS:
+            return False
+    return True
 
 
 def idle_gpu_patience(node: NodeEvidence) -> float:
@@ -3473,7 +3525,7 @@ def grows_steadily(
 ) -> bool:
     """Whether memory has done nothing but grow, in a line that meets the limit soon."""
     used = points[-1][1]
-    if len(points) < 5 or not limit / 2 <= used < limit:
+    if len(points) <= LEAST_RISES or not limit / 2 <= used < limit:
         return False
     moments = [moment for moment, _ in points]
     if moments[-1] - moments[0] < seconds - CURVE_STEP / 2:
@@ -3484,13 +3536,10 @@ def grows_steadily(
     slope, share = fit_line(points)
     if share < 0.95 or (limit - used) / slope > 600:
         return False
-    first = moments[-1] - seconds - CURVE_STEP / 2
-    reads = [
-        value
-        for moment, value in node.curves.get("job_read", ())
-        if first <= moment <= moments[-1]
-    ]
-    may_load = not reads or mean_of(reads) >= slope / 2
+    reads = node.curves.get("job_read", [])  # it may not reach as far back
+    then = [value for moment, value in reads if moments[0] <= moment <= moments[-1]]
+    read = mean_of(then or [value for _, value in reads])
+    may_load = not reads or read >= slope / 2
     return used >= 0.8 * limit or not may_load
 
 
@@ -3502,25 +3551,34 @@ def growing_since(node: NodeEvidence, seconds: float) -> Optional[float]:
     frees some now and then.
     """
     limit = node.sample["job_mem_limit"]
-    points = node.curves["job_mem"]
-    if points[-1][1] < (0.5 - FALLEN) * limit:
+    points = node.curves["job_mem"][-GROWTH_POINTS:]
+    newest = points[-1]
+    lately = [used for moment, used in points if moment >= newest[0] - GROWTH_SECONDS]
+    has_moved = max(lately) - min(lately) >= STILL * limit  # most jobs have not
+    if newest[1] < (0.5 - FALLEN) * limit or not has_moved:
         return None
     since: Optional[float] = None
     height = 0.0  # the highest so far, and when that was
     reached = 0.0
+    before = math.inf
+    rises = 0  # one after the other
     for place, (moment, used) in enumerate(points):
-        if used >= limit / 2:
+        rises = rises + 1 if used > before else 0
+        before = used
+        if rises >= LEAST_RISES and used >= limit / 2:
             window = points_until(points, place, seconds)
             if grows_steadily(node, window, limit, seconds):
                 since = window[0][0] if since is None else since
-                height, reached = used, moment
+                height = used
+                reached = moment
                 continue
         if since is None:
             continue
         last = [value for _, value in points_until(points, place, SOON_SECONDS)]
         is_still = len(last) >= 3 and max(last) - min(last) <= STILL * limit
         if used >= height + RISEN * limit:
-            height, reached = used, moment
+            height = used
+            reached = moment
         has_fallen = used < height - FALLEN * limit
         if is_still or has_fallen or moment - reached > GROWTH_SECONDS:
             since = None
@@ -8535,7 +8593,7 @@ def render_gpus(view: Snapshot, nodes: List[Message]) -> Optional[str]:
         return None
     if len(busy) <= SHOWN_GPUS:
         return " ".join("%.0f" % value for value in busy)
-    idle = sum(value < IDLE for value in busy)
+    idle = sum(value <= IDLE_GPU for value in busy)
     words = "mean %.0f" % (sum(busy) / len(busy))
     if idle:
         return "%s, %d of %d idle" % (words, idle, len(busy))
