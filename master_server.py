@@ -2376,6 +2376,7 @@ WAITERS = (
 SEVERITIES = ("died", "problem", "advice", "fine")  # the worst first
 ARROW_COLUMN = 100  # where cures begin, at most
 MARKS = {"died": "died ", "problem": "! ", "advice": ". ", "fine": ""}
+NOTHING_FOUND = "nothing found so far"  # fine, as far as it has been seen
 EXIT_CODES = {"fine": 0, "advice": 1, "problem": 2, "died": 3}
 RUNNING_STATES = ("", "RUNNING", "COMPLETING")  # "": Slurm was not asked
 ENDING_STATE = "COMPLETING"  # what is left of it is being ended
@@ -2507,7 +2508,8 @@ def diagnose(job: JobEvidence) -> List[Verdict]:
         verdicts += found
     verdicts = [verdict for verdict in verdicts if verdict.rule not in replaced]
     if all(verdict.severity == "fine" for verdict in verdicts):
-        verdicts.insert(0, Verdict("fine", "fine", case.describe(), "", "fine"))
+        what = case.verdict_of_fine()
+        verdicts.insert(0, Verdict("fine", what, case.describe(), "", "fine"))
     return sorted(verdicts, key=lambda verdict: SEVERITIES.index(verdict.severity))
 
 
@@ -2856,9 +2858,50 @@ class Case:
             return "it waits: %s" % self.facts.get("reason", "Slurm has told no reason")
         if not self.nodes:
             return "no node of it has sent a sample"
-        longest = max(len(node.curves.get("job_mem", ())) for node in self.nodes)
+        count = int(self.facts.get("nodes", 0))
         words = count_words(len(self.nodes), "node")
-        return "%s, %d samples of each" % (words, longest) if longest else words
+        if count > len(self.nodes):
+            words = "%d of %s" % (len(self.nodes), count_words(count, "node"))
+        curves = [node.curves["job_mem"] or node.curves["cpu"] for node in self.nodes]
+        longest = max(curves, key=len)
+        if longest:
+            since = clock_words(longest[0][0])
+            samples = count_words(len(longest), "sample")
+            words += ", %s of each since %s" % (samples, since)
+        if self.is_running:
+            words += self.full_words()
+        return words
+
+    def verdict_of_fine(self) -> str:
+        """What is said of a job with which nothing is wrong, as far as it has been seen."""
+        if self.state in WAITING_STATES:
+            return "fine"
+        if not self.nodes:
+            return NOTHING_FOUND
+        if not self.is_running:
+            return "fine"
+        are_seen = all(is_seen(node) for node in self.live)
+        is_whole = len(self.live) == len(self.nodes)
+        return "fine" if are_seen and is_whole and not self.full_words() else NOTHING_FOUND
+
+    def full_words(self) -> str:
+        """; 94 % of the memory of c1 in use, not yet for 20 s: "" where there is enough of it."""
+        for node in self.live:
+            limit = node.sample.get("job_mem_limit")
+            used = node.sample.get("job_mem", 0.0)
+            if limit and used > NEAR_LIMIT * limit:
+                share = 100 * min(1.0, used / limit)
+                words = "; %.0f %% of the memory of %s in use just now"
+                return words % (share, node.name)
+        return ""
+
+
+def is_seen(node: NodeEvidence) -> bool:
+    """Whether a node has been seen for as long as most checks take."""
+    known = [key for key in ("job_cpu", "job_mem") if node.curves[key]]
+    if not known:  # of the rest there is less
+        return has_covered(node, "cpu", (CURVES["cpu"] - 1) * CURVE_STEP)
+    return any(has_covered(node, key, LONG_SECONDS) for key in known)
 
 
 def lasting(
@@ -4651,6 +4694,11 @@ def parse_verdicts(rows: Any) -> List[Verdict]:
         if values and values[0] in SEVERITIES and values[1]:
             verdicts.append(Verdict(*values))
     return verdicts
+
+
+def words_of_fine(what: Any) -> str:
+    """What a verdict says, where its severity stands beside it."""
+    return "nothing is wrong" if what == "fine" else str(what)
 
 
 def explain_code(verdicts: Iterable[Verdict]) -> int:
@@ -8425,8 +8473,9 @@ def job_row(view: Snapshot, tasks: List[Message], nodes: List[Message]) -> Messa
     """
     job = tasks[0]
     severity, text = judge_job(view, tasks)
-    if severity not in NEEDS:
-        severity, text = trouble_of_nodes(nodes, len(tasks) == 1) or (severity, text)
+    trouble = trouble_of_nodes(nodes, len(tasks) == 1)
+    if trouble and severity not in NEEDS:  # what is judged stays what it is
+        severity, text = severity or trouble[0], trouble[1]
     row = dict(job, slot=job["raw"], severity=severity, text=text, tasks=len(tasks))
     row["phase"] = phase_of(tasks)
     ran = run_time(job, view.time)
@@ -8523,9 +8572,11 @@ def judge_job(
     """
     judged = verdicts_of(view)
     found = []
+    is_young = False
     for task in tasks:
         for verdict in judged.get(task["raw"], [])[:1]:
             found.append((verdict["severity"], verdict["what"]))
+            is_young = is_young or verdict["what"] == NOTHING_FOUND
         if task["raw"] not in judged and task["state"] in BAD_ENDS:
             words = [task["state"].lower().replace("_", " ")] + remarks(task)
             found.append(("died", ", ".join(words)))
@@ -8538,6 +8589,8 @@ def judge_job(
         count = sum(verdict[0] == severity for verdict in found)
         return severity, what if count == 1 else "%s (tasks: %d)" % (what, count)
     said = ", ".join(remarks(tasks[0])) if len(tasks) == 1 else ""
+    if is_young and not said:
+        said = NOTHING_FOUND
     return ("fine" if found else None), said or None
 
 
@@ -9264,7 +9317,8 @@ class Page:
         for task in tasks:
             for verdict in judged.get(task["raw"], []):
                 job = task["job"] if len(tasks) > 1 else None
-                rows.append(dict(verdict, job=job))
+                what = words_of_fine(verdict["what"])
+                rows.append(dict(verdict, what=what, job=job))
         order = (*NEEDS, "fine")
         rows.sort(
             key=lambda row: (
@@ -10758,7 +10812,7 @@ def draw_verdicts(record: Record, summary: Message) -> Html:
                 VERDICT_HTML,
                 severity=severity if severity in SEVERITIES else "",
                 word=SEVERITY_WORDS.get(severity, severity),
-                what="nothing is wrong" if what == "fine" else what,
+                what=words_of_fine(what),
                 proof=fill(PROOF_HTML, proof) if proof else None,
                 cure=fill(CURE_HTML, cure) if cure else None,
             )
@@ -11064,8 +11118,16 @@ def find_record(view: Optional[Snapshot], job: str, site: Site) -> Optional[Reco
             for key in JOB_KEYS:
                 if facts[key] is not None:
                     live.facts[key] = facts[key]
+            live.verdicts = newest_verdicts(view, live.facts) or live.verdicts
             return live
     return record
+
+
+def newest_verdicts(view: Any, job: Message) -> Optional[List[Message]]:
+    """What is judged of a job that runs: its record has the figures of some minutes ago."""
+    if job["state"] in ENDED_STATES:
+        return None
+    return verdicts_of(view).get(job["raw"] or job["job"])
 
 
 def render_record_page(view: Snapshot, query: Query, site: Site) -> str:
@@ -11106,6 +11168,9 @@ def all_summaries(view: Snapshot, site: Site) -> List[Message]:
         told = {key: facts[key] for key in JOB_KEYS if facts[key] is not None}
         is_over = facts["state"] in ENDED_STATES
         jobs[facts["job"]] = dict(summary, has_ended=is_over, **told)
+        newest = newest_verdicts(view, facts)
+        if newest:
+            jobs[facts["job"]]["verdicts"] = newest
     for job in jobs.values():
         job["severity"] = severity_of(job) or None
     return list(jobs.values())
@@ -11564,7 +11629,7 @@ def explain_text(record: Record) -> str:
     for verdict in verdicts:
         word = SEVERITY_WORDS.get(verdict.get("severity") or "", "")
         what = verdict.get("what")
-        lines.append("%s: %s" % (word, "nothing is wrong" if what == "fine" else what))
+        lines.append("%s: %s" % (word, words_of_fine(what)))
         if verdict.get("proof"):
             lines.append("    %s" % verdict["proof"])
         if verdict.get("cure"):

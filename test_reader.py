@@ -408,8 +408,10 @@ def make_group(
 
 
 def worst_of(found: List[Any], nodes: List[Message], lost: List[Message]) -> str:
-    """The worst of what is judged, and of alerts, lost and idle nodes."""
-    found = list(found)
+    """The worst of what is judged; where nothing is, of alerts, lost and idle nodes."""
+    found = [severity for severity in found if severity]
+    if found:
+        lost, nodes = [], []
     if lost or any(node["alerts"] for node in nodes):
         found.append("problem")
     if any("idle" in node["marks"] for node in nodes):

@@ -911,22 +911,27 @@ class JobsFirst(unittest.TestCase):
         self.assertTrue(master.is_past(snapshot, "8"))
         self.assertEqual(render("/job/", snapshot, job="8"), "")
 
-    def test_a_job_with_an_idle_node_or_an_alert_is_not_called_fine(self):
+    def test_an_idle_node_and_an_alert_are_told_and_leave_the_verdict_as_it_is(self):
         busy = [dict(node(number, job="1"), cpu=90.0) for number in (1, 2)]
         idle = dict(node(3, node="c3", job="1"), cpu=1.0)
         alert = dict(node(4, node="c4", job="1"), cpu=90.0, alerts="cpu>80_for_9 ram>9")
         fine = {"1": self.judged("fine", "nothing is wrong")}
-        for more, severity, what in (
-            ([], "fine", None),
+        for more, hint, what in (
+            ([], None, None),
             ([idle], "advice", "c3 idle"),
             ([idle, dict(idle, slot=5)], "advice", "2 nodes idle"),
-            ([dict(idle, slot=slot) for slot in (3, 5, 6)], "fine", None),  # most do
-            ([idle, alert], "problem", "c4: cpu>80 for 9, ram>9"),
+            ([dict(idle, slot=slot) for slot in (3, 5, 6)], None, None),  # most do
+            (
+                [idle, alert],
+                "problem",
+                "c4: 90 % CPU (alert above 80 %, for 9 s), 30 % RAM (alert above 9 %)",
+            ),
             ([alert, dict(alert, slot=6)], "problem", "alerts on 2 nodes"),
         ):
-            snapshot = view(busy + more, jobs=[job(1)], verdicts=fine)
-            (row,) = master.job_rows(snapshot)
-            self.assertEqual((row["severity"], row["text"]), (severity, what))
+            for verdicts, severity in ((fine, "fine"), ({}, hint)):
+                snapshot = view(busy + more, jobs=[job(1)], verdicts=verdicts)
+                (row,) = master.job_rows(snapshot)
+                self.assertEqual((row["severity"], row["text"]), (severity, what))
         died = {"1": self.judged("died", "out of memory")}
         (row,) = master.job_rows(view(busy + [idle], jobs=[job(1)], verdicts=died))
         self.assertEqual(row["text"], "out of memory")
