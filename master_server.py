@@ -2322,8 +2322,8 @@ GROWTH_SECONDS = 180.0  # without another height: memory does not grow any more
 
 # The same words are in agent.py's report.
 OUT_OF_MEMORY = "out of memory: the kernel killed %s"
-BELOW_PEAK = "memory peak above the highest sample, %.3g GB of %.3g GB"
-MEMORY_PEAK = "memory peak %.3g GB of %.3g GB"
+BELOW_PEAK = "memory peak above the highest sample, %.3g GiB of %.3g GiB"
+MEMORY_PEAK = "memory peak %.3g GiB of %.3g GiB"
 KERNEL_COUNT = "kernel's count, 1 run, %d samples"
 SAMPLED_COUNT = "sampled, 1 run, %d samples"
 
@@ -2882,7 +2882,9 @@ class Case:
             return "fine"
         are_seen = all(is_seen(node) for node in self.live)
         is_whole = len(self.live) == len(self.nodes)
-        return "fine" if are_seen and is_whole and not self.full_words() else NOTHING_FOUND
+        return (
+            "fine" if are_seen and is_whole and not self.full_words() else NOTHING_FOUND
+        )
 
     def full_words(self) -> str:
         """; 94 % of the memory of c1 in use, not yet for 20 s: "" where there is enough of it."""
@@ -3006,10 +3008,10 @@ def range_words(numbers: Iterable[int]) -> str:
 
 
 def size_words(size: float) -> str:
-    """A size in memory: 58 GB, 3 MB."""
+    """A size in memory: 58 GiB, 3 MiB."""
     if size < 0.1 * GIB:
-        return "%d MB" % round(size / MIB)
-    return "%.3g GB" % (size / GIB)
+        return "%d MiB" % round(size / MIB)
+    return "%.3g GiB" % (size / GIB)
 
 
 def memory_flag(size: float) -> str:
@@ -3040,7 +3042,7 @@ def rank_words(rank: Dict[str, Any]) -> str:
 
 
 def largest_rank_words(ranks: List[Dict[str, Any]]) -> str:
-    """rank 37 (my_app) had 58 GB, the others at most 0.3 GB; "" when that is not known."""
+    """rank 37 (my_app) had 58 GiB, the others at most 0.3 GiB; "" when that is not known."""
     sizes = [rank for rank in ranks if "mem" in rank]
     if not sizes:
         return ""
@@ -3852,7 +3854,7 @@ def find_io_wait(
                 "node": node.name,
                 "ranks": count_words(len(waiting), "process"),
                 "wait": min(recent(node, "psi_io", case.now, seconds)),
-                "rate": rate / 1e6,
+                "rate": rate / MIB,
             }
 
 
@@ -4532,7 +4534,7 @@ CHECKS: Tuple[Check, ...] = (
         seconds=HOLD_SECONDS,
         find=find_growth,
         what="memory of {node} grows steadily: {left}",
-        proof="{used:.3g} GB of {limit:.3g} GB, {pace} more a minute for {time}{largest}",
+        proof="{used:.3g} GiB of {limit:.3g} GiB, {pace} more a minute for {time}{largest}",
         cure="{flag}  # if it needs that; a leak only takes longer",
         source="cc-backend, parameters: memory leak slope; straight line with R2 >= 0.95",
         instead_of=("memory_near_limit",),
@@ -4545,7 +4547,7 @@ CHECKS: Tuple[Check, ...] = (
         holds=("job_mem",),
         seconds=SOON_SECONDS,
         find=find_little_memory,
-        what="memory of {node} is nearly full: {used:.3g} GB of {limit:.3g} GB",
+        what="memory of {node} is nearly full: {used:.3g} GiB of {limit:.3g} GiB",
         proof="{percent:.0f} %, page cache not counted{largest}",
         cure="{flag}",
         source="cc-backend, highMemoryUsage: 0.9",
@@ -4584,7 +4586,7 @@ CHECKS: Tuple[Check, ...] = (
         holds=("psi_io", "job_cpu"),
         seconds=HOLD_SECONDS,
         find=find_io_wait,
-        what="{ranks} of {node} wait for I/O and move only {rate:.1f} MB/s",
+        what="{ranks} of {node} wait for I/O and move only {rate:.1f} MiB/s",
         proof="{wait:.0f} % of the time something waits there (PSI)",
         cure='cp -r INPUT "${{TMPDIR:-/tmp}}"  # many small files: work on the node\'s own disk',
         source="Linux, accounting/psi.rst: some avg10 of io; proc(5), state D",
