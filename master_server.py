@@ -2322,7 +2322,7 @@ GROWTH_SECONDS = 180.0  # without another height: memory does not grow any more
 
 # The same words are in agent.py's report.
 OUT_OF_MEMORY = "out of memory: the kernel killed %s"
-BELOW_PEAK = "memory peak above the highest sample, %.3g GiB of %.3g GiB"
+BELOW_PEAK = "memory peak higher than any sample: the highest was %.3g GiB of %.3g GiB"
 MEMORY_PEAK = "memory peak %.3g GiB of %.3g GiB"
 KERNEL_COUNT = "kernel's count, 1 run, %d samples"
 SAMPLED_COUNT = "sampled, 1 run, %d samples"
@@ -2389,6 +2389,12 @@ FILESYSTEMS = (
     ("disk", "the working directory's filesystem", 99.5),
     ("inodes", "the list of files (inodes) of the working directory", 99.5),
 )
+# readings that a label and a number would not tell well
+READING_WORDS = {
+    "job_ram": "{} of its memory in use",
+    "job_cpu": "{} of its CPUs in use",
+    "job_time_left": "{} of its time left",
+}
 OWN_TMP = 'export TMPDIR="$SLURM_SUBMIT_DIR/tmp"; mkdir -p "$TMPDIR"'
 FREE_SHM = "ls -l /dev/shm  # remove what is yours, or ask for more --mem"
 LOOK_AROUND = "df -h . ; df -i .  # in the working directory"
@@ -3012,6 +3018,31 @@ def size_words(size: float) -> str:
     if size < 0.1 * GIB:
         return "%d MiB" % round(size / MIB)
     return "%.3g GiB" % (size / GIB)
+
+
+def reading_words(key: str, value: float) -> str:
+    """What a reading is, in a few words: 91 % of its memory in use, CPU 97 %."""
+    metric = NUMBERS[key]
+    if metric.unit == "%":
+        amount = "%.3g %%" % value
+    elif metric.unit in ("B", "B/s"):
+        amount = size_words(value) + metric.unit[1:]
+    elif metric.unit == "s":
+        amount = time_words(value)
+    else:
+        amount = ("%.6g %s" % (value, metric.unit)).strip()
+    return READING_WORDS.get(key, metric.label + " {}").format(amount)
+
+
+def alert_words(rule: Rule, value: Optional[float]) -> str:
+    """What makes a rule fire, in words: 91 % of its memory in use (alert above 90 %)."""
+    past = "above" if rule.op == ">" else "below"
+    limit = ("%g %s" % (rule.threshold, NUMBERS[rule.metric].unit)).strip()
+    lasting_for = " for %g s" % rule.seconds if rule.seconds else ""
+    reading = NUMBERS[rule.metric].label
+    if value is not None:
+        reading = reading_words(rule.metric, value)
+    return "%s (alert %s %s%s)" % (reading, past, limit, lasting_for)
 
 
 def memory_flag(size: float) -> str:
@@ -3943,14 +3974,14 @@ def find_survived_kill(
             "nodes": list_words(list(kills)),
             "goes": goes_words(case),
             "proof": memory_proof(case),
-            "flag": memory_flag(killed_limit(case)) if killed_limit(case) else "--mem",
+            "flag": more_memory(case),
         }
 
 
 def goes_words(case: Case) -> str:
     """How the job went on after something in it had failed."""
     if case.is_running:
-        return "the job goes on"
+        return "the job still runs"
     if case.state == "COMPLETED":
         return "Slurm says COMPLETED"
     return "the command ended with exit code 0"
@@ -4003,7 +4034,16 @@ def killed_limit(case: Case) -> float:
         if "job_mem_limit" in node.sample
     }
     killed = [limits[name] for name in case.kills if name in limits]
-    return max(killed or limits.values(), default=0.0)
+    asked = float(case.facts.get("mem", 0.0))  # of each node
+    return max(killed or limits.values(), default=asked)
+
+
+def more_memory(case: Case) -> str:
+    """What to ask for where the memory was too little: to look it up, where it is not known."""
+    limit = killed_limit(case)
+    if limit:
+        return memory_flag(limit)
+    return "scontrol show job %s | grep -i mem  # and ask for more: --mem=" % case.job
 
 
 def memory_proof(case: Case) -> str:
@@ -4056,8 +4096,7 @@ def find_out_of_memory(
         words = OUT_OF_MEMORY % count_words(sum(kills.values()), "process") + where
     else:
         words = "out of memory%s, says Slurm; the kernel's count was not seen" % where
-    limit = killed_limit(case)
-    flag = memory_flag(limit) if limit else "--mem"
+    flag = more_memory(case)
     proof = memory_proof(case)
     holder = one_holder(case)
     if holder:
@@ -5991,7 +6030,7 @@ class Collector:
 
     def tell_change(self, peer: Peer, kind: str, rule: Rule, value: float) -> None:
         """Tell that a sample made a rule fire, or was the end of it."""
-        words = "%s is %g (%s)" % (rule.metric, value, str(rule))
+        words = alert_words(rule, value)
         if peer.stay() <= BRIEF_SECONDS and self.early.count(peer.source):
             self.probation.begin(peer, BRIEF_SECONDS)
         self.tell_rule(peer, peer.event(kind, words, rule, value))
@@ -8504,14 +8543,25 @@ def trouble_of_nodes(
     """(severity, what) of a job's nodes: rules that fire, one that idles; None if all is well."""
     alerts = [node for node in nodes if node["alerts"]]
     if len(alerts) == 1:
-        rules = ", ".join(alerts[0]["alerts"].split()).replace("_for_", " for ")
-        return "problem", "%s: %s" % (name_of(alerts[0]), rules)
+        words = ", ".join(words_of_alerts(alerts[0]))
+        return "problem", "%s: %s" % (name_of(alerts[0]), words)
     if alerts:
         return "problem", "alerts on %d nodes" % len(alerts)
     idle = idle_places(nodes) if is_one_job and len(nodes) > 1 else []
     if len(idle) == 1:
         return "advice", "%s idle" % name_of(nodes[idle[0]])
     return ("advice", "%d nodes idle" % len(idle)) if idle else None
+
+
+def words_of_alerts(node: Message) -> List[str]:
+    """What the rules that fire on a node say of it."""
+    words = []
+    for text in node["alerts"].split():
+        rule = parse_rule(text.replace("_for_", " for "))
+        if isinstance(rule, Rule):
+            text = alert_words(rule, node.get(rule.metric))
+        words.append(text)
+    return words
 
 
 # What squeue folds into one line, tasks of an array that wait: 4711_[4-9,12-30:6%2].  A long
@@ -8560,9 +8610,21 @@ def tasks_in(job: str) -> Tuple[int, bool]:
 def verdicts_of(view: Snapshot) -> Dict[str, List[Message]]:
     """What is judged of each job, read once for a copy of the table."""
     if "verdicts" not in view.made:
-        view.made["verdicts"] = view.verdicts
+        view.made["verdicts"] = dict(deaths_of(view), **view.verdicts)
     verdicts: Dict[str, List[Message]] = view.made["verdicts"]
     return verdicts
+
+
+def deaths_of(view: Snapshot) -> Dict[str, List[Message]]:
+    """Why jobs died of which Slurm alone has told: in the words of any other verdict."""
+    deaths = {}
+    for job in view.jobs:
+        if job["state"] in BAD_ENDS:
+            found = diagnose(JobEvidence(job, [], [], view.time))
+            died = [verdict for verdict in found if verdict.severity == "died"]
+            if died:
+                deaths[job["raw"]] = verdicts_json(died)
+    return deaths
 
 
 def judge_job(
@@ -11120,16 +11182,18 @@ def find_record(view: Optional[Snapshot], job: str, site: Site) -> Optional[Reco
             for key in JOB_KEYS:
                 if facts[key] is not None:
                     live.facts[key] = facts[key]
-            live.verdicts = newest_verdicts(view, live.facts) or live.verdicts
+            live.verdicts = newest_verdicts(view, live.facts, live.verdicts)
             return live
     return record
 
 
-def newest_verdicts(view: Any, job: Message) -> Optional[List[Message]]:
-    """What is judged of a job that runs: its record has the figures of some minutes ago."""
-    if job["state"] in ENDED_STATES:
-        return None
-    return verdicts_of(view).get(job["raw"] or job["job"])
+def newest_verdicts(
+    view: Any, job: Message, recorded: Optional[List[Message]]
+) -> Optional[List[Message]]:
+    """What is judged of a job: of one that runs, its record has the figures of minutes ago."""
+    if recorded and job["state"] in ENDED_STATES:
+        return recorded
+    return verdicts_of(view).get(job["raw"] or job["job"], recorded)
 
 
 def render_record_page(view: Snapshot, query: Query, site: Site) -> str:
@@ -11170,9 +11234,8 @@ def all_summaries(view: Snapshot, site: Site) -> List[Message]:
         told = {key: facts[key] for key in JOB_KEYS if facts[key] is not None}
         is_over = facts["state"] in ENDED_STATES
         jobs[facts["job"]] = dict(summary, has_ended=is_over, **told)
-        newest = newest_verdicts(view, facts)
-        if newest:
-            jobs[facts["job"]]["verdicts"] = newest
+        newest = newest_verdicts(view, facts, summary["verdicts"])
+        jobs[facts["job"]]["verdicts"] = newest
     for job in jobs.values():
         job["severity"] = severity_of(job) or None
     return list(jobs.values())
@@ -11639,10 +11702,13 @@ def explain_text(record: Record) -> str:
     if not verdicts:
         lines.append(SEVERITY_WORDS[severity_of(summary)])
     for use in use_rows(record, summary):
-        lines.append(
-            "%s: asked for %s, got %s, used %s"
-            % (use["what"], use["asked"], use["got"], use["used"])
+        amounts = (
+            ("asked for", use["asked"]),
+            ("got", use["got"]),
+            ("used", use["used"]),
         )
+        known = ["%s %s" % amount for amount in amounts if amount[1] != "-"]
+        lines.append("%s: %s" % (use["what"], ", ".join(known)))
     lines += suggestions(summary)
     return "".join(clean_text(line) + "\n" for line in lines)
 

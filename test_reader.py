@@ -217,9 +217,11 @@ class Group(NamedTuple):
     verdicts: List[Any]  # the worst first
 
 
-def verdicts_of(snapshot: Any, tasks: List[Message]) -> List[Message]:
+def verdicts_of(
+    master_server: Any, snapshot: Any, tasks: List[Message]
+) -> List[Message]:
     """The verdicts on a job or the tasks of an array that need its user, the worst first."""
-    judged = snapshot.verdicts
+    judged = master_server.verdicts_of(snapshot)
     found: List[Message] = []
     for task in tasks:
         found += judged.get(task["raw"], [])
@@ -295,12 +297,14 @@ def group_jobs(master_server: Any, snapshot: Any) -> List[Group]:
         else:
             lost = take_all(lost_of, keys)
         nodes = take_all(nodes_of, keys)
-        groups.append(make_group(row, nodes, lost, verdicts_of(snapshot, tasks)))
+        groups.append(
+            make_group(row, nodes, lost, verdicts_of(master_server, snapshot, tasks))
+        )
     for key in sorted(set(nodes_of) | set(lost_of), key=master_server.natural):
         nodes = nodes_of.get(key, [])
         lost = lost_of.get(key, [])
         row = row_of_nodes(key, nodes or lost)
-        verdicts = verdicts_of(snapshot, [{"raw": key}])
+        verdicts = verdicts_of(master_server, snapshot, [{"raw": key}])
         groups.append(make_group(row, nodes, lost, verdicts))
     ended = master_server.ENDED_STATES
     return sorted(groups, key=lambda group: urgency(group, ended))

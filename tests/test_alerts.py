@@ -213,7 +213,7 @@ class NoLost(MasterTest):
     def test_a_lost_node_is_then_an_ordinary_event_and_other_alerts_stay(self):
         agent = self.agent()
         agent.send({"cpu": 91, "ram": 1, "node": "calm"})
-        self.master.logged("CRITICAL WARNING: calm: cpu is 91 .cpu>90.")
+        self.master.logged("CRITICAL WARNING: calm: CPU 91 % .alert above 90 %.")
         agent.reset()
         self.event("lost", "calm")
         self.assertNotRegex(self.master.log, "CRITICAL WARNING: [^\n]*lost")

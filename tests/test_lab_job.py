@@ -393,7 +393,9 @@ class Jobs(unittest.TestCase):
         resident = int(
             self.said("full", r"Maximum resident set size \(kbytes\): (\d+)").group(1)
         )
-        peak = float(self.said("full", r"memory peak (\S+) GiB of 0\.5\d+ GiB").group(1))
+        peak = float(
+            self.said("full", r"memory peak (\S+) GiB of 0\.5\d+ GiB").group(1)
+        )
         self.within_5_percent(peak * 2**20, resident)
         self.said("full", "code 3")
         self.left_a_report("full", "exit 3")
@@ -410,7 +412,8 @@ class Jobs(unittest.TestCase):
         text = self.event("finished", "over")["text"]
         self.assertRegex(text, r"SIGKILL; out of memory: the kernel killed 1 process;")
         self.assertRegex(
-            text, r"memory peak above the highest sample, .*--mem=300M may"
+            text,
+            r"memory peak higher than any sample: the highest was .*--mem=300M may",
         )
         self.assertEqual(self.state("over"), "OUT_OF_MEMORY")
 

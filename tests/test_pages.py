@@ -858,8 +858,13 @@ class JobsFirst(unittest.TestCase):
 
     def test_page_text_and_json_have_the_same_words(self):
         for path in ("/", "/nodes.txt", "/api/jobs"):
-            self.assertIn("3 of 4 CPUs of c1 idle", render(path, self.view))
-        self.assertIn("out of memory, exit code 0:125", render("/nodes.txt", self.view))
+            text = html.unescape(render(path, self.view))
+            for said in (
+                "3 of 4 CPUs of c1 idle",
+                "out of memory, says Slurm; the kernel's count was not seen",
+            ):
+                self.assertIn(said, text)
+        self.assertIn("--mem=", words(render("/job/", self.view, job="4")))
 
     def test_the_tasks_of_an_array_are_one_row(self):
         row = {row["job"]: row for row in master.job_rows(self.view)}["6"]
@@ -924,7 +929,7 @@ class JobsFirst(unittest.TestCase):
             (
                 [idle, alert],
                 "problem",
-                "c4: 90 % CPU (alert above 80 %, for 9 s), 30 % RAM (alert above 9 %)",
+                "c4: CPU 90 % (alert above 80 % for 9 s), RAM 20 % (alert above 9 %)",
             ),
             ([alert, dict(alert, slot=6)], "problem", "alerts on 2 nodes"),
         ):

@@ -279,7 +279,8 @@ SICK = {
     "all GPUs idle, though a program holds them": (
         job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 1300)), gpus=1),
         "idle_gpus",
-        r"! 1 of 1 GPUs idle for 21 min: c1 gpu 0 at 0 %, at most 20 GiB each  -> srun --jobid=4711",
+        r"! 1 of 1 GPUs idle for 21 min: c1 gpu 0 at 0 %, at most 20 GiB each"
+        r"  -> srun --jobid=4711",
     ),
     "a GPU that one data loader feeds": (
         job(node(job_cpu=25.0, gpu=20.0, gpus=[gpu(0, 20.0)]), gpus=1),
@@ -300,8 +301,8 @@ SICK = {
             )
         ),
         "memory_grows",
-        r"! memory of c1 grows steadily: at this pace it is full in 30 s: 3 GiB of 4 GiB, 2 GiB more"
-        r" a minute for 60 s; rank 3 \(my_app\) had 2\.5 GiB, the others at most 0\.2 GiB"
+        r"! memory of c1 grows steadily: at this pace it is full in 30 s: 3 GiB of 4 GiB, 2 GiB"
+        r" more a minute for 60 s; rank 3 \(my_app\) had 2\.5 GiB, the others at most 0\.2 GiB"
         r"  -> --mem=5G ",
     ),
     "memory nearly full": (
@@ -419,8 +420,8 @@ SICK = {
     "a step that the kernel killed, and the script goes on": (
         job(node(oom_kill=1)),
         "kill_survived",
-        r"! out of memory: the kernel killed 1 process on c1; the job goes on: memory peak above"
-        r" the highest sample, 1 GiB of 2 GiB.*-> --mem=3G",
+        r"! out of memory: the kernel killed 1 process on c1; the job still runs: memory peak"
+        r" higher than any sample: the highest was 1 GiB of 2 GiB.*-> --mem=3G",
     ),
     "a step that the kernel killed, and Slurm saw no harm": (
         ended("COMPLETED", node(oom_kill=2)),
@@ -450,7 +451,7 @@ SICK = {
     "one of two wrapped commands ended badly": (
         job(node("c1"), node("c2"), events=[left("SIGSEGV", "c2")]),
         "failed_step",
-        r"! SIGSEGV on c2, and the job goes on",
+        r"! SIGSEGV on c2, and the job still runs",
     ),
     "requeued": (
         job(node(), state="PENDING", reason="BeginTime"),
@@ -477,10 +478,10 @@ DEAD = {
             reason="OutOfMemory",
         ),
         "out_of_memory",
-        r"died %s: out of memory: the kernel killed 1 process on c2: memory peak above the highest"
-        r" sample, 58 GiB of 64 GiB; rank 37 \(my_app\) had 58 GiB, the others at most 0\.3 GiB;"
-        r" it grew by 1\.9 GiB a minute for .*; the kernel's count on c2 is 1; Slurm says"
-        r" OUT_OF_MEMORY \(0:125, OutOfMemory\)  -> --mem=77G  # or distribute: rank 37"
+        r"died %s: out of memory: the kernel killed 1 process on c2: memory peak higher than any"
+        r" sample: the highest was 58 GiB of 64 GiB; rank 37 \(my_app\) had 58 GiB, the others"
+        r" at most 0\.3 GiB; it grew by 1\.9 GiB a minute for .*; the kernel's count on c2 is 1;"
+        r" Slurm says OUT_OF_MEMORY \(0:125, OutOfMemory\)  -> --mem=77G  # or distribute: rank 37"
         % ENDED_AT,
     ),
     "out of memory, told by the wrapper before Slurm tells": (
@@ -494,9 +495,9 @@ DEAD = {
             ],
         ),
         "out_of_memory",
-        r"died %s: out of memory: the kernel killed 1 process on c1: memory peak above the highest"
-        r" sample, 0\.178 GiB of 0\.195 GiB; .*SIGKILL on c1 at .*Slurm says RUNNING  -> --mem=300M"
-        % clock(NOW - 3),
+        r"died %s: out of memory: the kernel killed 1 process on c1: memory peak higher than any"
+        r" sample: the highest was 0\.178 GiB of 0\.195 GiB; .*SIGKILL on c1 at .*Slurm says"
+        r" RUNNING  -> --mem=300M" % clock(NOW - 3),
     ),
     "out of memory, by Slurm's word alone": (
         ended("OUT_OF_MEMORY", node(), exit="0:125"),
@@ -512,7 +513,7 @@ DEAD = {
         ),
         "out_of_memory",
         r"died %s: out of memory, says Slurm; the kernel's count was not seen: fullest: c2; memory"
-        r" peak above the highest sample, 1\.9 GiB of 2 GiB; rank 5 \(my_app\) had"
+        r" peak higher than any sample: the highest was 1\.9 GiB of 2 GiB; rank 5 \(my_app\) had"
         % ENDED_AT,
     ),
     "the kernel and Slurm disagree": (
@@ -1991,7 +1992,7 @@ class SameWords(unittest.TestCase):
                 "out of memory: the kernel killed 1 process",
                 "ran 0:00:20",
                 "CPU mean 1.0 %, peak 1.0 % of 4 CPUs",
-                "memory peak above the highest sample, 0.178 GiB of 0.195 GiB",
+                "memory peak higher than any sample: the highest was 0.178 GiB of 0.195 GiB",
                 "asked for 0.195 GiB, which was too little: --mem=300M may do",
             ],
         )
