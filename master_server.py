@@ -2292,6 +2292,11 @@ ALONE_SECONDS = (
 )
 PATIENT_SECONDS = 1200.0  # for what a person or a service may wait for
 SILENT_SECONDS = 5.0  # and one of several that go on
+BURST_SECONDS = (
+    3.0  # within which nodes are lost together: one may have sent just before
+)
+BURST_LOSSES = 3  # nodes that are lost together at least ...
+BURST_SHARE = 0.5  # ... of all that there are
 MAX_NUMBER = 1e18  # no reading is larger; what claims to be is unknown
 MAX_LISTED = 4  # names in a sentence
 MAX_CPUS = 8192  # of one node, as CONFIG_NR_CPUS has it at most on x86
@@ -2456,6 +2461,7 @@ class JobEvidence(NamedTuple):
     nodes: List[NodeEvidence]
     events: List[Dict[str, Any]]  # time, kind, node, text: as the table has them
     now: float
+    burst: Optional[float] = None  # when most nodes of all jobs fell silent together
 
 
 class Goodbye(NamedTuple):
@@ -2710,6 +2716,7 @@ class Case:
 
     def __init__(self, job: JobEvidence) -> None:
         self.now = clean_number(job.now) or 0.0
+        self.burst = clean_number(job.burst)
         self.facts = clean_dict(job.facts, FACT_TEXTS)
         self.nodes = [clean_node(node, self.now) for node in job.nodes]
         self.state = str(self.facts.get("state", "")).split(" ")[0].rstrip("+")
@@ -3947,20 +3954,26 @@ def find_silent_nodes(
     moments = [(node.lost or 0.0, node.name) for node in case.silent]
     if not moments:
         return
-    patience = seconds if case.live else ALONE_SECONDS
     first, name = min(moments)
+    # then it is hardly the nodes: they are back when the master or its network is
+    is_burst = case.burst is not None and abs(case.burst - first) <= 2 * BURST_SECONDS
+    patience = seconds if case.live and not is_burst else ALONE_SECONDS
     if case.now - first < patience:
         return
     others = [other for _, other in sorted(moments)[1:]]
     rest = "; then %s" % list_words(others) if others else ""
     live = [node.name for node in case.live]
+    words = "still sending: %s" % list_words(live) if live else "no other sends"
+    if is_burst:
+        words += "; most nodes of all jobs fell silent together: the master or its"
+        words += " network was late, perhaps"
     yield {
         "node": name,
         "quoted": shlex.quote(name),
         "time": clock_words(first, "%H:%M:%S"),
         "ago": time_words(case.now - first),
         "rest": rest,
-        "live": "still sending: %s" % list_words(live) if live else "no other sends",
+        "live": words,
     }
 
 
@@ -13430,6 +13443,7 @@ class Recording:
         self.diagnose_due = now + ROW_SECONDS
         self.ended_at: Optional[float] = None
         self.has_failed = False  # the verdicts' code
+        self.burst: Optional[float] = None  # as in JobEvidence
         self.lines: List[bytes] = []
 
     # ---- what comes
@@ -13602,7 +13616,8 @@ class Recording:
         """
         began = time.thread_time()
         nodes = [trace.evidence(view) for trace in self.traces.values()]
-        evidence = JobEvidence(self.facts, nodes, list(self.events), now)
+        events = list(self.events)
+        evidence = JobEvidence(self.facts, nodes, events, now, self.burst)
         try:
             found = [dict(verdict._asdict()) for verdict in diagnose(evidence)]
         except Exception:
@@ -13720,6 +13735,10 @@ class Recorder:
         self.done: Dict[str, Message] = {}  # job -> facts when it was over
         self.told: Set[Any] = set()  # events that were there at the last look
         self.has_looked = False
+        self.losses: Deque[float] = collections.deque(maxlen=EVENTS)
+        self.burst: Optional[float] = (
+            None  # the last time that most nodes were lost together
+        )
         self.facts: Dict[str, Message] = {}  # by job and by raw id
         # by a sample's job, node and address, until Slurm says something new: where it belongs
         self.places: Dict[Any, Tuple[Optional[Recording], str]] = {}
@@ -13844,6 +13863,8 @@ class Recorder:
         for event in view.events:
             key = (event["time"], event["kind"], event["node"], event["text"])
             told.add(key)
+            if event["kind"] == "lost" and key not in self.told:
+                self.note_loss(event["time"])
             facts = self.facts.get(event["job"] or "")
             job = facts["job"] if facts else event["job"]
             recording = self.recordings.get(job)
@@ -13854,6 +13875,16 @@ class Recorder:
                 recording.hear(event)
         self.told = told
         self.has_looked = True
+
+    def note_loss(self, when: float) -> None:
+        """Note that a node was lost, and whether most were at that time: that is a burst."""
+        self.losses.append(when)
+        together = sum(abs(when - other) <= BURST_SECONDS for other in self.losses)
+        nodes = sum(len(recording.traces) for recording in self.recordings.values())
+        # of more than the ring of events holds, there are as many as it holds
+        most = max(BURST_LOSSES, BURST_SHARE * min(nodes, EVENTS))
+        if together >= most:
+            self.burst = when
 
     def judge_ends(self, view: Snapshot, now: float) -> None:
         """Judge the jobs whose end Slurm has just told: people wait for why."""
@@ -13867,6 +13898,7 @@ class Recorder:
     def judge(self, recording: Recording, view: Snapshot, now: float) -> None:
         """Have a job judged, and the table told."""
         jobs = len(self.recordings)
+        recording.burst = self.burst
         if recording.judge(self.diagnose, view, now, jobs):
             self.table.write_verdicts(recording.raw, recording.told_verdicts())
 

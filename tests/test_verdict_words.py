@@ -4,7 +4,7 @@ import re
 import unittest
 
 import support  # noqa: F401  (the path to the tools)
-from test_verdicts import GB, NOW, gpu, job, lines, node, rules, unused
+from test_verdicts import GB, NOW, ended, gpu, job, lines, node, rules, silent, unused
 
 import master_server
 from master_server import diagnose
@@ -192,6 +192,98 @@ class IdleGPUs(unittest.TestCase):
         )
         (line,) = lines(job(here, gpus=3))
         self.assertRegex(line, "1 of 3 GPUs idle .*; 1 more are idle just now")
+
+
+class Late(unittest.TestCase):
+    """Nodes of all jobs that fall silent together are hardly the fault of each of them."""
+
+    def test_most_nodes_together_are_told_later_and_with_the_likely_cause(self):
+        for ago, rule in ((12, "fine"), (44, "fine"), (50, "node_silent")):
+            with self.subTest(ago):
+                evidence = job(node("c1"), silent("c2", ago))
+                together = evidence._replace(burst=NOW - ago + 1)
+                self.assertEqual(rules(evidence), ["node_silent"])
+                self.assertEqual(rules(together), [rule])
+                before = evidence._replace(burst=NOW - ago - 60)
+                self.assertEqual(rules(before), ["node_silent"])
+        (line,) = lines(together)
+        said = (
+            "most nodes of all jobs fell silent together: the master or its network was"
+        )
+        self.assertIn(said, line)
+
+
+class Evidence(unittest.TestCase):
+    """With little to go by nobody is told that nothing is wrong."""
+
+    def said(self, evidence):
+        (verdict,) = diagnose(evidence)
+        self.assertEqual((verdict.severity, verdict.rule), ("fine", "fine"))
+        return verdict
+
+    def test_a_running_job_is_fine_once_most_checks_have_had_their_time(self):
+        for count, what in ((2, "nothing found so far"), (31, "fine")):
+            load = [(NOW - 10 * k, 100.0) for k in range(count)][::-1]
+            memory = [(moment, 1.0 * GB) for moment, _ in load]
+            verdict = self.said(job(node(job_cpu=load, job_mem=memory), nodes=1))
+            self.assertEqual(verdict.what, what)
+            since = master_server.clock_words(load[0][0])
+            told = "1 node, %d samples of each since %s" % (count, since)
+            self.assertEqual(verdict.proof, told)
+
+    def test_the_proof_says_how_many_of_the_nodes_are_seen(self):
+        proof = self.said(job(node("c1"), node("c2"), nodes=25)).proof
+        self.assertTrue(proof.startswith("2 of 25 nodes, 13 samples"), proof)
+
+    def test_memory_that_is_nearly_full_since_a_moment_ago_is_not_called_fine(self):
+        values = [50.0] * 40 + [94.0]
+        verdict = self.said(memory_job(values))
+        self.assertEqual(verdict.what, "nothing found so far")
+        self.assertIn("94 % of the memory of c1 in use just now", verdict.proof)
+        self.assertEqual(self.said(memory_job([50.0] * 40 + [89.0])).what, "fine")
+
+    def test_a_job_that_waits_or_has_ended_well_is_fine(self):
+        waiting = job(state="PENDING", reason="Priority", nodes=1)
+        self.assertEqual(self.said(waiting).what, "fine")
+        self.assertEqual(
+            self.said(ended("COMPLETED", node(), limit=3600.0)).what, "fine"
+        )
+
+
+class Deaths(unittest.TestCase):
+    """Out of memory is one sentence, with a line that can be pasted."""
+
+    def test_the_line_to_paste_has_a_number_where_a_limit_is_known(self):
+        for more, cure in (
+            ({"mem": 192.0 * GB}, "--mem=231G"),
+            ({}, "scontrol show job 4711 | grep -i mem  # and ask for more: --mem="),
+        ):
+            (verdict,) = diagnose(
+                job(state="OUT_OF_MEMORY", exit="0:125", end=NOW - 60, **more)
+            )
+            self.assertEqual(verdict.cure, cure)
+
+    def test_what_the_kernel_killed_in_a_job_that_still_runs_is_no_promise(self):
+        (line,) = lines(job(node(oom_kill=1)))
+        self.assertIn(
+            "; the job still runs: memory peak higher than any sample: ", line
+        )
+
+
+class AlertWords(unittest.TestCase):
+    def test_what_fires_is_said_in_words(self):
+        for rule, value, words in (
+            ("job_ram>90", 90.0869, "90.1 % of its memory in use (alert above 90 %)"),
+            ("cpu>80 for 9", 97.0, "CPU 97 % (alert above 80 % for 9 s)"),
+            ("gpu<5", None, "GPU (alert below 5 %)"),
+            ("job_time_left<600", 480, "8 min of its time left (alert below 600 s)"),
+            ("mem_used>1000", 3 * GB, "Memory used 3 GiB (alert above 1000 B)"),
+            ("net_rx>1000", 2**30, "Received 1 GiB/s (alert above 1000 B/s)"),
+            ("load1>7", 8.25, "Load 8.25 (alert above 7)"),
+        ):
+            with self.subTest(rule):
+                found = master_server.alert_words(master_server.parse_rule(rule), value)
+                self.assertEqual(found, words)
 
 
 SPAN = [(NOW - 300 + 10 * k, 0.0) for k in range(31)]
