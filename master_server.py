@@ -8570,9 +8570,10 @@ def words_of_alerts(node: Message) -> List[str]:
     """What the rules that fire on a node say of it."""
     words = []
     for text in node["alerts"].split():
-        rule = parse_rule(text.replace("_for_", " for "))
-        if isinstance(rule, Rule):
-            text = alert_words(rule, node.get(rule.metric))
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            rule = parse_rule(text.replace("_for_", " for "))
+            if isinstance(rule, Rule):
+                text = alert_words(rule, node.get(rule.metric))
         words.append(text)
     return words
 

@@ -256,6 +256,9 @@ def read_nodes(master_server: Any, snapshot: Any) -> List[Message]:
         node["age"] = round(max(0.0, snapshot.copied - node["age"]), 2)
         node = master_server.with_marks(node)
         node["what"] = None
+        node["told"] = []
+        if node["alerts"]:
+            node["told"] = master_server.words_of_alerts(node)
         node["key"] = master_server.name_of(node)
         if (node["job"], node["key"]) in names:  # two agents there
             node["key"] += " #%d" % node["slot"]
@@ -384,7 +387,8 @@ def make_group(
         node["severity"] = "advice" if node["marks"] else "fine"
         if node["alerts"] or node["slot"] is None:
             node["severity"] = "problem"
-        node["what"] = ", ".join(node["marks"]) or node["what"]
+        idle = [mark for mark in node["marks"] if mark == "idle"]
+        node["what"] = ", ".join(node.get("told", []) + idle) or node["what"]
     found = [row["severity"]] + [verdict["severity"] for verdict in verdicts]
     severity = worst_of(found, nodes, lost)
     words = [row["text"]] if row["text"] else []
