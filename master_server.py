@@ -2276,6 +2276,10 @@ def describe_exit(code: int) -> str:
 # node of which that is not known is not shown to it, so a check whose evidence is incomplete is
 # silent: a false verdict costs more than a missing one.
 #
+# A verdict that was given stays until that is refuted on which it rests: of memory that grows, or
+# is nearly full, a wobble is no refutation, but a fall is, and so are minutes without growth.
+# While most checks have not had their time, nothing is found so far, and that is what is said.
+#
 # Thresholds come from those who have mailed users for years; the source is in each check:
 #
 #   jobstats    github.com/PrincetonUniversity/jobstats, config.py

@@ -1,6 +1,7 @@
 """What a verdict says, and for how long: the same thing everywhere, until it is refuted."""
 
 import re
+import types
 import unittest
 
 import support  # noqa: F401  (the path to the tools)
@@ -268,6 +269,54 @@ class Deaths(unittest.TestCase):
         self.assertIn(
             "; the job still runs: memory peak higher than any sample: ", line
         )
+
+
+class Everywhere(unittest.TestCase):
+    """A job has one verdict, with the same figures, in the list, on its page and in its record."""
+
+    def told(self, state, what, recorded):
+        facts = dict.fromkeys(master_server.JOB_KEYS)
+        facts.update(job="7", raw="7", state=state)
+        verdict = {
+            "severity": "fine",
+            "what": what,
+            "proof": "p",
+            "cure": "",
+            "rule": "fine",
+        }
+        record = master_server.Record("7")
+        record.facts.update(facts)
+        record.verdicts = recorded
+        archive = types.SimpleNamespace(
+            record=lambda name: record, list=lambda: [master_server.summarize(record)]
+        )
+        site = types.SimpleNamespace(archive=archive)
+        view = types.SimpleNamespace(
+            time=NOW, jobs=[facts], nodes=[], made={}, verdicts={"7": [verdict]}
+        )
+        found = master_server.find_record(view, "7", site).verdicts
+        (summary,) = master_server.all_summaries(view, site)
+        self.assertEqual(summary["verdicts"], found)
+        return found[0]["what"]
+
+    def test_the_newest_verdict_on_a_job_that_runs_is_that_of_now(self):
+        old = [{"severity": "advice", "what": "of before", "rule": "r"}]
+        self.assertEqual(self.told("RUNNING", "of now", old), "of now")
+        self.assertEqual(self.told("COMPLETED", "of now", old), "of before")
+        self.assertEqual(self.told("COMPLETED", "of now", None), "of now")
+
+    def test_a_young_job_is_told_so_in_its_row(self):
+        for what, text in (
+            ("nothing found so far", "nothing found so far"),
+            ("fine", None),
+        ):
+            facts = dict.fromkeys(master_server.JOB_KEYS)
+            facts.update(job="7", raw="7", state="RUNNING")
+            verdict = {"severity": "fine", "what": what}
+            view = types.SimpleNamespace(
+                time=NOW, jobs=[facts], nodes=[], made={}, verdicts={"7": [verdict]}
+            )
+            self.assertEqual(master_server.judge_job(view, [facts]), ("fine", text))
 
 
 class AlertWords(unittest.TestCase):
