@@ -8447,6 +8447,9 @@ BAD_ENDS = (
     "BOOT_FAIL",
     "DEADLINE",
 )
+JUDGED_SECONDS = (
+    20.0  # after the end of a job: who has watched it has judged it by then
+)
 SHOWN_GPUS = 8  # of a job, each by itself
 # A process is odd when a reading is further from the median of the job than so many times the
 # median of these distances, and than so much
@@ -8637,7 +8640,8 @@ def deaths_of(view: Snapshot) -> Dict[str, List[Message]]:
     """Why jobs died of which Slurm alone has told: in the words of any other verdict."""
     deaths = {}
     for job in view.jobs:
-        if job["state"] in BAD_ENDS:
+        ended = job["end"] or view.time
+        if job["state"] in BAD_ENDS and view.time - ended >= JUDGED_SECONDS:
             found = diagnose(JobEvidence(job, [], [], view.time))
             died = [verdict for verdict in found if verdict.severity == "died"]
             if died:

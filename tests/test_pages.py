@@ -818,7 +818,7 @@ class JobsFirst(unittest.TestCase):
             job(1, job_name="calm", start=NOW - 8000, limit=43200.0),
             job(2, state="PENDING", reason="Priority"),
             job(3, job_name="sick", start=NOW - 60, limit=600.0),
-            job(4, state="OUT_OF_MEMORY", exit="0:125", end=NOW - 5, start=NOW - 50),
+            job(4, state="OUT_OF_MEMORY", exit="0:125", end=NOW - 25, start=NOW - 70),
             job(5, state="COMPLETED", exit="0:0", end=NOW - 5, start=NOW - 50),
             job(6, job="6_1", array="6", start=NOW - 5),
             job(7, job="6_2", array="6", state="COMPLETED", end=NOW, start=NOW - 5),

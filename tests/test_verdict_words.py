@@ -318,6 +318,16 @@ class Everywhere(unittest.TestCase):
             )
             self.assertEqual(master_server.judge_job(view, [facts]), ("fine", text))
 
+    def test_a_death_that_nobody_has_judged_is_judged_by_what_slurm_says(self):
+        """But not at once: who has watched the job knows more, and tells it in a moment."""
+        for ago, count in ((19, 0), (20, 1)):
+            facts = dict.fromkeys(master_server.JOB_KEYS)
+            facts.update(job="7", raw="7", state="FAILED", exit="3:0", end=NOW - ago)
+            view = types.SimpleNamespace(
+                time=NOW, jobs=[facts], nodes=[], made={}, verdicts={}
+            )
+            self.assertEqual(len(master_server.verdicts_of(view)), count)
+
 
 class AlertWords(unittest.TestCase):
     def test_what_fires_is_said_in_words(self):
