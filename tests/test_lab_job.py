@@ -363,7 +363,9 @@ class Jobs(unittest.TestCase):
         self.left_a_report("burn", "exit 0")
 
     def test_2_a_job_that_idles_is_told_and_should_ask_for_less_memory(self):
-        self.other.logged(r"CRITICAL WARNING: .*job_cpu<10", LONG)
+        self.other.logged(
+            r"CRITICAL WARNING: .*of its CPUs in use .alert below 10 %", LONG
+        )
         LAB.run("login", "scancel", self.jobs["idle"])
         self.assertEqual(self.state("idle"), "CANCELLED")
         peak, suggested = self.other.logged(
