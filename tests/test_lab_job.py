@@ -379,7 +379,9 @@ class Jobs(unittest.TestCase):
         self,
     ):
         self.said("full", "ready")
-        self.assertIn("job_ram", self.event("alert", "full", "job_ram")["text"])
+        self.assertIn(
+            "above 90 %", self.event("alert", "full", "of its memory")["text"]
+        )
         used, limit = self.memory("full")
         row = eventually(
             lambda: self.row("full")["job_ram"] > 94 and self.row("full"), LONG
@@ -403,7 +405,7 @@ class Jobs(unittest.TestCase):
         self.left_a_report("full", "exit 3")
 
     def test_the_warning_comes_before_the_kernel_kills(self):
-        warned = self.event("alert", "over", "job_ram")["time"]
+        warned = self.event("alert", "over", "of its memory")["time"]
         self.said("over", "ready")
         self.assertEqual(self.killed("over"), 0)
         self.enough("over")
@@ -435,7 +437,7 @@ class Jobs(unittest.TestCase):
     def test_python_3_6_says_the_same(self):
         if "old" not in self.jobs:
             self.skipTest("missing here: python 3.6")
-        self.event("alert", "old", "job_ram")
+        self.event("alert", "old", "of its memory")
         self.said("old", "ready")
         used, limit = self.memory("old")
         row = eventually(
@@ -448,7 +450,7 @@ class Jobs(unittest.TestCase):
 
     def test_z_a_job_that_hits_its_time_limit_was_warned_and_leaves_its_report(self):
         self.assertIn(
-            "job_time_left", self.event("alert", "limit", "job_time_left")["text"]
+            "below 600 s", self.event("alert", "limit", "of its time left")["text"]
         )
         self.assertEqual(self.state("limit", TIME_LIMIT), "TIMEOUT")
         self.left_a_report("limit", "SIGTERM")
