@@ -330,7 +330,7 @@ class Jobs(unittest.TestCase):
         )
         self.assertRegex(self.out(name), r"report of c\d.*: CPU mean .* CPUs\n")
         self.assertRegex(
-            self.out(name), r"report of c\d.*: memory peak .* GB of .* GB\n"
+            self.out(name), r"report of c\d.*: memory peak .* GiB of .* GiB\n"
         )
         text = self.event("finished", name)["text"]
         lines = re.findall(r"report of c\d.*?: (.*)", self.out(name))
@@ -363,12 +363,14 @@ class Jobs(unittest.TestCase):
         self.left_a_report("burn", "exit 0")
 
     def test_2_a_job_that_idles_is_told_and_should_ask_for_less_memory(self):
-        self.other.logged(r"CRITICAL WARNING: .*job_cpu<10", LONG)
+        self.other.logged(
+            r"CRITICAL WARNING: .*of its CPUs in use .alert below 10 %", LONG
+        )
         LAB.run("login", "scancel", self.jobs["idle"])
         self.assertEqual(self.state("idle"), "CANCELLED")
         peak, suggested = self.other.logged(
-            r"finished .*SIGTERM.*; memory peak (\S+) GB of 0.9\d+ GB; "
-            r"asked for .* GB.*: --mem=(\d+)M would do",
+            r"finished .*SIGTERM.*; memory peak (\S+) GiB of 0.9\d+ GiB; "
+            r"asked for .* GiB.*: --mem=(\d+)M would do",
             LONG,
         ).groups()
         self.assertTrue(1.1 * 1024 * float(peak) < int(suggested) < 500, suggested)
@@ -377,7 +379,9 @@ class Jobs(unittest.TestCase):
         self,
     ):
         self.said("full", "ready")
-        self.assertIn("job_ram", self.event("alert", "full", "job_ram")["text"])
+        self.assertIn(
+            "above 90 %", self.event("alert", "full", "of its memory")["text"]
+        )
         used, limit = self.memory("full")
         row = eventually(
             lambda: self.row("full")["job_ram"] > 94 and self.row("full"), LONG
@@ -393,13 +397,15 @@ class Jobs(unittest.TestCase):
         resident = int(
             self.said("full", r"Maximum resident set size \(kbytes\): (\d+)").group(1)
         )
-        peak = float(self.said("full", r"memory peak (\S+) GB of 0\.5\d+ GB").group(1))
+        peak = float(
+            self.said("full", r"memory peak (\S+) GiB of 0\.5\d+ GiB").group(1)
+        )
         self.within_5_percent(peak * 2**20, resident)
         self.said("full", "code 3")
         self.left_a_report("full", "exit 3")
 
     def test_the_warning_comes_before_the_kernel_kills(self):
-        warned = self.event("alert", "over", "job_ram")["time"]
+        warned = self.event("alert", "over", "of its memory")["time"]
         self.said("over", "ready")
         self.assertEqual(self.killed("over"), 0)
         self.enough("over")
@@ -410,7 +416,8 @@ class Jobs(unittest.TestCase):
         text = self.event("finished", "over")["text"]
         self.assertRegex(text, r"SIGKILL; out of memory: the kernel killed 1 process;")
         self.assertRegex(
-            text, r"memory peak above the highest sample, .*--mem=300M may"
+            text,
+            r"memory peak higher than any sample: the highest was .*--mem=300M may",
         )
         self.assertEqual(self.state("over"), "OUT_OF_MEMORY")
 
@@ -430,7 +437,7 @@ class Jobs(unittest.TestCase):
     def test_python_3_6_says_the_same(self):
         if "old" not in self.jobs:
             self.skipTest("missing here: python 3.6")
-        self.event("alert", "old", "job_ram")
+        self.event("alert", "old", "of its memory")
         self.said("old", "ready")
         used, limit = self.memory("old")
         row = eventually(
@@ -443,7 +450,7 @@ class Jobs(unittest.TestCase):
 
     def test_z_a_job_that_hits_its_time_limit_was_warned_and_leaves_its_report(self):
         self.assertIn(
-            "job_time_left", self.event("alert", "limit", "job_time_left")["text"]
+            "below 600 s", self.event("alert", "limit", "of its time left")["text"]
         )
         self.assertEqual(self.state("limit", TIME_LIMIT), "TIMEOUT")
         self.left_a_report("limit", "SIGTERM")

@@ -93,7 +93,9 @@ def site(*records):
 
 
 def view(*jobs):
-    return types.SimpleNamespace(time=NOW, jobs=list(jobs), nodes=[], made={})
+    return types.SimpleNamespace(
+        time=NOW, jobs=list(jobs), nodes=[], made={}, verdicts={}
+    )
 
 
 def render(path, *records, live=(), **query):
