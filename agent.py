@@ -2429,8 +2429,8 @@ KILLED = ("SIGKILL", "exit 137")  # as a command ends that the kernel has killed
 
 # The same words are in the verdicts of master_server.py.
 OUT_OF_MEMORY = "out of memory: the kernel killed %s"
-BELOW_PEAK = "memory peak higher than any sample: the highest was %.3g GiB of %.3g GiB"
-MEMORY_PEAK = "memory peak %.3g GiB of %.3g GiB"
+BELOW_PEAK = "memory peak higher than any sample: the highest was %.3g GB of %.3g GB"
+MEMORY_PEAK = "memory peak %.3g GB of %.3g GB"
 KERNEL_COUNT = "kernel's count, 1 run, %d samples"
 SAMPLED_COUNT = "sampled, 1 run, %d samples"
 
@@ -2489,7 +2489,7 @@ class Report(Dict[str, Tuple[float, float, float]]):
             yield from self.advise_memory(last, kills)
         if "job_mem_peak" in last:
             counted = float(last["job_mem_peak"]) / GIB
-            yield "the kernel's peak, with page cache, %.3g GiB" % counted
+            yield "the kernel's peak, with page cache, %.3g GB" % counted
 
     def risen(self, key: str, last: Sample) -> int:
         """Return by how much a counter has risen since the start; 0 without one."""
@@ -2500,7 +2500,7 @@ class Report(Dict[str, Tuple[float, float, float]]):
         peak = self["job_mem" if in_job else "mem_used"][2] / GIB
         most = float(last.get("mem_total", 0.0)) / GIB
         if not in_job:
-            return "memory peak %.3g GiB of the node's %.3g GiB" % (peak, most)
+            return "memory peak %.3g GB of the node's %.3g GB" % (peak, most)
         if "job_mem_limit" in last:
             most = float(last["job_mem_limit"]) / GIB
         return (BELOW_PEAK if kills else MEMORY_PEAK) % (peak, most)
@@ -2514,7 +2514,7 @@ class Report(Dict[str, Tuple[float, float, float]]):
         sampled = self["job_mem"][2]
         peak = max(sampled, float(last.get("job_mem_peak", 0.0)))
         if kills:
-            asked = "asked for %.3g GiB, which was too little" % (limit / GIB)
+            asked = "asked for %.3g GB, which was too little" % (limit / GIB)
             yield "%s: %s may do" % (asked, memory_flag(limit))
             return
         source = KERNEL_COUNT if "job_mem_peak" in last else SAMPLED_COUNT
@@ -2524,7 +2524,7 @@ class Report(Dict[str, Tuple[float, float, float]]):
         flag = memory_flag(peak)
         unit = GIB if flag.endswith("G") else MIB
         if float(flag[6:-1]) * unit < 0.8 * limit or sampled > 0.9 * limit:
-            sizes = "asked for %.3g GiB, peak %.3g GiB" % (limit / GIB, peak / GIB)
+            sizes = "asked for %.3g GB, peak %.3g GB" % (limit / GIB, peak / GIB)
             yield "%s (%s): %s would do" % (sizes, source % self.samples, flag)
 
     def duration_line(self) -> str:

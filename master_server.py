@@ -2359,7 +2359,7 @@ def describe_exit(code: int) -> str:
 #
 # A verdict that was given stays until that is refuted on which it rests: of memory that grows, or
 # is nearly full, a wobble is no refutation, but a fall is, and so are minutes without growth.
-# While most checks have not had their time, nothing is found so far, and that is what is said.
+# While most checks have not had their time, a job is fine so far, and that is what is said.
 #
 # Thresholds come from those who have mailed users for years; the source is in each check:
 #
@@ -2416,8 +2416,8 @@ GROWTH_SECONDS = 180.0  # without another height: memory does not grow any more
 
 # The same words are in agent.py's report.
 OUT_OF_MEMORY = "out of memory: the kernel killed %s"
-BELOW_PEAK = "memory peak higher than any sample: the highest was %.3g GiB of %.3g GiB"
-MEMORY_PEAK = "memory peak %.3g GiB of %.3g GiB"
+BELOW_PEAK = "memory peak higher than any sample: the highest was %.3g GB of %.3g GB"
+MEMORY_PEAK = "memory peak %.3g GB of %.3g GB"
 KERNEL_COUNT = "kernel's count, 1 run, %d samples"
 SAMPLED_COUNT = "sampled, 1 run, %d samples"
 
@@ -2482,7 +2482,7 @@ PREPARERS = (
 SEVERITIES = ("died", "problem", "advice", "fine")  # the worst first
 ARROW_COLUMN = 100  # where cures begin, at most
 MARKS = {"died": "died ", "problem": "! ", "advice": ". ", "fine": ""}
-NOTHING_FOUND = "nothing found so far"  # fine, as far as it has been seen
+FINE_SO_FAR = "fine so far"  # fine, as far as it has been seen
 EXIT_CODES = {"fine": 0, "advice": 1, "problem": 2, "died": 3}
 RUNNING_STATES = ("", "RUNNING", "COMPLETING")  # "": Slurm was not asked
 ENDING_STATE = "COMPLETING"  # what is left of it is being ended
@@ -3015,13 +3015,13 @@ class Case:
         if self.state in WAITING_STATES:
             return "fine"
         if not self.nodes:
-            return NOTHING_FOUND
+            return FINE_SO_FAR
         if not self.is_running:
             return "fine"
         are_seen = all(is_seen(node) for node in self.live)
         is_whole = len(self.live) == len(self.nodes)
         return (
-            "fine" if are_seen and is_whole and not self.full_words() else NOTHING_FOUND
+            "fine" if are_seen and is_whole and not self.full_words() else FINE_SO_FAR
         )
 
     def full_words(self) -> str:
@@ -3146,10 +3146,10 @@ def range_words(numbers: Iterable[int]) -> str:
 
 
 def size_words(size: float) -> str:
-    """A size in memory: 58 GiB, 3 MiB."""
+    """A size in memory: 58 GB, 3 MB."""
     if size < 0.1 * GIB:
-        return "%d MiB" % round(size / MIB)
-    return "%.3g GiB" % (size / GIB)
+        return "%d MB" % round(size / MIB)
+    return "%.3g GB" % (size / GIB)
 
 
 def reading_words(key: str, value: float) -> str:
@@ -3205,7 +3205,7 @@ def rank_words(rank: Dict[str, Any]) -> str:
 
 
 def largest_rank_words(ranks: List[Dict[str, Any]]) -> str:
-    """rank 37 (my_app) had 58 GiB, the others at most 0.3 GiB; "" when that is not known."""
+    """rank 37 (my_app) had 58 GB, the others at most 0.3 GB; "" when that is not known."""
     sizes = [rank for rank in ranks if "mem" in rank]
     if not sizes:
         return ""
@@ -4170,7 +4170,7 @@ def find_io_wait(
                 "node": node.name,
                 "ranks": count_words(len(waiting), "process"),
                 "wait": min(recent(node, "psi_io", case.now, seconds)),
-                "rate": rate / MIB,
+                "rate": rate / 1e6,
             }
 
 
@@ -4882,7 +4882,7 @@ CHECKS: Tuple[Check, ...] = (
         seconds=HOLD_SECONDS,
         find=find_growth,
         what="memory of {node} grows steadily: {left}",
-        proof="{used:.3g} GiB of {limit:.3g} GiB, {pace} more a minute for {time}{largest}",
+        proof="{used:.3g} GB of {limit:.3g} GB, {pace} more a minute for {time}{largest}",
         cure="{flag}  # if it needs that; a leak only takes longer",
         source="cc-backend, parameters: memory leak slope; straight line with R2 >= 0.95",
         instead_of=("memory_near_limit",),
@@ -4895,7 +4895,7 @@ CHECKS: Tuple[Check, ...] = (
         holds=("job_mem",),
         seconds=SOON_SECONDS,
         find=find_little_memory,
-        what="memory of {node} is nearly full: {used:.3g} GiB of {limit:.3g} GiB",
+        what="memory of {node} is nearly full: {used:.3g} GB of {limit:.3g} GB",
         proof="{percent:.0f} %, page cache not counted{largest}",
         cure="{flag}",
         source="cc-backend, highMemoryUsage: 0.9",
@@ -4934,7 +4934,7 @@ CHECKS: Tuple[Check, ...] = (
         holds=("psi_io", "job_cpu"),
         seconds=HOLD_SECONDS,
         find=find_io_wait,
-        what="{ranks} of {node} wait for I/O and move only {rate:.1f} MiB/s",
+        what="{ranks} of {node} wait for I/O and move only {rate:.1f} MB/s",
         proof="{wait:.0f} % of the time something waits there (PSI)",
         cure='cp -r INPUT "${{TMPDIR:-/tmp}}"  # many small files: work on the node\'s own disk',
         source="Linux, accounting/psi.rst: some avg10 of io; proc(5), state D",
@@ -9507,7 +9507,7 @@ def judge_job(
     for task in tasks:
         for verdict in judged.get(task["raw"], [])[:1]:
             found.append((verdict["severity"], verdict["what"]))
-            is_young = is_young or verdict["what"] == NOTHING_FOUND
+            is_young = is_young or verdict["what"] == FINE_SO_FAR
         if task["raw"] not in judged and task["state"] in BAD_ENDS:
             words = [task["state"].lower().replace("_", " ")] + remarks(task)
             found.append(("died", ", ".join(words)))
@@ -9521,7 +9521,7 @@ def judge_job(
         return severity, what if count == 1 else "%s (tasks: %d)" % (what, count)
     said = ", ".join(remarks(tasks[0])) if len(tasks) == 1 else ""
     if is_young and not said:
-        said = NOTHING_FOUND
+        said = FINE_SO_FAR
     return ("fine" if found else None), said or None
 
 
@@ -14193,7 +14193,7 @@ class RecordWriter:
             self.is_in_trouble = True
             log.error(
                 "cannot record in %s for now: %s; what happens meanwhile is kept, at most"
-                " %d MiB of it",
+                " %d MB of it",
                 self.folder,
                 why,
                 MAX_BACKLOG // 2**20,

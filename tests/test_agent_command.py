@@ -561,9 +561,9 @@ class Reports(unittest.TestCase):
             [
                 "ran 0:00:20",
                 "CPU mean 25.0 %, peak 30.0 % of 4 CPUs",
-                "memory peak 11.2 GiB of 64 GiB",
+                "memory peak 11.2 GB of 64 GB",
                 "GPU mean 3.0 % of 2",
-                "asked for 64 GiB, peak 11.2 GiB (sampled, 1 run, 2 samples): --mem=14G would do",
+                "asked for 64 GB, peak 11.2 GB (sampled, 1 run, 2 samples): --mem=14G would do",
             ],
         )
 
@@ -575,7 +575,7 @@ class Reports(unittest.TestCase):
             [
                 "ran 0:00:20",
                 "CPU mean 25.0 %, peak 50.0 % of the node's 2 CPUs",
-                "memory peak 2 GiB of the node's 8 GiB",
+                "memory peak 2 GB of the node's 8 GB",
             ],
         )
 
@@ -619,7 +619,7 @@ class Reports(unittest.TestCase):
             )
         )
         self.assertNotIn("--mem", text)
-        self.assertIn("memory peak 1 GiB of 8 GiB", text)
+        self.assertIn("memory peak 1 GB of 8 GB", text)
 
     def test_each_value_has_the_weight_of_its_time(self):
         report = agent.Report()

@@ -210,8 +210,8 @@ class Memory(unittest.TestCase):
         last.update(job_mem=GIB, mem_used=1.0, job_mem_limit=2 * GIB)
         report.add(last, 10.0)
         lines = list(report.lines(dict(last, job_mem_peak=1.5 * GIB, oom_kill=0)))
-        self.assertIn("memory peak 1 GiB of 2 GiB", lines)
-        self.assertIn("the kernel's peak, with page cache, 1.5 GiB", lines)
+        self.assertIn("memory peak 1 GB of 2 GB", lines)
+        self.assertIn("the kernel's peak, with page cache, 1.5 GB", lines)
         self.assertNotIn("kernel killed", "; ".join(lines))
         lines = list(report.lines(dict(last, oom_kill=2)))
         self.assertNotIn("the kernel's peak", "; ".join(lines))
@@ -504,7 +504,7 @@ class RealCgroup(unittest.TestCase):
                 pass
             self.assertEqual(tool.wait(), 128 + signal.SIGKILL)
             self.assertRegex(tool.log, "out of memory: the kernel killed 1 process\n")
-            peak = float(re.search(r"with page cache, (\S+) GiB", tool.log).group(1))
+            peak = float(re.search(r"with page cache, (\S+) GB", tool.log).group(1))
             truth = self.kernel("memory.max_usage_in_bytes") / GIB
             self.assertAlmostEqual(peak, truth, delta=truth / 100)
             self.assertGreater(self.kernel("memory.failcnt"), 0)

@@ -330,7 +330,7 @@ class Jobs(unittest.TestCase):
         )
         self.assertRegex(self.out(name), r"report of c\d.*: CPU mean .* CPUs\n")
         self.assertRegex(
-            self.out(name), r"report of c\d.*: memory peak .* GiB of .* GiB\n"
+            self.out(name), r"report of c\d.*: memory peak .* GB of .* GB\n"
         )
         text = self.event("finished", name)["text"]
         lines = re.findall(r"report of c\d.*?: (.*)", self.out(name))
@@ -369,8 +369,8 @@ class Jobs(unittest.TestCase):
         LAB.run("login", "scancel", self.jobs["idle"])
         self.assertEqual(self.state("idle"), "CANCELLED")
         peak, suggested = self.other.logged(
-            r"finished .*SIGTERM.*; memory peak (\S+) GiB of 0.9\d+ GiB; "
-            r"asked for .* GiB.*: --mem=(\d+)M would do",
+            r"finished .*SIGTERM.*; memory peak (\S+) GB of 0.9\d+ GB; "
+            r"asked for .* GB.*: --mem=(\d+)M would do",
             LONG,
         ).groups()
         self.assertTrue(1.1 * 1024 * float(peak) < int(suggested) < 500, suggested)
@@ -397,9 +397,7 @@ class Jobs(unittest.TestCase):
         resident = int(
             self.said("full", r"Maximum resident set size \(kbytes\): (\d+)").group(1)
         )
-        peak = float(
-            self.said("full", r"memory peak (\S+) GiB of 0\.5\d+ GiB").group(1)
-        )
+        peak = float(self.said("full", r"memory peak (\S+) GB of 0\.5\d+ GB").group(1))
         self.within_5_percent(peak * 2**20, resident)
         self.said("full", "code 3")
         self.left_a_report("full", "exit 3")

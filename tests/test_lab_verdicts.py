@@ -270,8 +270,8 @@ class Jobs(unittest.TestCase):
         self.each_says(
             {
                 serial: r"^! 1 of 4 CPUs of c\d at work for .*-> --cpus-per-task=1",
-                leak: r"^! memory of c\d grows steadily: .*GiB of 0\.781 GiB.*-> --mem=1000M",
-                over: r"^\. memory peak 0\.\d+ GiB of 1\.76 GB so far: .*-> --mem=[12]00M",
+                leak: r"^! memory of c\d grows steadily: .*GB of 0\.781 GB.*-> --mem=1000M",
+                over: r"^\. memory peak 0\.\d+ GB of 1\.76 GB so far: .*-> --mem=[12]00M",
             },
             TOLD + ATTACH,
         )
@@ -335,7 +335,7 @@ class Jobs(unittest.TestCase):
             broken: r"^died \d\d:\d\d: SIGSEGV.*: it used memory that is not its own",
             wrapped: r"^died \d\d:\d\d: SIGSEGV on c\d: .*SIGSEGV on c\d at",
             batch: r"^died \d\d:\d\d: out of memory: the kernel killed 1 process on c\d: memory"
-            r" peak higher than any sample: the highest was .* of 0\.146 GiB; .*-> --mem=200M",
+            r" peak higher than any sample: the highest was .* of 0\.146 GB; .*-> --mem=200M",
             step: r"^died \d\d:\d\d: out of memory.* c\d.*Slurm says (OUT_OF_MEMORY|FAILED)",
             ranks: r"^died \d\d:\d\d: out of memory.*c\d.*: memory peak .*; rank 1 \(python3\)"
             r" had .*Slurm says (OUT_OF_MEMORY|FAILED)",

@@ -203,7 +203,7 @@ class Screens(unittest.TestCase):
         self.assertRegex(lines[5], r"^   \(no job\) .* 1 .* 10 % +20 %$")
 
     def test_all_that_is_said_of_the_chosen_job_is_below_the_list(self):
-        proof = "c02 gpu 3, c03 gpu 0-3 at 0 %, at most 57.6 GiB each, " + "x" * 40
+        proof = "c02 gpu 3, c03 gpu 0-3 at 0 %, at most 57.6 GB each, " + "x" * 40
         verdict = {
             "severity": "problem",
             "what": "5 of 16 GPUs idle for 21 min",

@@ -12,7 +12,7 @@ from master_server import diagnose
 
 
 def memory_job(values, limit=100.0, **more):
-    """A job of one node whose memory was so many GiB, every ten seconds up to now."""
+    """A job of one node whose memory was so many GB, every ten seconds up to now."""
     first = NOW - 10 * (len(values) - 1)
     curve = [(first + 10 * k, value * GB) for k, value in enumerate(values)]
     return job(node(job_mem=curve, job_mem_limit=limit * GB, **more))
@@ -223,7 +223,7 @@ class Evidence(unittest.TestCase):
         return verdict
 
     def test_a_running_job_is_fine_once_most_checks_have_had_their_time(self):
-        for count, what in ((2, "nothing found so far"), (31, "fine")):
+        for count, what in ((2, "fine so far"), (31, "fine")):
             load = [(NOW - 10 * k, 100.0) for k in range(count)][::-1]
             memory = [(moment, 1.0 * GB) for moment, _ in load]
             verdict = self.said(job(node(job_cpu=load, job_mem=memory), nodes=1))
@@ -239,7 +239,7 @@ class Evidence(unittest.TestCase):
     def test_memory_that_is_nearly_full_since_a_moment_ago_is_not_called_fine(self):
         values = [50.0] * 40 + [94.0]
         verdict = self.said(memory_job(values))
-        self.assertEqual(verdict.what, "nothing found so far")
+        self.assertEqual(verdict.what, "fine so far")
         self.assertIn("94 % of the memory of c1 in use just now", verdict.proof)
         self.assertEqual(self.said(memory_job([50.0] * 40 + [89.0])).what, "fine")
 
@@ -307,7 +307,7 @@ class Everywhere(unittest.TestCase):
 
     def test_a_young_job_is_told_so_in_its_row(self):
         for what, text in (
-            ("nothing found so far", "nothing found so far"),
+            ("fine so far", "fine so far"),
             ("fine", None),
         ):
             facts = dict.fromkeys(master_server.JOB_KEYS)
@@ -336,8 +336,8 @@ class AlertWords(unittest.TestCase):
             ("cpu>80 for 9", 97.0, "CPU 97 % (alert above 80 % for 9 s)"),
             ("gpu<5", None, "GPU (alert below 5 %)"),
             ("job_time_left<600", 480, "8 min of its time left (alert below 600 s)"),
-            ("mem_used>1000", 3 * GB, "Memory used 3 GiB (alert above 1000 B)"),
-            ("net_rx>1000", 2**30, "Received 1 GiB/s (alert above 1000 B/s)"),
+            ("mem_used>1000", 3 * GB, "Memory used 3 GB (alert above 1000 B)"),
+            ("net_rx>1000", 2**30, "Received 1 GB/s (alert above 1000 B/s)"),
             ("load1>7", 8.25, "Load 8.25 (alert above 7)"),
         ):
             with self.subTest(rule):

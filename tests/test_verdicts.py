@@ -50,7 +50,7 @@ def wave(low, high, seconds=600, period=40):
 
 
 def node(name="c1", ranks=(), gpus=(), cpus=(), lost=None, online=64, **readings):
-    """A node with 4 CPUs at work, 1 of 4 GiB and no I/O; a reading may be a number or a curve."""
+    """A node with 4 CPUs at work, 1 of 4 GB and no I/O; a reading may be a number or a curve."""
     known = {
         "cpus": online,
         "cpu": 100.0,
@@ -311,13 +311,13 @@ SICK = {
             gpus=4,
         ),
         "idle_gpus",
-        r"! 3 of 4 GPUs idle for 20 min: c1 gpu 1, c2 gpu 0-1 at 0 %, at most 3 MiB each"
+        r"! 3 of 4 GPUs idle for 20 min: c1 gpu 1, c2 gpu 0-1 at 0 %, at most 3 MB each"
         r"  -> --gres=gpu:1  # or does the program know of more than one GPU\?",
     ),
     "all GPUs idle, though a program holds them": (
         job(node(gpus=[gpu(0, 0.0)], gpu=flat(0, 1300)), gpus=1),
         "idle_gpus",
-        r"! 1 of 1 GPUs idle for 21 min: c1 gpu 0 at 0 %, at most 20 GiB each"
+        r"! 1 of 1 GPUs idle for 21 min: c1 gpu 0 at 0 %, at most 20 GB each"
         r"  -> srun --jobid=4711",
     ),
     "a GPU that one data loader feeds": (
@@ -339,8 +339,8 @@ SICK = {
             )
         ),
         "memory_grows",
-        r"! memory of c1 grows steadily: at this pace it is full in 30 s: 3 GiB of 4 GiB, 2 GiB"
-        r" more a minute for 60 s; rank 3 \(my_app\) had 2\.5 GiB, the others at most 0\.2 GiB"
+        r"! memory of c1 grows steadily: at this pace it is full in 30 s: 3 GB of 4 GB, 2 GB"
+        r" more a minute for 60 s; rank 3 \(my_app\) had 2\.5 GB, the others at most 0\.2 GB"
         r"  -> --mem=5G ",
     ),
     "a leak with each step of a loop, every 30 s": (
@@ -361,12 +361,12 @@ SICK = {
     "memory nearly full": (
         job(node(job_mem=0.97 * 2 * GB)),
         "memory_near_limit",
-        r"! memory of c1 is nearly full: 1\.94 GiB of 2 GiB: 97 %.*-> --mem=3G",
+        r"! memory of c1 is nearly full: 1\.94 GB of 2 GB: 97 %.*-> --mem=3G",
     ),
     "memory at 92 percent": (
         job(node(job_mem=0.92 * 2 * GB)),
         "memory_near_limit",
-        r"\. memory of c1 is nearly full: 1\.84 GiB of 2 GiB: 92 %",
+        r"\. memory of c1 is nearly full: 1\.84 GB of 2 GB: 92 %",
     ),
     "a node that swaps": (
         job(node(swap=60.0, psi_mem=25.0)),
@@ -382,7 +382,7 @@ SICK = {
             )
         ),
         "waits_for_io",
-        r"\. 4 processes of c1 wait for I/O and move only 0\.4 MiB/s: 70 %.*\$\{TMPDIR:-/tmp\}",
+        r"\. 4 processes of c1 wait for I/O and move only 0\.4 MB/s: 70 %.*\$\{TMPDIR:-/tmp\}",
     ),
     "/tmp full": (
         job(node("c1"), node("c2", disk_tmp=100.0)),
@@ -422,7 +422,7 @@ SICK = {
             ]
         ),
         "odd_node",
-        r"\. c3 is unlike its peers: 9 GiB of memory: the 4 others have 3 GiB each",
+        r"\. c3 is unlike its peers: 9 GB of memory: the 4 others have 3 GB each",
     ),
     "a node cut off": (
         job(node("c1"), silent("c2", 12)),
@@ -443,13 +443,13 @@ SICK = {
     "over-asked memory": (
         job(node(job_mem=61.0 * GB, job_mem_peak=61.0 * GB, job_mem_limit=256 * GB)),
         "too_much_memory",
-        r"\. memory peak 61 GiB of 256 GiB so far: kernel's count, 1 run, 13 samples"
+        r"\. memory peak 61 GB of 256 GB so far: kernel's count, 1 run, 13 samples"
         r"  -> --mem=74G",
     ),
     "over-asked memory, told after the end": (
         ended("COMPLETED", node(job_mem=61.0 * GB, job_mem_limit=256 * GB)),
         "too_much_memory",
-        r"\. memory peak 61 GiB of 256 GiB: sampled, 1 run, 13 samples  -> --mem=74G",
+        r"\. memory peak 61 GB of 256 GB: sampled, 1 run, 13 samples  -> --mem=74G",
     ),
     "over-asked memory, when the wrapped command has ended well": (
         job(
@@ -458,12 +458,12 @@ SICK = {
             state="",
         ),
         "too_much_memory",
-        r"\. memory peak 61 GiB of 256 GiB: sampled, 1 run",
+        r"\. memory peak 61 GB of 256 GB: sampled, 1 run",
     ),
     "memory that was only just enough": (
         ended("COMPLETED", node(job_mem=60.0 * GB, job_mem_limit=64 * GB)),
         "tight_memory",
-        r"\. memory peak 60 GiB of 64 GiB: that was close: sampled.*-> --mem=72G",
+        r"\. memory peak 60 GB of 64 GB: that was close: sampled.*-> --mem=72G",
     ),
     "over-asked time": (
         ended("COMPLETED", node(), start=NOW - 3660, limit=86400.0),
@@ -474,7 +474,7 @@ SICK = {
         job(node(oom_kill=1)),
         "kill_survived",
         r"! out of memory: the kernel killed 1 process on c1; the job still runs: memory peak"
-        r" higher than any sample: the highest was 1 GiB of 2 GiB.*-> --mem=3G",
+        r" higher than any sample: the highest was 1 GB of 2 GB.*-> --mem=3G",
     ),
     "a step that the kernel killed, and Slurm saw no harm": (
         ended("COMPLETED", node(oom_kill=2)),
@@ -555,8 +555,8 @@ DEAD = {
         ),
         "out_of_memory",
         r"died %s: out of memory: the kernel killed 1 process on c2: memory peak higher than any"
-        r" sample: the highest was 58 GiB of 64 GiB; rank 37 \(my_app\) had 58 GiB, the others"
-        r" at most 0\.3 GiB; it grew by 1\.9 GiB a minute for .*; the kernel's count on c2 is 1;"
+        r" sample: the highest was 58 GB of 64 GB; rank 37 \(my_app\) had 58 GB, the others"
+        r" at most 0\.3 GB; it grew by 1\.9 GB a minute for .*; the kernel's count on c2 is 1;"
         r" Slurm says OUT_OF_MEMORY \(0:125, OutOfMemory\)  -> --mem=77G  # or distribute: rank 37"
         % ENDED_AT,
     ),
@@ -572,7 +572,7 @@ DEAD = {
         ),
         "out_of_memory",
         r"died %s: out of memory: the kernel killed 1 process on c1: memory peak higher than any"
-        r" sample: the highest was 0\.178 GiB of 0\.195 GiB; .*SIGKILL on c1 at .*Slurm says"
+        r" sample: the highest was 0\.178 GB of 0\.195 GB; .*SIGKILL on c1 at .*Slurm says"
         r" RUNNING  -> --mem=300M" % clock(NOW - 3),
     ),
     "out of memory, by Slurm's word alone": (
@@ -589,7 +589,7 @@ DEAD = {
         ),
         "out_of_memory",
         r"died %s: out of memory, says Slurm; the kernel's count was not seen: fullest: c2; memory"
-        r" peak higher than any sample: the highest was 1\.9 GiB of 2 GiB; rank 5 \(my_app\) had"
+        r" peak higher than any sample: the highest was 1\.9 GB of 2 GB; rank 5 \(my_app\) had"
         % ENDED_AT,
     ),
     "the kernel and Slurm disagree": (
@@ -1253,7 +1253,7 @@ class Healthy(unittest.TestCase):
                 verdicts = diagnose(evidence)
                 self.assertEqual({verdict.severity for verdict in verdicts}, {"fine"})
                 self.assertEqual(verdicts[0].rule, "fine")
-                said = r"\A(fine|nothing found so far): "
+                said = r"\A(fine|fine so far): "
                 self.assertRegex(lines(evidence)[0], said)
 
     def test_page_cache_is_said_to_be_no_problem(self):
@@ -1261,7 +1261,7 @@ class Healthy(unittest.TestCase):
         self.assertRegex(
             text, "memory of c1 is full of page cache, and that is no problem"
         )
-        self.assertRegex(text, "1.79 GiB are files .*the program has 0.2 GiB of 2 GiB")
+        self.assertRegex(text, "1.79 GB are files .*the program has 0.2 GB of 2 GB")
         over = HEALTHY["page cache at a large limit"]
         self.assertEqual(rules(over), ["fine"])  # it is of no use any more
 
@@ -2518,7 +2518,7 @@ class Text(unittest.TestCase):
         return [
             Verdict("died", "13:41: out of memory on c2", "rank 37", "--mem=80G", "a"),
             Verdict("problem", "idle", "at 0 %", "", "b"),
-            Verdict("advice", "memory", "61 of 256 GiB", "--mem=74G", "c"),
+            Verdict("advice", "memory", "61 of 256 GB", "--mem=74G", "c"),
             Verdict("fine", "fine", "2 nodes", "", "fine"),
         ]
 
@@ -2528,7 +2528,7 @@ class Text(unittest.TestCase):
             [
                 "died 13:41: out of memory on c2: rank 37  -> --mem=80G",
                 "! idle: at 0 %",
-                ". memory: 61 of 256 GiB                   -> --mem=74G",
+                ". memory: 61 of 256 GB                    -> --mem=74G",
                 "fine: 2 nodes",
             ],
         )
@@ -2694,8 +2694,8 @@ class SameWords(unittest.TestCase):
                 "out of memory: the kernel killed 1 process",
                 "ran 0:00:20",
                 "CPU mean 1.0 %, peak 1.0 % of 4 CPUs",
-                "memory peak higher than any sample: the highest was 0.178 GiB of 0.195 GiB",
-                "asked for 0.195 GiB, which was too little: --mem=300M may do",
+                "memory peak higher than any sample: the highest was 0.178 GB of 0.195 GB",
+                "asked for 0.195 GB, which was too little: --mem=300M may do",
             ],
         )
 
@@ -2731,7 +2731,7 @@ class SameWords(unittest.TestCase):
     def test_what_was_killed_before_the_start_is_none_of_its_own(self):
         text = "; ".join(self.out_of_memory(kills=0))
         self.assertNotIn("out of memory", text)
-        self.assertIn("memory peak 0.178 GiB of 0.195 GiB", text)
+        self.assertIn("memory peak 0.178 GB of 0.195 GB", text)
 
     def test_where_the_kernel_counts_no_kills_137_is_no_proof(self):
         last = {"job_mem": 1.9 * GB, "job_mem_limit": 2.0 * GB}
