@@ -1816,7 +1816,7 @@ EDGES = {
         (leak(1.0, 3.0, 4.0, 60), leak(1.0, 3.0, 4.0, 40)),
         (stairs(390), stairs(280)),
         (stairs(390), stairs(390, [(NOW, 3.15 * GB)])),
-        (noisy(0.07), noisy(0.16)),
+        (noisy(0.19), noisy(0.21)),
         (grown_again(2.85), grown_again(2.87)),
         (grown_again(2.9, 2.62), grown_again(2.9, 2.6)),
         (
@@ -2453,7 +2453,7 @@ class Bounds(unittest.TestCase):
             self.assertEqual(master_server.given_back(points), most)
 
     def test_of_words(self):
-        for seconds, words in ((99.4, "99 s"), (100, "1 min"), (5999, "99 min")):
+        for seconds, words in ((119.4, "119 s"), (120, "2 min"), (5999, "99 min")):
             self.assertEqual(master_server.time_words(seconds), words)
         self.assertEqual(master_server.time_words(6000), "1 h 40 min")
         for moment in (None, 1.1e11):
