@@ -1778,6 +1778,15 @@ EDGES = {
     ),
     "starved_gpus": (
         (
+            job(node(job_cpu=25.0, gpu=flat(10, 120)[:-1] + [(NOW, 49.9)])),
+            job(node(job_cpu=25.0, gpu=flat(10, 120)[:-1] + [(NOW, 50.0)])),
+        ),
+        (job(node(job_cpu=25.0, gpu=24.9)), job(node(job_cpu=25.0, gpu=25.0))),
+        (
+            job(node(job_cpu=50.0, job_cpus=2, gpu=20.0)),
+            job(node(job_cpu=100.0, job_cpus=1, gpu=20.0)),
+        ),
+        (
             job(node(job_cpu=25.0, gpu=24.0)),
             job(node(job_cpu=25.0, gpu=26.0)),
         ),
