@@ -750,8 +750,8 @@ class Terminal(Shown):
         """A folder in which _curses cannot be imported, as in a Python built without it."""
         folder = os.path.join(self.folder, "without")
         os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, "sitecustomize.py"), "w") as file:
-            file.write("import sys\nsys.modules['_curses'] = None\n")
+        with open(os.path.join(folder, "_curses.py"), "w") as file:
+            file.write("raise ImportError('No module named _curses')\n")
         return folder
 
 
