@@ -931,13 +931,6 @@ class JobsFirst(unittest.TestCase):
         self.assertFalse(master.is_past(self.view, "6_[2-9]"))
         self.assertEqual(render("/job/", self.view, job="77_[2-9]"), "")
 
-    def test_who_watches_own_jobs_is_told_to_start_nothing_while_there_are_none(self):
-        own = site(my_jobs=[], ssh=None)
-        text = words(master.ROUTES["/"][1](view(), {}, own))
-        self.assertIn("No running job of yours yet", text)
-        self.assertNotIn("agent.py", text)
-        self.assertIn("agent.py", words(render("/", view())))
-
     def test_the_page_of_a_node_says_what_is_wrong_with_its_job(self):
         self.view.nodes[2]["node"] = "c3"
         text = words(render("/node/", self.view, node="c3"))

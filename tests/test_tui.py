@@ -281,7 +281,7 @@ class Screens(unittest.TestCase):
         shown = screens(snapshot(*rows, events=[lost]))
         lines = lines_of(shown)
         self.assertIn("2 with a problem", lines[0])
-        self.assertRegex(lines[2], r"^>! 5 .* a: RAM 20 % \(alert above 95 %$")
+        self.assertRegex(lines[2], r"^>! 5 .* a: RAM 20 % \(alert above 95 %\u2026$")
         self.assertRegex(lines[3], r"^ ! 6 .* 2 .* b lost$")
         self.assertNotIn("GPU", lines[1])
         press(shown, "down", "enter")
