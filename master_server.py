@@ -9097,6 +9097,15 @@ SCALES = {  # larger units of a unit, the smallest first
     # as Slurm counts: --mem=74G is 74 GB here, and 74 * 2**30 bytes
     "B": (("KB", 2**10), ("MB", 2**20), ("GB", 2**30), ("TB", 2**40)),
 }
+LARGER_UNITS = {  # of a reading: how many of its own units each is
+    key: [
+        (size, unit + whole[len(base) :])
+        for base, units in SCALES.items()
+        if whole.partition("/")[0] == base
+        for unit, size in units
+    ]
+    for key, whole in UNITS.items()
+}
 FRACTIONS = ("load1",)  # numbers without a unit that are no counts
 SMALL = ("nfs_rtt",)  # numbers that are thousandths of their unit
 SMALL_TOP = 0.01  # the least upper end of their graphs
@@ -9123,13 +9132,12 @@ def render_value(key: str, value: Any) -> str:
 
 def scale_of(key: str, value: float) -> Tuple[int, str]:
     """The unit that suits a reading, and how many of the reading's own units it is."""
-    unit, slash, per = UNITS.get(key, "").partition("/")
-    size = 1
-    for larger_unit, larger_size in SCALES.get(unit, ()):
-        if abs(value) >= larger_size:
-            size = larger_size
-            unit = larger_unit
-    return size, unit + slash + per
+    suits = (1, UNITS.get(key, ""))
+    for larger in LARGER_UNITS.get(key, ()):
+        if abs(value) < larger[0]:
+            break
+        suits = larger
+    return suits
 
 
 def name_of(row: Message) -> str:
@@ -9828,10 +9836,13 @@ def link(query: Query, **state: object) -> str:
 
 def draw_text(column: "Column", row: Message, site: Site) -> Html:
     """The reading and nothing more."""
-    text = render_value(column.key, row.get(column.key))
-    kind = column.align
-    if text == "-":
-        kind = (kind + " " + UNKNOWN_CELL).strip()
+    return plain_cell(column.align, render_value(column.key, row.get(column.key)))
+
+
+@functools.lru_cache(maxsize=4096)
+def plain_cell(align: str, text: str) -> Html:
+    """A cell with a text; a page has thousands of them, and many are alike."""
+    kind = (align + " " + UNKNOWN_CELL).strip() if text == "-" else align
     return fill(CELL_HTML, kind=kind, content=text)
 
 
