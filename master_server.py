@@ -6874,7 +6874,7 @@ RECORDED = (  # metrics with least, mean and most over the nodes
     "psi_io",
 )
 BY_NODE = ("cpu", "job_cpu", "ram", "job_mem", "gpu", "gpu_mem")  # and of each node
-CHARTED = ("job_cpu", "cpu", "job_mem", "ram", "gpu", "gpu_mem") + RECORDED[7:]
+CHARTED = ("job_cpu", "job_mem", "gpu", "gpu_mem", "cpu", "ram") + RECORDED[7:]
 NODE_FACTS = ("cpus", "mem_total", "gpus", "job_cpus", "job_mem_limit")
 GPU_KEYS = ("gpu", "mem_used", "power", "temp")
 RECORD_NAME = re.compile(r"([A-Za-z0-9_%]+)\.([A-Za-z0-9_-]+)\.jsonl(\.gz)?")
@@ -7259,6 +7259,14 @@ class Record:
         return first, max(first, last)
 
     @property
+    def watched(self) -> Tuple[float, float]:
+        """The times between which there are curves; all of its span without any."""
+        first, last = self.span
+        if self.rows:
+            first = max(first, self.rows[0].time - self.rows[0].step)
+        return first, max(first, last)
+
+    @property
     def has_ended(self) -> bool:
         """Whether the job is over, by what Slurm or its agents said."""
         return self.facts["state"] in ENDED_STATES or bool(
@@ -7441,7 +7449,7 @@ class Sketch(NamedTuple):
     """
 
     summary: Message
-    first: float  # the begin of its time axis
+    first: float  # the begin of its time axis: since then it was watched
     last: float
     steps: List[int]  # seconds that rows stand for: the least and the most
     nodes: List[Message]  # of each node: what it did over the whole job
@@ -7455,7 +7463,7 @@ class Sketch(NamedTuple):
 
 def make_sketch(record: Record) -> Sketch:
     """The sketch of a record."""
-    first, last = record.span
+    first, last = record.watched
     last = max(first + LEAST_AXIS, last)
     known = {key: known_rows(record.rows, key) for key in CHARTED}
     cpu = "job_cpu" if known["job_cpu"] else "cpu"
@@ -7486,6 +7494,16 @@ def make_sketch(record: Record) -> Sketch:
         make_curves(record.rows, known),
         maps,
     )
+
+
+def most_of(sketch: Sketch, key: str) -> Optional[float]:
+    """The largest point of a metric's curve."""
+    return max((max(piece.most) for piece in sketch.curves.get(key, ())), default=None)
+
+
+def start_of(sketch: Sketch) -> float:
+    """When its job began, which may have been before it was watched."""
+    return min(sketch.first, sketch.summary["start"] or sketch.first)
 
 
 def known_rows(rows: Sequence[RecordRow], key: str) -> List[RecordRow]:
@@ -9639,6 +9657,22 @@ def find_tasks(view: Snapshot, name: str) -> List[Message]:
     return [job] if job else tasks
 
 
+def with_record(row: Message, summary: Optional[Message]) -> Message:
+    """The row of a task with what is recorded of it, where its nodes do not tell any more."""
+    if not summary or row["phase"] != "ended":
+        return row
+    row = dict(row)
+    if row["cpu"] is None:
+        row["cpu"] = summary["cpu"]
+    if row["memory"] is None and summary["peak"] and summary["mem_limit"]:
+        peak = {"job_ram": 100 * summary["peak"] / summary["mem_limit"]}
+        row.update(memory_of_job([dict(peak, job_mem_limit=summary["mem_limit"])]))
+    severity = severity_of(summary)
+    if row["severity"] is None and severity:
+        row["severity"] = severity
+    return row
+
+
 def nodes_of_jobs(view: Snapshot, jobs: Sequence[Message]) -> List[Message]:
     """The nodes on which an agent watches one of the jobs, in their order."""
     return [row for job in jobs for row in nodes_of_job(view, job)]
@@ -9813,7 +9847,7 @@ BREAKABLE = "t"  # anywhere, when there is little room
 SHORT = "g"  # some words, in more than one line when there is little room
 UNKNOWN_CELL = "u"  # beside one of the others
 CARD_TABLES = ("jobs", "ended", "verdicts", "events", "lost", "finished")
-SELF_EVIDENT = "severity job job_name user state time kind node text what".split()
+SELF_EVIDENT = "severity job job_name user state time when kind node text what".split()
 RECENT_POINTS = 30  # of a curve in a table
 RECENT_STEP = 5  # every fifth tick: the last five minutes
 SIGNS = {"died": "\u2716", "problem": "\u26a0", "advice": "\u2022", "fine": "\u2713"}
@@ -10279,6 +10313,9 @@ class Page:
         jobs = [
             job_row(self.view, [job], nodes_of_job(self.view, job)) for job in tasks
         ]
+        if several:
+            past = getattr(self.site, "past_jobs", {})
+            jobs = [with_record(job, past.get(job["job"])) for job in jobs]
         jobs.sort(key=job_order)
         sign = SIGNS[jobs[0]["severity"]] if jobs[0]["severity"] in NEEDS else ""
         return self.whole(
@@ -10311,6 +10348,8 @@ class Page:
         rows = []
         for task in tasks:
             for verdict in judged.get(task["raw"], []):
+                if len(tasks) > 1 and verdict["severity"] == "fine":
+                    continue  # its row says so
                 job = task["job"] if len(tasks) > 1 else None
                 what = words_of_fine(verdict["what"])
                 rows.append(dict(verdict, what=what, job=job))
@@ -11088,6 +11127,10 @@ svg text {
   stroke-width: 1;
   stroke-dasharray: 1 3;
 }
+.mark.end {
+  stroke: var(--fg);
+  stroke-dasharray: none;
+}
 .band {
   fill: var(--cpu);
   stroke: none;
@@ -11111,7 +11154,57 @@ svg text {
   vector-effect: none;
 }
 #jobs .w {
-  min-width: 18rem;
+  min-width: 16rem;
+}
+#jobs td:not(.w, .t, .s) {
+  white-space: nowrap;
+}
+@media (max-width: 1500px) {
+  #jobs .w {
+    min-width: 12rem;
+  }
+  #jobs .t {
+    min-width: 10.5rem;
+  }
+  #jobs td,
+  #jobs th {
+    padding: 0.18rem 0.35rem;
+  }
+}
+@media (max-width: 1150px) {
+  #jobs .w {
+    min-width: 0;
+    width: 100%;
+  }
+  #jobs .n .bar {
+    display: none;
+  }
+}
+.choice label {
+  flex: 1 1 16rem;
+  max-width: 32rem;
+}
+@media (max-width: 700px) {
+  #jobs .t {
+    min-width: 0;
+  }
+  #use td,
+  #compare td,
+  #failures td,
+  #spread td,
+  #spread th,
+  #nodes td,
+  #nodes th {
+    white-space: normal;
+    padding: 0.18rem 0.3rem;
+  }
+  #compare td,
+  #failures td {
+    overflow-wrap: anywhere;
+  }
+  #spread tr > :last-child {
+    display: none;
+  }
 }
 @media screen {
   #jobs td.d {
@@ -11207,9 +11300,12 @@ REPORT_HTML = """\
 </html>
 """
 REPORT_NAV_HTML = """
-    <nav aria-label="Pages"><a href="{root}./">Live</a> <a href="{root}jobs">All jobs</a></nav>"""
+    <nav aria-label="Pages"><a href="{root}./">All jobs and nodes</a>
+      <a href="{root}jobs">Jobs of the past</a></nav>"""
 PARAGRAPH_HTML = """
     <p>{text}</p>"""
+MISSING_HTML = """
+    <p>{words}. <a href="{root}jobs">The list of jobs</a> has those that are known.</p>"""
 SECTION_HTML = """
     <section>
       <h2>{heading}</h2>{parts}
@@ -11243,6 +11339,8 @@ DOWNLOAD_HTML = (
     '<a id="record" download="{name}" href="data:application/gzip;base64,{data}">'
     "The record itself</a>, as JSON lines in gzip. "
 )
+TIME_CELL_HTML = '<td class="{kind}" title="{title}">{text}</td>'
+BAD_TEXT_CELL_HTML = '<td class="w"><span class="bad">{text}</span></td>'
 JOBS_FORM_HTML = """
     <form role="search" action="jobs">
       <label>Filter <input type="search" name="q" value="{words}"></label>{selects}
@@ -11264,7 +11362,20 @@ COMPARE_FORM_HTML = """
       <input type="hidden" name="a" value="{job}">
       <label>Compare with job <input type="text" name="b" value=""></label>
       <button type="submit">Compare</button>
+      <small>Without an id you choose from a list.</small>
     </form>"""
+CHOICE_FORM_HTML = """
+    <form class="choice" action="compare">{selects}
+      <label>or B by its id <input type="text" name="id" value=""></label>
+      <button type="submit">Compare</button>
+    </form>"""
+CHOICE_HTML = """
+      <label>Job {label}
+        <select name="{key}">{options}
+        </select>
+      </label>"""
+CHOICE_OPTION_HTML = """
+          <option value="{job}"{selected}>{words}</option>"""
 
 MAX_REPORT = 2**20  # bytes of a report: the record in it gets thinner until it fits
 CHART_WIDTH = 600  # of a chart's box, in which ...
@@ -11278,11 +11389,13 @@ MAP_CELL = 14  # height of a cell, as long as there are few
 MAX_MARKS = 40  # events in a chart
 MAX_ROWS = 500  # of a table in a report
 JOBS_PAGE = 200  # jobs on a page
+URGENT_SECONDS = 86400.0  # after its end a death is first in the list of jobs
 MIN_RUNS = 3  # that advice on many runs rests upon, at least
 SUFFICES = 0.995  # the share of runs that what is advised would have sufficed for
 RUNS_TIME_MARGIN = 1.2  # of the time that so many runs took
 CPU_SLACK = 0.1  # of a CPU: what is busy beside the program itself
 SPREAD_BARS = 20
+MAX_CHOICES = 100  # jobs in a list to choose from
 MAX_WHERE = 8  # nodes and jobs that are named of a kind of failure
 MEMORY_MARGIN = 1.2  # of the peak, to ask for ...
 TIME_MARGIN = 1.5  # ... and of the time that one run took
@@ -11292,6 +11405,7 @@ TIME_STEPS = (  # seconds between two marks of a time axis
     + tuple(3600 * n for n in (1, 2, 3, 6, 12))
     + tuple(86400 * n for n in (1, 2, 7, 14, 28, 91, 364))
 )
+EVENTS_MARKED = ("lost", "alert")
 SEVERITY_WORDS = {
     "fine": "\u2713 Fine",
     "advice": "\u2022 Advice",
@@ -11366,6 +11480,13 @@ def elapsed_words(seconds: int, step: float) -> str:
     return "%d s" % seconds
 
 
+class Mark(NamedTuple):
+    """An upright line in a chart: when something happened, and what."""
+
+    time: float
+    words: str
+
+
 def nice_top(key: str, most: float) -> Tuple[float, float]:
     """A round end for a value axis, and the step between its marks."""
     if UNITS.get(key) == "%":
@@ -11388,7 +11509,7 @@ def draw_chart(
     several: Sequence[Series],
     axis: Axis,
     limit: Optional[float] = None,
-    marks: Sequence[float] = (),
+    marks: Sequence[Mark] = (),
 ) -> Optional[Html]:
     """Least, mean and most of a metric over the time; None when nothing is known."""
     curves = [(series, series.curves.get(key, [])) for series in several]
@@ -11409,9 +11530,8 @@ def draw_chart(
     if limit is not None and limit <= top:
         path = "M%d %.1fH%d" % (CHART_LEFT, height_of(limit, top), CHART_RIGHT)
         drawn.append(fill(PATH_SVG, kind="limit", path=path))
-    for when in marks[:MAX_MARKS]:
-        path = "M%.1f %dV%d" % (axis.place(when), CHART_TOP, CHART_BOTTOM)
-        drawn.append(fill(PATH_SVG, kind="mark", path=path))
+        drawn.append(limit_text(key, limit, top))
+    drawn += draw_marks(marks, axis)
     words = [
         (series.name + " " + curve_words(key, pieces)).lstrip()
         for series, pieces in curves
@@ -11425,6 +11545,34 @@ def draw_chart(
         height=CHART_HEIGHT,
         drawn=drawn,
     )
+
+
+def limit_text(key: str, limit: float, top: float) -> Html:
+    """What the line of a limit is, above it or, at the top of the chart, below."""
+    y = height_of(limit, top)
+    y += 13 if y < CHART_TOP + 12 else -4
+    words = "limit %s" % render_value(key, limit)
+    place = CHART_LEFT + 4
+    return fill(TEXT_SVG, x=place, y="%.0f" % y, anchor="start", text=words)
+
+
+def draw_marks(marks: Sequence[Mark], axis: Axis) -> List[Html]:
+    """Upright lines where something happened; of each kind the first says what it was."""
+    drawn = []
+    told: Set[str] = set()
+    for when, words in marks[:MAX_MARKS]:
+        x = axis.place(when)
+        kind = "mark" if words in EVENTS_MARKED else "mark end"
+        path = "M%.1f %dV%d" % (x, CHART_TOP, CHART_BOTTOM)
+        drawn.append(fill(PATH_SVG, kind=kind, path=path))
+        if words in told:
+            continue
+        told.add(words)
+        anchor, away = ("end", -4) if x > CHART_WIDTH / 2 else ("start", 4)
+        y = CHART_BOTTOM - 6 - 14 * (len(told) - 1)
+        place = "%.0f" % (x + away)
+        drawn.append(fill(TEXT_SVG, x=place, y=y, anchor=anchor, text=words))
+    return drawn
 
 
 def curve_words(key: str, pieces: Sequence[Piece]) -> str:
@@ -11603,32 +11751,178 @@ def render_date(when: Optional[float]) -> str:
     return time.strftime("%F %R", time.localtime(when))
 
 
+def short_date(when: float, now: float) -> str:
+    """A time as short as it is clear: 01:05 of today, 28 Nov 22:50, 2025-11-28."""
+    moment = time.localtime(when)
+    today = time.localtime(now)
+    if moment[:3] == today[:3]:
+        return time.strftime("%R", moment)
+    is_near = abs(when - now) < 300 * 86400
+    return time.strftime("%d %b %R" if is_near else "%F", moment)
+
+
+def moment_words(job: Message, now: float) -> Tuple[str, str]:
+    """When a job ended, started or may start: (short, and with all that there is to say)."""
+    prefix = "since "
+    when, words = job["start"], "started"
+    if job["state"] == "PENDING" and when:
+        prefix = "expected "
+        words = "expected to start"
+    elif job["state"] == "PENDING":
+        when, words = job["submit"], "submitted"
+    elif is_over_by_now(job):
+        prefix = ""
+        when, words = job["end"] or job["time"], "ended"
+    if not when:
+        return "-", ""
+    text = short_date(when, now)
+    if " " not in text:  # else there is little room, and the state says the same
+        text = prefix + text
+    return text, "%s %s" % (words, render_date(when))
+
+
+def is_over_by_now(job: Message) -> bool:
+    """Whether a job has ended, as far as Slurm or its agents tell."""
+    return job["state"] in ENDED_STATES or bool(job["has_ended"])
+
+
+def draw_when(column: Column, row: Message, site: Site) -> Html:
+    """When a job ended, or since when it runs or waits."""
+    text, title = moment_words(row, time.time())
+    kind = UNKNOWN_CELL if text == "-" else LEFT
+    return fill(TIME_CELL_HTML, kind=kind, title=title, text=text)
+
+
+def draw_why(column: Column, row: Message, site: Site) -> Html:
+    """What is wrong with a job, how it died, or why there is no verdict on it."""
+    text = verdict_text(row)
+    if not text:
+        return fill(CELL_HTML, kind="w " + UNKNOWN_CELL, content="-")
+    if severity_of(row) in ("died", "problem"):
+        return fill(BAD_TEXT_CELL_HTML, text=text)
+    return fill(CELL_HTML, kind="w", content=text)
+
+
+def draw_state(column: Column, row: Message, site: Site) -> Html:
+    """A job's state in words."""
+    return fill(CELL_HTML, kind="s", content=plain_state(row["state"]))
+
+
+def plain_state(state: Optional[str]) -> str:
+    """A state of Slurm's as people write it; of a job that only agents know of: unknown."""
+    return (state or "unknown").lower().replace("_", " ")
+
+
+def draw_clock(column: Column, row: Message, site: Site) -> Html:
+    """How long a job ran of its time limit, as the overview has it."""
+    text = clock_text(row["ran"], row["limit"]) if row["state"] != "PENDING" else None
+    if text is None and row["limit"]:
+        text = "limit " + render_clock(row["limit"])
+    return fill(CELL_HTML, kind=RIGHT if text else RIGHT_UNKNOWN, content=text or "-")
+
+
+def clock_text(ran: Optional[float], limit: Optional[float]) -> Optional[str]:
+    """7 min of 2:00 h; None when it has not run."""
+    if ran is None:
+        return None
+    text = render_clock(ran)
+    if not limit:
+        return text
+    whole = render_clock(limit)
+    if whole.endswith(" h"):  # one unit is enough for both
+        text = text.replace(" h", "")
+    return "%s of %s" % (text, whole)
+
+
+def draw_busy(column: Column, row: Message, site: Site) -> Html:
+    """How busy all CPUs or GPUs of a job were in the mean: 57 % of 128."""
+    busy = row[column.key]
+    count = row[column.key + "s"]
+    asked = render_value("nodes", count)
+    if busy is None:
+        text = "asked " + asked if count else "-"
+        return fill(CELL_HTML, kind=RIGHT_UNKNOWN, content=text)
+    text = "%.0f %%" % busy + (" of " + asked if count else "")
+    width = "%.1f" % min(busy, 100.0)
+    return fill(PERCENT_CELL_HTML, text=text, key=column.key, width=width)
+
+
+def draw_memory(column: Column, row: Message, site: Site) -> Html:
+    """The peak of the node with the most, of what that node has for the job."""
+    text = memory_text(row["peak"], row["mem_limit"] or row["mem"])
+    share = None
+    if row["peak"] and row["mem_limit"]:
+        share = 100 * row["peak"] / row["mem_limit"]
+    if share is None:
+        kind = RIGHT if row["peak"] else RIGHT_UNKNOWN
+        return fill(CELL_HTML, kind=kind, content=text or "-")
+    width = "%.1f" % min(share, 100.0)
+    return fill(PERCENT_CELL_HTML, text=text, key="job_ram", width=width)
+
+
+def memory_text(peak: Optional[float], limit: Optional[float]) -> str:
+    """67 of 128 GB; "" when nothing is known."""
+    if peak is None:
+        return "asked " + short_size(limit) if limit else ""
+    if not limit:
+        return short_size(peak)
+    used, whole = short_size(peak), short_size(limit)
+    if used.split()[-1] == whole.split()[-1]:
+        used = used.split()[0]
+    return "%s of %s" % (used, whole)
+
+
+def short_size(size: float) -> str:
+    """A size with two or three digits: 16 GB, 5.2 GB."""
+    number, unit = render_value("mem", size).split()
+    if float(number) >= 10 or number.endswith(".0"):
+        number = "%.0f" % float(number)
+    return "%s %s" % (number, unit)
+
+
 def draw_record(column: Column, row: Message, site: Site) -> Html:
     """A job's id, a link to its report."""
     href = "record/" + urllib.parse.quote(row["job"], "")
     return fill(LINK_CELL_HTML, href=href, text=row["job"])
 
 
-def draw_worst(column: Column, row: Message, site: Site) -> Html:
-    """What is wrong with a job, or how it died."""
-    severity = severity_of(row)
-    kind = "bad" if severity in ("problem", "died") else ""
-    return fill(CELL_HTML, kind="w " + kind, content=verdict_words(row))
-
-
 def verdict_words(summary: Message) -> str:
     """The worst verdict on a job in a line."""
-    words = SEVERITY_WORDS[severity_of(summary)]
+    severity = severity_of(summary)
+    text = verdict_text(summary)
+    if not severity:
+        return text.capitalize()
+    words = SEVERITY_WORDS[severity]
+    return "%s: %s" % (words, text) if text else words
+
+
+NOT_SAID = (
+    "fine",
+    "Nothing is wrong",
+)  # by a verdict that says no more than its severity
+
+
+def verdict_text(summary: Message) -> str:
+    """What the worst verdict on a job says, or why there is none; "" when all is said."""
     severity = severity_of(summary)
     for verdict in summary["verdicts"] or ():
-        if verdict.get("severity") == severity and verdict.get("what") != "fine":
-            return "%s: %s" % (words, verdict.get("what"))
+        if verdict.get("severity") == severity and verdict.get("what") not in NOT_SAID:
+            return str(verdict.get("what"))
     if severity == "died":
-        return "%s: %s" % (
-            words,
-            " ".join(filter(None, (summary["state"], summary["exit"]))),
-        )
-    return words
+        words = [plain_state(summary["state"])]
+        if summary["exit"]:
+            words.append("exit code " + summary["exit"])
+        return ", ".join(words)
+    if severity:
+        return ""
+    if summary["state"] == "PENDING":
+        return remarks(summary)[0] if summary["reason"] else ""
+    if is_watched_job(summary):
+        return "not judged"
+    return "nobody watched it" if is_over_by_now(summary) else "no verdict yet"
+
+
+RIGHT_UNKNOWN = RIGHT + " " + UNKNOWN_CELL
 
 
 def draw_text_as(key: str) -> Draw:
@@ -11636,7 +11930,8 @@ def draw_text_as(key: str) -> Draw:
 
     def draw(column: Column, row: Message, site: Site) -> Html:
         text = render_value(key, row.get(column.key))
-        return fill(CELL_HTML, kind=column.align, content=text)
+        kind = RIGHT_UNKNOWN if text == "-" else column.align
+        return fill(CELL_HTML, kind=kind, content=text)
 
     return draw
 
@@ -11650,7 +11945,7 @@ RECORD_COLUMNS = (
     Column("job_name", "Name"),
     Column("user", "User"),
     Column("state", "State"),
-    Column("severity", "Verdict", WRAPPED, draw_worst),
+    Column("severity", "Verdict", WRAPPED),
     Column("nodes", "Nodes", RIGHT),
     Column("cpus", "CPUs", RIGHT, AS_COUNT),
     Column("gpus", "GPUs", RIGHT, AS_COUNT),
@@ -11662,6 +11957,20 @@ RECORD_COLUMNS = (
     Column("mem", "Memory asked for", RIGHT),
     Column("start", "Started", DATED, draw_date),
     Column("end", "Ended", DATED, draw_date),
+)
+JOBS_COLUMNS = (  # of the page; what matters most is at the left
+    Column("severity", "Verdict", LEFT, draw_severity),
+    Column("job", "Job", LEFT, draw_record),
+    Column("job_name", "Name", BREAKABLE),
+    Column("user", "User"),
+    Column("state", "State", LEFT, draw_state),
+    Column("when", "When", LEFT, draw_when),
+    Column("text", "What", WRAPPED, draw_why),
+    Column("nodes", "Nodes", RIGHT),
+    Column("ran", "Time", RIGHT, draw_clock),
+    Column("cpu", "CPUs", RIGHT, draw_busy),
+    Column("gpu", "GPUs", RIGHT, draw_busy),
+    Column("peak", "Memory", RIGHT, draw_memory),
 )
 USE_COLUMNS = (
     Column("what", "What"),
@@ -11728,7 +12037,7 @@ def draw_table(
     known = [
         place
         for place, column in enumerate(columns)
-        if column.key in (always, "severity")
+        if column.key in (always, "severity", "job", "text")
         or any(row.get(column.key) is not None for row in rows)
     ]
     if headings is None:
@@ -11760,6 +12069,11 @@ def heading_align(column: Column) -> str:
 # ---- one job
 
 
+def is_watched_job(summary: Message) -> bool:
+    """Whether anything but Slurm told of a job."""
+    return bool(summary["weight"])
+
+
 def how_it_went(summary: Message) -> str:
     """A job's state in a sentence."""
     state = summary["state"] or "UNKNOWN"
@@ -11784,6 +12098,33 @@ def title_of(summary: Message) -> str:
     return " ".join(filter(None, ("Job", summary["job"], summary["job_name"])))
 
 
+UNWATCHED = (
+    "Nobody watched this job: no agent ran beside it. What it used is not known; this is what"
+    " Slurm alone says."
+)
+
+
+def unwatched_note(summary: Message) -> Optional[Html]:
+    """That nobody has watched a job that is over, if so: dashes alone do not say why."""
+    if is_watched_job(summary) or not is_over_by_now(summary):
+        return None
+    return fill(PARAGRAPH_HTML, text=UNWATCHED)
+
+
+def cure_of(verdict: Message) -> str:
+    """The line to paste of a verdict; "" when it lacks its number: --mem alone is an error."""
+    cure = str(verdict.get("cure") or "")
+    return "" if cure in ("--mem", "--time") else cure
+
+
+def known_only(rows: Sequence[Message]) -> List[Message]:
+    """The rows without their dashes, so that a column of nothing else is left out."""
+    return [
+        {key: None if text == "-" else text for key, text in row.items()}
+        for row in rows
+    ]
+
+
 def draw_verdicts(sketch: Sketch) -> Html:
     """What was found, the worst first."""
     summary = sketch.summary
@@ -11794,14 +12135,14 @@ def draw_verdicts(sketch: Sketch) -> Html:
         verdicts.insert(0, {"severity": "died", "what": how_it_went(summary)})
     if not verdicts:
         severity = severity_of(summary)
-        nothing = "nothing was found" if severity else "nobody has looked at it"
+        nothing = "nothing was found" if severity else "there is no verdict on it"
         verdicts = [{"severity": severity, "what": nothing}]
     items = []
     for verdict in verdicts:
         severity = verdict.get("severity") or ""
         what = verdict.get("what")
         proof = verdict.get("proof")
-        cure = verdict.get("cure")
+        cure = cure_of(verdict)
         items.append(
             fill(
                 VERDICT_HTML,
@@ -11832,7 +12173,7 @@ def use_rows(summary: Message, nodes: int, gpus: int) -> List[Message]:
             render_value("mem", summary["mem_limit"]),
             peak,
         ),
-        ("GPUs", summary["gpus"], gpus or None, None),
+        ("GPUs", summary["gpus"], gpus or None, busy_gpus(summary)),
         (
             "Time",
             render_value("limit", summary["limit"]),
@@ -11848,6 +12189,13 @@ def use_rows(summary: Message, nodes: int, gpus: int) -> List[Message]:
     return texts
 
 
+def busy_gpus(summary: Message) -> Optional[float]:
+    """How many GPUs a job kept busy, in the mean."""
+    if summary["gpu"] is None or not summary["gpus"]:
+        return None
+    return float(summary["gpu"] * summary["gpus"] / 100)
+
+
 def show_amount(value: Any) -> str:
     """An amount of CPUs and the like for people; a text is one already."""
     if isinstance(value, float) and not value.is_integer():
@@ -11860,9 +12208,10 @@ def suggestions(summary: Message) -> List[str]:
     lines = []
     peak = summary["peak"]
     state = summary["state"]
-    if state == "OUT_OF_MEMORY" and summary["mem_limit"]:
+    limit = summary["mem_limit"] or summary["mem"]
+    if state == "OUT_OF_MEMORY" and limit:
         # as the verdict says
-        lines.append("#SBATCH " + memory_flag(summary["mem_limit"]))
+        lines.append("#SBATCH " + memory_flag(limit))
     elif state == "COMPLETED" and peak:
         wanted = memory_to_ask(peak)
         if not summary["mem_limit"] or abs(wanted * GIB - summary["mem_limit"]) > GIB:
@@ -11877,7 +12226,7 @@ def suggestions(summary: Message) -> List[str]:
 
 
 def memory_to_ask(peak: float) -> int:
-    """GiB to ask for, by a peak in bytes."""
+    """GB to ask for, by a peak in bytes."""
     return max(1, int(-(-MEMORY_MARGIN * peak // GIB)))
 
 
@@ -11899,35 +12248,74 @@ def draw_suggestions(summary: Message) -> Optional[Html]:
         "This rests on one run, of which a sample was taken every few seconds: a peak"
         " between two of them may have been higher."
     )
+    if not is_watched_job(summary):
+        why = (
+            "This rests on one run that nobody watched: it is a fifth more than the memory"
+            " that it asked for, or twice its time."
+        )
     paste = fill(PASTE_HTML, lines="\n".join(lines), why=why)
     return fill(SECTION_HTML, heading="To ask for next time", parts=paste)
+
+
+def charted_first(verdicts: Sequence[Message]) -> List[str]:
+    """The metrics of charts: first those that the verdicts, the worst first, are about."""
+    keys: List[str] = []
+    for verdict in verdicts:
+        rule = verdict.get("rule")
+        if rule == "out_of_memory":
+            keys.append("job_mem")
+        for check in CHECKS:
+            if check.name == rule:
+                keys += check.holds + check.needs
+    wanted = [key for key in keys if key in CHARTED]
+    return list(dict.fromkeys((*wanted, *CHARTED)))
+
+
+def marks_of(events: Sequence[Message], summary: Message, axis: Axis) -> List[Mark]:
+    """What is marked in the charts of a job: its end, alerts, and nodes that fell silent."""
+    marks = []
+    if is_over_by_now(summary) and summary["end"]:
+        died = severity_of(summary) == "died"
+        words = "died" if died else "ended"
+        when = min(summary["end"], axis.last)
+        marks.append(
+            Mark(when, "%s %s" % (words, time.strftime("%R", time.localtime(when))))
+        )
+    for event in events:
+        if event["kind"] in EVENTS_MARKED and axis.first < event["time"] < axis.last:
+            marks.append(Mark(event["time"], event["kind"]))
+    return marks
 
 
 def job_parts(sketch: Sketch) -> List[Optional[Html]]:
     """Everything that there is to show of a job."""
     summary = sketch.summary
     axis = Axis(sketch.first, sketch.last)
-    marks = [
-        event["time"]
-        for event in sketch.events
-        if event["kind"] in ("lost", "alert") and axis.first < event["time"] < axis.last
-    ]
+    marks = marks_of(sketch.events, summary, axis)
     series = [Series(sketch.curves)]
     charts = []
-    for key in CHARTED:
+    flat = []
+    for key in charted_first(sketch.verdicts or ()):
+        if most_of(sketch, key) == 0:
+            flat.append(NUMBERS[key].label)
+            continue
         limit = summary["mem_limit"] if key == "job_mem" else None
         charts.append(draw_chart(key, series, axis, limit, marks))
+    words = span_words(sketch)
+    if flat:
+        words += " Always 0: %s." % ", ".join(flat)
     maps = [draw_map(key, nodes, axis) for key, nodes in sketch.maps.items()]
-    uses = use_rows(summary, len(sketch.nodes), len(sketch.gpus))
+    uses = known_only(use_rows(summary, len(sketch.nodes), len(sketch.gpus)))
     nodes = sorted(sketch.nodes, key=lambda row: natural(row["node"]))
     gpus = sorted(sketch.gpus, key=lambda row: natural(row["name"]))
     ranks = sorted(sketch.ranks, key=lambda rank: -(rank.get("mem") or 0.0))
     return [
         fill(PARAGRAPH_HTML, text=how_it_went(summary)),
+        unwatched_note(summary),
         draw_verdicts(sketch),
         draw_table("use", "Asked, got, used", USE_COLUMNS, uses),
         draw_suggestions(summary),
-        draw_section("Over time", charts, span_words(sketch)),
+        draw_section("Over time", charts, words),
         draw_section("Node by node", maps),
         draw_table("nodes", "Nodes", RUN_NODE_COLUMNS, nodes),
         draw_table("ranks", "Ranks at the end", RUN_RANK_COLUMNS, ranks),
@@ -11953,11 +12341,17 @@ def span_words(sketch: Sketch) -> str:
     zone = time.strftime("%Z", time.localtime(sketch.last))
     least, most = sketch.steps
     fine = "%d" % least if least == most else "%d to %d" % (least, most)
-    return (
+    words = (
         "From %s to %s %s; a point stands for %s s, the area reaches from the least to the"
         " most of all nodes."
         % (render_date(sketch.first), render_date(sketch.last), zone, fine)
     )
+    start = sketch.summary["start"]
+    if start and sketch.first - start > 2 * ROW_SECONDS:
+        words += " It was watched since then, and had started on %s." % render_date(
+            start
+        )
+    return words
 
 
 def render_document(
@@ -12090,6 +12484,28 @@ def render_record_page(view: Snapshot, query: Query, site: Site) -> str:
     return render_document(title_of(summary), [demo_notice(site), *parts], "../", "")
 
 
+def missing_words(path: str, query: Query) -> str:
+    """What an address lacks that leads to no job: a parameter, or one that is known."""
+    if path == "/runs":
+        names = [query[key] for key in ("name", "array") if query.get(key)]
+        if not names:
+            return "Which runs? The parameter name or array is missing: /runs?name=NAME"
+        return "No run of %s is known" % " and ".join(names)
+    if path == "/compare":
+        jobs = [query[key] for key in ("a", "b") if query.get(key)]
+        return "No such job, or none of %s is known" % " and ".join(jobs)
+    if not query.get("job"):
+        return "Which job? Its id is missing: %sID" % path
+    return "Nothing is known of a job %s" % query["job"]
+
+
+def render_missing(path: str, query: Query, site: Site) -> str:
+    """The page for an address that leads to no job."""
+    root = "../" if path.endswith("/") else ""
+    more = fill(MISSING_HTML, words=missing_words(path, query), root=root)
+    return render_document("Nothing to show", [demo_notice(site), more], root, "")
+
+
 def render_record_json(view: Snapshot, query: Query, site: Site) -> str:
     """A job as JSON; "" if nothing is known of it."""
     record = find_record(view, query["job"], site)
@@ -12112,18 +12528,76 @@ def all_summaries(view: Snapshot, site: Site) -> List[Message]:
         told = {key: facts[key] for key in JOB_KEYS if facts[key] is not None}
         is_over = facts["state"] in ENDED_STATES
         jobs[facts["job"]] = dict(summary, has_ended=is_over, **told)
-        newest = newest_verdicts(view, facts, summary["verdicts"])
-        jobs[facts["job"]]["verdicts"] = newest
+        judged = judged_now(view, facts)
+        if judged and not (is_over and summary["verdicts"]):
+            jobs[facts["job"]]["verdicts"] = judged
+        elif not is_over and severity_of(jobs[facts["job"]]) == "died":
+            jobs[facts["job"]]["verdicts"] = None  # of a run before this one
+        if not is_over and facts["start"]:
+            jobs[facts["job"]]["ran"] = run_time(facts, view.time)
     for job in jobs.values():
         job["severity"] = severity_of(job) or None
+        job["when"] = moment_of(job)
     return list(jobs.values())
 
 
+def judged_now(view: Snapshot, facts: Message) -> Optional[List[Message]]:
+    """What the overview says of a job; None if nobody has judged it."""
+    verdicts = verdicts_of(view).get(facts["raw"])
+    if facts["state"] in ENDED_STATES or severity_among(verdicts) in NEEDS:
+        return verdicts
+    trouble = trouble_of_nodes(nodes_of_one(view, facts), True)
+    if trouble is None:
+        return verdicts
+    return [{"severity": trouble[0], "what": trouble[1]}] + (verdicts or [])
+
+
+def severity_among(verdicts: Optional[Sequence[Message]]) -> str:
+    """The severity of the first verdict, which is the worst; "" without one."""
+    return verdicts[0]["severity"] if verdicts else ""
+
+
+def nodes_of_one(view: Snapshot, facts: Message) -> List[Message]:
+    """The nodes on which an agent watches the job."""
+    names = (facts["job"], facts["raw"])
+    return [node for node in view.nodes if node["job"] in names]
+
+
+def moment_of(job: Message) -> Optional[float]:
+    """When a job ended, started or was submitted: what it is sorted by."""
+    keys = ("end", "time") if is_over_by_now(job) else ("start",)
+    if job["state"] == "PENDING":
+        keys = ("submit",)
+    known = [float(job[key]) for key in keys if job[key]]
+    return known[0] if known else None
+
+
 def pick_jobs(jobs: Iterable[Message], query: Query) -> List[Message]:
-    """Those that a query asks for, in its order."""
+    """Those that a query asks for, in its order; else what needs the user comes first."""
     words = query.get("q", "").lower().split()
     found = [job for job in jobs if is_job_asked_for(job, query, words)]
-    return in_order(found, query.get("sort") or "-time")
+    found.sort(key=lambda job: natural(job["job"]))
+    if query.get("sort"):
+        return in_order(found, query["sort"])
+    now = time.time()
+    return sorted(found, key=lambda job: job_need(job, now))
+
+
+def job_need(job: Message, now: float) -> Tuple[Any, ...]:
+    """A key to sort jobs by: lately died or in trouble, running, pending; then the newest.
+
+    It is the same at each look: a job that runs has its place by its start.
+    """
+    when = job["when"] or 0.0
+    phase = 2 if is_over_by_now(job) else 1 if job["state"] == "PENDING" else 0
+    needs = ("died", "problem").index(job["severity"]) if is_urgent(job, now) else 2
+    return needs, phase, -when
+
+
+def is_urgent(job: Message, now: float) -> bool:
+    """Whether a job has died or is in trouble, not longer ago than a day."""
+    is_old = is_over_by_now(job) and now - (job["when"] or 0.0) > URGENT_SECONDS
+    return job["severity"] in ("died", "problem") and not is_old
 
 
 def is_job_asked_for(job: Message, query: Query, words: Sequence[str]) -> bool:
@@ -12155,11 +12629,12 @@ def render_jobs_page(view: Snapshot, query: Query, site: Site) -> str:
     asked = query.get("page", "")
     page = min(max(int(asked), 1), last) if asked.isdecimal() else 1
     shown = jobs[JOBS_PAGE * (page - 1) : JOBS_PAGE * page]
-    words = state_words(everything)
+    columns = jobs_columns(everything)
     parts: List[Optional[Html]] = [
-        fill(PARAGRAPH_HTML, text=", ".join(words) or "No jobs yet"),
+        fill(PARAGRAPH_HTML, text=jobs_words(everything)),
         jobs_form(everything, query),
-        draw_table("jobs", "Jobs", RECORD_COLUMNS, shown, job_headings(query)),
+        draw_table("jobs", "Jobs", columns, shown, job_headings(query, columns))
+        or fill(PARAGRAPH_HTML, text="No job matches" if everything else "No jobs yet"),
         page_list(query, page, last) if last > 1 else None,
         fill(
             JOBS_LINKS_HTML,
@@ -12168,16 +12643,28 @@ def render_jobs_page(view: Snapshot, query: Query, site: Site) -> str:
             json=jobs_link("jobs.json", query),
         ),
     ]
-    return render_document("Jobs", [demo_notice(site), *parts], "", "")
+    title = "Jobs of now and of the past"
+    return render_document(title, [demo_notice(site), *parts], "", "")
+
+
+def jobs_words(jobs: Sequence[Message]) -> str:
+    """How many jobs there are in which state, and when that was so: the page is not live."""
+    texts = state_words(jobs)
+    words = "%s: %s. " % (count_words(len(jobs), "job"), ", ".join(texts))
+    now = "As of %s; this page does not renew itself." % time.strftime("%R")
+    return words + now if jobs else now
+
+
+def jobs_columns(jobs: Sequence[Message]) -> List[Column]:
+    """The columns of the list; all jobs of one user need no column for that."""
+    users = {job["user"] for job in jobs if job["user"]}
+    return [column for column in JOBS_COLUMNS if column.key != "user" or len(users) > 1]
 
 
 def state_words(jobs: Iterable[Message]) -> List[str]:
     """How many jobs are in which state, the most first."""
-    counts = collections.Counter(job["state"] or "UNKNOWN" for job in jobs)
-    return [
-        "%d %s" % (count, state.lower().replace("_", " "))
-        for state, count in counts.most_common()
-    ]
+    counts = collections.Counter(plain_state(job["state"]) for job in jobs)
+    return ["%d %s" % (count, state) for state, count in counts.most_common()]
 
 
 def jobs_form(jobs: Sequence[Message], query: Query) -> Html:
@@ -12193,7 +12680,7 @@ def jobs_form(jobs: Sequence[Message], query: Query) -> Html:
             for value in values
         ]
         label = "Verdict" if key == "severity" else key.capitalize()
-        if values:
+        if len(values) > 1 or query.get(key):
             selects.append(
                 fill(SELECT_HTML, label=label, key=key, first="all", options=options)
             )
@@ -12205,14 +12692,16 @@ def jobs_form(jobs: Sequence[Message], query: Query) -> Html:
     )
 
 
-def job_headings(query: Query) -> List[Html]:
+def job_headings(query: Query, columns: Sequence[Column]) -> List[Html]:
     """The cells above the list of jobs: links that sort it."""
-    sort = query.get("sort") or "-time"
+    sort = query.get("sort") or ""
     cells = []
-    for column in RECORD_COLUMNS:
+    for column in columns:
         turned = "-" + column.key if sort == column.key else column.key
         href = jobs_link("jobs", query, sort=turned, page="")
-        label = fill(LINK_HTML, href=href, text=column.heading)
+        label: Union[str, Html] = column.heading
+        if column.key != WHAT.key:  # which has no order
+            label = fill(LINK_HTML, href=href, text=column.heading)
         align = heading_align(column)
         if sort.lstrip("-") == column.key:
             order = "descending" if sort.startswith("-") else "ascending"
@@ -12267,19 +12756,29 @@ def render_records_json(view: Snapshot, query: Query, site: Site) -> str:
 
 
 def render_compare_page(view: Snapshot, query: Query, site: Site) -> str:
-    """Two jobs on the same axes, and what is different, in words; "" if one is not known."""
+    """Two jobs on the same axes, and what is different, in words; "" if one is not known.
+
+    As long as one is not given, there are lists to choose from.
+    """
+    if not (query.get("a") and query.get("b")):
+        return render_choice_page(view, query, site)
     sketches = [find_sketch(view, query.get(key, ""), site) for key in ("a", "b")]
     if None in sketches:
         return ""
     one, other = (sketch for sketch in sketches if sketch)
     first, second = one.summary, other.summary
-    lengths = [sketch.last - sketch.first for sketch in (one, other)]
+    starts = [start_of(sketch) for sketch in (one, other)]
+    lengths = [one.last - starts[0], other.last - starts[1]]
     axis = Axis(0.0, max(lengths), is_clock=False)
     series = [
-        Series(one.curves, "", one.first, "A"),
-        Series(other.curves, "other", other.first, "B"),
+        Series(one.curves, "", starts[0], "A"),
+        Series(other.curves, "other", starts[1], "B"),
     ]
-    charts = [draw_chart(key, series, axis) for key in CHARTED]
+    charts = [
+        draw_chart(key, series, axis)
+        for key in CHARTED
+        if most_of(one, key) or most_of(other, key)
+    ]
     words = (
         "A, job %s, is the full line; B, job %s, the broken one. Time since each start."
         % (
@@ -12287,13 +12786,19 @@ def render_compare_page(view: Snapshot, query: Query, site: Site) -> str:
             second["job"],
         )
     )
+    both = (("A", first), ("B", second))
+    blind = [letter for letter, summary in both if not is_watched_job(summary)]
+    if blind:
+        words = "%s was not watched: there is no curve of it. Time since the start."
+        words = words % blind[0]
     parts = [
         compared_job("A", first),
         compared_job("B", second),
         draw_table(
             "compare", "Differences", COMPARE_COLUMNS, compare_rows(first, second)
         ),
-        draw_section("Over time", charts, words),
+        draw_section("Over time", charts, words)
+        or fill(PARAGRAPH_HTML, text="Neither was watched: there are no curves."),
     ]
     title = "Jobs %s and %s" % (first["job"], second["job"])
     return render_document(title, [demo_notice(site), *parts], "", "")
@@ -12307,6 +12812,46 @@ def compared_job(name: str, summary: Message) -> Html:
         href="record/" + urllib.parse.quote(summary["job"], ""),
         title=title_of(summary),
         words=how_it_went(summary),
+    )
+
+
+def render_choice_page(view: Snapshot, query: Query, site: Site) -> str:
+    """Lists of the jobs that can be compared: first of the same name, then the newest."""
+    jobs = [job for job in all_summaries(view, site) if job["state"] != "PENDING"]
+    jobs.sort(key=lambda job: -(job["when"] or 0.0))
+    names = {job["job"]: job["job_name"] for job in jobs}
+    chosen = {key: query[key] for key in ("a", "b") if query.get(key)}
+    name = names.get(next(iter(chosen.values()), ""))
+    jobs.sort(key=lambda job: job["job_name"] != name)
+    selects = []
+    for key in ("a", "b"):
+        others = [job for key_of, job in chosen.items() if key_of != key]
+        choices = [job for job in jobs if job["job"] not in others]
+        # what is chosen is in the list, however long that is
+        choices.sort(key=lambda job: job["job"] != chosen.get(key))
+        options = [choice(job, chosen.get(key)) for job in choices[:MAX_CHOICES]]
+        selects.append(fill(CHOICE_HTML, label=key.upper(), key=key, options=options))
+    parts = [
+        demo_notice(site),
+        fill(
+            PARAGRAPH_HTML,
+            text="Two jobs are compared, as /compare?a=ID&b=ID. Choose them here.",
+        ),
+        fill(CHOICE_FORM_HTML, selects=selects),
+    ]
+    return render_document("Compare two jobs", parts, "", "")
+
+
+def choice(job: Message, chosen: Optional[str]) -> Html:
+    """A job in a list to choose from."""
+    text, _ = moment_words(job, time.time())
+    words = [job["job"], job["job_name"], plain_state(job["state"]), text]
+    is_chosen = job["job"] == chosen
+    return fill(
+        CHOICE_OPTION_HTML,
+        job=job["job"],
+        selected=Html(" selected") if is_chosen else None,
+        words=" ".join(filter(None, words)),
     )
 
 
@@ -12329,6 +12874,8 @@ def compare_rows(one: Message, other: Message) -> List[Message]:
     rows = []
     for label, key, written in COMPARED:
         pair = [summary.get(key) for summary in (one, other)]
+        if key == "mem_limit":  # as Slurm says, where no agent has seen it
+            pair = [summary[key] or summary["mem"] for summary in (one, other)]
         if key == "severity":
             pair = [severity_of(summary) or None for summary in (one, other)]
         if pair == [None, None]:
@@ -12406,7 +12953,10 @@ def advise(jobs: Sequence[Message]) -> List[Tuple[str, str]]:
     done = [job for job in jobs if job["state"] == "COMPLETED"]
     advice = []
     peaks = sorted(job["peak"] for job in done if job["peak"])
-    if len(peaks) >= MIN_RUNS:
+    deaths = advise_after_deaths(jobs)
+    if deaths:
+        advice.append(deaths)
+    elif len(peaks) >= MIN_RUNS:
         wanted = MEMORY_MARGIN * quantile(peaks, SUFFICES) / 2**20
         mebibytes = int(-(-wanted // 64)) * 64
         enough = sum(peak <= mebibytes * 2**20 for peak in peaks)
@@ -12432,6 +12982,21 @@ def advise(jobs: Sequence[Message]) -> List[Tuple[str, str]]:
     return advice
 
 
+def advise_after_deaths(jobs: Sequence[Message]) -> Optional[Tuple[str, str]]:
+    """What memory to ask for when runs died of it: more than any that completed or died had."""
+    dead = [job for job in jobs if job["state"] == "OUT_OF_MEMORY"]
+    limits = [job["mem_limit"] or job["mem"] for job in dead]
+    killed = max(filter(None, limits), default=None)
+    if killed is None:
+        return None
+    done = [job["peak"] for job in jobs if job["state"] == "COMPLETED" and job["peak"]]
+    words = "more than the %s that %s died of; whether it is enough is not known" % (
+        short_size(killed),
+        count_words(len(dead), "run"),
+    )
+    return "#SBATCH " + memory_flag(max(done + [killed])), words
+
+
 def suffice_words(enough: int, known: Sequence[float], words: str) -> str:
     """For how many runs it would have sufficed."""
     return "would have sufficed for %d of %d runs; %s" % (enough, len(known), words)
@@ -12442,20 +13007,22 @@ def failure_rows(jobs: Sequence[Message]) -> List[Message]:
     groups: Dict[str, List[Message]] = {}
     for job in jobs:
         if job["state"] in ENDED_STATES and job["state"] != "COMPLETED":
-            cause = " ".join(filter(None, (job["state"], job["exit"])))
+            cause = plain_state(job["state"])
+            if job["exit"] not in (None, "0:0"):
+                cause += ", exit code " + job["exit"]
             groups.setdefault(cause, []).append(job)
     rows = []
     for cause, failed in sorted(groups.items(), key=lambda item: -len(item[1])):
         nodes = collections.Counter(name for job in failed for name in job["names"])
-        where = ["%s (%d)" % pair for pair in nodes.most_common(MAX_WHERE)]
-        which = [job["job"] for job in failed[:MAX_WHERE]]
-        more = ["..."] if len(failed) > MAX_WHERE else []
+        where = [
+            "%d on %s" % (count, name) for name, count in nodes.most_common(MAX_WHERE)
+        ]
         rows.append(
             {
                 "cause": cause,
                 "count": len(failed),
                 "where": ", ".join(where) or None,
-                "which": ", ".join(which + more),
+                "which": [job["job"] for job in failed],
             }
         )
     return rows
@@ -12479,8 +13046,22 @@ def spread_rows(jobs: Sequence[Message]) -> List[Message]:
     return rows
 
 
+def draw_which(column: Column, row: Message, site: Site) -> Html:
+    """Some jobs, each a link to its page."""
+    links: List[Html] = []
+    for job in row["which"][:MAX_WHERE]:
+        href = "record/" + urllib.parse.quote(job, "")
+        links.append(fill("{} ", fill(LINK_HTML, href=href, text=job)))
+    more = len(row["which"]) - MAX_WHERE
+    if more > 0:
+        links.append(fill("and {} more", more))
+    return fill(CELL_HTML, kind=column.align, content=links)
+
+
 def draw_bars(column: Column, row: Message, site: Site) -> Html:
     """A row of bars; in words: how many runs each stands for."""
+    if row["count"] < MIN_RUNS:
+        return fill(CELL_HTML, kind=UNKNOWN_CELL, content="-")
     top = max(row["bars"])
     path = ""
     for place, count in enumerate(row["bars"]):
@@ -12495,15 +13076,15 @@ SPREAD_COLUMNS = (
     Column("count", "Runs", RIGHT, AS_COUNT),
     Column("least", "Least", RIGHT),
     Column("median", "Median", RIGHT),
-    Column("high", "90 %", RIGHT),
+    Column("high", "9 of 10 below", RIGHT),
     Column("most", "Most", RIGHT),
-    Column("bars", "How many", LEFT, draw_bars),
+    Column("bars", "Distribution", LEFT, draw_bars),
 )
 FAILURE_COLUMNS = (
     Column("cause", "How it ended"),
     Column("count", "Runs", RIGHT, AS_COUNT),
     Column("where", "On nodes", WRAPPED),
-    Column("which", "Jobs", WRAPPED),
+    Column("which", "Jobs", WRAPPED, draw_which),
 )
 
 
@@ -12529,21 +13110,28 @@ def render_runs_page(view: Snapshot, query: Query, site: Site) -> str:
     done = [job for job in jobs if job["state"] in ENDED_STATES]
     advice = advise(done)
     lines = "\n".join(line for line, _ in advice)
-    why = "; ".join("%s: %s" % (line.split("--")[1], words) for line, words in advice)
+    flags = [(line.split()[-1], words) for line, words in advice]
+    why = ". ".join("%s: %s" % pair for pair in flags)
     paste = fill(PASTE_HTML, lines=lines, why=why)
     if not advice:
-        text = "That takes %d runs that completed, with samples." % MIN_RUNS
+        text = (
+            "Nothing yet: advice takes %d runs that completed and were watched, or one that"
+            " died of its memory limit." % MIN_RUNS
+        )
         paste = fill(PARAGRAPH_HTML, text=text)
     title = "Runs of %s" % (query.get("name") or query.get("array"))
     caption = "Jobs"
     if len(jobs) > MAX_ROWS:
-        caption = "The last %d of these jobs" % MAX_ROWS
+        caption = "The first %d of these jobs" % MAX_ROWS
     parts = [
-        fill(PARAGRAPH_HTML, text="%d runs: %s" % (len(jobs), ", ".join(words))),
+        fill(
+            PARAGRAPH_HTML,
+            text="%s: %s" % (count_words(len(jobs), "run"), ", ".join(words)),
+        ),
         draw_table("spread", "What they used", SPREAD_COLUMNS, spread_rows(done)),
         draw_table("failures", "Failures", FAILURE_COLUMNS, failure_rows(done)),
         fill(SECTION_HTML, heading="To ask for next time", parts=paste),
-        draw_table("jobs", caption, RECORD_COLUMNS, jobs),
+        draw_table("jobs", caption, jobs_columns(jobs), jobs),
     ]
     return render_document(title, [demo_notice(site), *parts], "", "")
 
@@ -12594,8 +13182,8 @@ def explain_text(record: Record) -> str:
         lines.append("%s: %s" % (word, words_of_fine(what)))
         if verdict.get("proof"):
             lines.append("    %s" % verdict["proof"])
-        if verdict.get("cure"):
-            lines.append("    -> %s" % verdict["cure"])
+        if cure_of(verdict):
+            lines.append("    -> %s" % cure_of(verdict))
     if not verdicts:
         lines.append(SEVERITY_WORDS[severity_of(summary)])
     for use in use_rows(summary, len(record.nodes), len(record.gpus)):
@@ -13103,6 +13691,8 @@ class Dashboard:
             *options.allow_host,
         }
         self.archive: Optional[Archive] = None  # until it is asked for
+        self.past_jobs: Dict[str, Message] = {}  # summaries of records ...
+        self.past_due = 0.0  # ... and when they are to be read again: time.monotonic()
         # (path, whether it is packed, query) -> files and facts that it was made of, body:
         # a page of records
         self.reports: Dict[Any, Tuple[Any, bytes]] = {}
@@ -13257,6 +13847,8 @@ class Dashboard:
             path = path.replace("job", "record")
         if path in REPORT_ROUTES:
             return self.answer_report(path, query, request.fields, headers)
+        if path == "/job/" and len(find_tasks(self.fresh(), query["job"])) > 1:
+            self.look_into_records()
         kind, _ = ROUTES[path]
         is_zipped = "gzip" in request.fields.get("accept-encoding", "")
         body = self.body(path, query, is_zipped)
@@ -13275,12 +13867,20 @@ class Dashboard:
         with self.lock:
             self.archive = self.archive or Archive(self.options.archive)
         is_zipped = "gzip" in fields.get("accept-encoding", "")
+        if path == "/compare" and query.get("id"):  # typed in, beside a list of jobs
+            query["b"] = query.pop("id")
         key = (path, is_zipped, tuple(sorted(query.items())))
         view = self.fresh()
-        jobs = {query[name] for name in ("job", "a", "b") if name in query}
+        jobs = {query[name] for name in ("job", "a", "b") if query.get(name)}
+        if path == "/compare" and len(jobs) == 1:
+            jobs = set()  # the other one is to be chosen among all
         try:
             files = self.archive.files(jobs)
-            facts = [job for job in view.jobs if not jobs or job["job"] in jobs]
+            facts: List[Any] = [
+                job for job in view.jobs if not jobs or job["job"] in jobs
+            ]
+            if not jobs:  # a list of jobs has live verdicts, and says as of when
+                facts += [verdicts_of(view), time.strftime("%R")]
             made_of, body = self.reports.get(key, (None, b""))
             if made_of != (files, facts):
                 body = render(view, query, self).encode("utf-8", "replace")
@@ -13293,12 +13893,36 @@ class Dashboard:
         except RecordError as error:
             raise HTTPError(503, str(error)) from None
         if not body:
-            raise HTTPError(404, "no such job; /jobs has a list of them")
+            raise self.missing(path, query, fields)
         headers.update({"Content-Type": kind, "Vary": "Accept, Accept-Encoding"})
         headers["Content-Security-Policy"] = REPORT_POLICY
         if is_zipped:
             headers["Content-Encoding"] = "gzip"
         return body
+
+    def look_into_records(self) -> None:
+        """Have the summaries of recorded jobs at hand, now and then: a disk may take its time."""
+        now = time.monotonic()
+        with self.lock:
+            is_due = bool(self.options.record) and now >= self.past_due
+            if not is_due:
+                return
+            self.past_due = now + ROW_SECONDS
+            self.archive = self.archive or Archive(self.options.archive)
+        try:
+            self.past_jobs = {job["job"]: job for job in self.archive.list()}
+        except RecordError:
+            self.past_due = now + 6 * ROW_SECONDS
+
+    def missing(self, path: str, query: Query, fields: Fields) -> HTTPError:
+        """The answer to an address that leads to no job: a page for a browser, else a line."""
+        accepted = fields.get("accept", "")
+        if REPORT_ROUTES[path][0] != HTML or "text/html" not in accepted:
+            words = missing_words(path, query)
+            return HTTPError(404, words + "; /jobs has a list of those that are known")
+        page = render_missing(path, query, self)
+        headers = {"Content-Type": HTML, "Content-Security-Policy": REPORT_POLICY}
+        return HTTPError(404, page, headers)
 
     def check_host(self, request: Request) -> None:
         """HTTPError for a Host that is not ours: a page elsewhere whose name leads here."""

@@ -94,7 +94,7 @@ def site(*records):
 
 def view(*jobs):
     return types.SimpleNamespace(
-        time=NOW, jobs=list(jobs), nodes=[], made={}, verdicts={}
+        time=NOW, jobs=list(jobs), nodes=[], made={"verdicts": {}}, verdicts={}
     )
 
 
@@ -411,7 +411,7 @@ class Lists(unittest.TestCase):
             [master.summarize(record) for record in self.records]
         ).splitlines()
         self.assertEqual(len(lines), 4)
-        self.assertIn("Died: FAILED", lines[1])
+        self.assertIn("Died: failed", lines[1])
 
     def test_json_of_a_job_has_its_curves(self):
         answer = json.loads(render("/api/record/", *self.records, job="10"))
@@ -490,16 +490,16 @@ class Runs(unittest.TestCase):
 
     def test_failures_are_counted_by_cause_and_node(self):
         (row,) = master.failure_rows(tasks(1))
-        self.assertEqual((row["cause"], row["count"]), ("FAILED 1:0", 8))
-        self.assertEqual(row["where"], "c2 (8)")
+        self.assertEqual((row["cause"], row["count"]), ("failed, exit code 1:0", 8))
+        self.assertEqual(row["where"], "8 on c2")
 
     def test_the_page_tells_of_the_runs_that_are_asked_for(self):
         runs = tasks(1) + [dict(a_run(1, 1e9, 5), job="6", array="6", job_name="other")]
         text = words(self.page(runs, array="5"))
         self.assertIn("1000 runs: 992 completed, 8 failed", text)
         self.assertIn("M: would have sufficed for", text)
-        self.assertIn("The last 500 of these jobs", text)
-        self.assertIn("1 runs", words(self.page(runs, name="other")))
+        self.assertIn("The first 500 of these jobs", text)
+        self.assertIn("1 run:", words(self.page(runs, name="other")))
         self.assertEqual(self.page(runs, name="none"), "")
         self.assertEqual(self.page(runs), "")
 
@@ -638,7 +638,13 @@ LOOKS = LOOKS if support.LONG else LOOKS[:1]
 class InBrowser(unittest.TestCase):
     """The pages in Chromium: served ones, and a report from a file."""
 
-    paths = ("/jobs", "/record/1", "/compare?a=1&b=2", "/runs?name=train")
+    paths = (
+        "/jobs",
+        "/record/1",
+        "/compare?a=1&b=2",
+        "/compare?a=1",
+        "/runs?name=train",
+    )
 
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
