@@ -2429,7 +2429,7 @@ KILLED = ("SIGKILL", "exit 137")  # as a command ends that the kernel has killed
 
 # The same words are in the verdicts of master_server.py.
 OUT_OF_MEMORY = "out of memory: the kernel killed %s"
-BELOW_PEAK = "memory peak above the highest sample, %.3g GB of %.3g GB"
+BELOW_PEAK = "memory peak higher than any sample: the highest was %.3g GB of %.3g GB"
 MEMORY_PEAK = "memory peak %.3g GB of %.3g GB"
 KERNEL_COUNT = "kernel's count, 1 run, %d samples"
 SAMPLED_COUNT = "sampled, 1 run, %d samples"

@@ -2357,6 +2357,10 @@ def describe_exit(code: int) -> str:
 # node of which that is not known is not shown to it, so a check whose evidence is incomplete is
 # silent: a false verdict costs more than a missing one.
 #
+# A verdict that was given stays until that is refuted on which it rests: of memory that grows, or
+# is nearly full, a wobble is no refutation, but a fall is, and so are minutes without growth.
+# While most checks have not had their time, a job is fine so far, and that is what is said.
+#
 # Thresholds come from those who have mailed users for years; the source is in each check:
 #
 #   jobstats    github.com/PrincetonUniversity/jobstats, config.py
@@ -2373,6 +2377,11 @@ ALONE_SECONDS = (
 )
 PATIENT_SECONDS = 1200.0  # for what a person or a service may wait for
 SILENT_SECONDS = 5.0  # and one of several that go on
+BURST_SECONDS = (
+    3.0  # within which nodes are lost together: one may have sent just before
+)
+BURST_LOSSES = 3  # nodes that are lost together at least ...
+BURST_SHARE = 0.5  # ... of all that there are
 MAX_NUMBER = 1e18  # no reading is larger; what claims to be is unknown
 MAX_LISTED = 4  # names in a sentence
 MAX_CPUS = 8192  # of one node, as CONFIG_NR_CPUS has it at most on x86
@@ -2393,12 +2402,21 @@ SLOW_BYTES = 5e6  # a second: what waits for I/O and moves no more has a slow fi
 FEW_PERCENT = 40.0  # of the CPUs: less than one thread on each core of two threads
 IDLE_GPU = 1.0  # percent busy
 TOOTH = 1.05  # memory that is given back now and then may be that much more at times
+WORKING_GPUS = 50.0  # percent busy, in the mean of a node's: they are at work
+LEFT_OUT_CPU = 5.0  # percent of its CPUs: a node that does no more has nothing to do
 UNUSED_GPU = 100 * MIB  # of a GPU's memory: no program has opened it
 MARGIN = 1.2  # a fifth more than was needed: what to ask for next time
+NEAR_LIMIT = 0.9  # of the limit of memory: little is left from here on
+FALLEN = 0.05  # of the limit: memory that is so much lower has fallen ...
+RISEN = 0.01  # ... and so much higher has grown
+STILL = 0.002  # ... and with no more between the least and the most stands still
+LEAST_RISES = 4  # from one point to the next: a line needs some
+GROWTH_POINTS = 130  # of a curve: what was before is not looked at
+GROWTH_SECONDS = 180.0  # without another height: memory does not grow any more
 
 # The same words are in agent.py's report.
 OUT_OF_MEMORY = "out of memory: the kernel killed %s"
-BELOW_PEAK = "memory peak above the highest sample, %.3g GB of %.3g GB"
+BELOW_PEAK = "memory peak higher than any sample: the highest was %.3g GB of %.3g GB"
 MEMORY_PEAK = "memory peak %.3g GB of %.3g GB"
 KERNEL_COUNT = "kernel's count, 1 run, %d samples"
 SAMPLED_COUNT = "sampled, 1 run, %d samples"
@@ -2464,6 +2482,7 @@ PREPARERS = (
 SEVERITIES = ("died", "problem", "advice", "fine")  # the worst first
 ARROW_COLUMN = 100  # where cures begin, at most
 MARKS = {"died": "died ", "problem": "! ", "advice": ". ", "fine": ""}
+FINE_SO_FAR = "fine so far"  # fine, as far as it has been seen
 EXIT_CODES = {"fine": 0, "advice": 1, "problem": 2, "died": 3}
 RUNNING_STATES = ("", "RUNNING", "COMPLETING")  # "": Slurm was not asked
 ENDING_STATE = "COMPLETING"  # what is left of it is being ended
@@ -2476,6 +2495,12 @@ FILESYSTEMS = (
     ("disk", "the working directory's filesystem", 99.5),
     ("inodes", "the list of files (inodes) of the working directory", 99.5),
 )
+# readings that a label and a number would not tell well
+READING_WORDS = {
+    "job_ram": "{} of its memory in use",
+    "job_cpu": "{} of its CPUs in use",
+    "job_time_left": "{} of its time left",
+}
 OWN_TMP = 'export TMPDIR="$SLURM_SUBMIT_DIR/tmp"; mkdir -p "$TMPDIR"'
 FREE_SHM = "ls -l /dev/shm  # remove what is yours, or ask for more --mem"
 LOOK_AROUND = "df -h . ; df -i .  # in the working directory"
@@ -2537,6 +2562,7 @@ class JobEvidence(NamedTuple):
     nodes: List[NodeEvidence]
     events: List[Dict[str, Any]]  # time, kind, node, text: as the table has them
     now: float
+    burst: Optional[float] = None  # when most nodes of all jobs fell silent together
 
 
 class Goodbye(NamedTuple):
@@ -2595,7 +2621,8 @@ def diagnose(job: JobEvidence) -> List[Verdict]:
         verdicts += found
     verdicts = [verdict for verdict in verdicts if verdict.rule not in replaced]
     if all(verdict.severity == "fine" for verdict in verdicts):
-        verdicts.insert(0, Verdict("fine", "fine", case.describe(), "", "fine"))
+        what = case.verdict_of_fine()
+        verdicts.insert(0, Verdict("fine", what, case.describe(), "", "fine"))
     return sorted(verdicts, key=lambda verdict: SEVERITIES.index(verdict.severity))
 
 
@@ -2812,6 +2839,7 @@ class Case:
 
     def __init__(self, job: JobEvidence) -> None:
         self.now = clean_number(job.now) or 0.0
+        self.burst = clean_number(job.burst)
         self.facts = clean_dict(job.facts, FACT_TEXTS)
         self.nodes = [clean_node(node, self.now) for node in job.nodes]
         self.state = str(self.facts.get("state", "")).split(" ")[0].rstrip("+")
@@ -2968,9 +2996,52 @@ class Case:
             return "it waits: %s" % self.facts.get("reason", "Slurm has told no reason")
         if not self.nodes:
             return "no node of it has sent a sample"
-        longest = max(len(node.curves.get("job_mem", ())) for node in self.nodes)
+        count = int(self.facts.get("nodes", 0))
         words = count_words(len(self.nodes), "node")
-        return "%s, %d samples of each" % (words, longest) if longest else words
+        if count > len(self.nodes):
+            words = "%d of %s" % (len(self.nodes), count_words(count, "node"))
+        curves = [node.curves["job_mem"] or node.curves["cpu"] for node in self.nodes]
+        longest = max(curves, key=len)
+        if longest:
+            since = clock_words(longest[0][0])
+            samples = count_words(len(longest), "sample")
+            words += ", %s of each since %s" % (samples, since)
+        if self.is_running:
+            words += self.full_words()
+        return words
+
+    def verdict_of_fine(self) -> str:
+        """What is said of a job with which nothing is wrong, as far as it has been seen."""
+        if self.state in WAITING_STATES:
+            return "fine"
+        if not self.nodes:
+            return FINE_SO_FAR
+        if not self.is_running:
+            return "fine"
+        are_seen = all(is_seen(node) for node in self.live)
+        is_whole = len(self.live) == len(self.nodes)
+        return (
+            "fine" if are_seen and is_whole and not self.full_words() else FINE_SO_FAR
+        )
+
+    def full_words(self) -> str:
+        """; 94 % of the memory of c1 in use, not yet for 20 s: "" where there is enough of it."""
+        for node in self.live:
+            limit = node.sample.get("job_mem_limit")
+            used = node.sample.get("job_mem", 0.0)
+            if limit and used > NEAR_LIMIT * limit:
+                share = 100 * min(1.0, used / limit)
+                words = "; %.0f %% of the memory of %s in use just now"
+                return words % (share, node.name)
+        return ""
+
+
+def is_seen(node: NodeEvidence) -> bool:
+    """Whether a node has been seen for as long as most checks take."""
+    known = [key for key in ("job_cpu", "job_mem") if node.curves[key]]
+    if not known:  # of the rest there is less
+        return has_covered(node, "cpu", (CURVES["cpu"] - 1) * CURVE_STEP)
+    return any(has_covered(node, key, LONG_SECONDS) for key in known)
 
 
 def lasting(
@@ -3040,7 +3111,7 @@ def clock_words(moment: Optional[float], form: str = "%H:%M") -> str:
 
 def time_words(seconds: float) -> str:
     """A duration: 45 s, 20 min, 3 h 10 min."""
-    if seconds < 100:
+    if seconds < 120:
         return "%d s" % round(seconds)
     minutes = int(seconds / 60)
     if minutes < 100:
@@ -3079,6 +3150,31 @@ def size_words(size: float) -> str:
     if size < 0.1 * GIB:
         return "%d MB" % round(size / MIB)
     return "%.3g GB" % (size / GIB)
+
+
+def reading_words(key: str, value: float) -> str:
+    """What a reading is, in a few words: 91 % of its memory in use, CPU 97 %."""
+    metric = NUMBERS[key]
+    if metric.unit == "%":
+        amount = "%.3g %%" % value
+    elif metric.unit in ("B", "B/s"):
+        amount = size_words(value) + metric.unit[1:]
+    elif metric.unit == "s":
+        amount = time_words(value)
+    else:
+        amount = ("%.6g %s" % (value, metric.unit)).strip()
+    return READING_WORDS.get(key, metric.label + " {}").format(amount)
+
+
+def alert_words(rule: Rule, value: Optional[float]) -> str:
+    """What makes a rule fire, in words: 91 % of its memory in use (alert above 90 %)."""
+    past = "above" if rule.op == ">" else "below"
+    limit = ("%g %s" % (rule.threshold, NUMBERS[rule.metric].unit)).strip()
+    lasting_for = " for %g s" % rule.seconds if rule.seconds else ""
+    reading = NUMBERS[rule.metric].label
+    if value is not None:
+        reading = reading_words(rule.metric, value)
+    return "%s (alert %s %s%s)" % (reading, past, limit, lasting_for)
 
 
 def memory_flag(size: float) -> str:
@@ -3548,34 +3644,65 @@ def find_idle_gpus(
     case: Case, nodes: List[NodeEvidence], seconds: float
 ) -> Iterator[Figures]:
     names: List[str] = []
+    places: List[Tuple[int, str, str]] = []
     memory: List[float] = []
     times: List[float] = []
+    counts: List[int] = []  # of each node
+    left_out: List[str] = []
     for node in nodes:
         idle, lasted = idle_gpus(case, node, seconds)
+        if idle and len(idle) == len(node.gpus) and is_left_out(case, node):
+            left_out.append(node.name)
+        counts.append(len(idle))
         if idle:
             numbers = [int(gpu["index"]) for gpu in idle if "index" in gpu]
             names.append("%s gpu %s" % (node.name, range_words(numbers)))
+            places.append((len(idle), names[-1], node.name))
             memory += [gpu["mem_used"] for gpu in idle if "mem_used" in gpu]
             times += [lasted] * len(idle)
     if not times:
         return
     total = sum(len(node.gpus) for node in nodes)
     total = max(total, int(case.facts.get("gpus", 0)))
-    are_all = len(times) == total
     each = ", at most %s each" % size_words(max(memory)) if memory else ""
+    more = ""
+    if left_out:
+        more += "; %s: no CPU works, either" % list_words(left_out)
+    now = sum(is_idle_gpu(gpu) for node in nodes for gpu in node.gpus)
+    if now > len(times):
+        more += "; %d more are idle just now" % (now - len(times))
+    if len(times) == total:
+        cure = (
+            "srun --jobid=%s --overlap --pty nvidia-smi  # does the program find them?"
+            % case.job
+        )
+    elif case.is_whole(nodes) and min(counts):  # --gres is of each node
+        least = max(len(node.gpus) for node in nodes) - min(counts)
+        cure = "--gres=gpu:%d  # or does the program know of more than one GPU?" % max(
+            1, least
+        )
+    else:
+        _, words, name = max(places, key=operator.itemgetter(0))
+        cure = "srun --jobid=%s --overlap --nodes=1 --nodelist=%s --pty nvidia-smi" % (
+            case.job,
+            shlex.quote(name),
+        )
+        cure += "  # which ranks should use %s?" % words
     yield {
         "severity": "advice" if serves_others(nodes) else "problem",
         "idle": len(times),
         "all": total,
         "time": time_words(min(times)),
         "names": list_words(names),
-        "memory": each,
-        "cure": "srun --jobid=%s --overlap --pty nvidia-smi  # does the program find them?"
-        % case.job
-        if are_all
-        else "--gres=gpu:%d  # or does the program know of more than one GPU?"
-        % max(1, (total - len(times)) // len(nodes)),
+        "memory": each + more,
+        "cure": cure,
     }
+
+
+def is_idle_gpu(gpu: Dict[str, Any]) -> bool:
+    """Whether a GPU does nothing just now: what is not known is not idle."""
+    busy = gpu.get("gpu")
+    return busy is not None and busy <= IDLE_GPU
 
 
 def idle_gpus(
@@ -3588,11 +3715,13 @@ def idle_gpus(
     """
     if any("gpu" not in gpu or "index" not in gpu for gpu in node.gpus):
         return [], 0.0
-    idle = [gpu for gpu in node.gpus if gpu["gpu"] <= IDLE_GPU]
+    idle = [gpu for gpu in node.gpus if is_idle_gpu(gpu)]
     are_all = len(idle) == len(node.gpus)
     key = "gpu" if are_all else "gpu_min"
     lasted = lasting(node, key, case.now, lambda value: value <= IDLE_GPU)
     patience = idle_gpu_patience(case, node, are_all)
+    if are_all and is_left_out(case, node):
+        patience = LONG_SECONDS
     if lasted >= patience - CURVE_STEP / 2:
         return idle, lasted
     works = any(
@@ -3605,6 +3734,21 @@ def idle_gpus(
     if works and lasted >= seconds - CURVE_STEP / 2:
         return unused, lasted
     return [], 0.0
+
+
+def is_left_out(case: Case, node: NodeEvidence) -> bool:
+    """Whether the CPUs of a node do nothing, either, while most GPUs of all others are at work."""
+    others = [other for other in case.live if other.name != node.name]
+    if not others or "job_cpus" not in node.sample:
+        return False
+    rest = recent(node, "job_cpu", case.now, LONG_SECONDS)
+    if not rest or max(rest) > LEFT_OUT_CPU:
+        return False
+    for other in others:
+        shares = recent(other, "gpu", case.now, LONG_SECONDS)
+        if not shares or min(shares) < WORKING_GPUS:
+            return False
+    return True
 
 
 def idle_gpu_patience(case: Case, node: NodeEvidence, are_all: bool) -> float:
@@ -3687,54 +3831,138 @@ def fit_line(points: Curve) -> Tuple[float, float]:
     return both / across, both * both / (across * up)
 
 
+def points_until(points: Curve, place: int, seconds: float) -> Curve:
+    """The points of the seconds up to one of them, it included."""
+    since = points[place][0] - seconds - CURVE_STEP / 2
+    first = place
+    while first and points[first - 1][0] >= since:
+        first -= 1
+    return points[first : place + 1]
+
+
+def grows_steadily(
+    node: NodeEvidence, points: Curve, limit: float, seconds: float
+) -> bool:
+    """Whether memory has done nothing but grow, in a line that meets the limit soon."""
+    used = points[-1][1]
+    if len(points) <= LEAST_RISES or not limit / 2 <= used < limit:
+        return False
+    moments = [moment for moment, _ in points]
+    if moments[-1] - moments[0] < seconds - CURVE_STEP / 2:
+        return False
+    for sooner, later in zip(points, points[1:]):
+        if later[1] <= sooner[1] or later[0] - sooner[0] > MAX_HOLE:
+            return False
+    slope, share = fit_line(points)
+    if share < 0.95 or (limit - used) / slope > 600:
+        return False
+    reads = node.curves.get("job_read", [])  # it may not reach as far back
+    then = [value for moment, value in reads if moments[0] <= moment <= moments[-1]]
+    read = mean_of(then or [value for _, value in reads])
+    may_load = not reads or read >= slope / 2
+    return used >= 0.8 * limit or not may_load
+
+
+def growing_since(node: NodeEvidence, seconds: float) -> Optional[float]:
+    """Since when a node's memory grows towards its limit; None if it does not.
+
+    It does once it grew steadily for the seconds, and does so until that is refuted: memory
+    fell, stood still, or reached no new height for a while.  A program whose memory grows also
+    frees some now and then.
+    """
+    limit = node.sample["job_mem_limit"]
+    points = node.curves["job_mem"][-GROWTH_POINTS:]
+    newest = points[-1]
+    lately = [used for moment, used in points if moment >= newest[0] - GROWTH_SECONDS]
+    has_moved = max(lately) - min(lately) >= STILL * limit  # most jobs have not
+    if newest[1] < (0.5 - FALLEN) * limit or not has_moved:
+        return None
+    since: Optional[float] = None
+    height = 0.0  # the highest so far, and when that was
+    reached = 0.0
+    before = math.inf
+    rises = 0  # one after the other
+    for place, (moment, used) in enumerate(points):
+        rises = rises + 1 if used > before else 0
+        before = used
+        if rises >= LEAST_RISES and used >= limit / 2:
+            window = points_until(points, place, seconds)
+            if grows_steadily(node, window, limit, seconds):
+                since = window[0][0] if since is None else since
+                height = used
+                reached = moment
+                continue
+        if since is None:
+            continue
+        last = [value for _, value in points_until(points, place, SOON_SECONDS)]
+        is_still = len(last) >= 3 and max(last) - min(last) <= STILL * limit
+        if used >= height + RISEN * limit:
+            height = used
+            reached = moment
+        has_fallen = used < height - FALLEN * limit
+        if is_still or has_fallen or moment - reached > GROWTH_SECONDS:
+            since = None
+    return since
+
+
 def find_growth(
     case: Case, nodes: List[NodeEvidence], seconds: float
 ) -> Iterator[Figures]:
     found = []
     for node in nodes:
-        # what grows step by step is no straight line for a minute
-        for lasted in (seconds, LONG_SECONDS):
-            slope = steady_slope(case, node, lasted)
-            used = node.curves["job_mem"][-1][1]
-            limit = node.sample["job_mem_limit"]
-            # as much was given back before, and will be again
-            is_new = used > TOOTH * given_back(node.curves["job_mem"])
-            if slope > 0 and limit / 2 <= used < limit and is_new:
-                left = (limit - used) / slope
-                reads = recent(node, "job_read", case.now, lasted)
-                may_load = not reads or mean_of(reads) >= slope / 2
-                if left <= 600 and not (may_load and used < 0.8 * limit):
-                    found.append((left, slope, used, limit, node, lasted))
-                    break
+        points = node.curves["job_mem"]
+        used = points[-1][1]
+        limit = node.sample["job_mem_limit"]
+        if used <= TOOTH * given_back(points):
+            continue  # as much was given back before, and will be again
+        begun = growing_since(node, seconds)
+        if begun is not None:
+            since = max(begun, case.now - GROWTH_SECONDS)
+        elif climbs(case, node):
+            since = case.now - LONG_SECONDS - CURVE_STEP / 2
+        else:
+            continue
+        points = [point for point in points if point[0] >= since]
+        slope, _ = fit_line(points)
+        if slope > 0:
+            left = max(0.0, limit - used) / slope
+            found.append((left, slope, used, limit, node, points[0][0]))
     if found:
-        left, slope, used, limit, node, lasted = min(found, key=lambda entry: entry[0])
+        left, slope, used, limit, node, since = min(found, key=operator.itemgetter(0))
         largest = largest_rank_words(node.ranks)
+        pace = "at this pace it is full in %s" % time_words(left)
         yield {
             "node": node.name,
             "used": used / GIB,
             "limit": limit / GIB,
             "pace": size_words(60 * slope),
-            "left": time_words(left),
-            "time": time_words(lasted),
+            "left": pace if used < limit else "it is full",
+            "time": time_words(CURVE_STEP * round((case.now - since) / CURVE_STEP)),
             "largest": "; " + largest if largest else "",
             "flag": memory_flag(limit),
         }
 
 
-def steady_slope(case: Case, node: NodeEvidence, seconds: float) -> float:
-    """By how many bytes a second memory has grown all the time; 0 when it did not."""
-    if not lasts(node, "job_mem", case.now, seconds, is_any):
-        return 0.0
-    since = case.now - seconds - CURVE_STEP / 2
+def climbs(case: Case, node: NodeEvidence) -> bool:
+    """Whether memory has grown towards its limit step by step: no straight line for a minute."""
+    if not lasts(node, "job_mem", case.now, LONG_SECONDS, is_any):
+        return False
+    since = case.now - LONG_SECONDS - CURVE_STEP / 2
     points = [point for point in node.curves["job_mem"] if point[0] >= since]
-    if len(points) < 5:
-        return 0.0
+    used = points[-1][1]
+    limit = node.sample["job_mem_limit"]
+    if len(points) <= LEAST_RISES or not limit / 2 <= used < limit:
+        return False
     slope, share = fit_line(points)
     steps = [later[1] - sooner[1] for sooner, later in zip(points, points[1:])]
-    is_up = min(steps) > 0
-    if seconds >= LONG_SECONDS:  # in a longer time some are level, or a little down
-        is_up = min(steps) >= -0.1 * (points[-1][1] - points[0][1])
-    return slope if share >= 0.95 and is_up else 0.0
+    is_up = min(steps) >= -0.1 * (
+        used - points[0][1]
+    )  # some are level, or a little down
+    if share < 0.95 or slope <= 0 or not is_up or (limit - used) / slope > 600:
+        return False
+    reads = recent(node, "job_read", case.now, LONG_SECONDS)
+    may_load = not reads or mean_of(reads) >= slope / 2
+    return used >= 0.8 * limit or not may_load
 
 
 def given_back(points: Curve) -> float:
@@ -3753,8 +3981,7 @@ def find_little_memory(
 ) -> Iterator[Figures]:
     for node in nodes:
         limit = node.sample["job_mem_limit"]
-        share = lambda value: value > 0.9 * limit  # noqa: B023, E731
-        if lasts(node, "job_mem", case.now, seconds, share):
+        if is_nearly_full(case, node, seconds):
             used = node.curves["job_mem"][-1][1]
             largest = largest_rank_words(node.ranks)
             yield {
@@ -3766,6 +3993,28 @@ def find_little_memory(
                 "largest": "; " + largest if largest else "",
                 "flag": memory_flag(limit),
             }
+
+
+def is_nearly_full(case: Case, node: NodeEvidence, seconds: float) -> bool:
+    """Whether memory was above 90 % for so long, in the last minutes, and has not fallen since.
+
+    What is nearly full does not become fine because a little was freed for a moment.
+    """
+    limit = node.sample["job_mem_limit"]
+    enough = seconds - CURVE_STEP / 2
+    end: Optional[float] = None  # of a time above 90 %
+    later = case.now
+    for moment, used in reversed(node.curves["job_mem"]):
+        if used < (NEAR_LIMIT - FALLEN) * limit:
+            return False
+        if used <= NEAR_LIMIT * limit or later - moment > MAX_HOLE:
+            end = None
+        if used > NEAR_LIMIT * limit:
+            end = moment if end is None else end
+            if end - moment >= enough:
+                return case.now - end <= GROWTH_SECONDS
+        later = moment
+    return False
 
 
 def find_cache(
@@ -3983,20 +4232,26 @@ def find_silent_nodes(
     moments = [(node.lost or 0.0, node.name) for node in case.silent]
     if not moments:
         return
-    patience = seconds if case.live else ALONE_SECONDS
     first, name = min(moments)
+    # then it is hardly the nodes: they are back when the master or its network is
+    is_burst = case.burst is not None and abs(case.burst - first) <= 2 * BURST_SECONDS
+    patience = seconds if case.live and not is_burst else ALONE_SECONDS
     if case.now - first < patience:
         return
     others = [other for _, other in sorted(moments)[1:]]
     rest = "; then %s" % list_words(others) if others else ""
     live = [node.name for node in case.live]
+    words = "still sending: %s" % list_words(live) if live else "no other sends"
+    if is_burst:
+        words += "; most nodes of all jobs fell silent together: the master or its"
+        words += " network was late, perhaps"
     yield {
         "node": name,
         "quoted": shlex.quote(name),
         "time": clock_words(first, "%H:%M:%S"),
         "ago": time_words(case.now - first),
         "rest": rest,
-        "live": "still sending: %s" % list_words(live) if live else "no other sends",
+        "live": words,
     }
 
 
@@ -4010,14 +4265,14 @@ def find_survived_kill(
             "nodes": list_words(list(kills)),
             "goes": goes_words(case),
             "proof": memory_proof(case),
-            "flag": memory_flag(killed_limit(case)) if killed_limit(case) else "--mem",
+            "flag": more_memory(case),
         }
 
 
 def goes_words(case: Case) -> str:
     """How the job went on after something in it had failed."""
     if case.is_running:
-        return "the job goes on"
+        return "the job still runs"
     if case.state == "COMPLETED":
         return "Slurm says COMPLETED"
     return "the command ended with exit code 0"
@@ -4075,7 +4330,16 @@ def killed_limit(case: Case) -> float:
         if "job_mem_limit" in node.sample
     }
     killed = [limits[name] for name in case.kills if name in limits]
-    return max(killed or limits.values(), default=0.0)
+    asked = float(case.facts.get("mem", 0.0))  # of each node
+    return max(killed or limits.values(), default=asked)
+
+
+def more_memory(case: Case) -> str:
+    """What to ask for where the memory was too little: to look it up, where it is not known."""
+    limit = killed_limit(case)
+    if limit:
+        return memory_flag(limit)
+    return "scontrol show job %s | grep -i mem  # and ask for more: --mem=" % case.job
 
 
 def memory_proof(case: Case) -> str:
@@ -4128,8 +4392,7 @@ def find_out_of_memory(
         words = OUT_OF_MEMORY % count_words(sum(kills.values()), "process") + where
     else:
         words = "out of memory%s, says Slurm; the kernel's count was not seen" % where
-    limit = killed_limit(case)
-    flag = memory_flag(limit) if limit else "--mem"
+    flag = more_memory(case)
     proof = memory_proof(case)
     holder = one_holder(case)
     if holder:
@@ -4618,7 +4881,7 @@ CHECKS: Tuple[Check, ...] = (
         holds=("job_mem",),
         seconds=HOLD_SECONDS,
         find=find_growth,
-        what="memory of {node} grows steadily: at this pace it is full in {left}",
+        what="memory of {node} grows steadily: {left}",
         proof="{used:.3g} GB of {limit:.3g} GB, {pace} more a minute for {time}{largest}",
         cure="{flag}  # if it needs that; a leak only takes longer",
         source="cc-backend, parameters: memory leak slope; straight line with R2 >= 0.95",
@@ -4781,6 +5044,11 @@ def parse_verdicts(rows: Any) -> List[Verdict]:
         if values and values[0] in SEVERITIES and values[1]:
             verdicts.append(Verdict(*values))
     return verdicts
+
+
+def words_of_fine(what: Any) -> str:
+    """What a verdict says, where its severity stands beside it."""
+    return "nothing is wrong" if what == "fine" else str(what)
 
 
 def explain_code(verdicts: Iterable[Verdict]) -> int:
@@ -6079,7 +6347,7 @@ class Collector:
 
     def tell_change(self, peer: Peer, kind: str, rule: Rule, value: float) -> None:
         """Tell that a sample made a rule fire, or was the end of it."""
-        words = "%s is %g (%s)" % (rule.metric, value, str(rule))
+        words = alert_words(rule, value)
         if peer.stay() <= BRIEF_SECONDS and self.early.count(peer.source):
             self.probation.begin(peer, BRIEF_SECONDS)
         self.tell_rule(peer, peer.event(kind, words, rule, value))
@@ -8847,6 +9115,15 @@ SCALES = {  # larger units of a unit, the smallest first
     # as Slurm counts: --mem=74G is 74 GB here, and 74 * 2**30 bytes
     "B": (("KB", 2**10), ("MB", 2**20), ("GB", 2**30), ("TB", 2**40)),
 }
+LARGER_UNITS = {  # of a reading: how many of its own units each is
+    key: [
+        (size, unit + whole[len(base) :])
+        for base, units in SCALES.items()
+        if whole.partition("/")[0] == base
+        for unit, size in units
+    ]
+    for key, whole in UNITS.items()
+}
 FRACTIONS = ("load1",)  # numbers without a unit that are no counts
 SMALL = ("nfs_rtt",)  # numbers that are thousandths of their unit
 SMALL_TOP = 0.01  # the least upper end of their graphs
@@ -8873,13 +9150,12 @@ def render_value(key: str, value: Any) -> str:
 
 def scale_of(key: str, value: float) -> Tuple[int, str]:
     """The unit that suits a reading, and how many of the reading's own units it is."""
-    unit, slash, per = UNITS.get(key, "").partition("/")
-    size = 1
-    for larger_unit, larger_size in SCALES.get(unit, ()):
-        if abs(value) >= larger_size:
-            size = larger_size
-            unit = larger_unit
-    return size, unit + slash + per
+    suits = (1, UNITS.get(key, ""))
+    for larger in LARGER_UNITS.get(key, ()):
+        if abs(value) < larger[0]:
+            break
+        suits = larger
+    return suits
 
 
 def name_of(row: Message) -> str:
@@ -9041,6 +9317,9 @@ BAD_ENDS = (
     "BOOT_FAIL",
     "DEADLINE",
 )
+JUDGED_SECONDS = (
+    20.0  # after the end of a job: who has watched it has judged it by then
+)
 SHOWN_GPUS = 8  # of a job, each by itself
 # A process is odd when a reading is further from the median of the job than so many times the
 # median of these distances, and than so much
@@ -9126,8 +9405,9 @@ def job_row(view: Snapshot, tasks: List[Message], nodes: List[Message]) -> Messa
     """
     job = tasks[0]
     severity, text = judge_job(view, tasks)
-    if severity not in NEEDS:
-        severity, text = trouble_of_nodes(nodes, len(tasks) == 1) or (severity, text)
+    trouble = trouble_of_nodes(nodes, len(tasks) == 1)
+    if trouble and severity not in NEEDS:  # what is judged stays what it is
+        severity, text = severity or trouble[0], trouble[1]
     row = dict(job, slot=job["raw"], severity=severity, text=text, tasks=len(tasks))
     row["phase"] = phase_of(tasks)
     ran = run_time(job, view.time)
@@ -9154,14 +9434,26 @@ def trouble_of_nodes(
     """(severity, what) of a job's nodes: rules that fire, one that idles; None if all is well."""
     alerts = [node for node in nodes if node["alerts"]]
     if len(alerts) == 1:
-        rules = ", ".join(alerts[0]["alerts"].split()).replace("_for_", " for ")
-        return "problem", "%s: %s" % (name_of(alerts[0]), rules)
+        words = ", ".join(words_of_alerts(alerts[0]))
+        return "problem", "%s: %s" % (name_of(alerts[0]), words)
     if alerts:
         return "problem", "alerts on %d nodes" % len(alerts)
     idle = idle_places(nodes) if is_one_job and len(nodes) > 1 else []
     if len(idle) == 1:
         return "advice", "%s idle" % name_of(nodes[idle[0]])
     return ("advice", "%d nodes idle" % len(idle)) if idle else None
+
+
+def words_of_alerts(node: Message) -> List[str]:
+    """What the rules that fire on a node say of it."""
+    words = []
+    for text in node["alerts"].split():
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            rule = parse_rule(text.replace("_for_", " for "))
+            if isinstance(rule, Rule):
+                text = alert_words(rule, node.get(rule.metric))
+        words.append(text)
+    return words
 
 
 # What squeue folds into one line, tasks of an array that wait: 4711_[4-9,12-30:6%2].  A long
@@ -9210,9 +9502,22 @@ def tasks_in(job: str) -> Tuple[int, bool]:
 def verdicts_of(view: Snapshot) -> Dict[str, List[Message]]:
     """What is judged of each job, read once for a copy of the table."""
     if "verdicts" not in view.made:
-        view.made["verdicts"] = view.verdicts
+        view.made["verdicts"] = dict(deaths_of(view), **view.verdicts)
     verdicts: Dict[str, List[Message]] = view.made["verdicts"]
     return verdicts
+
+
+def deaths_of(view: Snapshot) -> Dict[str, List[Message]]:
+    """Why jobs died of which Slurm alone has told: in the words of any other verdict."""
+    deaths = {}
+    for job in view.jobs:
+        ended = job["end"] or view.time
+        if job["state"] in BAD_ENDS and view.time - ended >= JUDGED_SECONDS:
+            found = diagnose(JobEvidence(job, [], [], view.time))
+            died = [verdict for verdict in found if verdict.severity == "died"]
+            if died:
+                deaths[job["raw"]] = verdicts_json(died)
+    return deaths
 
 
 def judge_job(
@@ -9224,9 +9529,11 @@ def judge_job(
     """
     judged = verdicts_of(view)
     found = []
+    is_young = False
     for task in tasks:
         for verdict in judged.get(task["raw"], [])[:1]:
             found.append((verdict["severity"], verdict["what"]))
+            is_young = is_young or verdict["what"] == FINE_SO_FAR
         if task["raw"] not in judged and task["state"] in BAD_ENDS:
             words = [task["state"].lower().replace("_", " ")] + remarks(task)
             found.append(("died", ", ".join(words)))
@@ -9239,6 +9546,8 @@ def judge_job(
         count = sum(verdict[0] == severity for verdict in found)
         return severity, what if count == 1 else "%s (tasks: %d)" % (what, count)
     said = ", ".join(remarks(tasks[0])) if len(tasks) == 1 else ""
+    if is_young and not said:
+        said = FINE_SO_FAR
     return ("fine" if found else None), said or None
 
 
@@ -9294,7 +9603,7 @@ def render_gpus(view: Snapshot, nodes: List[Message]) -> Optional[str]:
         return None
     if len(busy) <= SHOWN_GPUS:
         return " ".join("%.0f" % value for value in busy)
-    idle = sum(value < IDLE for value in busy)
+    idle = sum(value <= IDLE_GPU for value in busy)
     words = "mean %.0f" % (sum(busy) / len(busy))
     if idle:
         return "%s, %d of %d idle" % (words, idle, len(busy))
@@ -9561,10 +9870,13 @@ def link(query: Query, **state: object) -> str:
 
 def draw_text(column: "Column", row: Message, site: Site) -> Html:
     """The reading and nothing more."""
-    text = render_value(column.key, row.get(column.key))
-    kind = column.align
-    if text == "-":
-        kind = (kind + " " + UNKNOWN_CELL).strip()
+    return plain_cell(column.align, render_value(column.key, row.get(column.key)))
+
+
+@functools.lru_cache(maxsize=4096)
+def plain_cell(align: str, text: str) -> Html:
+    """A cell with a text; a page has thousands of them, and many are alike."""
+    kind = (align + " " + UNKNOWN_CELL).strip() if text == "-" else align
     return fill(CELL_HTML, kind=kind, content=text)
 
 
@@ -10039,7 +10351,8 @@ class Page:
                 if len(tasks) > 1 and verdict["severity"] == "fine":
                     continue  # its row says so
                 job = task["job"] if len(tasks) > 1 else None
-                rows.append(dict(verdict, job=job))
+                what = words_of_fine(verdict["what"])
+                rows.append(dict(verdict, what=what, job=job))
         order = (*NEEDS, "fine")
         rows.sort(
             key=lambda row: (
@@ -11838,7 +12151,7 @@ def draw_verdicts(sketch: Sketch) -> Html:
                 VERDICT_HTML,
                 severity=severity if severity in SEVERITIES else "",
                 word=SEVERITY_WORDS.get(severity, severity),
-                what="nothing is wrong" if what == "fine" else what,
+                what=words_of_fine(what),
                 proof=fill(PROOF_HTML, proof) if proof else None,
                 cure=fill(CURE_HTML, cure) if cure else None,
             )
@@ -12131,6 +12444,7 @@ def find_record(view: Optional[Snapshot], job: str, site: Site) -> Optional[Reco
             for key in JOB_KEYS:
                 if facts[key] is not None:
                     live.facts[key] = facts[key]
+            live.verdicts = newest_verdicts(view, live.facts, live.verdicts)
             return live
     return record
 
@@ -12146,6 +12460,15 @@ def find_sketch(view: Snapshot, job: str, site: Site) -> Optional[Sketch]:
             record = find_record(view, job, site)
             return make_sketch(record) if record else None
     return sketch
+
+
+def newest_verdicts(
+    view: Any, job: Message, recorded: Optional[List[Message]]
+) -> Optional[List[Message]]:
+    """What is judged of a job: of one that runs, its record has the figures of minutes ago."""
+    if recorded and job["state"] in ENDED_STATES:
+        return recorded
+    return verdicts_of(view).get(job["raw"] or job["job"], recorded)
 
 
 def render_record_page(view: Snapshot, query: Query, site: Site) -> str:
@@ -12859,7 +13182,7 @@ def explain_text(record: Record) -> str:
     for verdict in verdicts:
         word = SEVERITY_WORDS.get(verdict.get("severity") or "", "")
         what = verdict.get("what")
-        lines.append("%s: %s" % (word, "nothing is wrong" if what == "fine" else what))
+        lines.append("%s: %s" % (word, words_of_fine(what)))
         if verdict.get("proof"):
             lines.append("    %s" % verdict["proof"])
         if cure_of(verdict):
@@ -12867,10 +13190,13 @@ def explain_text(record: Record) -> str:
     if not verdicts:
         lines.append(SEVERITY_WORDS[severity_of(summary)])
     for use in use_rows(summary, len(record.nodes), len(record.gpus)):
-        lines.append(
-            "%s: asked for %s, got %s, used %s"
-            % (use["what"], use["asked"], use["got"], use["used"])
+        amounts = (
+            ("asked for", use["asked"]),
+            ("got", use["got"]),
+            ("used", use["used"]),
         )
+        known = ["%s %s" % amount for amount in amounts if amount[1] != "-"]
+        lines.append("%s: %s" % (use["what"], ", ".join(known)))
     lines += suggestions(summary)
     return "".join(clean_text(line) + "\n" for line in lines)
 
@@ -14505,7 +14831,7 @@ class RecordWriter:
             self.is_in_trouble = True
             log.error(
                 "cannot record in %s for now: %s; what happens meanwhile is kept, at most"
-                " %d MiB of it",
+                " %d MB of it",
                 self.folder,
                 why,
                 MAX_BACKLOG // 2**20,
@@ -14751,6 +15077,7 @@ class Recording:
         self.diagnose_due = now + ROW_SECONDS
         self.ended_at: Optional[float] = None
         self.has_failed = False  # the verdicts' code
+        self.burst: Optional[float] = None  # as in JobEvidence
         self.lines: List[bytes] = []
 
     # ---- what comes
@@ -14948,7 +15275,8 @@ class Recording:
         began = time.thread_time()
         self.read_parts()
         nodes = [trace.evidence(view) for trace in self.traces.values()]
-        evidence = JobEvidence(self.facts, nodes, list(self.events), now)
+        events = list(self.events)
+        evidence = JobEvidence(self.facts, nodes, events, now, self.burst)
         try:
             found = [dict(verdict._asdict()) for verdict in diagnose(evidence)]
         except Exception:
@@ -15066,6 +15394,10 @@ class Recorder:
         self.done: Dict[str, Message] = {}  # job -> facts when it was over
         self.told: Set[Any] = set()  # events that were there at the last look
         self.has_looked = False
+        self.losses: Deque[float] = collections.deque(maxlen=EVENTS)
+        self.burst: Optional[float] = (
+            None  # the last time that most nodes were lost together
+        )
         self.facts: Dict[str, Message] = {}  # by job and by raw id
         # by a sample's job, node and address, until Slurm says something new: where it belongs
         self.places: Dict[Any, Tuple[Optional[Recording], str]] = {}
@@ -15190,6 +15522,8 @@ class Recorder:
         for event in view.events:
             key = (event["time"], event["kind"], event["node"], event["text"])
             told.add(key)
+            if event["kind"] == "lost" and key not in self.told:
+                self.note_loss(event["time"])
             facts = self.facts.get(event["job"] or "")
             job = facts["job"] if facts else event["job"]
             recording = self.recordings.get(job)
@@ -15200,6 +15534,16 @@ class Recorder:
                 recording.hear(event)
         self.told = told
         self.has_looked = True
+
+    def note_loss(self, when: float) -> None:
+        """Note that a node was lost, and whether most were at that time: that is a burst."""
+        self.losses.append(when)
+        together = sum(abs(when - other) <= BURST_SECONDS for other in self.losses)
+        nodes = sum(len(recording.traces) for recording in self.recordings.values())
+        # of more than the ring of events holds, there are as many as it holds
+        most = max(BURST_LOSSES, BURST_SHARE * min(nodes, EVENTS))
+        if together >= most:
+            self.burst = when
 
     def judge_ends(self, view: Snapshot, now: float) -> None:
         """Judge the jobs whose end Slurm has just told: people wait for why."""
@@ -15213,6 +15557,7 @@ class Recorder:
     def judge(self, recording: Recording, view: Snapshot, now: float) -> None:
         """Have a job judged, and the table told."""
         jobs = len(self.recordings)
+        recording.burst = self.burst
         if recording.judge(self.diagnose, view, now, jobs):
             self.table.write_verdicts(recording.raw, recording.told_verdicts())
 

@@ -225,9 +225,11 @@ class Group(NamedTuple):
     verdicts: List[Any]  # the worst first
 
 
-def verdicts_of(snapshot: Any, tasks: List[Message]) -> List[Message]:
+def verdicts_of(
+    master_server: Any, snapshot: Any, tasks: List[Message]
+) -> List[Message]:
     """The verdicts on a job or the tasks of an array that need its user, the worst first."""
-    judged = snapshot.verdicts
+    judged = master_server.verdicts_of(snapshot)
     found: List[Message] = []
     for task in tasks:
         found += judged.get(task["raw"], [])
@@ -262,6 +264,9 @@ def read_nodes(master_server: Any, snapshot: Any) -> List[Message]:
         node["age"] = round(max(0.0, snapshot.copied - node["age"]), 2)
         node = master_server.with_marks(node)
         node["what"] = None
+        node["told"] = []
+        if node["alerts"]:
+            node["told"] = master_server.words_of_alerts(node)
         node["key"] = master_server.name_of(node)
         if (node["job"], node["key"]) in names:  # two agents there
             node["key"] += " #%d" % node["slot"]
@@ -303,12 +308,14 @@ def group_jobs(master_server: Any, snapshot: Any) -> List[Group]:
         else:
             lost = take_all(lost_of, keys)
         nodes = take_all(nodes_of, keys)
-        groups.append(make_group(row, nodes, lost, verdicts_of(snapshot, tasks)))
+        groups.append(
+            make_group(row, nodes, lost, verdicts_of(master_server, snapshot, tasks))
+        )
     for key in sorted(set(nodes_of) | set(lost_of), key=master_server.natural):
         nodes = nodes_of.get(key, [])
         lost = lost_of.get(key, [])
         row = row_of_nodes(key, nodes or lost)
-        verdicts = verdicts_of(snapshot, [{"raw": key}])
+        verdicts = verdicts_of(master_server, snapshot, [{"raw": key}])
         groups.append(make_group(row, nodes, lost, verdicts))
     ended = master_server.ENDED_STATES
     return sorted(groups, key=lambda group: urgency(group, ended))
@@ -388,7 +395,8 @@ def make_group(
         node["severity"] = "advice" if node["marks"] else "fine"
         if node["alerts"] or node["slot"] is None:
             node["severity"] = "problem"
-        node["what"] = ", ".join(node["marks"]) or node["what"]
+        idle = [mark for mark in node["marks"] if mark == "idle"]
+        node["what"] = ", ".join(node.get("told", []) + idle) or node["what"]
     found = [row["severity"]] + [verdict["severity"] for verdict in verdicts]
     severity = worst_of(found, nodes, lost)
     words = [row["text"]] if row["text"] else []
@@ -416,8 +424,10 @@ def make_group(
 
 
 def worst_of(found: List[Any], nodes: List[Message], lost: List[Message]) -> str:
-    """The worst of what is judged, and of alerts, lost and idle nodes."""
-    found = list(found)
+    """The worst of what is judged; where nothing is, of alerts, lost and idle nodes."""
+    found = [severity for severity in found if severity]
+    if found:
+        lost, nodes = [], []
     if lost or any(node["alerts"] for node in nodes):
         found.append("problem")
     if any("idle" in node["marks"] for node in nodes):

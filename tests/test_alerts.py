@@ -86,7 +86,7 @@ class AlertCommand(AlertMasterTest):
         self.assertEqual(
             len(self.told_of("once")), 1, "5 points below before it is resolved"
         )
-        self.assertRegex(self.told_of("twice")[0][1], r"cpu.*60.*cpu>50")
+        self.assertRegex(self.told_of("twice")[0][1], "^CPU 60 % .alert above 50 %.$")
         lines = re.findall("CRITICAL WARNING: .*twice.*", self.master.log)
         self.assertEqual(len(lines), 2, lines)
 
@@ -99,7 +99,7 @@ class AlertCommand(AlertMasterTest):
             agent.send({"cpu": 1, "ram": 99, "node": "patient"})
             return self.told_of("patient")
 
-        self.assertIn("ram>95 for 1", eventually(ask)[0][1])
+        self.assertIn("RAM 99 % (alert above 95 % for 1 s)", eventually(ask)[0][1])
         self.assertGreater(time.monotonic() - start, 0.8)
         self.assertEqual(self.told_of("brief"), [])
 
@@ -213,7 +213,7 @@ class NoLost(MasterTest):
     def test_a_lost_node_is_then_an_ordinary_event_and_other_alerts_stay(self):
         agent = self.agent()
         agent.send({"cpu": 91, "ram": 1, "node": "calm"})
-        self.master.logged("CRITICAL WARNING: calm: cpu is 91 .cpu>90.")
+        self.master.logged("CRITICAL WARNING: calm: CPU 91 % .alert above 90 %.")
         agent.reset()
         self.event("lost", "calm")
         self.assertNotRegex(self.master.log, "CRITICAL WARNING: [^\n]*lost")

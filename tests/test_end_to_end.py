@@ -389,7 +389,7 @@ class RealAgent(MasterTest):
             )
             shown = page_text(self.master.page).partition("loaded")[2]
             self.assertRegex(shown, r"\b(9\d|100)(\.\d)?\b")
-            self.master.logged("CRITICAL WARNING: .*loaded.*cpu")
+            self.master.logged("CRITICAL WARNING: .*loaded.*CPU")
             self.event("alert", "loaded")
         eventually(
             lambda: row_of(self.master.page, node="loaded")["cpu"] < high - 20,

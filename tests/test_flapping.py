@@ -269,7 +269,9 @@ master_server.BRIEF_SECONDS = 1.0
         agent = self.agent(source=("127.0.0.3", 0))
         self.toggle(agent, "hot", 41)
         eventually(lambda: self.told("hot", "flapping"))
-        alert = r"CRITICAL WARNING: hot: cpu is 99 \(cpu>50\); quiet now, after"
+        alert = (
+            r"CRITICAL WARNING: hot: CPU 99 % \(alert above 50 %\); quiet now, after"
+        )
         self.master.logged(alert)
         before = len(self.told("hot", "resolved"))
         self.send(agent, "hot", 1.0)

@@ -363,7 +363,9 @@ class Jobs(unittest.TestCase):
         self.left_a_report("burn", "exit 0")
 
     def test_2_a_job_that_idles_is_told_and_should_ask_for_less_memory(self):
-        self.other.logged(r"CRITICAL WARNING: .*job_cpu<10", LONG)
+        self.other.logged(
+            r"CRITICAL WARNING: .*of its CPUs in use .alert below 10 %", LONG
+        )
         LAB.run("login", "scancel", self.jobs["idle"])
         self.assertEqual(self.state("idle"), "CANCELLED")
         peak, suggested = self.other.logged(
@@ -377,7 +379,9 @@ class Jobs(unittest.TestCase):
         self,
     ):
         self.said("full", "ready")
-        self.assertIn("job_ram", self.event("alert", "full", "job_ram")["text"])
+        self.assertIn(
+            "above 90 %", self.event("alert", "full", "of its memory")["text"]
+        )
         used, limit = self.memory("full")
         row = eventually(
             lambda: self.row("full")["job_ram"] > 94 and self.row("full"), LONG
@@ -399,7 +403,7 @@ class Jobs(unittest.TestCase):
         self.left_a_report("full", "exit 3")
 
     def test_the_warning_comes_before_the_kernel_kills(self):
-        warned = self.event("alert", "over", "job_ram")["time"]
+        warned = self.event("alert", "over", "of its memory")["time"]
         self.said("over", "ready")
         self.assertEqual(self.killed("over"), 0)
         self.enough("over")
@@ -410,7 +414,8 @@ class Jobs(unittest.TestCase):
         text = self.event("finished", "over")["text"]
         self.assertRegex(text, r"SIGKILL; out of memory: the kernel killed 1 process;")
         self.assertRegex(
-            text, r"memory peak above the highest sample, .*--mem=300M may"
+            text,
+            r"memory peak higher than any sample: the highest was .*--mem=300M may",
         )
         self.assertEqual(self.state("over"), "OUT_OF_MEMORY")
 
@@ -430,7 +435,7 @@ class Jobs(unittest.TestCase):
     def test_python_3_6_says_the_same(self):
         if "old" not in self.jobs:
             self.skipTest("missing here: python 3.6")
-        self.event("alert", "old", "job_ram")
+        self.event("alert", "old", "of its memory")
         self.said("old", "ready")
         used, limit = self.memory("old")
         row = eventually(
@@ -443,7 +448,7 @@ class Jobs(unittest.TestCase):
 
     def test_z_a_job_that_hits_its_time_limit_was_warned_and_leaves_its_report(self):
         self.assertIn(
-            "job_time_left", self.event("alert", "limit", "job_time_left")["text"]
+            "below 600 s", self.event("alert", "limit", "of its time left")["text"]
         )
         self.assertEqual(self.state("limit", TIME_LIMIT), "TIMEOUT")
         self.left_a_report("limit", "SIGTERM")

@@ -335,7 +335,7 @@ class Jobs(unittest.TestCase):
             broken: r"^died \d\d:\d\d: SIGSEGV.*: it used memory that is not its own",
             wrapped: r"^died \d\d:\d\d: SIGSEGV on c\d: .*SIGSEGV on c\d at",
             batch: r"^died \d\d:\d\d: out of memory: the kernel killed 1 process on c\d: memory"
-            r" peak above the highest sample, .* of 0\.146 GB; .*-> --mem=200M",
+            r" peak higher than any sample: the highest was .* of 0\.146 GB; .*-> --mem=200M",
             step: r"^died \d\d:\d\d: out of memory.* c\d.*Slurm says (OUT_OF_MEMORY|FAILED)",
             ranks: r"^died \d\d:\d\d: out of memory.*c\d.*: memory peak .*; rank 1 \(python3\)"
             r" had .*Slurm says (OUT_OF_MEMORY|FAILED)",

@@ -297,7 +297,7 @@ class Mail(NotifyTest):
         ) as agent:
             agent.send({"cpu": 99.0, "ram": 1.0, "node": "hot", "interval": 60.0})
             body = eventually(lambda: self.read("body"))
-        self.assertEqual(body, "problem: hot: cpu is 99 (cpu>50)\n")
+        self.assertEqual(body, "problem: hot: CPU 99 % (alert above 50 %)\n")
         done = support.run(
             "master_server.py", "--notify", "mail", env={"PATH": self.folder + "/none"}
         )
@@ -672,7 +672,7 @@ class Master(MasterTest):
 
     def test_a_problem_a_loss_a_start_and_an_end_are_told(self):
         self.send("hot", cpu=99.0)
-        eventually(lambda: "problem: hot: cpu is 99 (cpu>50)" in self.texts())
+        eventually(lambda: "problem: hot: CPU 99 % (alert above 50 %)" in self.texts())
         agent = self.send("c1", job="4711")
         eventually(lambda: "started: c1 (job 4711)" in self.texts())
         agent.send({"bye": "finished", "report": "exit 0: CPU mean 24.9 %"})

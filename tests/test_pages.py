@@ -854,7 +854,7 @@ class JobsFirst(unittest.TestCase):
             job(1, job_name="calm", start=NOW - 8000, limit=43200.0),
             job(2, state="PENDING", reason="Priority"),
             job(3, job_name="sick", start=NOW - 60, limit=600.0),
-            job(4, state="OUT_OF_MEMORY", exit="0:125", end=NOW - 5, start=NOW - 50),
+            job(4, state="OUT_OF_MEMORY", exit="0:125", end=NOW - 25, start=NOW - 70),
             job(5, state="COMPLETED", exit="0:0", end=NOW - 5, start=NOW - 50),
             job(6, job="6_1", array="6", start=NOW - 5),
             job(7, job="6_2", array="6", state="COMPLETED", end=NOW, start=NOW - 5),
@@ -931,13 +931,6 @@ class JobsFirst(unittest.TestCase):
         self.assertFalse(master.is_past(self.view, "6_[2-9]"))
         self.assertEqual(render("/job/", self.view, job="77_[2-9]"), "")
 
-    def test_who_watches_own_jobs_is_told_to_start_nothing_while_there_are_none(self):
-        own = site(my_jobs=[], ssh=None)
-        text = words(master.ROUTES["/"][1](view(), {}, own))
-        self.assertIn("No running job of yours yet", text)
-        self.assertNotIn("agent.py", text)
-        self.assertIn("agent.py", words(render("/", view())))
-
     def test_the_page_of_a_node_says_what_is_wrong_with_its_job(self):
         self.view.nodes[2]["node"] = "c3"
         text = words(render("/node/", self.view, node="c3"))
@@ -948,8 +941,13 @@ class JobsFirst(unittest.TestCase):
 
     def test_page_text_and_json_have_the_same_words(self):
         for path in ("/", "/nodes.txt", "/api/jobs"):
-            self.assertIn("3 of 4 CPUs of c1 idle", render(path, self.view))
-        self.assertIn("out of memory, exit code 0:125", render("/nodes.txt", self.view))
+            text = html.unescape(render(path, self.view))
+            for said in (
+                "3 of 4 CPUs of c1 idle",
+                "out of memory, says Slurm; the kernel's count was not seen",
+            ):
+                self.assertIn(said, text)
+        self.assertIn("--mem=", words(render("/job/", self.view, job="4")))
 
     def test_the_tasks_of_an_array_are_one_row(self):
         row = {row["job"]: row for row in master.job_rows(self.view)}["6"]
@@ -1001,22 +999,27 @@ class JobsFirst(unittest.TestCase):
         self.assertTrue(master.is_past(snapshot, "8"))
         self.assertEqual(render("/job/", snapshot, job="8"), "")
 
-    def test_a_job_with_an_idle_node_or_an_alert_is_not_called_fine(self):
+    def test_an_idle_node_and_an_alert_are_told_and_leave_the_verdict_as_it_is(self):
         busy = [dict(node(number, job="1"), cpu=90.0) for number in (1, 2)]
         idle = dict(node(3, node="c3", job="1"), cpu=1.0)
         alert = dict(node(4, node="c4", job="1"), cpu=90.0, alerts="cpu>80_for_9 ram>9")
         fine = {"1": self.judged("fine", "nothing is wrong")}
-        for more, severity, what in (
-            ([], "fine", None),
+        for more, hint, what in (
+            ([], None, None),
             ([idle], "advice", "c3 idle"),
             ([idle, dict(idle, slot=5)], "advice", "2 nodes idle"),
-            ([dict(idle, slot=slot) for slot in (3, 5, 6)], "fine", None),  # most do
-            ([idle, alert], "problem", "c4: cpu>80 for 9, ram>9"),
+            ([dict(idle, slot=slot) for slot in (3, 5, 6)], None, None),  # most do
+            (
+                [idle, alert],
+                "problem",
+                "c4: CPU 90 % (alert above 80 % for 9 s), RAM 20 % (alert above 9 %)",
+            ),
             ([alert, dict(alert, slot=6)], "problem", "alerts on 2 nodes"),
         ):
-            snapshot = view(busy + more, jobs=[job(1)], verdicts=fine)
-            (row,) = master.job_rows(snapshot)
-            self.assertEqual((row["severity"], row["text"]), (severity, what))
+            for verdicts, severity in ((fine, "fine"), ({}, hint)):
+                snapshot = view(busy + more, jobs=[job(1)], verdicts=verdicts)
+                (row,) = master.job_rows(snapshot)
+                self.assertEqual((row["severity"], row["text"]), (severity, what))
         died = {"1": self.judged("died", "out of memory")}
         (row,) = master.job_rows(view(busy + [idle], jobs=[job(1)], verdicts=died))
         self.assertEqual(row["text"], "out of memory")

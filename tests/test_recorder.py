@@ -488,6 +488,27 @@ class Looks(Work):
         self.assertTrue(record.has_ended)
         self.assertIsNone(record.facts["state"])
 
+    def test_it_is_noted_when_most_nodes_of_all_jobs_are_lost_together(self):
+        for count, is_burst in ((1, False), (2, False), (3, True), (4, True)):
+            with self.subTest(count):
+                self.recorder.burst = None
+                self.recorder.losses.clear()
+                for number in range(5):
+                    job = "%d" % (count * 10 + number)
+                    self.send(number, "c%d" % number, job=job)
+                self.look()
+                for number in range(count):
+                    row = master.check_sample(sample("c%d" % number))
+                    words = "no sample for %d s" % count
+                    self.table.add_event("lost", words, "c%d" % number, row)
+                # jobs of before are still known: only those of now count
+                for job in list(self.recorder.recordings):
+                    if not job.startswith("%d" % count):
+                        del self.recorder.recordings[job]
+                self.look()
+                self.assertEqual(self.recorder.burst is not None, is_burst)
+                self.assertEqual(self.judged[-1].burst, self.recorder.burst)
+
     def test_a_job_whose_nodes_are_lost_goes_on_when_they_are_back(self):
         self.send(0, "c1")
         self.look()

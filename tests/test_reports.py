@@ -93,8 +93,9 @@ def site(*records):
 
 
 def view(*jobs):
-    made = {"verdicts": {}}
-    return types.SimpleNamespace(time=NOW, jobs=list(jobs), nodes=[], made=made)
+    return types.SimpleNamespace(
+        time=NOW, jobs=list(jobs), nodes=[], made={"verdicts": {}}, verdicts={}
+    )
 
 
 def render(path, *records, live=(), **query):
