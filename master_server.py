@@ -12547,17 +12547,10 @@ def all_summaries(view: Snapshot, site: Site) -> List[Message]:
 def judged_now(view: Snapshot, facts: Message) -> Optional[List[Message]]:
     """What the overview says of a job; None if nobody has judged it."""
     verdicts = verdicts_of(view).get(facts["raw"])
-    if facts["state"] in ENDED_STATES or severity_among(verdicts) in NEEDS:
+    if verdicts or facts["state"] in ENDED_STATES:
         return verdicts
     trouble = trouble_of_nodes(nodes_of_one(view, facts), True)
-    if trouble is None:
-        return verdicts
-    return [{"severity": trouble[0], "what": trouble[1]}] + (verdicts or [])
-
-
-def severity_among(verdicts: Optional[Sequence[Message]]) -> str:
-    """The severity of the first verdict, which is the worst; "" without one."""
-    return verdicts[0]["severity"] if verdicts else ""
+    return [{"severity": trouble[0], "what": trouble[1]}] if trouble else verdicts
 
 
 def nodes_of_one(view: Snapshot, facts: Message) -> List[Message]:

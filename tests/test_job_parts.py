@@ -161,7 +161,9 @@ class Pages(PartsTest):
         for path in ("/job/nope", "/api/job/nope", "/job/", "/api/job/"):
             answer = get(self.master.page, path)
             self.assertEqual(answer.status, 404)
-            self.assertIn("no such job", answer.text)
+            of_none, missing = "Nothing is known of a job nope", "Which job? Its id"
+            self.assertIn(of_none if "nope" in path else missing, answer.text)
+            self.assertIn("/jobs has a list", answer.text)
 
     def test_hostile_text_is_escaped(self):
         bad = "<script>alert(1)</script>"
