@@ -210,6 +210,16 @@ class Compared(unittest.TestCase):
         text = words(render("/compare", unwatched(), unwatched("9"), a="8", b="9"))
         self.assertIn("Neither was watched", text)
 
+    def test_the_axis_begins_at_each_start_however_late_it_was_watched(self):
+        late = a_record("8", start=NOW - 9 * HOUR, job_name="late")
+        page = render("/compare", late, a_record("9"), a="8", b="9")
+        begins = [
+            float(x) for x in re.findall(r'<path class="band[^"]*" d="M([\d.]+) ', page)
+        ]
+        width = master.CHART_RIGHT - master.CHART_LEFT
+        self.assertAlmostEqual(begins[0], master.CHART_LEFT + 0.9 * width, delta=2)
+        self.assertAlmostEqual(begins[1], master.CHART_LEFT, delta=2)
+
     def test_without_both_ids_there_are_lists_to_choose_from(self):
         records = [a_record("5", job_name="other"), a_record("6"), a_record("7")]
         page = render("/compare", *records, a="6")
