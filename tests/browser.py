@@ -23,6 +23,7 @@ FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run -
     --disable-dev-shm-usage""".split()
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # W3C WebDriver, section 12
 LIMIT = 30  # seconds for one command
+RENEWALS = 3  # of a page while it is read
 # where npm put them; a path in any case, which support.requires takes for one
 NODE_PATH = "/" + os.environ.get("NODE_PATH", "").lstrip("/")
 AXE = os.path.join(NODE_PATH, "axe-core", "axe.min.js")
@@ -32,6 +33,10 @@ TASTE = ("void-style", "long-title", "no-trailing-whitespace")  # and bytes: no 
 
 class BrowserError(ValueError):
     """What WebDriver answered: its error's name and message."""
+
+
+class StaleElement(BrowserError):
+    """The page has been renewed since the element was found."""
 
 
 class Element:
@@ -110,9 +115,9 @@ class Browser:
             response = connection.getresponse()
             value = json.loads(response.read().decode("utf-8"))["value"]
         if response.status != 200:
-            raise BrowserError(
-                "%s: %s" % (value["error"], value["message"].split("\n")[0])
-            )
+            is_stale = value["error"] == "stale element reference"
+            kind = StaleElement if is_stale else BrowserError
+            raise kind("%s: %s" % (value["error"], value["message"].split("\n")[0]))
         return value
 
     def cdp(self, command, **params):
@@ -165,7 +170,13 @@ class Browser:
         )
 
     def text(self, selector="body"):
-        """What a reader sees of an element."""
+        """What a reader sees of an element.
+
+        A page may renew itself between the question for the element and that for its text.
+        """
+        for _ in range(RENEWALS):
+            with contextlib.suppress(StaleElement):
+                return self.find(selector).text
         return self.find(selector).text
 
     def press(self, *keys):
