@@ -1022,8 +1022,8 @@ class View:
     def event_text(self, event: Message) -> str:
         """An event in a line."""
         at = self.master_server.render_value("time", event["time"])
-        name = self.master_server.name_of(event)
-        return "%s %s %s: %s" % (at, event["kind"], name, event["text"] or "-")
+        what = self.master_server.name_of(event) or "job %s" % event["job"]
+        return "%s %s %s: %s" % (at, event["kind"], what, event["text"] or "-")
 
     def last_line(self, width: int) -> Line:
         """The keys, or what is asked for."""

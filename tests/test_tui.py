@@ -291,6 +291,11 @@ class Screens(unittest.TestCase):
         press(shown, "down", "enter")
         self.assertRegex(lines_of(shown)[1], "not there any more: lost at")
 
+    def test_what_happened_to_a_whole_job_is_told_of_the_job(self):
+        told = dict(event("problem", "", text="it leaks", job="48217"), address="")
+        lines = lines_of(screens(snapshot(node(1), events=[told])))
+        self.assertTrue(any("problem job 48217: it leaks" in line for line in lines))
+
     def test_a_silent_collector_and_a_failed_look_are_told(self):
         shown = screens(snapshot(beat=9.0))
         self.assertRegex(lines_of(shown)[0], "OLD: the collector .* silent for 9 s")
