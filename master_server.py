@@ -2414,6 +2414,10 @@ LEAST_RISES = 4  # from one point to the next: a line needs some
 GROWTH_POINTS = 130  # of a curve: what was before is not looked at
 GROWTH_SECONDS = 180.0  # without another height: memory does not grow any more
 
+STILL_GREW = (
+    "if that is enough: it still grew when it was killed; a leak only takes longer"
+)
+
 # The same words are in agent.py's report.
 OUT_OF_MEMORY = "out of memory: the kernel killed %s"
 BELOW_PEAK = "memory peak higher than any sample: the highest was %.3g GB of %.3g GB"
@@ -4360,11 +4364,23 @@ def memory_proof(case: Case) -> str:
     largest = largest_rank_words(node.ranks)
     if largest and seen >= node.sample["job_mem_limit"] / 2:
         words.append(largest)  # else it came and went between two looks
-    slope, share = fit_line(points[-60:])
-    if len(points) >= 5 and share >= 0.9 and 60 * slope > 0.01 * used:
-        lasted = time_words(points[-1][0] - points[-60:][0][0])
-        words.append("it grew by %s a minute for %s" % (size_words(60 * slope), lasted))
+    slope, lasted = last_growth(node)
+    if slope:
+        growth = (size_words(60 * slope), time_words(lasted))
+        words.append("it grew by %s a minute for %s" % growth)
     return "; ".join(words) + "; "
+
+
+def last_growth(node: NodeEvidence) -> Tuple[float, float]:
+    """(bytes a second, for how many seconds): how memory grew up to the end; (0, 0) if not."""
+    points = node.curves.get("job_mem", [])[-60:]
+    if len(points) < 5:
+        return 0.0, 0.0
+    slope, share = fit_line(points)
+    used = max(value for _, value in points)
+    if share < 0.9 or 60 * slope <= 0.01 * used:
+        return 0.0, 0.0
+    return slope, points[-1][0] - points[0][0]
 
 
 def death(case: Case, **figures: Any) -> Figures:
@@ -4397,6 +4413,8 @@ def find_out_of_memory(
     holder = one_holder(case)
     if holder:
         flag += "  # or distribute: %s holds it all" % holder
+    elif flag.startswith("--mem=") and any(last_growth(node)[0] for node in case.nodes):
+        flag += "  # " + STILL_GREW
     yield death(case, words=words, proof=proof, flag=flag)
 
 
@@ -16382,11 +16400,17 @@ def run_master(options: argparse.Namespace) -> int:
 def make_demo_folder(stack: contextlib.ExitStack) -> str:
     """A new folder for records of invented jobs, which are not to be among the user's own.
 
-    It is gone when the stack is.
+    It is gone when the stack is.  StartError when none can be made.
     """
     import tempfile  # here, as it takes time that every other start can do without
 
-    folder = tempfile.mkdtemp(prefix="sentinel-demo-")
+    try:
+        folder = tempfile.mkdtemp(prefix="sentinel-demo-")
+    except OSError as error:
+        raise StartError(
+            "no folder for the demonstration's records: %s; TMPDIR or --record names another"
+            % error.strerror
+        ) from None
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     return folder
 

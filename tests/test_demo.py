@@ -1,5 +1,6 @@
 """--demo: invented jobs that live, end and begin again, and that nobody can take for real ones."""
 
+import contextlib
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import re
 import signal
 import tempfile
 import unittest
+from unittest import mock
 
 import beside
 import support
@@ -252,6 +254,13 @@ class Records(unittest.TestCase):
                     self.assertEqual(tool.stop(), 0)
                 self.assertEqual(os.listdir(home), [".sentinel"])
             self.assertEqual(os.listdir(folder), ["7.other-1-1.jsonl"])
+
+    def test_without_room_for_them_it_says_what_names_another_place(self):
+        full = OSError(28, "No space left on device")
+        with mock.patch.object(
+            tempfile, "mkdtemp", side_effect=full
+        ), self.assertRaisesRegex(master.StartError, "No space left.*--record"):
+            master.make_demo_folder(contextlib.ExitStack())
 
 
 class Alive(unittest.TestCase):

@@ -2072,6 +2072,11 @@ WORDS = (
         "it grew by",
     ),
     (
+        job(node(oom_kill=1, job_mem=ramp(1.0 * GB, 1.5 * GB, 40))),
+        job(node(oom_kill=1, job_mem=wave(1.0 * GB, 1.5 * GB, 40))),
+        r"-> --mem=\w+  # if that is enough: it still grew when it was killed",
+    ),
+    (
         dead_of_memory(11.0, 1.0, 0.5),
         dead_of_memory(10.0, 1.0, 0.5),
         r"# or distribute: rank 0 holds it all",
