@@ -2072,8 +2072,8 @@ WORDS = (
         "it grew by",
     ),
     (
-        job(node(oom_kill=1, job_mem=ramp(1.0 * GB, 1.5 * GB, 40))),
-        job(node(oom_kill=1, job_mem=wave(1.0 * GB, 1.5 * GB, 40))),
+        ended("OUT_OF_MEMORY", node(oom_kill=1, job_mem=ramp(1.0 * GB, 1.5 * GB, 40))),
+        ended("OUT_OF_MEMORY", node(oom_kill=1, job_mem=wave(1.0 * GB, 1.5 * GB, 40))),
         r"-> --mem=\w+  # if that is enough: it still grew when it was killed",
     ),
     (
