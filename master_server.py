@@ -66,7 +66,8 @@ exec(CODE)"""
     is_script = words[-len(sys.argv) :] == sys.argv and os.path.isfile(sys.argv[0])
     is_first = not {"-c", "-m"}.intersection(options)
     is_brief = any(
-        word.startswith(("-h", "--help", "--explain")) for word in sys.argv[1:]
+        word.startswith(("-h", "--help", "--version", "--explain"))
+        for word in sys.argv[1:]
     )
     if is_script and is_first and not is_brief and sys.executable:
         restarted = [sys.executable, *options, "-c", RESTART, *sys.argv]
@@ -2377,9 +2378,7 @@ ALONE_SECONDS = (
 )
 PATIENT_SECONDS = 1200.0  # for what a person or a service may wait for
 SILENT_SECONDS = 5.0  # and one of several that go on
-BURST_SECONDS = (
-    3.0  # within which nodes are lost together: one may have sent just before
-)
+BURST_SECONDS = 3.0  # in which nodes are lost together: one may have sent just before
 BURST_LOSSES = 3  # nodes that are lost together at least ...
 BURST_SHARE = 0.5  # ... of all that there are
 MAX_NUMBER = 1e18  # no reading is larger; what claims to be is unknown
@@ -3862,9 +3861,14 @@ def grows_steadily(
         return False
     reads = node.curves.get("job_read", [])  # it may not reach as far back
     then = [value for moment, value in reads if moments[0] <= moment <= moments[-1]]
-    read = mean_of(then or [value for _, value in reads])
-    may_load = not reads or read >= slope / 2
-    return used >= 0.8 * limit or not may_load
+    return used >= 0.8 * limit or not may_load(
+        then or [value for _, value in reads], slope
+    )
+
+
+def may_load(reads: List[float], slope: float) -> bool:
+    """Whether memory may grow by what is read: that ends with the files.  Unknown is maybe."""
+    return not reads or mean_of(reads) >= slope / 2
 
 
 def growing_since(node: NodeEvidence, seconds: float) -> Optional[float]:
@@ -3959,14 +3963,12 @@ def climbs(case: Case, node: NodeEvidence) -> bool:
         return False
     slope, share = fit_line(points)
     steps = [later[1] - sooner[1] for sooner, later in zip(points, points[1:])]
-    is_up = min(steps) >= -0.1 * (
-        used - points[0][1]
-    )  # some are level, or a little down
+    growth = used - points[0][1]
+    is_up = min(steps) >= -0.1 * growth  # some are level, or a little down
     if share < 0.95 or slope <= 0 or not is_up or (limit - used) / slope > 600:
         return False
     reads = recent(node, "job_read", case.now, LONG_SECONDS)
-    may_load = not reads or mean_of(reads) >= slope / 2
-    return used >= 0.8 * limit or not may_load
+    return used >= 0.8 * limit or not may_load(reads, slope)
 
 
 def given_back(points: Curve) -> float:
@@ -5066,7 +5068,8 @@ def parse_verdicts(rows: Any) -> List[Verdict]:
 
 def words_of_fine(what: Any) -> str:
     """What a verdict says, where its severity stands beside it."""
-    return "nothing is wrong" if what == "fine" else str(what)
+    plain = {"fine": "nothing is wrong", FINE_SO_FAR: "nothing is wrong so far"}
+    return plain.get(str(what), str(what))
 
 
 def explain_code(verdicts: Iterable[Verdict]) -> int:
@@ -7455,9 +7458,8 @@ class NodeMap(NamedTuple):
     """How much each node had of a metric over the time, in MAP_COLUMNS columns."""
 
     top: float  # what the highest level stands for
-    levels: Dict[
-        str, str
-    ]  # node -> for each column one of LEVEL_DIGITS; a blank is unknown
+    # node -> for each column one of LEVEL_DIGITS; a blank is unknown
+    levels: Dict[str, str]
 
 
 class Sketch(NamedTuple):
@@ -8038,10 +8040,8 @@ class Archive:
         self.folder = folder
         self.seconds = seconds
         self.questions: queue.Queue[Any] = queue.Queue(64)
-        self.listed: Tuple[int, List[RecordFile]] = (
-            -1,
-            [],
-        )  # the folder's time, and files
+        # the folder's time, and its files
+        self.listed: Tuple[int, List[RecordFile]] = (-1, [])
         self.summaries: Dict[str, Tuple[RecordFile, Message]] = {}
         self.unread = 0  # files of which there is no summary yet
         self.digests: Dict[str, Digest] = {}  # by path, of files that still grow
@@ -9335,9 +9335,7 @@ BAD_ENDS = (
     "BOOT_FAIL",
     "DEADLINE",
 )
-JUDGED_SECONDS = (
-    20.0  # after the end of a job: who has watched it has judged it by then
-)
+JUDGED_SECONDS = 20.0  # after its end: who has watched a job has judged it by then
 SHOWN_GPUS = 8  # of a job, each by itself
 # A process is odd when a reading is further from the median of the job than so many times the
 # median of these distances, and than so much
@@ -11912,15 +11910,13 @@ def verdict_words(summary: Message) -> str:
     severity = severity_of(summary)
     text = verdict_text(summary)
     if not severity:
-        return text.capitalize()
+        return text[:1].upper() + text[1:]
     words = SEVERITY_WORDS[severity]
-    return "%s: %s" % (words, text) if text else words
+    return "%s: %s" % (words, words_of_fine(text)) if text else words
 
 
-NOT_SAID = (
-    "fine",
-    "Nothing is wrong",
-)  # by a verdict that says no more than its severity
+# by a verdict that says no more than its severity
+NOT_SAID = ("fine", "Nothing is wrong")
 
 
 def verdict_text(summary: Message) -> str:

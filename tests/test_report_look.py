@@ -61,6 +61,22 @@ class ListOfJobs(unittest.TestCase):
         full = time.strftime("%F %R", time.localtime(NOW + HOUR))
         self.assertIn('title="ended %s"' % full, page)
 
+    def test_a_verdict_in_a_line_reads_well(self):
+        for state, reason, found, end in (
+            ("PENDING", "JobArrayTaskLimit", None, "JobArrayTaskLimit"),
+            ("RUNNING", None, [verdict("fine", "fine so far")], "so far"),
+            ("RUNNING", None, [verdict("fine", "fine")], "\u2713 Fine"),
+        ):
+            summary = dict(
+                dict.fromkeys(master.JOB_KEYS),
+                state=state,
+                reason=reason,
+                verdicts=found,
+            )
+            text = master.verdict_words(summary)
+            self.assertTrue(text.endswith(end), text)
+            self.assertNotIn("Fine: fine", text)
+
     def test_figures_are_told_as_what_was_used_of_what_was_asked(self):
         record = a_record("4", gpus=8)
         row = cells(render("/jobs", record), "4")
