@@ -318,6 +318,12 @@ class Machine:
         words = [SCRIPT, "run", user, "bash -c " + shlex.quote(line)]
         return support.Tool(words, self.env, stdin=subprocess.PIPE)
 
+    def master_pid(self):
+        """The pid of tester's master, which has started itself once more with -c."""
+        return self.run(
+            "pgrep -o -u tester -f '^[^ ]*python3 .*master_server.py'", user="root"
+        )
+
     def sbatch(self, *words):
         """Submit a job; its id."""
         line = " ".join(shlex.quote(word) for word in ("sbatch", "--parsable", *words))
@@ -531,9 +537,7 @@ class MyJobs(VmTest):
         """End the master by that signal: no step and no process is left, and the job runs on."""
         steps = VM.run("squeue -s -h -o %j", user="root").split()
         self.assertIn("sentinel", steps)
-        master = VM.run(
-            "pgrep -o -u tester -f '^python3 master_server.py'", user="root"
-        )
+        master = VM.master_pid()
         self.assertGreater(len(self.own_processes() - before), 3)
         words = " ".join(["python3 leave.py", str(number), master, *before])
         seconds = float(VM.run(words, user="root"))
@@ -1156,9 +1160,7 @@ class RemoveIPC(VmTest):
         read = json.loads(self.as_tester("python3 test_reader.py --json"))
         self.assertEqual([row["node"] for row in read["nodes"]], ["vm"])
 
-        master = VM.run(
-            "pgrep -o -u tester -f '^python3 master_server.py'", user="root"
-        )
+        master = VM.master_pid()
         roles = VM.run("pgrep -P " + master, user="root").split()
         self.assertGreaterEqual(len(roles), 3)
         VM.run("kill -KILL " + " ".join(roles), user="root")
