@@ -13443,8 +13443,22 @@ PICK_GRAPHS = operator.itemgetter(*map(NODE_KEYS.index, GRAPHS))
 FINE_COUNT = len(FINE_GRAPHS)
 COARSE_NUMBERS = range(FINE_COUNT, len(GRAPHS))
 GAP = (math.nan,) * len(GRAPHS)
-BLANK = array.array("f", [math.nan]) * (FINE_COUNT * FINE)
+HUNDREDTHS = 100  # in a percent, as a ring has it
+NO_PERCENT = 0xFFFF  # NaN, as a ring has it
+BLANK = array.array("H", [NO_PERCENT]) * (FINE_COUNT * FINE)
 BLANK_COARSE = array.array("f", [math.nan]) * COARSE
+
+
+def pack_percent(percent: float) -> int:
+    """A percentage as 16 bits: hundredths of a percent, 655.34 at most, or NO_PERCENT."""
+    if math.isnan(percent):
+        return NO_PERCENT
+    return int(min(max(HUNDREDTHS * percent + 0.5, 0), NO_PERCENT - 1))
+
+
+def unpack_percents(packed: Iterable[int]) -> List[float]:
+    """The percentages again."""
+    return [math.nan if each == NO_PERCENT else each / HUNDREDTHS for each in packed]
 
 
 class Ring(NamedTuple):
@@ -13452,11 +13466,12 @@ class Ring(NamedTuple):
 
     last: int  # tick of the newest
     held: Tuple[int, ...]  # places in GRAPHS of the COARSE ones
-    readings: Any  # an array of floats
+    fine: Any  # an array of pack_percent()'s
+    coarse: Any  # an array of floats
 
 
 class Stretch(NamedTuple):
-    """Where a ring of History holds a metric: readings from first on, one in so many ticks."""
+    """Where an array of a ring holds a metric: readings from first on, one in so many ticks."""
 
     first: int
     size: int
@@ -13467,41 +13482,40 @@ def stretch_of(number: int, held: Tuple[int, ...]) -> Stretch:
     """Where the readings of one of GRAPHS are; it is one of FINE_GRAPHS, or held."""
     if number < FINE_COUNT:
         return Stretch(number * FINE, FINE, 1)
-    first = FINE_COUNT * FINE + held.index(number) * COARSE
-    return Stretch(first, COARSE, FIFTH)
+    return Stretch(held.index(number) * COARSE, COARSE, FIFTH)
 
 
-def put_readings(
-    readings: Any, held: Tuple[int, ...], tick: int, values: Sequence[float]
-) -> None:
+def put_readings(ring: Ring, tick: int, values: Sequence[float]) -> None:
     """Write what GRAPHS were at a tick, over what they were a whole ring ago."""
     for number in range(FINE_COUNT):
-        readings[number * FINE + tick % FINE] = values[number]
-    if tick % FIFTH == 0 and held:
-        first = FINE_COUNT * FINE + tick // FIFTH % COARSE
-        coarse = [values[number] for number in held]
-        readings[first::COARSE] = array.array("f", coarse)
+        ring.fine[number * FINE + tick % FINE] = pack_percent(values[number])
+    if tick % FIFTH == 0 and ring.held:
+        coarse = [values[number] for number in ring.held]
+        ring.coarse[tick // FIFTH % COARSE :: COARSE] = array.array("f", coarse)
 
 
 def fill_readings(ring: Ring, tick: int, values: Sequence[float]) -> None:
     """Write what GRAPHS were at a tick, where there is room for it and nothing is known yet."""
-    numbers = list(range(FINE_COUNT))
-    if tick % FIFTH == 0:
-        numbers += ring.held
-    for number in numbers:
-        stretch = stretch_of(number, ring.held)
-        at = stretch.first + tick // stretch.ticks % stretch.size
-        if math.isnan(ring.readings[at]):
-            ring.readings[at] = values[number]
+    for number in range(FINE_COUNT):
+        at = number * FINE + tick % FINE
+        if ring.fine[at] == NO_PERCENT:
+            ring.fine[at] = pack_percent(values[number])
+    if tick % FIFTH:
+        return
+    for place, number in enumerate(ring.held):
+        at = place * COARSE + tick // FIFTH % COARSE
+        if math.isnan(ring.coarse[at]):
+            ring.coarse[at] = values[number]
 
 
 class History:
-    """The last ten minutes of every node, in a ring of floats for each; unknown is NaN.
+    """The last ten minutes of every node, in a ring for each; unknown is NaN.
 
-    A ring has FINE readings of CPU, FINE of RAM, and COARSE of each other metric of GRAPHS
-    that the node has ever sent:
+    A ring has two arrays: FINE readings of CPU and FINE of RAM, in 16 bits, and COARSE of each
+    other metric of GRAPHS that the node has ever sent, as floats:
 
-        cpu, one a tick | ram, one a tick | load1, one in FIFTH ticks | swap, ... | ...
+        cpu, one a tick | ram, one a tick
+        load1, one in FIFTH ticks | swap, ... | ...
 
     The reading of a tick is at the tick modulo the size: it replaces that of ten minutes ago.
     """
@@ -13522,16 +13536,16 @@ class History:
 
     def note(self, key: Any, values: Sequence[float], tick: int) -> None:
         """Write a node's readings; they stand for the ticks that were left out before, if few."""
-        ring = self.rings.get(key) or Ring(tick - 1, (), BLANK[:])
-        if tick // FIFTH > ring.last // FIFTH:
+        ring = self.rings.get(key) or Ring(tick - 1, (), BLANK[:], BLANK_COARSE[:0])
+        last = ring.last
+        if tick // FIFTH > last // FIFTH:
             ring = self.hold(ring, values)
-        last, held, readings = ring
         is_bridged = tick - last <= FIFTH  # a longer gap is one in the graph, too
         for at in range(max(last + 1, tick - FINE + 1), tick):
-            put_readings(readings, held, at, values if is_bridged else GAP)
+            put_readings(ring, at, values if is_bridged else GAP)
         if last < tick:
-            put_readings(readings, held, tick, values)
-        self.rings[key] = Ring(tick, held, readings)
+            put_readings(ring, tick, values)
+        self.rings[key] = ring._replace(last=tick)
 
     def hold(self, ring: Ring, values: Sequence[float]) -> Ring:
         """The ring with room for the metrics that are known now and were not before."""
@@ -13543,7 +13557,8 @@ class History:
             return ring
         held = ring.held + tuple(sorted(more))
         held = self.helds.setdefault(held, held)
-        return Ring(ring.last, held, ring.readings + BLANK_COARSE * len(more))
+        coarse = ring.coarse + BLANK_COARSE * len(more)
+        return ring._replace(held=held, coarse=coarse)
 
     def add_past(self, rows: Sequence[Row], now: float) -> None:
         """Put readings of the time of a cut in their place, where nothing is known.
@@ -13559,7 +13574,7 @@ class History:
                 self.note(key, GAP, self.tick)
             ring = self.hold(self.rings[key], values)
             self.rings[key] = ring
-            is_live = not math.isnan(ring.readings[self.tick % FINE])
+            is_live = ring.fine[self.tick % FINE] != NO_PERCENT
             end = min(tick + 2 * FIFTH, self.tick) if is_live else tick + 1
             for at in range(max(tick - FIFTH, self.tick - FINE) + 1, end):
                 fill_readings(ring, at, values)
@@ -13580,14 +13595,16 @@ class History:
             return []
         number = GRAPHS.index(metric)
         key = (row["node"] or row["address"], row["job"])
-        last, held, ring = self.rings.get(key) or Ring(-FINE, (), BLANK)
-        if number >= FINE_COUNT and number not in held:
+        ring = self.rings.get(key) or Ring(-FINE, (), BLANK, BLANK_COARSE)
+        last = ring.last
+        if number >= FINE_COUNT and number not in ring.held:
             return [math.nan] * points
-        stretch = stretch_of(number, held)
+        stretch = stretch_of(number, ring.held)
         stride = step * stretch.ticks
         newest = self.tick - self.tick % stride
         oldest = newest - (points - 1) * stride
-        readings = read_stretch(ring, stretch, oldest // stretch.ticks, step)[:points]
+        held = ring.fine if number < FINE_COUNT else ring.coarse
+        readings = read_stretch(held, stretch, oldest // stretch.ticks, step)[:points]
         forgotten = (last - FINE - oldest) // stride + 1
         if forgotten > 0:
             readings[:forgotten] = [math.nan] * min(forgotten, points)
@@ -13596,14 +13613,14 @@ class History:
         return readings
 
 
-def read_stretch(ring: Any, stretch: Stretch, oldest: int, step: int) -> List[float]:
+def read_stretch(held: Any, stretch: Stretch, oldest: int, step: int) -> List[float]:
     """Every step-th reading of a stretch, from that of a tick on until a whole ring later."""
     at = oldest % stretch.size
     end = stretch.first + stretch.size
-    readings: List[float] = ring[stretch.first + at : end : step].tolist()
+    readings = held[stretch.first + at : end : step].tolist()
     after = (at - stretch.size) % step  # where it goes on, at the beginning
-    readings += ring[stretch.first + after : stretch.first + at : step].tolist()
-    return readings
+    readings += held[stretch.first + after : stretch.first + at : step].tolist()
+    return unpack_percents(readings) if held.typecode == "H" else readings
 
 
 # -- what the master takes -----------------------------------------------------
