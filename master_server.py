@@ -13442,11 +13442,19 @@ PICK_NAME = operator.itemgetter(*map(NODE_KEYS.index, ("node", "address", "job")
 PICK_GRAPHS = operator.itemgetter(*map(NODE_KEYS.index, GRAPHS))
 FINE_COUNT = len(FINE_GRAPHS)
 COARSE_NUMBERS = range(FINE_COUNT, len(GRAPHS))
+# Percentages of one CPU, or of those that a job may use: there may be more than 100 of them.
+BEYOND_100 = ("job_cpu", "agent_cpu")
+PERCENTS = frozenset(
+    GRAPHS.index(m.key)
+    for m in METRICS
+    if m.unit == "%" and m.key in GRAPHS and m.key not in BEYOND_100
+)
 GAP = (math.nan,) * len(GRAPHS)
 HUNDREDTHS = 100  # in a percent, as a ring has it
 NO_PERCENT = 0xFFFF  # NaN, as a ring has it
-BLANK = array.array("H", [NO_PERCENT]) * (FINE_COUNT * FINE)
-BLANK_COARSE = array.array("f", [math.nan]) * COARSE
+BLANK_FINE = array.array("H", [NO_PERCENT]) * (FINE_COUNT * FINE)
+BLANK_PERCENTS = array.array("H", [NO_PERCENT]) * COARSE
+BLANK_NUMBERS = array.array("f", [math.nan]) * COARSE
 
 
 def pack_percent(percent: float) -> int:
@@ -13461,13 +13469,23 @@ def unpack_percents(packed: Iterable[int]) -> List[float]:
     return [math.nan if each == NO_PERCENT else each / HUNDREDTHS for each in packed]
 
 
+class Held(NamedTuple):
+    """The COARSE metrics of a ring, in their order there, as places in GRAPHS."""
+
+    percents: Tuple[int, ...]
+    numbers: Tuple[int, ...]
+
+
 class Ring(NamedTuple):
     """The readings of a node, as History has them."""
 
     last: int  # tick of the newest
-    held: Tuple[int, ...]  # places in GRAPHS of the COARSE ones
-    fine: Any  # an array of pack_percent()'s
-    coarse: Any  # an array of floats
+    held: Held
+    percents: Any  # an array of pack_percent()'s
+    numbers: Any  # an array of floats
+
+
+EMPTY_RING = Ring(-FINE, Held((), ()), BLANK_FINE, BLANK_NUMBERS[:0])
 
 
 class Stretch(NamedTuple):
@@ -13478,44 +13496,55 @@ class Stretch(NamedTuple):
     ticks: int
 
 
-def stretch_of(number: int, held: Tuple[int, ...]) -> Stretch:
+def stretch_of(number: int, held: Held) -> Stretch:
     """Where the readings of one of GRAPHS are; it is one of FINE_GRAPHS, or held."""
     if number < FINE_COUNT:
         return Stretch(number * FINE, FINE, 1)
-    return Stretch(held.index(number) * COARSE, COARSE, FIFTH)
+    if number in PERCENTS:
+        first = FINE_COUNT * FINE + held.percents.index(number) * COARSE
+    else:
+        first = held.numbers.index(number) * COARSE
+    return Stretch(first, COARSE, FIFTH)
 
 
 def put_readings(ring: Ring, tick: int, values: Sequence[float]) -> None:
     """Write what GRAPHS were at a tick, over what they were a whole ring ago."""
     for number in range(FINE_COUNT):
-        ring.fine[number * FINE + tick % FINE] = pack_percent(values[number])
-    if tick % FIFTH == 0 and ring.held:
-        coarse = [values[number] for number in ring.held]
-        ring.coarse[tick // FIFTH % COARSE :: COARSE] = array.array("f", coarse)
+        ring.percents[number * FINE + tick % FINE] = pack_percent(values[number])
+    if tick % FIFTH:
+        return
+    at = tick // FIFTH % COARSE
+    if ring.held.percents:
+        packed = [pack_percent(values[number]) for number in ring.held.percents]
+        ring.percents[FINE_COUNT * FINE + at :: COARSE] = array.array("H", packed)
+    if ring.held.numbers:
+        known = [values[number] for number in ring.held.numbers]
+        ring.numbers[at::COARSE] = array.array("f", known)
 
 
 def fill_readings(ring: Ring, tick: int, values: Sequence[float]) -> None:
     """Write what GRAPHS were at a tick, where there is room for it and nothing is known yet."""
-    for number in range(FINE_COUNT):
-        at = number * FINE + tick % FINE
-        if ring.fine[at] == NO_PERCENT:
-            ring.fine[at] = pack_percent(values[number])
-    if tick % FIFTH:
-        return
-    for place, number in enumerate(ring.held):
-        at = place * COARSE + tick // FIFTH % COARSE
-        if math.isnan(ring.coarse[at]):
-            ring.coarse[at] = values[number]
+    numbers = list(range(FINE_COUNT))
+    if tick % FIFTH == 0:
+        numbers += ring.held.percents + ring.held.numbers
+    for number in numbers:
+        stretch = stretch_of(number, ring.held)
+        at = stretch.first + tick // stretch.ticks % stretch.size
+        if number in PERCENTS:
+            if ring.percents[at] == NO_PERCENT:
+                ring.percents[at] = pack_percent(values[number])
+        elif math.isnan(ring.numbers[at]):
+            ring.numbers[at] = values[number]
 
 
 class History:
     """The last ten minutes of every node, in a ring for each; unknown is NaN.
 
-    A ring has two arrays: FINE readings of CPU and FINE of RAM, in 16 bits, and COARSE of each
-    other metric of GRAPHS that the node has ever sent, as floats:
+    A ring has FINE readings of CPU, FINE of RAM, and COARSE of each other metric of GRAPHS
+    that the node has ever sent: percentages in an array of 16 bits, all else in one of floats:
 
-        cpu, one a tick | ram, one a tick
-        load1, one in FIFTH ticks | swap, ... | ...
+        cpu, one a tick | ram, one a tick | swap, one in FIFTH ticks | disk, ... | ...
+        load1, one in FIFTH ticks | net_rx, ... | ...
 
     The reading of a tick is at the tick modulo the size: it replaces that of ten minutes ago.
     """
@@ -13536,7 +13565,9 @@ class History:
 
     def note(self, key: Any, values: Sequence[float], tick: int) -> None:
         """Write a node's readings; they stand for the ticks that were left out before, if few."""
-        ring = self.rings.get(key) or Ring(tick - 1, (), BLANK[:], BLANK_COARSE[:0])
+        ring = self.rings.get(key)
+        if not ring:
+            ring = EMPTY_RING._replace(last=tick - 1, percents=BLANK_FINE[:])
         last = ring.last
         if tick // FIFTH > last // FIFTH:
             ring = self.hold(ring, values)
@@ -13552,13 +13583,18 @@ class History:
         known = [
             number for number in COARSE_NUMBERS if values[number] == values[number]
         ]
-        more = set(known).difference(ring.held)
+        more = sorted(set(known).difference(ring.held.percents, ring.held.numbers))
         if not more:
             return ring
-        held = ring.held + tuple(sorted(more))
-        held = self.helds.setdefault(held, held)
-        coarse = ring.coarse + BLANK_COARSE * len(more)
-        return ring._replace(held=held, coarse=coarse)
+        percents = tuple(number for number in more if number in PERCENTS)
+        numbers = tuple(number for number in more if number not in PERCENTS)
+        held = Held(ring.held.percents + percents, ring.held.numbers + numbers)
+        return Ring(
+            ring.last,
+            self.helds.setdefault(held, held),
+            ring.percents + BLANK_PERCENTS * len(percents),
+            ring.numbers + BLANK_NUMBERS * len(numbers),
+        )
 
     def add_past(self, rows: Sequence[Row], now: float) -> None:
         """Put readings of the time of a cut in their place, where nothing is known.
@@ -13574,7 +13610,7 @@ class History:
                 self.note(key, GAP, self.tick)
             ring = self.hold(self.rings[key], values)
             self.rings[key] = ring
-            is_live = ring.fine[self.tick % FINE] != NO_PERCENT
+            is_live = ring.percents[self.tick % FINE] != NO_PERCENT
             end = min(tick + 2 * FIFTH, self.tick) if is_live else tick + 1
             for at in range(max(tick - FIFTH, self.tick - FINE) + 1, end):
                 fill_readings(ring, at, values)
@@ -13595,15 +13631,19 @@ class History:
             return []
         number = GRAPHS.index(metric)
         key = (row["node"] or row["address"], row["job"])
-        ring = self.rings.get(key) or Ring(-FINE, (), BLANK, BLANK_COARSE)
+        ring = self.rings.get(key, EMPTY_RING)
         last = ring.last
-        if number >= FINE_COUNT and number not in ring.held:
+        if number not in (
+            *range(FINE_COUNT),
+            *ring.held.percents,
+            *ring.held.numbers,
+        ):
             return [math.nan] * points
         stretch = stretch_of(number, ring.held)
         stride = step * stretch.ticks
         newest = self.tick - self.tick % stride
         oldest = newest - (points - 1) * stride
-        held = ring.fine if number < FINE_COUNT else ring.coarse
+        held = ring.percents if number in PERCENTS else ring.numbers
         readings = read_stretch(held, stretch, oldest // stretch.ticks, step)[:points]
         forgotten = (last - FINE - oldest) // stride + 1
         if forgotten > 0:

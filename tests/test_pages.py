@@ -801,9 +801,9 @@ class Past(unittest.TestCase):
 
     def test_a_node_takes_at_most_ten_kib_and_less_when_it_sends_little(self):
         def size_of(ring):
-            self.assertIsInstance(ring.fine, array.array)
-            self.assertIsInstance(ring.coarse, array.array)
-            return sys.getsizeof(ring.fine) + sys.getsizeof(ring.coarse)
+            self.assertIsInstance(ring.percents, array.array)
+            self.assertIsInstance(ring.numbers, array.array)
+            return sys.getsizeof(ring.percents) + sys.getsizeof(ring.numbers)
 
         little = node(1, node="c1")
         sent = [key for key in master.GRAPHS[2:] if little[key] is not None]
@@ -813,18 +813,22 @@ class Past(unittest.TestCase):
         others = [key for key in master.GRAPHS[2:] if key != "net_rx"]
         history = self.fill(range(20), **dict.fromkeys(others, 1.0))
         (ring,) = history.rings.values()
-        self.assertLess(size_of(ring) + 600, 10 * 1024)
+        self.assertLess(size_of(ring) + 600, 8 * 1024)
 
-    def test_cpu_and_ram_are_kept_to_a_hundredth_of_a_percent(self):
+    def test_percentages_are_kept_to_a_hundredth_unless_there_may_be_many(self):
         history, row = master.History(), node(1, node="c1")
         sent = [0.0, 0.004, 0.006, 33.333, 99.995, 100.0, 655.34, 1e9, -1.0, math.nan]
+        metrics = ("cpu", "ram", "swap", "psi_io", "job_cpu")
         for tick, percent in enumerate(sent):
-            history.add(view([node(1, node="c1", cpu=percent, ram=percent)]), tick)
+            known = dict.fromkeys(metrics, percent)
+            history.add(view([node(1, node="c1", **known)]), 5 * tick)
         kept = [0.0, 0.0, 0.01, 33.33, 100.0, 100.0, 655.34, 655.34, 0.0]
-        for metric in ("cpu", "ram"):
-            series = history.series(row, metric, 10, 1)
-            self.assertEqual(series[:9], kept)
-            self.assertTrue(math.isnan(series[9]))
+        for metric in metrics[:-1]:
+            step = 5 if metric in ("cpu", "ram") else 1
+            series = history.series(row, metric, 10, step)
+            self.assertEqual(series[:9], kept, metric)
+            self.assertTrue(math.isnan(series[9]), metric)
+        self.assertEqual(history.series(row, "job_cpu", 3, 1)[0], 1e9)
 
     def test_a_metric_that_comes_later_has_a_curve_from_then_on(self):
         history = master.History()

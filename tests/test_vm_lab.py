@@ -946,7 +946,8 @@ class Judged(VmTest):
         """That is told of a job that runs, TOLD seconds after it began to be so at most."""
         seconds = self.says(job, pattern) - since
         print("job %s, %.0f s after it began: %s" % (job, seconds, pattern))
-        self.assertLess(seconds, TOLD)
+        lines = map(json.dumps, self.record(job))
+        self.assertLess(seconds, TOLD, "since %.0f:\n%s" % (since, "\n".join(lines)))
 
     def died(self, job, pattern):
         """That is told of a job that has died, as soon as Slurm tells its end."""
