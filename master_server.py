@@ -9802,14 +9802,19 @@ def trouble_of(view: Snapshot, rows: List[Message]) -> str:
 def trouble_of_jobs(view: Snapshot) -> List[str]:
     """How many jobs died or have a problem: a list of one line, or none."""
     severities = [job["severity"] for job in job_rows(view)]
-    counts = []
-    for severity, words in (("died", "died"), ("problem", "with a problem")):
-        count = severities.count(severity)
-        if count:
-            counts.append("%d %s" % (count, words))
+    counts = trouble_words(severities)
     if not counts:
         return []
     return ["%s: %s" % (counted(len(severities), "job"), ", ".join(counts))]
+
+
+def trouble_words(severities: Sequence[str]) -> List[str]:
+    """How many jobs died and how many have a problem, as far as there are any."""
+    counts = (
+        ("%d died", severities.count("died")),
+        ("%d with a problem", severities.count("problem")),
+    )
+    return [words % count for words, count in counts if count]
 
 
 def counted(count: int, word: str) -> str:
@@ -12659,8 +12664,9 @@ def render_jobs_page(view: Snapshot, query: Query, site: Site) -> str:
 
 def jobs_words(jobs: Sequence[Message]) -> str:
     """How many jobs there are in which state, and when that was so: the page is not live."""
-    texts = state_words(jobs)
-    words = "%s: %s. " % (count_words(len(jobs), "job"), ", ".join(texts))
+    trouble = trouble_words([severity_of(job) for job in jobs])
+    texts = [", ".join(each) for each in (trouble, state_words(jobs)) if each]
+    words = "%s: %s. " % (count_words(len(jobs), "job"), "; ".join(texts))
     now = "As of %s; this page does not renew itself." % time.strftime("%R")
     return words + now if jobs else now
 
@@ -12888,6 +12894,8 @@ def compare_rows(one: Message, other: Message) -> List[Message]:
             pair = [summary[key] or summary["mem"] for summary in (one, other)]
         if key == "severity":
             pair = [severity_of(summary) or None for summary in (one, other)]
+        if key == "state":
+            pair = [plain_state(state) for state in pair]
         if pair == [None, None]:
             continue
         texts = [render_value(written, value) for value in pair]

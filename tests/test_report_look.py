@@ -136,7 +136,7 @@ class ListOfJobs(unittest.TestCase):
 
     def test_it_says_as_of_when_it_is_and_counts_in_words(self):
         text = words(render("/jobs", unwatched()))
-        self.assertRegex(text, r"1 job: 1 out of memory\. As of \d\d:\d\d; this page")
+        self.assertRegex(text, r"1 job: 1 died; 1 out of memory\. As of \d\d:\d\d; this page")
         self.assertIn("No job matches", words(render("/jobs", unwatched(), q="zz")))
 
     def test_a_dead_run_of_a_job_that_runs_again_is_not_its_verdict(self):

@@ -391,7 +391,7 @@ class Lists(unittest.TestCase):
         long = a_record("12", hours=3, state="TIMEOUT", end=NOW + 3 * HOUR)
         page = render("/compare", self.records[1], long, a="10", b="12")
         text = words(page)
-        self.assertIn("State COMPLETED TIMEOUT different", text)
+        self.assertIn("State completed timeout different", text)
         self.assertIn("Ran 1.0 h 3.0 h 3.0 times as much", text)
         self.assertIn("Nodes 2 2 the same", text)
         self.assertIn('class="other"', page)
