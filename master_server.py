@@ -12843,9 +12843,12 @@ def render_choice_page(view: Snapshot, query: Query, site: Site) -> str:
     for key in ("a", "b"):
         others = [job for key_of, job in chosen.items() if key_of != key]
         choices = [job for job in jobs if job["job"] not in others]
+        shown = chosen.get(key)
+        if key == "b" and not chosen and len(jobs) > 1:
+            shown = jobs[1]["job"]  # a job is not compared with itself
         # what is chosen is in the list, however long that is
         choices.sort(key=lambda job: job["job"] != chosen.get(key))
-        options = [choice(job, chosen.get(key)) for job in choices[:MAX_CHOICES]]
+        options = [choice(job, shown) for job in choices[:MAX_CHOICES]]
         selects.append(fill(CHOICE_HTML, label=key.upper(), key=key, options=options))
     parts = [
         demo_notice(site),

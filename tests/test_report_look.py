@@ -136,7 +136,9 @@ class ListOfJobs(unittest.TestCase):
 
     def test_it_says_as_of_when_it_is_and_counts_in_words(self):
         text = words(render("/jobs", unwatched()))
-        self.assertRegex(text, r"1 job: 1 died; 1 out of memory\. As of \d\d:\d\d; this page")
+        self.assertRegex(
+            text, r"1 job: 1 died; 1 out of memory\. As of \d\d:\d\d; this page"
+        )
         self.assertIn("No job matches", words(render("/jobs", unwatched(), q="zz")))
 
     def test_a_dead_run_of_a_job_that_runs_again_is_not_its_verdict(self):
@@ -247,7 +249,12 @@ class Compared(unittest.TestCase):
         self.assertEqual(first[0], ("6", " selected"))
         self.assertEqual([job for job, _ in second], ["7", "5"])  # of its name first
         self.assertIn('name="id"', page)
-        self.assertIn("/compare?a=ID", words(render("/compare", *records)))
+        page = render("/compare", *records)
+        self.assertIn("/compare?a=ID", words(page))
+        first, second = re.findall(r"<select.*?</select>", page, re.S)
+        shown = re.findall(r'value="(\d)" selected', second)
+        self.assertEqual(len(shown), 1)  # no job is compared with itself
+        self.assertNotEqual(re.findall(r'value="(\d)"', first)[0], shown[0])
 
 
 class ManyRuns(unittest.TestCase):

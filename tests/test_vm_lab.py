@@ -39,7 +39,9 @@ SCRIPT = os.path.join(support.ROOT, "tests", "vm-lab.sh")
 PATIENT = {"ATTACH_SECONDS": 120, "RETRY_SECONDS": 30, "QUESTION_SECONDS": 60}
 AGENT = support.with_constants("agent.py", PART_SHARE=1, **PATIENT)
 THRIFTY = support.with_constants("agent.py", **PATIENT)  # its looks are as rare as ever
-TOOLS = (AGENT, "master_server.py", "test_reader.py", "run_agent.slurm")
+# Judging a job takes a tenth of a second there: every two minutes would be all of its share.
+MASTER = support.with_constants("master_server.py", DIAGNOSE_SHARE=100)
+TOOLS = (AGENT, MASTER, "test_reader.py", "run_agent.slurm")
 BUILD_SECONDS = 1200  # a busy machine needs so long; an idle one 65
 CALL_SECONDS = 120
 ASKED_FOR = os.environ.get("SENTINEL_TEST_VM") == "1"
