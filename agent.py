@@ -1184,12 +1184,17 @@ class Sampler:
         self.trouble = trouble
 
     def widen_for_ever(self) -> None:
-        """Do the readings of many files, on a thread."""
+        """Do the readings of many files, on a thread.
+
+        The second round comes soon: it is the first that knows what is read in a second.
+        """
+        factor = 0.0
         while True:
             begun = time.monotonic()
             self.wide = (begun, collect(self.wide_readers))
             took = time.monotonic() - begun
-            time.sleep(min(max(WIDE_SECONDS, WIDE_FACTOR * took), MAX_WIDE_SECONDS))
+            time.sleep(min(max(WIDE_SECONDS, factor * took), MAX_WIDE_SECONDS))
+            factor = WIDE_FACTOR
 
     def refresh_for_ever(self) -> None:
         """Do the readings that may hang (a dead file server, a GPU's driver), on a thread.

@@ -7,8 +7,10 @@
 
 The agents are those of load.py, through port_forward.py. All the time some leave, with a goodbye, a
 reset, a close or in silence, and others come; somebody looks at the page. Every few seconds the
-memory (PSS), threads and descriptors of each process are noted. In the end the load stops, and
-what it leaves behind is compared with what was there before it came.
+memory, threads and descriptors of each process are noted. Memory is what a process has allocated
+(Pss_Anon). The shared table and the files of programs are not in it: their sizes are fixed, and
+how much of them counts depends on who else has them in memory. In the end the load stops, and what
+it leaves behind is compared with what was there before it came.
 
 With --my-jobs it is a real Slurm that is watched (lab.sh, as root): all the time jobs start on the
 two nodes, and end well, fail, are cancelled or run out of memory, and `--my-jobs` puts a step into
@@ -72,10 +74,14 @@ def count_descriptors(pid):
 
 
 def look(pids):
-    """{process: {"memory": bytes, "threads":, "descriptors":}} of {process: pid}."""
+    """{process: {"memory": bytes, "shared": bytes, "threads":, "descriptors":}} of {process: pid}.
+
+    "shared" is its part of the shared table and of files that are mapped, proc(5).
+    """
     return {
         name: {
-            "memory": bench.own_pss(pid),
+            "memory": bench.own_pss(pid, "Pss_Anon"),
+            "shared": bench.own_pss(pid, "Pss_Shmem") + bench.own_pss(pid, "Pss_File"),
             "threads": count_threads(pid),
             "descriptors": count_descriptors(pid),
         }
@@ -84,9 +90,10 @@ def look(pids):
 
 
 def in_mebibytes(seen):
-    """The memory of each process, in words."""
+    """The memory of each process and its part of what is shared, in words."""
     return ", ".join(
-        "%s %.1f" % (name, each["memory"] / bench.MIB) for name, each in seen.items()
+        "%s %.1f+%.1f" % (name, each["memory"] / bench.MIB, each["shared"] / bench.MIB)
+        for name, each in seen.items()
     )
 
 
