@@ -967,6 +967,7 @@ NO_LIMIT = 2**60  # bytes: cgroup v1 says 2 ** 63 - 4096 for no limit
 WIDE_SECONDS = 10.0  # between two rounds of what reads many files, and at least ...
 WIDE_FACTOR = 1000.0  # ... so many times what the last one took, up to ...
 MAX_WIDE_SECONDS = 50.0  # ... this
+EARLY_ROUNDS = 3  # of these, as many come as soon as they may
 MAX_PROCESSES = 4096  # of a job that are read
 MAX_KEPT_GROUPS = 16  # cgroups whose OOM kills are read with each sample
 # keys of the space and of the inodes in use, directory; "": the job's working directory.
@@ -1186,15 +1187,17 @@ class Sampler:
     def widen_for_ever(self) -> None:
         """Do the readings of many files, on a thread.
 
-        The second round comes soon: it is the first that knows what is read in a second.
+        The first few come soon: the second knows what is read in a second, or the third, if the
+        job's processes were not there yet.
         """
-        factor = 0.0
+        rounds = 0
         while True:
             begun = time.monotonic()
             self.wide = (begun, collect(self.wide_readers))
             took = time.monotonic() - begun
+            rounds += 1
+            factor = WIDE_FACTOR if rounds >= EARLY_ROUNDS else 0.0
             time.sleep(min(max(WIDE_SECONDS, factor * took), MAX_WIDE_SECONDS))
-            factor = WIDE_FACTOR
 
     def refresh_for_ever(self) -> None:
         """Do the readings that may hang (a dead file server, a GPU's driver), on a thread.
