@@ -1,6 +1,7 @@
 """The master as a set of processes: how it ends, what it leaves, what it survives."""
 
 import contextlib
+import functools
 import os
 import pickle
 import random
@@ -277,6 +278,12 @@ def resident_bytes(pid):
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def has_own_words():
+    """Does the interpreter tell how it was called?"""
+    tells = support.run("-c", "import sys; print(hasattr(sys, 'orig_argv'))").stdout
+    return tells.strip() == "True"
+
+
 class AsTyped(unittest.TestCase):
     """`python3 master_server.py`: one process, without the tree that it was parsed into."""
 
@@ -288,8 +295,7 @@ class AsTyped(unittest.TestCase):
         self.addCleanup(from_pipe.kill)
         from_file = support.start_master(as_typed=True)
         self.addCleanup(from_file.kill)
-        tells = support.run("-c", "import sys; print(hasattr(sys, 'orig_argv'))").stdout
-        if tells.strip() != "True":
+        if not has_own_words():
             self.skipTest("Python before 3.10 does not tell its own words")
         for role in ("collector", "dashboard"):
             pids = [
@@ -311,6 +317,36 @@ class AsTyped(unittest.TestCase):
         self.assertEqual(told[-len(flags) - 1 : -1], list(flags))
         self.assertEqual(len(support.descendants(master.pid)), 2)
         self.assertEqual(master.stop(), 0)
+
+    def test_what_it_tells_the_c_library_no_other_program_hears(self):
+        heard = re.compile(r"(?m)^GLIBC_TUNABLES=(.*)$")
+        for own, of_master, of_child in (
+            ({}, ["glibc.malloc.tcache_count=0"], []),
+            ({"GLIBC_TUNABLES": "glibc.malloc.check=0"},)
+            + (["glibc.malloc.check=0"],) * 2,
+        ):
+            with self.subTest(own), tempfile.TemporaryDirectory() as folder:
+                path = os.path.join(folder, "environment")
+                master = support.start_master(
+                    "--alert",
+                    "ram>0.1",
+                    "--alert-command",
+                    "env >%s.new; mv %s.new %s" % (path, path, path),
+                    as_typed=True,
+                    env=own,
+                )
+                self.addCleanup(master.kill)
+                if not has_own_words():
+                    self.skipTest("Python before 3.10 does not tell its own words")
+                with open("/proc/%d/environ" % master.pid) as file:
+                    self.assertEqual(
+                        heard.findall(file.read().replace("\0", "\n")), of_master
+                    )
+                with support.PlainAgent(master.port) as agent:
+                    agent.send({"node": "n", "cpu": 50.0, "ram": 50.0})
+                    support.eventually(functools.partial(os.path.exists, path))
+                with open(path) as file:
+                    self.assertEqual(heard.findall(file.read()), of_child)
 
     def test_its_name_in_messages_is_its_own(self):
         done = support.run("master_server.py", "--nonsense", as_typed=True)
