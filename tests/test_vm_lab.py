@@ -826,61 +826,6 @@ class OutOfMemory(VmTest):
         self.assertRegex(text, r"the kernel killed %d process\w* on vm\b" % killed)
 
 
-class SickJobs(VmTest):
-    """What is wrong with jobs, told while they run and once they have died."""
-
-    def submit(self, word, *flags, before=""):
-        """Submit a job that is sick once there is a file of that name; its id."""
-        export = "--export=ALL,BEFORE=" + before
-        flags += ("--mem=100", "--output=sick.log", export)
-        return VM.sbatch(*flags, "sick.sh", word)
-
-    def says(self, job, pattern, seconds):
-        """Wait until a verdict on a job that runs is that, and its cure."""
-
-        def told():
-            verdicts = json.loads(VM.page("/api/job/" + job))["job"]["verdicts"]
-            lines = ["%(what)s: %(proof)s -> %(cure)s" % found for found in verdicts]
-            self.assertRegex("\n".join(lines), pattern)
-            return True
-
-        eventually(told, seconds, pattern)
-
-    def test_what_is_wrong_is_told_and_of_what_they_died(self):
-        self.addCleanup(VM.no_jobs)
-        VM.run("cd /home/tester && rm -rf records bound serial fault", user="root")
-        # it gets the CPUs 0 and 1
-        bound = self.submit("bound", "-n2", before="srun -n2 --mem=0 taskset -c 0")
-        self.start_master("--my-jobs", "--record", "records")
-        self.row(bound, ATTACH, job_cpus=True)
-        VM.run("touch /home/tester/bound", user="root")
-        self.says(
-            bound,
-            r"(?m)^2 threads of ranks 0-1 share CPU 0 of vm: they may use: 0; the job has"
-            r" 0-1 -> srun --cpu-bind=cores",
-            2 * ATTACH,
-        )
-        VM.run("scancel %s" % bound, user="root")
-        # two CPUs may be two threads of one core: of one of them left idle nothing is said
-        serial = self.submit("serial", "-c3")
-        fault = self.submit("fault")
-        limited = self.submit("never", "--time=1")
-        # an emulated node of which all is burnt takes minutes to start a step
-        for job in serial, fault:
-            self.row(job, ATTACH, job_cpus=True)
-        VM.run("touch /home/tester/serial /home/tester/fault", user="root")
-        self.says(
-            serial,
-            r"(?m)^1 of 3 CPUs of vm at work for .* -> --cpus-per-task=1",
-            2 * ATTACH,
-        )
-        self.explained(bound, r"\d\d:\d\d: cancelled")
-        self.explained(fault, r"\d\d:\d\d: SIGSEGV[^\n]*memory that is not its own")
-        self.explained(limited, r"time limit of (60 s|1\.0 min) reached")
-        states = [VM.state(job) for job in (bound, fault, limited)]
-        self.assertEqual(states, ["CANCELLED", "FAILED", "TIMEOUT"])
-
-
 class Judged(VmTest):
     """Jobs that a master watches, judges and records: its record tells when it said what."""
 
@@ -967,6 +912,57 @@ class Judged(VmTest):
 
 
 WAIT = "until [ -e go-%s ]; do sleep 0.5; done; "
+
+
+class SickJobs(Judged):
+    """What is wrong with jobs, told while they run and once they have died."""
+
+    def submit(self, word, *flags, before=""):
+        """Submit a job that is sick once there is a file of that name; its id."""
+        export = "--export=ALL,BEFORE=" + before
+        flags += ("--mem=100", "--output=sick.log", export)
+        return VM.sbatch(*flags, "sick.sh", word)
+
+    def touch(self, *words):
+        """Let the jobs that wait for these files go; when that was."""
+        paths = " ".join("/home/tester/" + word for word in words)
+        return float(VM.run("touch %s; date +%%s" % paths, user="root"))
+
+    def test_what_is_wrong_is_told_in_time_and_of_what_they_died(self):
+        self.addCleanup(VM.no_jobs)
+        VM.run("cd /home/tester && rm -rf records bound serial fault", user="root")
+        # it gets the CPUs 0 and 1
+        bound = self.submit("bound", "-n2", before="srun -n2 --mem=0 taskset -c 0")
+        self.start_master("--my-jobs", "--record", "records")
+        self.row(bound, ATTACH, job_cpus=True)
+        self.says_in_time(
+            bound,
+            r"^! 2 threads of ranks 0-1 share CPU 0 of vm: they may use: 0; the job has"
+            r" 0-1 +-> srun --cpu-bind=cores",
+            self.touch("bound"),
+        )
+        VM.run("scancel %s" % bound, user="root")
+        # two CPUs may be two threads of one core: of one of them left idle nothing is said
+        serial = self.submit("serial", "-c3")
+        fault = self.submit("fault")
+        limited = self.submit("never", "--time=1")
+        # an emulated node of which all is burnt takes minutes to start a step
+        for job in serial, fault:
+            self.row(job, ATTACH, job_cpus=True)
+        self.says_in_time(
+            serial,
+            r"^! 1 of 3 CPUs of vm at work for .*-> --cpus-per-task=1",
+            self.touch("serial", "fault"),
+        )
+        for job, words in (
+            (bound, r"cancelled"),
+            (fault, r"SIGSEGV[^\n]*memory that is not its own"),
+            (limited, r"time limit of (60 s|1\.0 min) reached"),
+        ):
+            self.explained(job, r"\d\d:\d\d: " + words)
+            self.died(job, r"^died \d\d:\d\d: " + words)
+        states = [VM.state(job) for job in (bound, fault, limited)]
+        self.assertEqual(states, ["CANCELLED", "FAILED", "TIMEOUT"])
 
 
 class MoreSickJobs(Judged):
