@@ -1500,7 +1500,7 @@ class Counted:
                 2 * START_LIMIT,
                 "samples under valgrind",
             )
-            tool.stop(seconds=START_LIMIT)  # it writes the file at its end
+            tool.stop()
             totals.append((sink.count, counted_in(path)))
         return fit_slope(totals)
 
