@@ -6120,7 +6120,6 @@ class Peer:
                 if self.data:
                     raise ConnectionError("closed in the middle of a sample")
                 return
-            now = time.monotonic()
             while self.data:
                 # most are a sample of the shape that the one before had, and of its size
                 shape = self.shape
@@ -6129,17 +6128,18 @@ class Peer:
                 if message is None:
                     message, size = self.parse(self.data, auth)
                     if message is None:
-                        if now > self.due:
+                        if time.monotonic() > self.due:
                             raise Silence
                         break
                     auth = False
                 self.data = self.data[size:]
-                self.count_message(now)
+                self.count_message()
                 yield message
                 message = None  # freed before the thread waits again
 
-    def count_message(self, now: float) -> None:
+    def count_message(self) -> None:
         """Note that a message came; WireError when there are too many of them."""
+        now = time.monotonic()
         self.due = now + self.timeout
         self.count += 1
         if self.count >= MAX_RATE * RATE_SECONDS:
@@ -6332,11 +6332,7 @@ class Collector:
                 peer.data = data  # nothing, at the end
                 return
             data = b""  # freed before the thread waits again
-            now = time.monotonic()
-            peer.due = now + peer.timeout  # as in count_message()
-            peer.count += 1
-            if peer.count >= MAX_RATE * RATE_SECONDS:
-                peer.check_rate(now)
+            peer.count_message()
             self.take(peer, row)
             row = None
 

@@ -259,6 +259,38 @@ class Flood(MasterTest):
 
 
 @support.slow("floods")
+class Halves(MasterTest):
+    """The time for a message counts from the one before, however long the peer has been here."""
+
+    flags = ("--timeout", "1")
+
+    def test_half_a_message_behind_steady_samples_has_its_time(self):
+        def sample(step):
+            text = {"node": "steady", "cpu": 10.5 + step, "ram": 20.5}
+            return pickle.dumps(dict(text, ack=True), protocol=4)
+
+        part = pickle.dumps({"part": "look", "look": 1}, protocol=4)
+        with PlainAgent(self.master.port) as agent:
+            for step in range(8):  # for longer than the timeout
+                agent.send_bytes(sample(step))
+                self.assertEqual(agent.read_answer(), "ok")
+                time.sleep(0.25)
+            agent.send_bytes(sample(9) + part[:10])
+            self.assertEqual(agent.read_answer(), "ok")
+            time.sleep(0.25)
+            agent.send_bytes(part[10:] + sample(10))
+            self.assertEqual(agent.read_answer(), "ok")
+
+    def test_half_a_message_that_is_never_whole_ends_it(self):
+        message = pickle.dumps({"node": "half", "cpu": 10.5, "ram": 20.5}, protocol=4)
+        with PlainAgent(self.master.port) as agent:
+            for _ in range(3):
+                agent.send_bytes(message)
+                time.sleep(0.25)
+            agent.send_bytes(message[:10])
+            self.assertIn("no sample for 1 s", agent.read_to_end())
+
+
 class Floods(MasterTest):
     """Many sources, many bytes, many connections: the others go on."""
 
