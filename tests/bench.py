@@ -1478,12 +1478,14 @@ class Counted:
     def __init__(self, stage, name, command, env, stdin):
         """command: a function of a port, to which the program sends."""
         self.runs = []
+        self.totals = []  # (samples, instructions) of the runs that are done
         self.stack = contextlib.ExitStack()
         for samples in COUNTED:
             sink = self.stack.enter_context(Sink())
             path = os.path.join(stage.folder, "%s.%d" % (name, samples))
-            words = [need("valgrind"), "--tool=callgrind"]
-            words.append("--callgrind-out-file=" + path)
+            # the agent starts itself once more; what else it starts has a file of its own
+            words = [need("valgrind"), "--tool=callgrind", "--trace-children=yes"]
+            words.append("--callgrind-out-file=%s.%%p" % path)
             words += [str(word) for word in command(sink.port)]
             tool = support.Tool(words, env, stdin=subprocess.PIPE)
             self.stack.callback(tool.kill)
@@ -1491,18 +1493,20 @@ class Counted:
             tool.process.stdin.close()
             self.runs.append((samples, sink, path, tool))
 
+    def is_done(self):
+        """Whether both have sent their samples; one that has is stopped at once."""
+        for run in self.runs[:]:
+            samples, sink, path, tool = run
+            if sink.count >= samples:
+                tool.stop()
+                count = counted_in("%s.%d" % (path, tool.pid))
+                self.totals.append((sink.count, count))
+                self.runs.remove(run)
+        return not self.runs
+
     def instructions(self):
         """Instructions a sample: the count of the long run less that of the short one."""
-        totals = []
-        for samples, sink, path, tool in self.runs:
-            support.eventually(
-                lambda: sink.count >= samples,  # noqa: B023
-                2 * START_LIMIT,
-                "samples under valgrind",
-            )
-            tool.stop()
-            totals.append((sink.count, counted_in(path)))
-        return fit_slope(totals)
+        return fit_slope(self.totals)
 
     def close(self):
         self.stack.close()
@@ -1547,6 +1551,11 @@ def instructions(stage):
             packed = pickle.dumps(sample, protocol=4) if name == "C loop" else b""
             counted[name] = Counted(stage, name, command, env, packed)
             stack.callback(counted[name].close)
+        support.eventually(
+            lambda: not [each for each in counted.values() if not each.is_done()],
+            2 * START_LIMIT,
+            "samples under valgrind",
+        )
         for name, each in counted.items():
             yield figure("%s: instructions" % name, each.instructions() / 1000)
 

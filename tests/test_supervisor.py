@@ -141,15 +141,16 @@ class Start(unittest.TestCase):
             taken.bind((HOST, 0))
             taken.listen(1)
             busy, free = taken.getsockname()[1], support.closed_port()
+            name = "sentinel_of_%d" % os.getpid()
             for flags in (
                 ("--port", busy, "--dashboard-port", free),
                 ("--port", free, "--dashboard-port", busy),
             ):
                 with self.subTest(flags), support.start(
-                    "master_server.py", *flags
+                    "master_server.py", *flags, "--shm-name", name
                 ) as master:
                     self.assertOneError(master, r"%d.*use.*port" % busy)
-                    self.assertNotIn("sentinel_%d" % flags[1], support.shm_names())
+                    self.assertNotIn(name, support.shm_names())
                     with self.assertRaises(ConnectionRefusedError):
                         PlainAgent(free)
 
