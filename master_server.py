@@ -5780,7 +5780,7 @@ REFUSAL_SECONDS = 10.0  # seconds for which refusals of one source are counted
 MAX_REFUSAL_SECONDS = 3600.0  # that long when it does not end: it doubles
 MAX_SOURCES = 8  # sources whose refusals are counted apart
 BEAT_SECONDS = 1.0  # between two heartbeats of the collector
-GATHER_RATE = 50.0  # samples a second, from which on they are gathered ...
+GATHER_FROM, GATHER_UNTIL = 50, 2000  # samples a second that are gathered ...
 GATHER_SECONDS = 0.4  # ... for so long,
 GATHER_MOST = 256  # or until there are so many
 PIN_CPU = 0.1  # of a core, from which on a collector is a busy one
@@ -6017,6 +6017,8 @@ class Peer:
         "due",
         "count",
         "counted_from",
+        "gathered",
+        "taken",
         "slot",
         "since",
         "known_as",
@@ -6042,6 +6044,10 @@ class Peer:
         self.due = self.came + timeout  # when the next message has to be whole
         self.count = 0  # messages ...
         self.counted_from = self.came  # ... since then
+        self.gathered = (
+            0  # samples that did not get taken at once, as Batch counts them ...
+        )
+        self.taken = 0  # ... and those of them that were taken since
         self.slot = -1  # -1: none yet
         self.since = time.time()
         self.known_as = self.address  # or the node's name: that of its first sample
@@ -6164,32 +6170,32 @@ class Peer:
 
 
 class Batch:
-    """Samples that are taken one after another: at once, or gathered a moment while many come.
+    """Where samples are taken: each by the thread it came to, or some together a moment later.
 
     A thread that takes a sample every two seconds finds none of what it needs in the caches of
     its processor.  With 200 agents a sample that is taken behind another costs a quarter less.
+    With few there is none to wait for; with thousands the caches are warm without it.
     """
 
     def __init__(self, take: Callable[[Peer, Row], None], pinning: "Pinning") -> None:
         self.take = take
         self.pinning = pinning
         self.thread: Optional[threading.Thread] = None  # until it is needed
-        self.samples: Deque[Tuple[Peer, Row]] = collections.deque()
-        self.lock = threading.Lock()  # of who takes them
-        self.came = threading.Event()  # one that waits for its moment
+        self.waiting: Deque[Tuple[Peer, Row]] = collections.deque()
+        self.lock = threading.Lock()  # of who takes those
+        self.came = threading.Event()  # the first of those that wait for their moment
         self.gathers = False
-        self.count = 0  # of all that were taken ...
-        self.counted = 0  # ... and when it was looked last,
-        self.looked = time.monotonic()
+        self.samples = 0  # of the collector, when it was looked ...
+        self.looked = time.monotonic()  # ... last
 
-    def look(self) -> None:
-        """Look now and then whether so many come that they are to be gathered."""
+    def look(self, samples: int) -> None:
+        """See now and then, by all samples so far, whether they are to be gathered."""
         now = time.monotonic()
         seconds = now - self.looked
         if seconds >= BEAT_SECONDS:
-            are_many = self.count - self.counted >= GATHER_RATE * seconds
-            self.gathers = are_many and self.has_thread()
-            self.counted = self.count
+            rate = (samples - self.samples) / seconds
+            self.gathers = GATHER_FROM <= rate < GATHER_UNTIL and self.has_thread()
+            self.samples = samples
             self.looked = now
 
     def has_thread(self) -> bool:
@@ -6202,19 +6208,29 @@ class Batch:
         return self.thread is not None
 
     def add(self, peer: Peer, row: Row) -> None:
-        """Have a sample taken, behind all that came before it."""
-        self.samples.append((peer, row))
-        if not self.gathers or len(self.samples) >= GATHER_MOST:
-            self.take_all()
-        elif not self.came.is_set():
+        """Have a sample taken, behind all that came of this peer before it."""
+        if not self.gathers and peer.gathered == peer.taken:
+            self.take(peer, row)
+            return
+        peer.gathered += 1
+        self.waiting.append((peer, row))
+        if not self.came.is_set():
             self.came.set()
+        # who has the lock takes this one, too: to wait for it would be no use
+        if len(self.waiting) >= GATHER_MOST and self.lock.acquire(False):
+            self.take_waiting()
 
-    def take_all(self) -> None:
-        """Take what is there; a defect ends the connection that met it, and no other."""
-        with self.lock:
-            while self.samples:
-                peer, row = self.samples.popleft()
-                self.count += 1
+    def finish(self, peer: Peer) -> None:
+        """Have all samples of a peer taken before anything else of it is done."""
+        if peer.gathered != peer.taken:
+            self.lock.acquire()
+            self.take_waiting()
+
+    def take_waiting(self) -> None:
+        """Take those that wait, with the lock, and release it; a defect ends its peer alone."""
+        try:
+            while self.waiting:
+                peer, row = self.waiting.popleft()
                 try:
                     self.take(peer, row)
                 except Exception:
@@ -6222,6 +6238,9 @@ class Batch:
                     peer.say(b"error a defect of the master\n")
                     with contextlib.suppress(OSError):
                         peer.sock.shutdown(socket.SHUT_RD)  # its thread sees that
+                peer.taken += 1
+        finally:
+            self.lock.release()
 
     def run(self) -> None:
         """Take those that wait, each time after their moment, for ever."""
@@ -6230,7 +6249,8 @@ class Batch:
             self.came.wait()
             time.sleep(GATHER_SECONDS)
             self.came.clear()
-            self.take_all()
+            self.lock.acquire()
+            self.take_waiting()
 
 
 class Collector:
@@ -6294,7 +6314,7 @@ class Collector:
         self.announce(*self.flapping.settled())
         self.forget_lost()
         self.pinning.look()
-        self.batch.look()
+        self.batch.look(self.samples)
         self.announce(*self.judged.look(self.table))
         if self.news:
             self.news.look(self.table)
@@ -6419,7 +6439,7 @@ class Collector:
                 self.batch.add(peer, row)
                 row = None
         finally:
-            self.batch.take_all()  # what comes next comes behind them
+            self.batch.finish(peer)
 
     def take(self, peer: Peer, row: Row) -> None:
         """Put a sample into the table, tell what it means, answer it."""

@@ -20,6 +20,7 @@ class Peer:
 
     def __init__(self, name):
         self.address = name
+        self.gathered = self.taken = 0
         self.sock, self.other_end = socket.socketpair()
         self.sock.settimeout(5)
         self.other_end.settimeout(5)
@@ -38,36 +39,62 @@ class Batches(unittest.TestCase):
     def setUp(self):
         self.taken = []
         self.batch = Batch(lambda *sample: self.taken.append(sample), Pinning())
+        self.a, self.b = self.peer("a"), self.peer("b")
+
+    def peer(self, name):
+        peer = Peer(name)
+        self.addCleanup(peer.close)
+        return peer
+
+    def rows(self):
+        return [row for _, row in self.taken]
 
     def test_as_long_as_few_come_each_is_taken_at_once(self):
-        self.batch.add("a", 1)
-        self.batch.add("b", 2)
-        self.assertEqual(self.taken, [("a", 1), ("b", 2)])
+        self.batch.add(self.a, 1)
+        self.batch.add(self.b, 2)
+        self.assertEqual(self.taken, [(self.a, 1), (self.b, 2)])
         self.assertFalse(self.batch.came.is_set())
 
     def test_gathered_ones_wait_and_are_taken_in_their_order(self):
         self.batch.gathers = True
         for number in range(5):
-            self.batch.add("ab"[number % 2], number)
+            self.batch.add((self.a, self.b)[number % 2], number)
         self.assertEqual(self.taken, [])
         self.assertTrue(self.batch.came.is_set())
-        self.batch.take_all()
-        self.assertEqual([row for _, row in self.taken], [0, 1, 2, 3, 4])
+        self.batch.finish(self.b)
+        self.assertEqual(self.rows(), [0, 1, 2, 3, 4])
+        self.assertFalse(self.batch.lock.locked())
 
-    def test_one_that_is_not_gathered_comes_behind_those_that_wait(self):
+    def test_one_that_comes_when_they_are_not_gathered_any_more_overtakes_none(self):
         self.batch.gathers = True
-        self.batch.add("a", 1)
+        self.batch.add(self.a, 1)
+        self.batch.add(self.a, 2)
         self.batch.gathers = False
-        self.batch.add("a", 2)
-        self.assertEqual(self.taken, [("a", 1), ("a", 2)])
+        self.batch.add(self.a, 3)
+        self.batch.add(self.b, 4)  # of which none waits
+        self.assertEqual(self.rows(), [4])
+        self.batch.finish(self.a)
+        self.assertEqual(self.rows(), [4, 1, 2, 3])
+        self.batch.add(self.a, 5)
+        self.assertEqual(self.rows(), [4, 1, 2, 3, 5])
+
+    def test_who_has_none_that_wait_ends_without_the_others(self):
+        self.batch.gathers = True
+        self.batch.add(self.a, 1)
+        self.batch.finish(self.b)
+        self.assertEqual(self.taken, [])
 
     def test_no_more_than_some_hundred_wait(self):
         self.batch.gathers = True
         for number in range(master_server.GATHER_MOST - 1):
-            self.batch.add("a", number)
+            self.batch.add(self.a, number)
         self.assertEqual(self.taken, [])
-        self.batch.add("a", -1)
-        self.assertEqual(len(self.taken), master_server.GATHER_MOST)
+        with self.batch.lock:  # somebody takes them just now
+            self.batch.add(self.a, -1)
+            self.assertEqual(self.taken, [])
+        self.batch.add(self.b, -2)
+        self.assertEqual(len(self.taken), master_server.GATHER_MOST + 1)
+        self.assertFalse(self.batch.lock.locked())
 
     def test_one_that_comes_just_when_they_are_taken_is_not_left_over(self):
         self.batch.gathers = True
@@ -75,67 +102,63 @@ class Batches(unittest.TestCase):
 
         def clear_late():
             if len(self.taken) < 2:
-                self.batch.add("b", 2)
+                self.batch.add(self.b, 2)
             clear()
 
         self.batch.came.clear = clear_late
         self.assertTrue(self.batch.has_thread())
-        self.batch.add("a", 1)
-        eventually(lambda: self.taken == [("a", 1), ("b", 2)], 5, "both are taken")
+        self.batch.add(self.a, 1)
+        eventually(lambda: self.rows() == [1, 2], 5, "both are taken")
+
+    def look(self, count):
+        """Whether they are gathered when so many come in a second."""
+        self.batch.looked = time.monotonic() - 1.0
+        self.batch.look(self.batch.samples + count)
+        return self.batch.gathers
 
     def test_without_a_thread_for_them_none_are_gathered(self):
-        self.batch.looked -= 1.0
-        self.batch.count += 1000
         refused = RuntimeError("can't start new thread")
         with unittest.mock.patch("threading.Thread.start", side_effect=refused):
-            self.batch.look()
-        self.assertFalse(self.batch.gathers)
-        self.batch.looked -= 1.0
-        self.batch.count += 1000
-        self.batch.look()  # there is one now
+            self.assertFalse(self.look(1000))
+        self.assertTrue(self.look(1000))
+
+    def test_they_are_gathered_from_so_many_a_second_on_and_until_there_are_very_many(
+        self,
+    ):
+        for count, expected in ((45, False), (60, True), (1900, True), (2100, False)):
+            with self.subTest(count=count):
+                self.assertEqual(self.look(count), expected)
+        self.assertTrue(self.look(60))
+        self.batch.look(self.batch.samples)  # too soon to tell
         self.assertTrue(self.batch.gathers)
 
-    def test_they_are_gathered_from_so_many_a_second_on_and_not_below(self):
-        for count, expected in ((45, False), (60, True), (45, False)):
-            with self.subTest(count=count):
-                self.batch.looked = time.monotonic() - 1.0
-                self.batch.count += count
-                self.batch.look()
-                self.assertEqual(self.batch.gathers, expected)
-        self.batch.count += 1000
-        self.batch.look()  # too soon to tell
-        self.assertFalse(self.batch.gathers)
-
     def test_a_defect_ends_the_connection_that_met_it_and_no_other(self):
-        bad, good = Peer("bad"), Peer("good")
-        self.addCleanup(bad.close)
-        self.addCleanup(good.close)
-
         def take(peer, row):
-            if peer is bad:
+            if peer is self.a:
                 raise ZeroDivisionError
-            self.taken.append(row)
+            self.taken.append((peer, row))
 
         self.batch = Batch(take, Pinning())
         self.batch.gathers = True
-        for peer, row in ((good, 1), (bad, 2), (good, 3)):
+        for peer, row in ((self.b, 1), (self.a, 2), (self.b, 3)):
             self.batch.add(peer, row)
         with self.assertLogs("sentinel", "ERROR") as log:
-            self.batch.take_all()
-        self.assertIn("bad", log.output[0])
-        self.assertEqual(self.taken, [1, 3])
-        self.assertEqual(bad.other_end.recv(100), b"error a defect of the master\n")
-        self.assertEqual(bad.sock.recv(100), b"")  # what its thread sees
-        good.sock.setblocking(False)
+            self.batch.finish(self.a)
+        self.assertIn("taking from a", log.output[0])
+        self.assertEqual(self.rows(), [1, 3])
+        self.assertEqual(self.a.taken, 1)
+        self.assertEqual(self.a.other_end.recv(100), b"error a defect of the master\n")
+        self.assertEqual(self.a.sock.recv(100), b"")  # what its thread sees
+        self.b.sock.setblocking(False)
         with self.assertRaises(BlockingIOError):
-            good.sock.recv(100)
+            self.b.sock.recv(100)
 
 
 class Gathering(MasterTest):
     """A real master that gathers all samples, from its second second on."""
 
     flags = ("--timeout", "3")
-    patch = "master_server.GATHER_RATE, master_server.GATHER_SECONDS = 0.0, 0.5"
+    patch = "master_server.GATHER_FROM, master_server.GATHER_SECONDS = 0.0, 0.5"
 
     @staticmethod
     def sample(name, cpu):
