@@ -6044,10 +6044,8 @@ class Peer:
         self.due = self.came + timeout  # when the next message has to be whole
         self.count = 0  # messages ...
         self.counted_from = self.came  # ... since then
-        self.gathered = (
-            0  # samples that did not get taken at once, as Batch counts them ...
-        )
-        self.taken = 0  # ... and those of them that were taken since
+        self.gathered = 0  # samples that Batch had wait ...
+        self.taken = 0  # ... and those of them that have been taken
         self.slot = -1  # -1: none yet
         self.since = time.time()
         self.known_as = self.address  # or the node's name: that of its first sample
@@ -6174,7 +6172,8 @@ class Batch:
 
     A thread that takes a sample every two seconds finds none of what it needs in the caches of
     its processor.  With 200 agents a sample that is taken behind another costs a quarter less.
-    With few there is none to wait for; with thousands the caches are warm without it.
+    With few there is none to wait for; with thousands the caches are warm without it.  One that
+    waits is in the table, and answered, up to GATHER_SECONDS later.
     """
 
     def __init__(self, take: Callable[[Peer, Row], None], pinning: "Pinning") -> None:
