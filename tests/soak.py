@@ -14,8 +14,9 @@ it leaves behind is compared with what was there before it came.
 
 With --my-jobs it is a real Slurm that is watched (lab.sh, as root): all the time jobs start on the
 two nodes, and end well, fail, are cancelled or run out of memory, and `--my-jobs` puts a step into
-each. Then the jobs stop, and no slot, step, process, thread or descriptor may stay behind; nor
-anything at all when the master has ended.
+each. The master has room for fewer jobs than usual, so that its table is soon full. Then the jobs
+stop, and no slot, step, process, thread or descriptor may stay behind; nor anything at all when the
+master has ended.
 
 Exit code 0: memory was flat after the first quarter of the time (with --my-jobs the first half, as
 ended jobs are remembered for ten minutes; judged if that took 15 minutes in all), no agent was
@@ -39,6 +40,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import sys
@@ -55,6 +57,9 @@ LOOK_SECONDS = 5.0
 WARM_UP = 0.25  # of the time: memory may grow for so long
 FLAT = 0.02  # growth of the memory in all of the rest that is none
 JOBS_WARM_UP = 0.5  # with --my-jobs: what has ended is remembered for ten minutes
+# The table remembers the last 512 jobs, which would take the soak two hours.  With room for so many
+# it is full before memory is judged.
+LAST_JOBS = 24
 LEAST_SECONDS = 15 * 60  # a shorter soak shows growth, and does not judge it
 EMPTY_SECONDS = 30.0  # for the last slots, threads and descriptors to be given back
 LATE_SECONDS = 10.0  # in which a slot follows the agent that comes or goes
@@ -418,6 +423,8 @@ def watch_jobs(lab, minutes):
     """The same, once the lab is up."""
     test_lab.LAB = lab
     shared = shared_memory_of(lab)
+    small = support.with_constants("master_server.py", JOBS=LAST_JOBS)
+    shutil.copy(small, lab.path("master_server.py"))
     master = lab.start("login", "python3", "master_server.py", "--my-jobs")
     master.listening("dashboard")
     pids = support.eventually(lambda: find_watchers(master), bench.START_LIMIT)
