@@ -176,11 +176,13 @@ def render_table(rows):
 # key: what is measured, unit, which side is good, bound; without the last two it is only told
 PROMISES = {
     # the agent
+    # 1.5 to 2.05 on one machine, as what ran in between has left its pages in the caches or not:
+    # a bound of 1.8 flipped with the neighbours.  What it does is bounded by its instructions
     "agent / bare loop": (
         "agent, cpu and ram only: CPU per sample / bare loop",
         "x",
         "<=",
-        1.8,
+        2.2,
     ),
     "whole agent / bare loop": (
         "agent, everything on: CPU per sample / bare loop",
@@ -200,6 +202,12 @@ PROMISES = {
         "thousand",
     ),
     "bare loop: instructions": ("bare loop: instructions a sample", "thousand"),
+    "agent: instructions / bare loop": (
+        "agent, cpu and ram only: instructions a sample / bare loop",
+        "x",
+        "<=",
+        7,
+    ),
     "C loop: instructions": ("C loop: instructions a sample", "thousand"),
     # the agent in a job
     "8 ranks: CPU": ("agent, a job of 8 processes: CPU", "% of a core"),
@@ -1560,6 +1568,9 @@ def instructions(stage):
         )
         for name, each in counted.items():
             yield figure("%s: instructions" % name, each.instructions() / 1000)
+        agent, bare = counted["agent"], counted["bare loop"]
+        ratio = agent.instructions() / bare.instructions()
+        yield figure("agent: instructions / bare loop", ratio)
 
 
 # ==========================================================================================

@@ -183,8 +183,9 @@ class Promises(unittest.TestCase):
 
     def test_each_bound_is_the_one_that_was_promised(self):
         for key, bound in (
-            ("agent / bare loop", 1.8),
+            ("agent / bare loop", 2.2),
             ("whole agent / bare loop", 4),
+            ("agent: instructions / bare loop", 7),
             ("agent's memory", 16),
             ("256 ranks: CPU", 0.3),
             ("slower: spin", 0.2),
