@@ -172,6 +172,28 @@ class Pages(PartsTest):
         self.assertNotIn("<script>alert", get(self.master.page, "/job/201").text)
 
 
+class NoRoom(PartsTest):
+    patch = "master_server.PARTS = 4"
+
+    def test_a_job_says_of_how_many_nodes_the_processes_are_not_shown(self):
+        words = "those of 1 node of 2 are not shown"
+        self.agent("n0", "301")  # tells of none
+        eventually(lambda: self.node("301"))
+        self.assertNotIn("not shown", page_text(self.master.page, "/job/301"))
+        first = self.agent("n1", "300", look(), rank(1), rank(2))
+        eventually(lambda: self.pids("300") == [1, 2])
+        self.assertNotIn(words, page_text(self.master.page, "/job/300"))
+        second = self.agent("n2", "300", look(), rank(3), rank(4))
+        eventually(lambda: words in page_text(self.master.page, "/job/300"))
+        metrics = get(self.master.page, "/metrics").text
+        self.assertIn("\nsentinel_looks_left_out_total{} 1\n", metrics)
+        first.close()
+        eventually(lambda: self.node("300") and not self.node("300", 1))
+        self.look(second, look(2), rank(3), rank(4))
+        eventually(lambda: self.pids("300") == [3, 4])
+        self.assertNotIn("not shown", page_text(self.master.page, "/job/300"))
+
+
 class Places(unittest.TestCase):
     """The rows of the parts' region are handed out, given back, and run out."""
 
@@ -195,6 +217,9 @@ class Places(unittest.TestCase):
         table.beat(0, 100)
         view = table.snapshot()
         self.assertEqual(view.parts_left_out, 1)
+        self.assertFalse(view.has_room_for_look())
+        table.write_parts(90, [], late)
+        self.assertTrue(table.snapshot().has_room_for_look())
         self.assertEqual(len(view.parts(1).ranks), most)
         self.assertEqual(view.parts(4).ranks, [])
         self.assertEqual([row["pid"] for row in view.parts(91).ranks], [7])

@@ -112,6 +112,7 @@ def view(
         samples=1234,
         jobs=list(jobs),
         jobs_left_out=0,
+        parts_left_out=0,
         turned_away=turned_away,
         turned_away_lately=turned_away,
         turned_away_why=why,

@@ -32,8 +32,10 @@ from master_server import (
     make_shape,
     parse_line,
     parse_message,
+    parse_opcodes,
     parse_pickle,
     parse_shape,
+    parse_usual,
 )
 
 MAX_SAMPLE, MAX_KEYS, MAX_TEXT = 16384, 64, 255  # as design.md has them
@@ -924,6 +926,106 @@ class Shapes(unittest.TestCase):
             )
             said = parse_shape(after, shape_of(data)[0])
             self.assertEqual(known(said), pickle.loads(after))
+
+
+def framed(*items, frame=100):
+    """A dict of these encoded items, as CPython's pickler begins and ends one."""
+    begin = b"\x80\x04\x95" + struct.pack("<Q", frame) + b"}\x94("
+    return begin + b"".join(items) + b"u."
+
+
+def memoized(value):
+    """A text as CPython's pickler writes it."""
+    return short(value) + b"\x94"
+
+
+def differs(data):
+    """What is wrong with what parse_usual() says of data; "" when nothing is."""
+    usual = parse_usual(data)
+    if usual is None:
+        return ""
+    try:
+        right = parse_opcodes(data)
+    except WireError as error:
+        return "takes %r, which is refused: %s" % (data, error)
+    if repr(usual) != repr(right):
+        return "says %r of %r, and the decoder %r" % (usual, data, right)
+    return ""
+
+
+TOLD = {  # values of all kinds and sizes that an agent sends
+    "part": "rank",
+    "rank": 0,
+    "pid": 40000,
+    "threads": 255,
+    "running": 256,
+    "mem": 1 << 31,
+    "read_total": MAX_SAMPLE << 40,
+    "gpu": -1,
+    "look": 65535,
+    "cpu": 180.5,
+    "ram": -0.0,
+    "program": "",
+    "cpus": "0-1",
+    "on": "\u00e9\u4e00",
+    "state": "rank",  # a text that the memo has
+    "program2": "x" * MAX_TEXT,
+}
+
+
+class Usual(unittest.TestCase):
+    """parse_usual() takes nothing that parse_opcodes() refuses, and says nothing else of it."""
+
+    def test_what_an_agent_tells_goes_the_short_way(self):
+        data = pickle.dumps(TOLD, protocol=4)
+        result, size, floats = parse_usual(data + b"\x80")
+        self.assertEqual((result, list(result)), (TOLD, list(TOLD)))
+        self.assertEqual(size, len(data))
+        self.assertEqual([key for _, key in floats], ["cpu", "ram"])
+
+    def test_a_dict_from_its_beginning_to_its_end_and_with_each_bit_flipped(self):
+        data = pickle.dumps(TOLD, protocol=4)
+        for end in range(1, len(data)):
+            self.assertIsNone(parse_usual(data[:end]), end)
+        for at in range(len(data)):
+            for bit in range(8):
+                flipped = bytearray(data)
+                flipped[at] ^= 1 << bit
+                self.assertEqual(differs(bytes(flipped)), "")
+
+    def test_nothing_that_is_odd_or_hostile_is_taken_for_what_it_is_not(self):
+        one = memoized("cpu") + real(1.0)
+        many = [memoized("k%d" % number) + real(1.0) for number in range(MAX_KEYS + 1)]
+        long = [memoized("k%d" % number) + memoized("x" * 250) for number in range(64)]
+        for what, data in (
+            ("a frame that is too long", framed(one, frame=MAX_SAMPLE + 1)),
+            ("a key twice", framed(one, one)),
+            ("a float that is not finite", framed(memoized("cpu") + real(math.inf))),
+            (
+                "an integer of nine bytes",
+                framed(memoized("k") + b"\x8a\x09" + bytes(9)),
+            ),
+            ("a number for a key", framed(b"K\x05" + real(1.0))),
+            ("a key without a value", framed(one, memoized("ram"))),
+            ("the dict itself, by the memo", framed(memoized("k") + b"h\0")),
+            ("what the memo has not", framed(memoized("k") + b"h\x09")),
+            ("a text that is not UTF-8", framed(b"\x8c\x01\xff\x94" + real(1.0))),
+            ("a text that is not kept", framed(short("cpu") + real(1.0))),
+            ("too many keys", framed(*many)),
+            ("more than a sample may take", framed(*long)),
+            ("no dict", b"\x80\x04\x95" + bytes(8) + b"]\x94(" + one + b"u."),
+            ("another protocol", b"\x80\x06" + framed(one)[2:]),
+        ):
+            with self.subTest(what):
+                self.assertIsNone(parse_usual(data))
+        for what, data in everything_refused_and_taken():
+            with self.subTest(what):
+                self.assertEqual(differs(data), "")
+
+
+def everything_refused_and_taken():
+    """The tables of hostile and of harmless pickles."""
+    return [(what, data) for what, data, _ in hostile()] + list(harmless())
 
 
 # ==========================================================================================
