@@ -15267,6 +15267,8 @@ class RecordWriter:
             text = self.render(record).encode("utf-8", "replace")
             write_file(report_path(self.folder, job), text, self.mark)
             write_sketch(self.folder, record, self.mark)
+            for cached in (plain_cell, places_of):  # the next report is of another job
+                cached.cache_clear()
         if time.monotonic() - self.pruned > PRUNE_SECONDS:
             prune(self.folder, time.time(), self.mark)
             self.pruned = time.monotonic()

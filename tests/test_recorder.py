@@ -254,6 +254,18 @@ class Writing(Work):
         self.assertIn("a defect", logs.output[0])
         self.assertEqual(self.events("2"), [1])
 
+    def test_cells_of_a_report_are_not_kept_for_that_of_the_next_job(self):
+        def render(record):
+            return str(master.plain_cell("l", record.job))
+
+        writer = master.RecordWriter(self.folder, "m-1-1", render)
+        self.post(writer)
+        writer.post(master.Work("report", "1"))
+        self.assertTrue(writer.finish(support.PATIENCE))
+        with open(master.report_path(self.folder, "1")) as file:
+            self.assertIn("<td", file.read())
+        self.assertEqual(master.plain_cell.cache_info().currsize, 0)
+
     def test_who_goes_on_with_a_file_notes_the_gap(self):
         row = master.RecordRow(NOW, 10.0, ["n"], {"cpu": [1.0, 1.0, 1.0, 1.0]})
         master.make_folder(self.folder)
