@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """bench.py measures what Cluster Sentinel costs, beside what others cost, on this machine.
 
-    python3 tests/bench.py                      everything, about half an hour
+    python3 tests/bench.py                      everything, three quarters of an hour
     python3 tests/bench.py --only page          one measurement (--list names them)
     python3 tests/bench.py --quick              2 minutes; exit 1 when a ratio is far over its bound
 
