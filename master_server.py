@@ -529,11 +529,10 @@ def parse_usual(data: bytes) -> Optional[Tuple[Message, int, Spots]]:
                 at += 2
                 if value is None:
                     return None
-            elif (
-                code == 0x75 and key is None and data[at + 1] == 0x2E
-            ):  # SETITEMS, STOP
-                is_good = len(result) <= MAX_KEYS and at + 2 <= MAX_SAMPLE
-                return (result, at + 2, tuple(floats)) if is_good else None
+            elif code == 0x75 and key is None and data[at + 1] == 0x2E:
+                end = at + 2  # behind SETITEMS and STOP
+                is_good = len(result) <= MAX_KEYS and end <= MAX_SAMPLE
+                return (result, end, tuple(floats)) if is_good else None
             else:
                 return None
             if key is not None:
