@@ -532,7 +532,7 @@ def cpu_seconds(*pids):
 
 
 def own_pss(pid, part="Pss"):
-    """Proportional set size of one process in bytes, or that part of it (Pss_Anon), proc(5)."""
+    """Proportional set size of one process in bytes, or another figure of smaps_rollup, proc(5)."""
     with open("/proc/%d/smaps_rollup" % pid) as file:
         words = file.read().split()
     return int(words[words.index(part + ":") + 1]) * 1024

@@ -8,9 +8,11 @@
 The agents are those of load.py, through port_forward.py. All the time some leave, with a goodbye, a
 reset, a close or in silence, and others come; somebody looks at the page. Every few seconds the
 memory, threads and descriptors of each process are noted. Memory is what a process has allocated
-(Pss_Anon). The shared table and the files of programs are not in it: their sizes are fixed, and
-how much of them counts depends on who else has them in memory. In the end the load stops, and what
-it leaves behind is compared with what was there before it came.
+(Anonymous in smaps_rollup, proc(5)). The shared table and the files of programs are not in it:
+their sizes are fixed. A page that a process of the master has from its parent counts whole, whether
+it is still shared or not: with a part of it, as in Pss, one would grow when another writes to its
+own copy. In the end the load stops, and what it leaves behind is compared with what was there
+before it came.
 
 With --my-jobs it is a real Slurm that is watched (lab.sh, as root): all the time jobs start on the
 two nodes, and end well, fail, are cancelled or run out of memory, and `--my-jobs` puts a step into
@@ -85,7 +87,7 @@ def look(pids):
     """
     return {
         name: {
-            "memory": bench.own_pss(pid, "Pss_Anon"),
+            "memory": bench.own_pss(pid, "Anonymous"),
             "shared": bench.own_pss(pid, "Pss_Shmem") + bench.own_pss(pid, "Pss_File"),
             "threads": count_threads(pid),
             "descriptors": count_descriptors(pid),
