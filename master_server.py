@@ -461,8 +461,8 @@ MAX_SIZES = {"LONG1": 8, "SHORT_BINUNICODE": MAX_TEXT, "BINUNICODE": MAX_TEXT}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 SCALARS = {"BININT1", "BININT2", "BININT", "BINFLOAT"} | set(MAX_SIZES)
 PUTS = {"MEMOIZE", "BINPUT", "LONG_BINPUT"}
-FLOAT = struct.Struct(">d")
 GETS = {"BINGET", "LONG_BINGET"}
+FLOAT = struct.Struct(">d")  # the argument of a BINFLOAT
 
 # Of each float in a pickle: where its 8 bytes begin, and its key
 Spots = Tuple[Tuple[int, Any], ...]

@@ -531,8 +531,8 @@ def cpu_seconds(*pids):
     return total
 
 
-def own_pss(pid, part="Pss"):
-    """Proportional set size of one process in bytes, or another figure of smaps_rollup, proc(5)."""
+def own_memory(pid, part="Pss"):
+    """Bytes of one process: its proportional set size, or another of smaps_rollup, proc(5)."""
     with open("/proc/%d/smaps_rollup" % pid) as file:
         words = file.read().split()
     return int(words[words.index(part + ":") + 1]) * 1024
@@ -541,7 +541,7 @@ def own_pss(pid, part="Pss"):
 def pss_bytes(*pids):
     """Proportional set size of the processes and all their descendants."""
     return sum(
-        own_pss(each) for pid in pids for each in [pid] + support.descendants(pid)
+        own_memory(each) for pid in pids for each in [pid] + support.descendants(pid)
     )
 
 
@@ -2098,8 +2098,8 @@ def herd(stage):
         }
         settle(herd, relay.pid)
         loads = beside_bare(stage, 12, meters)
-        memory = {"herd": own_pss(herd), "relay": own_pss(relay.pid)}
-        memory["sruns"] = sum(own_pss(pid) for pid in sruns)
+        memory = {"herd": own_memory(herd), "relay": own_memory(relay.pid)}
+        memory["sruns"] = sum(own_memory(pid) for pid in sruns)
     for name in ("herd", "relay"):
         yield from load_rows(stage, name, loads[name])
         yield figure("%s: memory" % name, memory[name] / MIB)
@@ -2195,7 +2195,7 @@ def recorder(stage):
         # all at once, which is not how it goes on
         support.eventually(lambda: judged(fleet.master, 10), START_LIMIT)
         loads = beside_bare(stage, 10, {"recorder": lambda: own_seconds(pid)})
-        memory = own_pss(pid)
+        memory = own_memory(pid)
     yield from load_rows(stage, "recorder", loads["recorder"])
     yield figure("recorder: memory", memory / MIB)
     for key, nodes, jobs in (
@@ -2420,7 +2420,7 @@ def terminal(stage):
             master = fleet.master.pid
             meters = {"terminal": meter, "master": lambda: cpu_seconds(master)}
             loads = beside_bare(stage, 4, meters)
-            memory = own_pss(tool.pid)
+            memory = own_memory(tool.pid)
     yield from load_rows(stage, "terminal", loads["terminal"])
     yield figure("terminal: memory", memory / MIB)
     yield figure("1000 in jobs: CPU", 100 * loads["master"].share)

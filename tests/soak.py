@@ -87,8 +87,9 @@ def look(pids):
     """
     return {
         name: {
-            "memory": bench.own_pss(pid, "Anonymous"),
-            "shared": bench.own_pss(pid, "Pss_Shmem") + bench.own_pss(pid, "Pss_File"),
+            "memory": bench.own_memory(pid, "Anonymous"),
+            "shared": bench.own_memory(pid, "Pss_Shmem")
+            + bench.own_memory(pid, "Pss_File"),
             "threads": count_threads(pid),
             "descriptors": count_descriptors(pid),
         }
@@ -374,7 +375,7 @@ def memory_of_sruns(herd):
     for pid in bench.children(herd):
         if command_words(pid)[:1] == [b"srun"]:
             with contextlib.suppress(OSError, ValueError):
-                sizes.append(bench.own_pss(pid))
+                sizes.append(bench.own_memory(pid))
     return sizes
 
 
